@@ -1,0 +1,102 @@
+"""A problem that all contenders solve: the same rows, the same starts, the same iterations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lakes
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Parameters in float64: `weights` (k,), `means` (k, d), `covariances` (k, d, d) or (k, d)."""
+
+    weights: Array
+    means: Array
+    covariances: Array
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a problem: `k` has one number of components for each start."""
+
+    n: int
+    d: int
+    k: tuple[int, ...]
+    covariance_type: str
+
+    def __str__(self) -> str:
+        ks = str(self.k[0]) if len(self.k) == 1 else f"{self.k[0]}..{self.k[-1]}"
+        return f"{self.covariance_type} n={self.n:,} d={self.d} K={ks}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Rows `X` (n, d), float32 and centred, and the starts."""
+
+    shape: Shape
+    X: npt.NDArray[np.float32]
+    starts: list[Mixture]
+
+    @classmethod
+    def make(cls, shape: Shape, *, seed: int = 0) -> Problem:
+        """Draw rows of an overlapping mixture; starts are random rows with the rows' covariance."""
+        table = lakes.blobs(shape.n, shape.d, max(shape.k), distance=3.0, seed=seed)
+        rows = np.column_stack([column.to_numpy() for column in table.columns]).astype(np.float64)
+        X = (rows - rows.mean(axis=0)).astype(np.float32)
+        order = np.random.default_rng(seed + 1).permutation(shape.n)
+        return cls(shape, X, [_start(X, order[:k], shape.covariance_type) for k in shape.k])
+
+    def save(self, folder: Path) -> None:
+        np.save(folder / "X.npy", self.X)
+        (folder / "shape.json").write_text(json.dumps(asdict(self.shape)))
+        save_mixtures(self.starts, folder / "starts.npz")
+
+    @classmethod
+    def load(cls, folder: Path) -> Problem:
+        shape = json.loads((folder / "shape.json").read_text())
+        shape["k"] = tuple(shape["k"])
+        X, starts = np.load(folder / "X.npy"), load_mixtures(folder / "starts.npz")
+        return cls(Shape(**shape), X, starts)
+
+
+def _start(X: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], kind: str) -> Mixture:
+    covariance = np.cov(X.T.astype(np.float64), bias=True)
+    one = covariance if kind == "full" else np.diag(covariance)
+    k = len(rows)
+    return Mixture(np.full(k, 1 / k), X[rows].astype(np.float64), np.stack([one] * k))
+
+
+def save_mixtures(mixtures: list[Mixture], path: Path) -> None:
+    arrays = {
+        f"{name}{i}": value for i, m in enumerate(mixtures) for name, value in vars(m).items()
+    }
+    np.savez(path, **arrays)
+
+
+def load_mixtures(path: Path) -> list[Mixture]:
+    with np.load(path) as arrays:
+        names = ("weights", "means", "covariances")
+        count = len(arrays) // len(names)
+        return [Mixture(*(arrays[f"{name}{i}"] for name in names)) for i in range(count)]
+
+
+def mean_log_likelihood(mixture: Mixture, X: npt.NDArray[np.float32], *, rows: int) -> float:
+    """Return the mean log-density in nats of the first `rows` rows: NumPy, float64, no tricks."""
+    x = X[:rows].astype(np.float64)
+    log_prob = np.empty((len(mixture.weights), len(x)))
+    parts = zip(mixture.weights, mixture.means, mixture.covariances, strict=True)
+    for k, (weight, mean, covariance) in enumerate(parts):
+        full = covariance if covariance.ndim == 2 else np.diag(covariance)
+        lower = np.linalg.cholesky(full)
+        z = np.linalg.solve(lower, (x - mean).T)
+        log_det = 2 * np.log(np.diag(lower)).sum() + x.shape[1] * np.log(2 * np.pi)
+        log_prob[k] = np.log(weight) - 0.5 * (log_det + (z * z).sum(axis=0))
+    top = log_prob.max(axis=0)
+    return float((top + np.log(np.exp(log_prob - top).sum(axis=0))).mean())

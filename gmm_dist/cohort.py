@@ -1,0 +1,280 @@
+"""A cohort of lanes between two passes: scored, stepped, and moved to the precision they need.
+
+Precision is measured, per lane. Iterations use float32 products while (a) the error of the
+mean log-likelihood, seen on a sample of rows in the pass itself, is far below tol, and (b)
+rounding cannot reach a covariance through the cancellation in S/N - μμᵀ. Otherwise the pass is
+repeated in float64; where even its products could lose what matters, in the centred form. What
+a lane is ranked by is always scored in float64.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from gmm_dist.config import EMConfig
+from gmm_dist.families import FAMILIES, Moments, maximise, natural
+from gmm_dist.kernel import EStep, LaneGroup, Precision
+from gmm_dist.parameters import Parameters, Stack
+from gmm_dist.statistics import PassStatistics, SufficientStatistics, TotalMoments
+
+_NEXT = {Precision.FLOAT32: Precision.FLOAT64, Precision.FLOAT64: Precision.CENTRED}
+# The largest amplification of rounding (families.Natural.condition) that each form may meet:
+# 2^-24 · 1.7e3 = 1e-4 of a covariance, 2^-53 · 1e7 = 1e-9.
+_MAX_CONDITION = {Precision.FLOAT32: 1.7e3, Precision.FLOAT64: 1e7, Precision.CENTRED: math.inf}
+# float32's error of the mean log-likelihood may be a tenth of tol, or of this where tol is less.
+_SMALLEST_TOL = 1e-5
+_LADDER = [0.0] + [10.0**rung for rung in range(-10, -3)]
+
+
+class Outcome(enum.Enum):
+    """Where a lane stands."""
+
+    RUNNING = enum.auto()
+    CONVERGED = enum.auto()
+    MAX_ITER = enum.auto()
+    SINGULAR = enum.auto()
+    HOPELESS = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One mixture being fitted: the parameters that the next pass scores, and its history."""
+
+    parameters: Parameters
+    theta: Float64[Tensor, "k P"]
+    precision: Precision
+    reg_covar: float
+    nk: Float64[Tensor, " k"]
+    outcome: Outcome = Outcome.RUNNING
+    n_iter: int = 0
+    lower_bounds: list[float] = field(default_factory=list)
+    log_likelihood: float = -math.inf
+    entropy: float = math.nan
+    # The bound before this one, if the present precision has scored it.
+    last_bound: float | None = None
+    # What the lane will have come to when float64 has scored its parameters.
+    verdict: Outcome | None = None
+
+    @classmethod
+    def start(cls, parameters: Parameters, config: EMConfig) -> Lane:
+        exact = config.precision == "float64"
+        at_start = natural(Stack.of([parameters]))
+        lane = cls(
+            parameters=parameters,
+            theta=at_start.theta,
+            precision=Precision.FLOAT64 if exact else Precision.FLOAT32,
+            reg_covar=config.reg_covar,
+            nk=torch.zeros_like(parameters.weights),
+        )
+        if bool(at_start.failed.any()):
+            lane.outcome = Outcome.SINGULAR
+        return lane
+
+    def repeat_in(self, precision: Precision) -> None:
+        """Have the next pass score the same parameters, more carefully."""
+        self.precision, self.last_bound = precision, None
+
+
+def grouped(lanes: Sequence[Lane]) -> list[list[Lane]]:
+    """Group lanes of one covariance type and precision, in a fixed order."""
+    groups: dict[tuple[str, Precision], list[Lane]] = {}
+    for lane in lanes:
+        groups.setdefault((lane.parameters.covariance_type, lane.precision), []).append(lane)
+    return list(groups.values())
+
+
+def task_of(groups: Sequence[Sequence[Lane]]) -> EStep:
+    """Return the pass that scores all lanes."""
+    return EStep(tuple(_packed(group) for group in groups), groups[0][0].parameters.n_features)
+
+
+def _packed(group: Sequence[Lane]) -> LaneGroup:
+    kind, precision = group[0].parameters.covariance_type, group[0].precision
+    sizes = tuple(lane.parameters.n_components for lane in group)
+    if precision is Precision.CENTRED:
+        stack = Stack.of([lane.parameters for lane in group])
+        return LaneGroup(kind, precision, sizes, stack=stack)
+    return LaneGroup(kind, precision, sizes, theta=torch.cat([lane.theta for lane in group]))
+
+
+def advance(
+    group: Sequence[Lane],
+    sums: SufficientStatistics,
+    whole: PassStatistics,
+    total: TotalMoments,
+    config: EMConfig,
+) -> None:
+    """Score the lanes of a group with what a pass brought back, and step those that go on."""
+    per_lane = sums.moments.split([lane.parameters.n_components for lane in group], dim=1)
+    going_on = []
+    for i, lane in enumerate(group):
+        moments = _moments(lane, per_lane[i], total)
+        log_likelihood = float(sums.log_likelihood[i]) + _shared_quadratic(lane, total)
+        error = float(sums.float32_error[i]) / max(whole.n_checked, 1)
+        if _needs_float64(lane, log_likelihood, error, config):
+            lane.repeat_in(Precision.FLOAT64)
+            continue
+        lane.nk, lane.entropy = moments.nk.clone(), float(sums.entropy[i])
+        if _score(lane, log_likelihood, whole.n_samples, config):
+            going_on.append((lane, moments))
+    if going_on:
+        _m_step([lane for lane, _ in going_on], [m for _, m in going_on], total, config)
+
+
+def _moments(lane: Lane, sums: Tensor, total: TotalMoments) -> Moments:
+    kind = lane.parameters.covariance_type
+    if lane.precision is not Precision.CENTRED:
+        return FAMILIES[kind].moments(sums, total.sum_xx)
+    layout = FAMILIES["full" if kind == "tied" else kind]
+    about = layout.moments(sums, total.sum_xx)
+    return Moments(about.nk, about.sum_x, about.sum_xx, lane.parameters.means)
+
+
+def _shared_quadratic(lane: Lane, total: TotalMoments) -> float:
+    """Return what the products of a tied lane left out of Σ log p: -½ tr(Σ⁻¹ S)."""
+    if lane.parameters.covariance_type != "tied" or lane.precision is Precision.CENTRED:
+        return 0.0
+    factors, _ = FAMILIES["tied"].precisions_cholesky(lane.parameters.covariances[None])
+    return -0.5 * float(((factors[0].T @ total.sum_xx) * factors[0].T).sum())
+
+
+def _needs_float64(lane: Lane, log_likelihood: float, error: float, config: EMConfig) -> bool:
+    if lane.precision is not Precision.FLOAT32 or config.precision != "auto":
+        return False
+    harmless = error <= max(config.tol, _SMALLEST_TOL) / 10
+    return not (harmless and math.isfinite(log_likelihood))
+
+
+def _score(lane: Lane, log_likelihood: float, n_samples: float, config: EMConfig) -> bool:
+    """Note the likelihood of a lane's parameters; return whether it goes on to an M-step."""
+    bound = log_likelihood / n_samples
+    lane.log_likelihood = log_likelihood
+    del lane.lower_bounds[lane.n_iter :]  # of the same parameters, in a lower precision
+    lane.lower_bounds.append(bound)
+    converged = lane.last_bound is not None and abs(bound - lane.last_bound) < config.tol
+    lane.last_bound = bound
+    if not math.isfinite(bound):
+        lane.outcome = Outcome.SINGULAR
+    elif lane.verdict is not None:
+        lane.outcome = lane.verdict
+    elif converged or lane.n_iter == config.max_iter:
+        return _stop(lane, Outcome.CONVERGED if converged else Outcome.MAX_ITER, config)
+    return lane.outcome is Outcome.RUNNING and lane.verdict is None
+
+
+def _stop(lane: Lane, outcome: Outcome, config: EMConfig) -> bool:
+    """End a float64 lane; have float64 judge one that float32 has brought this far."""
+    if lane.precision is not Precision.FLOAT32:
+        lane.outcome = outcome
+        return False
+    lane.repeat_in(Precision.FLOAT64)
+    if (
+        outcome is Outcome.CONVERGED
+        and config.precision == "auto"
+        and lane.n_iter < config.max_iter
+    ):
+        return True
+    lane.verdict = outcome
+    return False
+
+
+def _m_step(
+    lanes: Sequence[Lane], moments: Sequence[Moments], total: TotalMoments, config: EMConfig
+) -> None:
+    """Give every lane its next parameters, or the precision or regularisation that it needs."""
+    kind = lanes[0].parameters.covariance_type
+    stack = maximise(kind, _stacked(kind, moments), _sizes(lanes), _reg(lanes))
+    at = natural(stack)
+    sizes = list(stack.sizes)
+    parts = (
+        stack.lanes(),
+        at.theta.split(sizes),
+        at.failed.split(sizes),
+        at.condition.split(sizes),
+    )
+    for lane, own, parameters, theta, failed, condition in zip(lanes, moments, *parts, strict=True):
+        singular = bool(failed.any())
+        limit = _MAX_CONDITION[lane.precision]
+        if (singular or bool((condition > limit).any())) and _escalate(lane, total, config):
+            continue
+        if singular:
+            _climb(lane, own, total, config)
+        else:
+            lane.parameters, lane.theta = parameters, theta
+            lane.n_iter += 1
+
+
+def _escalate(lane: Lane, total: TotalMoments, config: EMConfig) -> bool:
+    """Repeat the pass in the next better form; return False where there is none."""
+    if config.precision == "float32" or lane.precision is Precision.CENTRED:
+        return False
+    better = _NEXT[lane.precision]
+    if better is Precision.CENTRED and is_degenerate(lane, total):
+        lane.outcome = Outcome.HOPELESS  # not worth the slowest passes there are
+    lane.repeat_in(better)
+    return True
+
+
+def _climb(lane: Lane, moments: Moments, total: TotalMoments, config: EMConfig) -> None:
+    """Raise a lane's regularisation until its covariances are positive definite."""
+    scale = float(total.covariance.diagonal().clamp_min(0).mean())
+    kind = lane.parameters.covariance_type
+    for rung in _LADDER:
+        lane.reg_covar = max(lane.reg_covar, rung * scale)
+        stack = maximise(kind, _stacked(kind, [moments]), _sizes([lane]), _reg([lane]))
+        at = natural(stack)
+        if not bool(at.failed.any()):
+            lane.parameters, lane.theta = stack.lanes()[0], at.theta
+            lane.n_iter += 1
+            return
+    lane.outcome = Outcome.SINGULAR
+
+
+def _stacked(kind: str, moments: Sequence[Moments]) -> Moments:
+    if len(moments) == 1:
+        return moments[0]
+    shared = kind == "tied" and moments[0].sum_xx.ndim == 2
+    sum_xx = moments[0].sum_xx if shared else torch.cat([m.sum_xx for m in moments])
+    return Moments(
+        torch.cat([m.nk for m in moments]),
+        torch.cat([m.sum_x for m in moments]),
+        sum_xx,
+        torch.cat([m.about for m in moments]),
+    )
+
+
+def _sizes(lanes: Sequence[Lane]) -> tuple[int, ...]:
+    return tuple(lane.parameters.n_components for lane in lanes)
+
+
+def _reg(lanes: Sequence[Lane]) -> Float64[Tensor, " K"]:
+    reg = torch.tensor([lane.reg_covar for lane in lanes], dtype=torch.float64)
+    return torch.repeat_interleave(reg, torch.tensor(_sizes(lanes)))
+
+
+def is_degenerate(lane: Lane, total: TotalMoments) -> bool:
+    """Say whether a component has too few rows, or is flat where the data are not.
+
+    Flat: regularisation makes up most of the variance in a direction. Directions in which all
+    the rows together are flat (a constant column, a duplicated one) do not count.
+    """
+    d, reg = lane.parameters.n_features, lane.reg_covar
+    if float(lane.nk.min()) < min(d + 1, total.n_samples):
+        return True
+    if reg == 0:
+        return False
+    kind, stack = lane.parameters.covariance_type, Stack.of([lane.parameters])
+    if kind in ("full", "tied"):
+        flat = (torch.linalg.eigvalsh(stack.covariances) < 2 * reg).sum(-1)
+        allowed = (torch.linalg.eigvalsh(total.covariance) < reg).sum()
+    else:
+        flat = (FAMILIES[kind].variances(stack.covariances, d) < 2 * reg).sum(-1)
+        allowed = (total.covariance.diagonal() < reg).sum()
+    return bool((flat > allowed).any())

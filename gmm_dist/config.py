@@ -1,0 +1,56 @@
+"""Frozen, validated settings of a fit and of a sweep."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gmm_dist.errors import UserError
+
+PRECISIONS = ("auto", "float32", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class EMConfig:
+    """Settings of the EM loop.
+
+    `tol` is the gain in mean log-likelihood per row (nats) below which a lane has converged;
+    it does not depend on the number of rows. `reg_covar` (squared feature units) is added to
+    the diagonal of every covariance. `precision` is the arithmetic of the passes: `auto` uses
+    float32 while its measured error is harmless (see `em`).
+
+    Raises UserError for a value out of range.
+    """
+
+    tol: float = 1e-3
+    max_iter: int = 100
+    reg_covar: float = 1e-6
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.tol >= 0 and math.isfinite(self.tol), "tol", self.tol, "a number >= 0")
+        _require(self.max_iter >= 1, "max_iter", self.max_iter, "a whole number >= 1")
+        reg_ok = self.reg_covar >= 0 and math.isfinite(self.reg_covar)
+        _require(reg_ok, "reg_covar", self.reg_covar, "a number >= 0")
+        allowed = ", ".join(PRECISIONS)
+        _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class StartConfig:
+    """Settings of the starts: `n_init` restarts per candidate on at most `n_sample` rows."""
+
+    n_init: int = 8
+    n_sample: int = 10_000
+    random_state: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.n_init >= 1, "n_init", self.n_init, "a whole number >= 1")
+        _require(self.n_sample >= 1, "n_sample", self.n_sample, "a whole number >= 1")
+        seed_ok = 0 <= self.random_state < 2**63
+        _require(seed_ok, "random_state", self.random_state, "a whole number from 0 to 2**63 - 1")
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise UserError(f"{name} is {value}: give {wanted}")

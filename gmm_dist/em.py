@@ -1,0 +1,102 @@
+"""EM for a cohort of lanes: every pass over the rows serves all lanes that still run."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float64
+from torch import Tensor
+
+from gmm_dist.cohort import Lane, Outcome, advance, grouped, is_degenerate, task_of
+from gmm_dist.config import EMConfig
+from gmm_dist.parameters import Parameters
+from gmm_dist.shards import Shards
+from gmm_dist.statistics import TotalMoments
+
+
+class Status(enum.Enum):
+    """Why EM stopped; the value is the sentence to show a user."""
+
+    CONVERGED = "converged: the gain in mean log-likelihood fell below tol"
+    MAX_ITER = "max_iter reached before convergence: raise max_iter or tol"
+    COLLAPSED = "collapsed: a covariance is singular; use fewer components or a larger reg_covar"
+    DEGENERATE = (
+        "degenerate: a component has fewer than d + 1 rows or lies on the regularisation floor; "
+        "use fewer components"
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FitResult:
+    """One lane's outcome. `log_likelihood` (sum, nats) and `entropy` belong to `parameters`.
+
+    `lower_bounds` are the mean log-likelihoods per row, one for each set of parameters scored;
+    `nk` (k,) the rows that each component answers for.
+    """
+
+    parameters: Parameters
+    status: Status
+    converged: bool
+    n_iter: int
+    n_samples: float
+    log_likelihood: float
+    entropy: float
+    lower_bounds: tuple[float, ...]
+    nk: Float64[Tensor, " k"]
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the likelihood means something: the lane neither collapsed nor degenerated."""
+        return self.status in (Status.CONVERGED, Status.MAX_ITER)
+
+
+Watch = Callable[[Sequence[Lane]], None]
+
+
+def fit(
+    shards: Shards,
+    starts: Sequence[Parameters],
+    config: EMConfig,
+    total: TotalMoments,
+    *,
+    watch: Watch = lambda lanes: None,
+) -> list[FitResult]:
+    """Run EM from every start until a `Status` says stop, all lanes in the same passes.
+
+    Starts and results are about the rows' shared centre. `total` are the moments of all rows;
+    `watch` sees the lanes after each pass. A lane that fails never ends its siblings.
+    """
+    lanes = [Lane.start(parameters, config) for parameters in starts]
+    while running := [lane for lane in lanes if lane.outcome is Outcome.RUNNING]:
+        groups = grouped(running)
+        statistics = shards.run(task_of(groups))
+        for group, sums in zip(groups, statistics.groups, strict=True):
+            advance(group, sums, statistics, total, config)
+        watch(lanes)
+    return [_result(lane, total) for lane in lanes]
+
+
+def _result(lane: Lane, total: TotalMoments) -> FitResult:
+    return FitResult(
+        # The parameters returned are those that were scored.
+        parameters=lane.parameters,
+        status=_status(lane, total),
+        converged=lane.outcome is Outcome.CONVERGED,
+        n_iter=lane.n_iter,
+        n_samples=total.n_samples,
+        log_likelihood=lane.log_likelihood,
+        entropy=lane.entropy,
+        lower_bounds=tuple(lane.lower_bounds),
+        nk=lane.nk,
+    )
+
+
+def _status(lane: Lane, total: TotalMoments) -> Status:
+    if lane.outcome is Outcome.SINGULAR or not math.isfinite(lane.log_likelihood):
+        return Status.COLLAPSED
+    if is_degenerate(lane, total):
+        return Status.DEGENERATE
+    return Status.CONVERGED if lane.outcome is Outcome.CONVERGED else Status.MAX_ITER

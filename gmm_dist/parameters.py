@@ -1,0 +1,86 @@
+"""A mixture's weights, means and covariances, in float64; and many of them as one stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
+
+
+@dataclass(frozen=True, eq=False)
+class Parameters:
+    """Hold the parameters of one Gaussian mixture.
+
+    Shapes (k components, d features), all float64 on the CPU:
+
+    - `weights` (k,): mixing weights, sum to one;
+    - `means` (k, d), in feature units;
+    - `covariances`, in squared feature units: full (k, d, d), tied (d, d), diag (k, d),
+      spherical (k,), as in scikit-learn.
+    """
+
+    weights: Float64[Tensor, " k"]
+    means: Float64[Tensor, "k d"]
+    covariances: Float64[Tensor, ...]
+    covariance_type: str
+
+    @property
+    def n_components(self) -> int:
+        return self.weights.shape[0]
+
+    @property
+    def n_features(self) -> int:
+        return self.means.shape[1]
+
+    def shifted(self, offset: Float64[Tensor, " d"]) -> Parameters:
+        """Return the same mixture of rows that were moved by `offset` (feature units)."""
+        return replace(self, means=self.means + offset)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Hold the parameters of L mixtures of one covariance type, component after component.
+
+    K is the number of components of all lanes together: `weights` (K,), `means` (K, d),
+    `covariances` as in `Parameters` with K in place of k, and (L, d, d) for tied.
+    """
+
+    weights: Float64[Tensor, " K"]
+    means: Float64[Tensor, "K d"]
+    covariances: Float64[Tensor, ...]
+    covariance_type: str
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lanes: Sequence[Parameters]) -> Stack:
+        """Stack mixtures of one covariance type."""
+        covariance_type = lanes[0].covariance_type
+        join = torch.stack if covariance_type == "tied" else torch.cat
+        return cls(
+            torch.cat([lane.weights for lane in lanes]),
+            torch.cat([lane.means for lane in lanes]),
+            join([lane.covariances for lane in lanes]),
+            covariance_type,
+            tuple(lane.n_components for lane in lanes),
+        )
+
+    @property
+    def lane_of_component(self) -> Int64[Tensor, " K"]:
+        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+
+    def per_component(self, values: Tensor) -> Tensor:
+        """Return one value per component, of values that come one per covariance."""
+        return values[self.lane_of_component] if self.covariance_type == "tied" else values
+
+    def lanes(self) -> list[Parameters]:
+        """Return the mixtures, one by one (views)."""
+        sizes = list(self.sizes)
+        tied = self.covariance_type == "tied"
+        covariances = self.covariances.unbind() if tied else self.covariances.split(sizes)
+        parts = zip(self.weights.split(sizes), self.means.split(sizes), covariances, strict=True)
+        return [Parameters(w, m, c, self.covariance_type) for w, m, c in parts]

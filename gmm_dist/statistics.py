@@ -1,0 +1,89 @@
+"""Sufficient statistics of a pass over the rows, and their sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float64
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SufficientStatistics:
+    """All that the M-step needs to know about a set of rows, for a stack of lanes.
+
+    The lanes (one mixture each) are of one covariance type; their components stand one after
+    another. A commutative monoid: `+` merges the statistics of disjoint sets of rows, so shards
+    may be reduced in any order (equal up to float64 rounding; the plan's fixed tree makes a fit
+    reproducible).
+
+    - `moments` (P, K): the sums over rows of w_n r_nk φ(x_n), P features of the covariance
+      type (see `families`), K components of all lanes;
+    - `log_likelihood` (L,): sums of w_n log p(x_n), nats, one per lane;
+    - `entropy` (L,): sums of -w_n Σ_k r_nk ln r_nk, nats; measured by float64 lanes, else 0;
+    - `float32_error` (L,): sums of |log p in float32 - log p in float64| over the checked rows.
+    """
+
+    moments: Float64[Tensor, "P K"]
+    log_likelihood: Float64[Tensor, " L"]
+    entropy: Float64[Tensor, " L"]
+    float32_error: Float64[Tensor, " L"]
+
+    def __add__(self, other: SufficientStatistics) -> SufficientStatistics:
+        return SufficientStatistics(
+            self.moments + other.moments,
+            self.log_likelihood + other.log_likelihood,
+            self.entropy + other.entropy,
+            self.float32_error + other.float32_error,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassStatistics:
+    """What one pass over the rows brings back: statistics per group of lanes, and row counts.
+
+    `n_samples` is the sum of the sample weights (the number of rows without weights);
+    `n_checked` counts the rows whose float32 log-density was held against float64.
+    """
+
+    groups: tuple[SufficientStatistics, ...]
+    n_samples: float
+    n_checked: int
+
+    def __add__(self, other: PassStatistics) -> PassStatistics:
+        pairs = zip(self.groups, other.groups, strict=True)
+        return PassStatistics(
+            tuple(mine + theirs for mine, theirs in pairs),
+            self.n_samples + other.n_samples,
+            self.n_checked + other.n_checked,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TotalMoments:
+    """Moments of all rows together, about the shared centre: a constant of the data.
+
+    `n_samples` is the sum of the weights, `sum_x` (d,) and `sum_xx` (d, d) the weighted sums of
+    x and x xᵀ; `n_rows` counts rows of positive weight.
+    """
+
+    n_samples: float
+    n_rows: int
+    sum_x: Float64[Tensor, " d"]
+    sum_xx: Float64[Tensor, "d d"]
+
+    def __add__(self, other: TotalMoments) -> TotalMoments:
+        return TotalMoments(
+            self.n_samples + other.n_samples,
+            self.n_rows + other.n_rows,
+            self.sum_x + other.sum_x,
+            self.sum_xx + other.sum_xx,
+        )
+
+    @property
+    def mean(self) -> Float64[Tensor, " d"]:
+        return self.sum_x / self.n_samples
+
+    @property
+    def covariance(self) -> Float64[Tensor, "d d"]:
+        return self.sum_xx / self.n_samples - self.mean[:, None] * self.mean

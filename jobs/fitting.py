@@ -1,0 +1,203 @@
+"""What sweep.py and fit.py assemble: lake, cluster, sweep, artifacts."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from progress import Progress, ranking
+from rich.console import Console
+
+from gmm_dist import __version__, artifacts, lake
+from gmm_dist.cluster import RayShards, ScalingConfig, connected
+from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.errors import UserError
+from gmm_dist.lake import Plan
+from gmm_dist.loading import Counted, LakeLoader, column_means, count_rows, loader_for
+from gmm_dist.mixture import Mixture
+from gmm_dist.parameters import Parameters
+from gmm_dist.sweep import Candidate, Scored, SweepResult, require_rows, sweep
+
+_PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")
+
+
+def fit_lake(options: argparse.Namespace) -> None:
+    """Plan, load, fit, rank and commit; print the ranked table and where the model is."""
+    torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
+    began = time.monotonic()
+    em_config = EMConfig(options.tol, options.max_iter, options.reg_covar, options.precision)
+    start_config = StartConfig(n_init=options.n_init, random_state=options.random_state)
+    scaling = ScalingConfig(options.num_workers, options.use_gpu)
+    given = _given(options)
+    candidates = _candidates(options, given)
+    plan = lake.plan(
+        options.data,
+        columns=options.columns,
+        weight_column=options.weight_column,
+        where=options.where,
+        missing=options.missing,
+    )
+    require_rows(candidates, plan.n_rows)
+    loader = loader_for(plan)
+    starts = None if given is None else [_about_centre(given, plan, loader)]
+    progress = Progress(Console(stderr=True))
+    with artifacts.claim(options.output) as attempt:
+        with connected(options.address, scaling), progress.shown():
+            shards = RayShards(loader, plan.n_shards, scaling)
+            counted = _load(shards, loader, progress)
+            progress.starting(start_config.n_init)
+            result = sweep(
+                shards,
+                candidates,
+                em_config,
+                start_config,
+                n_features=plan.n_features,
+                criterion=options.criterion,
+                given=starts,
+                watch=progress.standings,
+            )
+            shards.close()
+        print_table(result)
+        if result.best is None:
+            raise UserError(
+                f"none of the {len(candidates)} candidates could be ranked, see the table: "
+                "use smaller --k, more rows, or leave out constant and duplicated columns"
+            )
+        mixture = _mixture(result.best, plan, loader)
+        settings = {"em": asdict(em_config), "start": asdict(start_config)}
+        attempt.write_model(mixture, _provenance(result.best, plan, settings))
+        report = _report(result, plan, counted, settings, time.monotonic() - began)
+        attempt.write_json(artifacts.REPORT, report)
+        attempt.commit()
+    best = result.best
+    print(
+        f"best by {result.criterion.upper()}: k={best.candidate.k} "
+        f"{best.candidate.covariance_type}, {best.value(result.criterion):,.1f}; "
+        f"model in {options.output.rstrip('/')}/model"
+    )
+
+
+def _given(options: argparse.Namespace) -> Mixture | None:
+    start = getattr(options, "start", None)
+    return None if start is None else artifacts.load(start)
+
+
+def _candidates(options: argparse.Namespace, given: Mixture | None) -> list[Candidate]:
+    if given is None:
+        pairs = itertools.product(options.covariance_type, options.k)
+        return [Candidate(k, kind) for kind, k in pairs]
+    if options.k not in (None, [given.n_components]):
+        raise UserError(
+            f"--k is {options.k[0]} but the model of --start has {given.n_components} components: "
+            "leave out --k"
+        )
+    return [Candidate(given.n_components, given.covariance_type)]
+
+
+def _about_centre(given: Mixture, plan: Plan, loader: LakeLoader) -> Parameters:
+    if given.feature_names != plan.feature_names:
+        raise UserError(
+            f"the model of --start has the features {', '.join(given.feature_names)}, the data "
+            f"{', '.join(plan.feature_names)}: name the model's with --columns, in its order"
+        )
+    return given.parameters.shifted(-torch.from_numpy(loader.centre))
+
+
+def _load(shards: RayShards, loader: LakeLoader, progress: Progress) -> Counted:
+    """Have the workers load their rows; where values are missing, after a pass for the means."""
+    plan = loader.plan
+
+    def watch(done: int, n_rows: int) -> None:
+        progress.loading(done, plan.n_shards, n_rows)
+
+    n_rows = shards.load(watch)
+    if n_rows == 0:
+        filters = f" after --where {str(plan.where)!r}" if plan.where else ""
+        raise UserError(
+            f"{plan.url}: no rows are left of {plan.n_rows:,}{filters}: "
+            "loosen --where or choose another --missing"
+        )
+    if plan.missing == "mean":
+        fill = column_means(shards, loader)
+        shards.replace(LakeLoader(plan, loader.centre, loader.dtype, fill))
+        shards.load(watch)
+    return shards.run(count_rows)
+
+
+def _mixture(best: Scored, plan: Plan, loader: LakeLoader) -> Mixture:
+    parameters = best.fit.parameters.shifted(torch.from_numpy(loader.centre))
+    return Mixture(parameters, plan.feature_names, best.fit.n_samples, best.fit.log_likelihood)
+
+
+def _provenance(best: Scored, plan: Plan, settings: dict[str, Any]) -> artifacts.Provenance:
+    return artifacts.Provenance(
+        criteria={"bic": best.bic, "aic": best.aic, "icl": best.icl},
+        status=best.fit.status.value,
+        converged=best.fit.converged,
+        n_iter=best.fit.n_iter,
+        config=settings,
+        plan_hash=plan.hash,
+        versions=_versions(),
+    )
+
+
+def _report(
+    result: SweepResult, plan: Plan, counted: Counted, settings: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    best, ranked = result.best, result.ranked
+    assert best is not None
+    return {
+        "criterion": result.criterion,
+        "best": asdict(best.candidate),
+        "candidates": [_entry(s, ranked.index(s) + 1) for s in result.scored],
+        "n_samples": result.n_samples,
+        "n_rows": counted.n_rows,
+        "rows": asdict(counted.counts),
+        "feature_names": plan.feature_names,
+        "data": plan.url,
+        "plan_hash": plan.hash,
+        "config": settings,
+        "seconds": seconds,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    # Ours is asked of the package itself: a Ray job's working directory is not installed.
+    return {"gmm_dist": __version__, **artifacts.library_versions(_PACKAGES)}
+
+
+def _entry(scored: Scored, rank: int) -> dict[str, Any]:
+    fit = scored.fit
+    return {
+        **asdict(scored.candidate),
+        "rank": rank if fit.is_ranked else None,
+        "status": fit.status.value,
+        "converged": fit.converged,
+        "n_iter": fit.n_iter,
+        "log_likelihood": fit.log_likelihood,
+        "lower_bounds": fit.lower_bounds,
+        "n_parameters": scored.n_parameters,
+        "bic": scored.bic,
+        "aic": scored.aic,
+        "icl": scored.icl,
+        "seconds": scored.seconds,
+    }
+
+
+def print_table(result: SweepResult) -> None:
+    """Print the ranked table, and a warning when the best k is the grid's edge."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(ranking(result))
+    if result.at_edge is not None and result.best is not None:
+        k = result.best.candidate.k
+        beyond = f"{k}..{2 * k}" if result.at_edge == "largest" else f"1..{k}"
+        console.print(
+            f"warning: the best k is the {result.at_edge} tried; run again with --k {beyond}"
+        )

@@ -1,0 +1,130 @@
+"""The command line that the jobs share, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from gmm_dist.config import PRECISIONS
+from gmm_dist.errors import UserError
+from gmm_dist.parameters import COVARIANCE_TYPES
+
+USER_CAN_MEND = 2
+_MAX_K = 100_000
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line, and ends with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse_k(text: str) -> list[int]:
+    """Read `8`, `4,8,16` or `2..20` (inclusive), or several of them joined by commas.
+
+    Raises argparse.ArgumentTypeError, whose message names the part that is wrong.
+    """
+    ks: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*\.\.\s*(\d+))?\s*", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is not like 8, 4,8,16 or 2..20")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first < 1 or last < first or last > _MAX_K:
+            raise argparse.ArgumentTypeError(f"{part!r} is not a range of whole numbers from 1 up")
+        ks.update(dict.fromkeys(range(first, last + 1)))
+    return list(ks)
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every fitting job has."""
+    parser.add_argument("data", metavar="DATA", help="folder or file of Parquet, local or any URL")
+    parser.add_argument("--output", required=True, metavar="OUT", help="a new folder or URL")
+    _add_rows(parser.add_argument_group("rows"))
+    _add_fit(parser.add_argument_group("fit"))
+    _add_cluster(parser.add_argument_group("cluster"))
+
+
+def _add_rows(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="COLUMN",
+        help="numeric columns, or one fixed-size-list column (default: all float columns)",
+    )
+    group.add_argument("--weight-column", metavar="COLUMN", help="sample weights, not negative")
+    group.add_argument(
+        "--where",
+        metavar="TEXT",
+        help="""keep rows where this holds, e.g. "ds >= '2026-11-01' and income > 0" """,
+    )
+    group.add_argument(
+        "--missing",
+        choices=("error", "drop", "mean"),
+        default="error",
+        help="what to do about nulls and NaN (default: %(default)s)",
+    )
+
+
+def _add_fit(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--covariance-type",
+        nargs="+",
+        choices=COVARIANCE_TYPES,
+        default=["full"],
+        help="families to fit, all in the same passes (default: full)",
+    )
+    group.add_argument("--n-init", type=int, default=8, help="restarts (default: %(default)s)")
+    group.add_argument(
+        "--tol",
+        type=float,
+        default=1e-3,
+        help="stop when the mean log-likelihood gains less, in nats per row (default: %(default)s)",
+    )
+    group.add_argument("--max-iter", type=int, default=100, help="(default: %(default)s)")
+    group.add_argument(
+        "--reg-covar",
+        type=float,
+        default=1e-6,
+        help="added to every variance, in squared feature units (default: %(default)s)",
+    )
+    group.add_argument("--random-state", type=int, default=0, help="seed (default: %(default)s)")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="arithmetic of the passes; auto measures what is needed (default: %(default)s)",
+    )
+
+
+def _add_cluster(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--num-workers", type=int, help="actors that hold rows (default: one per CPU or GPU)"
+    )
+    group.add_argument(
+        "--use-gpu",
+        action=argparse.BooleanOptionalAction,
+        help="give each worker a GPU (default: if the cluster has any)",
+    )
+    group.add_argument(
+        "--address", help="Ray cluster (default: the one the job runs in, else one started here)"
+    )
+
+
+def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Run a job and return its exit status: 0 done, 2 for what the user can mend."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    logging.getLogger("gmm_dist").setLevel(logging.INFO)
+    try:
+        job(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_CAN_MEND
+    return 0

@@ -1,0 +1,57 @@
+"""Write small Parquet lakes, and damage them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def write(
+    path: Path, columns: Mapping[str, Any] | pa.Table, *, rows_per_group: int | None = None
+) -> Path:
+    """Write one Parquet file, and the folders above it."""
+    table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=rows_per_group)
+    return path
+
+
+def embeddings(rows: npt.ArrayLike, *, type_: pa.DataType | None = None) -> pa.Array:
+    """Return rows (n, d) as a fixed-size-list column."""
+    X = np.asarray(rows)
+    values = pa.array(X.ravel(), type=type_)
+    return pa.FixedSizeListArray.from_arrays(values, X.shape[1])
+
+
+def upload(folder: Path, fs: fsspec.AbstractFileSystem, url: str) -> str:
+    """Copy a local folder to `url`, file by file, and return `url`."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            target = f"{url}/{path.relative_to(folder).as_posix()}"
+            fs.pipe_file(fs._strip_protocol(target), path.read_bytes())
+    return url
+
+
+def put_marker(fs: fsspec.AbstractFileSystem, url: str) -> None:
+    """Put a zero-byte object `url/`, as consoles, Spark and EMR do for a folder."""
+    bucket, _, key = fs._strip_protocol(url).partition("/")
+    fs.call_s3("put_object", Bucket=bucket, Key=f"{key}/", Body=b"")
+
+
+def truncate(path: Path, size: int) -> None:
+    """Keep the first `size` bytes of a file."""
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def corrupt(path: Path, *, start: int, length: int) -> None:
+    """Overwrite bytes in the middle of a file; its size stays."""
+    data = bytearray(path.read_bytes())
+    data[start : start + length] = b"\xff" * length
+    path.write_bytes(data)

@@ -1,0 +1,263 @@
+"""The jobs through their main, and once as a user starts them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fit as fit_job
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sweep as sweep_job
+from conftest import S3Server
+from options import parse_k
+
+import gmm_dist
+
+ROOT = Path(__file__).parent.parent
+Errors = pytest.CaptureFixture[str]
+
+
+def table(n: int = 600, *, seed: int = 0) -> pa.Table:
+    """Return rows of three clusters, in two float columns, with a day and a weight."""
+    rng = np.random.default_rng(seed)
+    centres = np.array([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+    X = rng.normal(size=(n, 2)) + centres[np.arange(n) % 3]
+    return pa.table(
+        {
+            "x": X[:, 0],
+            "y": X[:, 1],
+            "day": np.arange(n) % 5,
+            "w": rng.integers(0, 3, size=n).astype(float),
+            "name": [f"row {i}" for i in range(n)],
+        }
+    )
+
+
+def lake(folder: Path, rows: pa.Table | None = None) -> str:
+    folder.mkdir()
+    rows = table() if rows is None else rows
+    half = len(rows) // 2
+    pq.write_table(rows.slice(0, half), folder / "a.parquet", row_group_size=100)
+    pq.write_table(rows.slice(half), folder / "b.parquet", row_group_size=100)
+    return str(folder)
+
+
+def replaced(column: str, row: int, value: float | None) -> pa.Table:
+    rows = table()
+    values = rows[column].to_pylist()
+    values[row] = value
+    return rows.set_column(rows.column_names.index(column), column, pa.array(values, pa.float64()))
+
+
+def refused(capfd: Errors, *argv: str, job: Callable[..., int] = sweep_job.main) -> str:
+    """Run a job that must end with status 2 and one line; return the line."""
+    assert job(argv) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def model_hash(output: Path) -> str:
+    return hashlib.sha256((output / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_sweep_leaves_a_model_a_report_and_a_manifest(
+    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = lake(tmp_path / "lake"), tmp_path / "out"
+    argv = [data, "--columns", "x", "y", "--k", "1..4", "--output", str(out)]
+    assert sweep_job.main([*argv, "--address", ray_address]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("best by BIC: k=3 full, ")
+    report = json.loads((out / "sweep.json").read_text())
+    assert report["best"] == {"k": 3, "covariance_type": "full"}
+    assert report["n_rows"] == report["rows"]["read"] == 600
+    assert [c["k"] for c in report["candidates"]] == [1, 2, 3, 4]
+    wanted = "k covariance_type status converged n_iter log_likelihood n_parameters bic aic icl"
+    assert {*wanted.split(), "seconds"} <= report["candidates"][0].keys()
+    model = gmm_dist.load(str(out))
+    X = np.stack([table()["x"], table()["y"]], axis=1)
+    best = report["candidates"][2]
+    assert model.score_samples(X).sum() == pytest.approx(best["log_likelihood"], rel=1e-9)
+    assert model.bic(X) == pytest.approx(best["bic"], rel=1e-9)
+    assert (out / "manifest.json").exists()
+
+
+def test_rows_columns_weights_and_missing_values_are_what_was_asked_for(
+    tmp_path: Path, ray_address: str
+) -> None:
+    data = lake(tmp_path / "lake", replaced("x", 7, None))
+    for missing, n_rows, counted in (("drop", 359, "dropped"), ("mean", 360, "imputed")):
+        out = tmp_path / missing
+        argv = [data, "--columns", "y", "x", "--k", "3", "--output", str(out)]
+        argv += ["--where", "day >= 1 and day < 4", "--weight-column", "w", "--missing", missing]
+        assert fit_job.main([*argv, "--address", ray_address]) == 0
+        report = json.loads((out / "sweep.json").read_text())
+        assert report["feature_names"] == ["y", "x"]
+        assert report["n_rows"] == n_rows
+        assert report["rows"]["filtered"] == 240
+        assert report["rows"][counted] == 1
+        assert report["n_samples"] != n_rows
+
+
+def test_a_fit_goes_on_from_a_model(tmp_path: Path, ray_address: str) -> None:
+    data, first, second = lake(tmp_path / "lake"), tmp_path / "one", tmp_path / "two"
+    common = ["--columns", "x", "y", "--address", ray_address]
+    assert fit_job.main([data, "--k", "3", "--output", str(first), *common]) == 0
+    argv = [data, "--start", str(first / "model"), "--output", str(second), *common]
+    assert fit_job.main(argv) == 0
+    one, two = gmm_dist.load(str(first)), gmm_dist.load(str(second))
+    assert two.log_likelihood >= one.log_likelihood
+    np.testing.assert_allclose(two.parameters.means, one.parameters.means, atol=0.05)
+
+
+def test_workers_do_not_change_a_bit_and_neither_does_s3(
+    tmp_path: Path, ray_address: str, s3_lake: S3Server
+) -> None:
+    data = lake(tmp_path / "lake")
+    fs = s3_lake.file_system()
+    fs.put(data, s3_lake.url, recursive=True)
+    hashes = set()
+    places = [(data, "1"), (data, "2"), (data, "4"), (s3_lake.url, "2")]
+    for i, (place, workers) in enumerate(places):
+        out = tmp_path / f"out-{i}"
+        argv = [place, "--columns", "x", "y", "--k", "2..3", "--output", str(out)]
+        assert sweep_job.main([*argv, "--num-workers", workers, "--address", ray_address]) == 0
+        hashes.add(model_hash(out))
+    assert len(hashes) == 1
+
+
+def test_a_model_is_committed_to_s3(tmp_path: Path, ray_address: str, s3_lake: S3Server) -> None:
+    data, out = lake(tmp_path / "lake"), f"{s3_lake.url}/model"
+    argv = [data, "--columns", "x", "y", "--k", "3", "--output", out, "--address", ray_address]
+    assert fit_job.main(argv) == 0
+    assert gmm_dist.load(out).n_components == 3
+    assert gmm_dist.load(f"{out}/model").n_components == 3
+
+
+def test_as_a_user_starts_it_with_ray_embedded(tmp_path: Path) -> None:
+    data, out = lake(tmp_path / "lake"), tmp_path / "out"
+    command = [sys.executable, "jobs/sweep.py", data, "--columns", "x", "y", "--k", "2,3"]
+    done = subprocess.run(
+        [*command, "--output", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("best by BIC: k=3 full, ")
+    assert "loaded 1 of 1 shards, 600 rows" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "WARNING" not in done.stderr
+    again = subprocess.run(
+        [*command, "--output", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1].startswith(f"error: {out} already holds")
+    assert "Traceback" not in again.stderr
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--k", "three"], r"--k: 'three' is not like 8, 4,8,16 or 2\.\.20; see sweep\.py --help"),
+        (["--k", "5..2"], r"'5\.\.2' is not a range"),
+        (["--k", "0"], r"'0' is not a range of whole numbers from 1 up"),
+        (["--k", "2..601"], r"--k asks for 601 components, but there are 600 rows: give k of at"),
+        (["--k", "2", "--tol", "-1"], r"tol is -1\.0: give a number >= 0"),
+        (["--k", "2", "--n-init", "0"], r"n_init is 0: give a whole number >= 1"),
+        (["--k", "2", "--num-workers", "0"], r"num_workers is 0"),
+        (["--k", "2", "--columns", "x", "nope"], r"'nope'"),
+        (["--k", "2", "--columns", "x", "name"], r"'name'.*"),
+        (["--k", "2", "--columns", "x", "x"], r"'x'"),
+        (["--k", "2", "--where", "day = 3"], r"=="),
+        (["--k", "2", "--where", "day > 77"], r"day > 77"),
+        (["--k", "2", "--max-iter", "many"], r"--max-iter: invalid int value: 'many'; see"),
+    ],
+)
+def test_a_bad_option_is_one_line(
+    tmp_path: Path, capfd: Errors, argv: list[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    line = refused(capfd, lake(tmp_path / "lake"), "--output", str(out), *argv)
+    pytest.fail(line) if not __import__("re").search(message, line) else None
+    assert not out.exists()
+
+
+def test_a_missing_path_and_a_folder_without_parquet_are_one_line(
+    tmp_path: Path, capfd: Errors
+) -> None:
+    out = ["--k", "2", "--output", str(tmp_path / "out")]
+    assert str(tmp_path / "nowhere") in refused(capfd, str(tmp_path / "nowhere"), *out)
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused(capfd, str(tmp_path / "empty"), *out)
+
+
+@pytest.mark.parametrize(("value", "said"), [(None, "null"), (np.nan, "NaN"), (np.inf, "inf")])
+def test_a_value_that_is_no_number_is_named_by_file_row_group_row_and_column(
+    tmp_path: Path, capfd: Errors, ray_address: str, value: float | None, said: str
+) -> None:
+    data, out = lake(tmp_path / "lake", replaced("x", 417, value)), tmp_path / "out"
+    argv = [data, "--columns", "x", "y", "--k", "2", "--output", str(out)]
+    line = refused(capfd, *argv, "--address", ray_address)
+    assert "b.parquet, row group 1, row 17: column 'x' is " + said in line
+    assert not out.exists()
+
+
+def test_no_rows_after_where_is_one_line(tmp_path: Path, capfd: Errors, ray_address: str) -> None:
+    out = tmp_path / "out"
+    argv = [lake(tmp_path / "lake"), "--columns", "x", "y", "--k", "2", "--output", str(out)]
+    line = refused(capfd, *argv, "--where", "x > 0 and x < 1e-9", "--address", ray_address)
+    assert "no rows are left of" in line
+    assert not out.exists()
+
+
+def test_an_output_that_exists_is_one_line(tmp_path: Path, capfd: Errors) -> None:
+    data = lake(tmp_path / "lake")
+    line = refused(capfd, data, "--columns", "x", "--k", "2", "--output", data)
+    assert "is not empty" in line
+    assert "--output" in line
+
+
+def test_a_start_that_does_not_fit_is_one_line(
+    tmp_path: Path, capfd: Errors, ray_address: str
+) -> None:
+    data, first = lake(tmp_path / "lake"), str(tmp_path / "one")
+    argv = [data, "--columns", "x", "y", "--k", "3", "--output", first, "--address", ray_address]
+    assert fit_job.main(argv) == 0
+    capfd.readouterr()
+    second = [data, "--start", first, "--output", str(tmp_path / "two")]
+    line = refused(capfd, *second, "--columns", "y", "x", job=fit_job.main)
+    assert "features x, y, the data y, x" in line
+    line = refused(capfd, *second, "--columns", "x", "y", "--k", "4", job=fit_job.main)
+    assert "--k is 4 but the model of --start has 3 components" in line
+    line = refused(capfd, data, "--output", str(tmp_path / "two"), job=fit_job.main)
+    assert "one of --k and --start is required" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "ks"), [("8", [8]), ("4,8,16", [4, 8, 16]), ("2..5", [2, 3, 4, 5]), ("1,1..2", [1, 2])]
+)
+def test_k_is_read_as_written(text: str, ks: list[int]) -> None:
+    assert parse_k(text) == ks
+
+
+def test_wrong_credentials_and_a_missing_bucket_are_one_line(
+    capfd: Errors, s3_lake: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ["--k", "2", "--output", str(tmp_path / "out")]
+    assert "no-such-bucket" in refused(capfd, "s3://no-such-bucket/points", *out)
+    data = lake(tmp_path / "lake")
+    line = refused(capfd, data, "--columns", "x", "--k", "2", "--output", "s3://no-such-bucket/m")
+    assert "no-such-bucket" in line
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3_lake.file_system()
+    __import__("s3fs").S3FileSystem.clear_instance_cache()
+    assert "AWS_" in refused(capfd, s3_lake.url, *out)

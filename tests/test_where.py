@@ -1,0 +1,157 @@
+"""The filter's language, and what it means for every type of column."""
+
+from __future__ import annotations
+
+import datetime as dt
+import pickle
+from decimal import Decimal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gmm_dist.errors import UserError
+from gmm_dist.where import Where, parse
+
+DAYS = [dt.datetime(2026, 11, 1), dt.datetime(2026, 11, 2), None]
+TABLE = pa.table(
+    {
+        "small": pa.array([1, None, 3], pa.int8()),
+        "n": [1, 2, 3],
+        "big": pa.array([1, 2, 2**63 + 5], pa.uint64()),
+        "x": pa.array([0.1, float("nan"), None], pa.float32()),
+        "half": pa.array(np.array([0.5, 2.0, 3.0], np.float16)),
+        "money": pa.array([Decimal("1.50"), Decimal("2.50"), None], pa.decimal128(10, 2)),
+        "day": pa.array(DAYS, pa.date32()),
+        "time": pa.array(DAYS, pa.timestamp("us")),
+        "utc": pa.array(DAYS, pa.timestamp("us", "UTC")),
+        "text": ["2026-11-01", "b", None],
+        "large": pa.array(["2026-11-01", "b", None], pa.large_string()),
+        "code": pa.array(["x", "y", None]).dictionary_encode(),
+        "flag": [True, False, None],
+        "dep delay": [1, 2, 3],
+    }
+)
+
+
+def matches(text: str) -> list[bool | None]:
+    expression = parse(text).expression(TABLE.schema)
+    table = ds.InMemoryDataset(TABLE).to_table(columns={"match": expression})
+    return table["match"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("n == 2", [False, True, False]),
+        ("n != 2", [True, False, True]),
+        ("n <= 2", [True, True, False]),
+        ("2 <= n", [False, True, True]),
+        ("0 < n <= 2", [True, True, False]),
+        ("n > 1 and n < 3", [False, True, False]),
+        ("n > 1 and (n < 3 and text == 'b')", [False, True, False]),
+        ("n > -1", [True, True, True]),
+        ("n < 2.5", [True, True, False]),
+        ("n < 2.0", [True, False, False]),
+        ("n >= -0.5", [True, True, True]),
+        ("n < '3'", [True, True, False]),
+        ("small < 300", [True, None, True]),
+        ("big == 9223372036854775813", [False, False, True]),
+        ("x == 0.1", [True, False, None]),
+        ("x < 16777217", [True, False, None]),
+        ("x != 5", [True, False, None]),  # NaN never matches
+        ("half < 2.5", [True, True, False]),
+        ("money == 1.5", [True, False, None]),
+        ("money < 2.125", [True, False, None]),
+        ("day >= '2026-11-02'", [False, True, None]),
+        ("time == '2026-11-01'", [True, False, None]),
+        ("time < '2026-11-01 12:00:00'", [True, False, None]),
+        ("utc == '2026-11-01'", [True, False, None]),
+        ("utc == '2026-11-01T01:00+01:00'", [True, False, None]),
+        ("text == '2026-11-01'", [True, False, None]),
+        ("text != 'b'", [True, False, None]),
+        ("large > 'a'", [False, True, None]),
+        ("code == 'x'", [True, False, None]),
+        ("flag == True", [True, False, None]),
+        ("col('dep delay') > 1", [False, True, True]),
+    ],
+)
+def test_a_filter_means_what_it_says(text, expected):
+    assert matches(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n = 1", r"filter 'n = 1' cannot be read; equality is written '==', not '='"),
+        ("n < 1 or n > 2", "'or' is not supported; run once per alternative"),
+        ("n < 1; n", "cannot be read; write comparisons joined by 'and'"),
+        ("", "filter '' cannot be read; write comparisons joined by 'and'"),
+        ("n", "'n' is not a comparison of a column with a string, a number"),
+        ("n < small", "'n < small' is not a comparison of a column"),
+        ("1 < 2", "'1 < 2' is not a comparison of a column"),
+        ("n in (1, 2)", "is not a comparison of a column"),
+        ("not n < 1", "'not n < 1' is not a comparison of a column"),
+        ("n == None", "'None' is not a comparison of a column"),
+        ("n == 1e999", "is not a comparison of a column"),
+        ("n < f()", r"'f\(\)' is not a comparison of a column"),
+        ("n.real < 1", "'n.real' is not a comparison of a column"),
+        ("n < " + "-" * 9999 + "1", "cannot be read|is not a comparison"),
+    ],
+)
+def test_what_is_no_filter_is_refused_with_the_remedy(text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nope == 1", "no column 'nope'; columns are small, n, big.*; correct the filter"),
+        ("n == 'x'", "column 'n' has type int64, which 'x' is not; write a value of that type"),
+        ("n == True", "column 'n' has type int64, which True is not"),
+        ("n < 99999999999999999999999", "which 99999999999999999999999 is not"),
+        ("text == 5", "column 'text' has type string, which 5 is not"),
+        ("day == 5", r"column 'day' has type date32\[day\], which 5 is not"),
+        ("day < 'soon'", "which 'soon' is not"),
+        ("utc < 'soon'", "which 'soon' is not"),
+        ("flag == 1", "column 'flag' has type bool, which 1 is not"),
+    ],
+)
+def test_a_literal_that_does_not_fit_its_column_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse(text).expression(TABLE.schema)
+
+
+def test_a_filter_is_a_value_that_does_not_depend_on_spelling():
+    where = parse("0 < n <= 5 and text=='a'")
+    assert where == parse('text == "a" and n<=5 and n > 0 and n > 0')
+    assert hash(where) == hash(parse("text=='a' and 0 < n <= 5"))
+    assert pickle.loads(pickle.dumps(where)) == where
+    assert where.columns == ("n", "text")
+    assert where.text == "n <= 5 and n > 0 and text == 'a'"
+
+
+def test_a_filter_can_be_restricted_to_some_columns():
+    where = parse("n > 0 and text == 'a'")
+    assert where.restricted({"n"}) == parse("n > 0")
+    assert where.restricted({"x"}) is None
+
+
+names = st.text(min_size=1, max_size=8)
+literals = st.one_of(
+    st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()
+)
+operators = st.sampled_from(["==", "!=", "<", "<=", ">", ">="])
+
+
+@given(st.lists(st.tuples(names, operators, literals), min_size=1, max_size=4))
+def test_the_canonical_text_reads_back_as_the_same_filter(clauses):
+    where = Where(tuple(clauses))
+    again = parse(where.text)
+    assert set(again.clauses) == set(where.clauses)
+    assert parse(again.text).text == again.text

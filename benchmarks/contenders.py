@@ -43,6 +43,10 @@ class Run:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+class UnsupportedError(Exception):
+    """The contender has no such mixture."""
+
+
 class Contender(Protocol):
     """A fit that is ready to run: the data are in memory, in its own type."""
 
@@ -69,7 +73,12 @@ class Ours:
         self._shards = _ray_shards(problem, folder) if ray else _process_shards(problem, folder)
         kind = problem.shape.covariance_type
         self._starts = [
-            Parameters(*(torch.from_numpy(value) for value in vars(start).values()), kind)
+            Parameters(
+                torch.from_numpy(start.weights),
+                torch.from_numpy(start.means),
+                torch.from_numpy(start.covariances),
+                kind,
+            )
             for start in problem.starts
         ]
         self._config = EMConfig(max_iter=10**9, reg_covar=0.0, precision=precision)
@@ -140,9 +149,9 @@ def _ray_shards(problem: Problem, folder: Path) -> Any:
 
 
 def _n_shards(problem: Problem) -> int:
-    from gmm_dist.lake import _default_shards
+    from gmm_dist.lake import default_shards
 
-    return _default_shards(problem.shape.n)
+    return default_shards(problem.shape.n)
 
 
 class ScikitLearn:
@@ -151,7 +160,7 @@ class ScikitLearn:
     def __init__(self, problem: Problem, dtype: type) -> None:
         from sklearn.mixture import GaussianMixture
 
-        self._problem, self._X = problem, problem.X.astype(dtype)
+        self._problem, self._X = problem, np.asarray(problem.X, dtype=dtype)
         self._make: Callable[..., Any] = GaussianMixture
 
     def fit(self, iterations: int) -> Run:
@@ -184,7 +193,7 @@ class OneDal:
 
         daal4py.daalinit(n_cores())
         self._make, self._problem = daal4py.em_gmm, problem
-        self._X = problem.X.astype(dtype)
+        self._X = np.asarray(problem.X, dtype=dtype)
 
     def fit(self, iterations: int) -> Run:
         fitted, seconds = [], 0.0
@@ -202,7 +211,7 @@ class OneDal:
             began = time.perf_counter()
             result = algorithm.compute(self._X, *arguments)
             seconds += time.perf_counter() - began
-            done = int(np.asarray(result.nIterations).item())
+            done = int(result.nIterations[0, 0])
             assert done == iterations, f"{done} iterations instead of {iterations}"
             stacked = np.stack([c if full else c[0] for c in result.covariances])
             fitted.append(Mixture(result.weights[0], result.means, stacked))
@@ -271,7 +280,8 @@ class Spark:
         from pyspark.mllib.linalg import Vectors
         from pyspark.sql import SparkSession
 
-        assert problem.shape.covariance_type == "full", "Spark fits full covariances alone"
+        if problem.shape.covariance_type != "full":
+            raise UnsupportedError("Spark fits full covariances alone")
         os.environ["PYSPARK_PYTHON"] = sys.executable
         session = SparkSession.builder.master(f"local[{n_cores()}]")
         options = {"ui.enabled": "false", "driver.memory": "6g", "driver.host": "127.0.0.1"}
@@ -362,13 +372,14 @@ def main(name: str, folder: Path) -> None:
             save_mixtures(run.fitted, folder / f"{name}.npz")
             answer(**{key: value for key, value in asdict(run).items() if key != "fitted"})
     except ImportError as error:
-        answer(skipped=f"{error.name} is not installed: pip install -e '.[bench]'")
+        answer(skipped=f"skipped: {error.name} is not installed: pip install -e '.[bench]'")
+    except UnsupportedError as error:
+        answer(skipped=f"skipped: {error}")
     except Exception as error:
         # A peer that fails is a row of the table, not the end of the race.
         logging.exception("%s failed", name)
-        answer(failed=f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}")
-        # The JVM and Ray leave by themselves; nothing of ours is left to do.
-    os._exit(0)
+        what = (str(error).strip() or "no message").splitlines()[0]
+        answer(failed=f"failed, {type(error).__name__}: {what[:200]}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ _PACKAGES = (
     "torchgmm",
     "pyspark",
 )
+_DTYPES = (torch.float32, torch.float64)
 _SIZE = 1536  # three matrices of 9 MB (float32): large products, and near the cache
 
 
@@ -63,40 +64,46 @@ def append(result: dict[str, Any], path: Path | None) -> None:
         file.write(line + "\n")
 
 
-def matrix_peak(
-    dtype: torch.dtype, n_processes: int, *, repeats: int = 3, seconds: float = 1.0
-) -> float:
+def matrix_peaks(n_processes: int, *, repeats: int = 3, seconds: float = 1.0) -> dict[str, float]:
     """Return GFLOP/s of square matrix products, in all processes together at the same time.
 
-    Each process has one thread; the value is the median of `repeats` measurements.
+    Each process has one thread; the values, float32's and float64's, are the medians of
+    `repeats` measurements.
     """
     context = multiprocessing.get_context("spawn")
     barrier, rates = context.Barrier(n_processes), context.Queue()
-    arguments = (dtype, repeats, seconds, barrier, rates)
+    arguments = (repeats, seconds, barrier, rates)
     workers = [context.Process(target=_measure, args=arguments) for _ in range(n_processes)]
     for worker in workers:
         worker.start()
     answers = [rates.get() for _ in workers]
     for worker in workers:
         worker.join()
-    return statistics.median(sum(together) for together in zip(*answers, strict=True))
+    return {
+        str(dtype).removeprefix("torch."): float(
+            statistics.median(
+                sum(rounds) for rounds in zip(*(a[dtype] for a in answers), strict=True)
+            )
+        )
+        for dtype in _DTYPES
+    }
 
 
 def peaks(*, repeats: int = 3, seconds: float = 1.0) -> dict[str, float]:
-    """Return the peak in GFLOP/s of one process, and of one process per core, by dtype."""
-    measured = {}
-    for dtype in (torch.float32, torch.float64):
-        name = str(dtype).removeprefix("torch.")
-        for n, label in ((1, "1_process"), (n_cores(), "all_cores")):
-            rate = matrix_peak(dtype, n, repeats=repeats, seconds=seconds)
-            measured[f"{name}_{label}"] = round(rate, 1)
-    return measured
+    """Return the peaks in GFLOP/s of one process, and of one process per core."""
+    return {
+        f"{name}_{label}": round(rate, 1)
+        for n, label in ((1, "1_process"), (n_cores(), "all_cores"))
+        for name, rate in matrix_peaks(n, repeats=repeats, seconds=seconds).items()
+    }
 
 
-def _measure(
-    dtype: torch.dtype, repeats: int, seconds: float, barrier: Barrier, rates: Any
-) -> None:
+def _measure(repeats: int, seconds: float, barrier: Barrier, rates: Any) -> None:
     torch.set_num_threads(1)
+    rates.put({dtype: _rates(dtype, repeats, seconds, barrier) for dtype in _DTYPES})
+
+
+def _rates(dtype: torch.dtype, repeats: int, seconds: float, barrier: Barrier) -> list[float]:
     a, b = torch.rand(_SIZE, _SIZE, dtype=dtype), torch.rand(_SIZE, _SIZE, dtype=dtype)
     out = torch.mm(a, b)
     answers = []
@@ -107,7 +114,7 @@ def _measure(
             torch.mm(a, b, out=out)
             count += 1
         answers.append(2 * _SIZE**3 * count / elapsed / 1e9)
-    rates.put(answers)
+    return answers
 
 
 def _cpu_model() -> str:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import lakes
+import datasets
 import numpy as np
 import numpy.typing as npt
 
@@ -46,8 +46,8 @@ class Problem:
 
     @classmethod
     def make(cls, shape: Shape, *, seed: int = 0) -> Problem:
-        """Draw rows of an overlapping mixture; starts are random rows with the rows' covariance."""
-        table = lakes.blobs(shape.n, shape.d, max(shape.k), distance=3.0, seed=seed)
+        """Draw rows of an overlapping mixture; starts are near random rows."""
+        table = datasets.blobs(shape.n, shape.d, max(shape.k), distance=3.0, seed=seed)
         rows = np.column_stack([column.to_numpy() for column in table.columns]).astype(np.float64)
         X = (rows - rows.mean(axis=0)).astype(np.float32)
         order = np.random.default_rng(seed + 1).permutation(shape.n)
@@ -70,7 +70,10 @@ def _start(X: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], kind: str) -
     covariance = np.cov(X.T.astype(np.float64), bias=True)
     one = covariance if kind == "full" else np.diag(covariance)
     k = len(rows)
-    return Mixture(np.full(k, 1 / k), X[rows].astype(np.float64), np.stack([one] * k))
+    # Rows themselves, in 64 dimensions, are so far out that some component is left with fewer
+    # rows than features: singular, and most peers fail. Half way from the centre none is.
+    means = 0.5 * X[rows].astype(np.float64)
+    return Mixture(np.full(k, 1 / k), means, np.stack([one] * k))
 
 
 def save_mixtures(mixtures: list[Mixture], path: Path) -> None:

@@ -58,8 +58,8 @@ class ProcessShards:
             pipe.send_bytes(message)
         tree: TreeSum[S] = TreeSum(self.n_shards)
         while waiting:
-            for pipe in multiprocessing.connection.wait(waiting):
-                assert isinstance(pipe, Connection)
+            ready = multiprocessing.connection.wait(waiting)
+            for pipe in [pipe for pipe in waiting if pipe in ready]:
                 for partial in pickle.loads(pipe.recv_bytes()):
                     tree.push(partial)
                 waiting.remove(pipe)

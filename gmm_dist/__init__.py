@@ -1,10 +1,31 @@
 """Gaussian mixtures over data lakes: EM on a Ray cluster, many k in the same passes."""
 
-from gmm_dist.artifacts import load
-from gmm_dist.errors import UserError
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import Parameters
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gmm_dist.artifacts import load as load
+    from gmm_dist.errors import UserError as UserError
+    from gmm_dist.mixture import Mixture as Mixture
+    from gmm_dist.parameters import Parameters as Parameters
 
 __version__ = "0.1.0"
 
+# Where the public names live. They are imported when first asked for, so that the mathematics
+# runs where only torch is installed, and reading a lake does not wait for torch.
+_HOMES = {
+    "Mixture": "mixture",
+    "Parameters": "parameters",
+    "UserError": "errors",
+    "load": "artifacts",
+}
+
 __all__ = ["Mixture", "Parameters", "UserError", "load"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import re
 import socket
@@ -126,17 +127,17 @@ class RayShards:
         self._ranges = _ranges(n_shards, scaling)
         self._source = Source(0, [ray.put(loader)])
         self._n_rows: int | None = None
-        use_gpu = _use_gpu(scaling)
+        self._use_gpu = _use_gpu(scaling)
         actor: Any = ray.remote(ShardActor)  # its handles have no types of their own
         make = actor.options(
             num_cpus=1,
-            num_gpus=int(use_gpu),
+            num_gpus=int(self._use_gpu),
             # Calls are pure: Ray may repeat them on an actor that it had to restart.
             max_restarts=-1,
             max_task_retries=-1,
         )
         self._actors = [make.remote(n_shards) for _ in self._ranges]
-        kind = "a GPU" if use_gpu else "one CPU"
+        kind = "a GPU" if self._use_gpu else "one CPU"
         logger.info("%d shards on %d workers, each with %s", n_shards, self.n_workers, kind)
 
     @property
@@ -146,6 +147,13 @@ class RayShards:
     @property
     def n_workers(self) -> int:
         return len(self._actors)
+
+    def worker_memory(self) -> int:
+        """Return the bytes that the smallest machine has for each worker it may hold."""
+        resource = "GPU" if self._use_gpu else "CPU"
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        places = [(m["memory"], min(m.get(resource, 0), self.n_workers)) for m in machines]
+        return int(min((memory / n for memory, n in places if n), default=math.inf))
 
     def load(self, watch: Callable[[int, int], None] = lambda done, rows: None) -> int:
         """Load all shards; `watch` sees how many are loaded, and their rows so far."""

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig
 from gmm_dist.families import FAMILIES, Moments, maximise, natural
-from gmm_dist.kernel import EStep, LaneGroup, Precision
+from gmm_dist.kernel import EStep
+from gmm_dist.lanes import LaneGroup, Precision
 from gmm_dist.parameters import Parameters, Stack
 from gmm_dist.statistics import PassStatistics, SufficientStatistics, TotalMoments
 
@@ -40,7 +41,6 @@ class Outcome(enum.Enum):
     CONVERGED = enum.auto()
     MAX_ITER = enum.auto()
     SINGULAR = enum.auto()
-    HOPELESS = enum.auto()
 
 
 @dataclass(slots=True, eq=False)
@@ -158,7 +158,7 @@ def _score(lane: Lane, log_likelihood: float, n_samples: float, config: EMConfig
     lane.log_likelihood = log_likelihood
     del lane.lower_bounds[lane.n_iter :]  # of the same parameters, in a lower precision
     lane.lower_bounds.append(bound)
-    converged = lane.last_bound is not None and abs(bound - lane.last_bound) < config.tol
+    converged = lane.last_bound is not None and abs(bound - lane.last_bound) < _tol(lane, config)
     lane.last_bound = bound
     if not math.isfinite(bound):
         lane.outcome = Outcome.SINGULAR
@@ -167,6 +167,13 @@ def _score(lane: Lane, log_likelihood: float, n_samples: float, config: EMConfig
     elif converged or lane.n_iter == config.max_iter:
         return _stop(lane, Outcome.CONVERGED if converged else Outcome.MAX_ITER, config)
     return lane.outcome is Outcome.RUNNING and lane.verdict is None
+
+
+def _tol(lane: Lane, config: EMConfig) -> float:
+    """Return the gain that ends a lane's passes; smaller ones drown in float32's rounding."""
+    if lane.precision is Precision.FLOAT32 and config.precision == "auto":
+        return max(config.tol, _SMALLEST_TOL)
+    return config.tol
 
 
 def _stop(lane: Lane, outcome: Outcome, config: EMConfig) -> bool:
@@ -217,7 +224,7 @@ def _escalate(lane: Lane, total: TotalMoments, config: EMConfig) -> bool:
         return False
     better = _NEXT[lane.precision]
     if better is Precision.CENTRED and is_degenerate(lane, total):
-        lane.outcome = Outcome.HOPELESS  # not worth the slowest passes there are
+        return False  # it will not be ranked: not worth the slowest passes there are
     lane.repeat_in(better)
     return True
 

@@ -13,6 +13,7 @@ from gmm_dist import em
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.families import Moments, maximise
 from gmm_dist.kernel import Total
+from gmm_dist.limits import lane_bytes
 from gmm_dist.parameters import Parameters
 from gmm_dist.shards import LocalShards, ShardRows, Shards
 
@@ -20,6 +21,7 @@ _SHORT_RUN = 20  # EM iterations of a restart on the sample
 _LLOYD = 3  # k-means iterations between seeding and the first M-step
 _TRIALS = 4  # of greedy k-means++; not a function of k, so that seeds of a smaller k are a prefix
 _SAMPLE_SHARDS = 4
+_STATISTICS_BYTES = 1 << 29  # of the restarts that run at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,19 +94,21 @@ def starts(
     on the sample, all restarts as lanes of the same passes; the likeliest of each goes on.
     """
     sample = shards.run(DrawSample(start.n_sample, start.random_state, n_features))
-    lanes = [
-        (candidate, parameters)
-        for round in range(start.n_init)
-        for candidate, parameters in _seeded(sample, candidates, start.random_state, round)
-    ]
     local = LocalShards.of(sample.X, sample.sample_weight, n_shards=_SAMPLE_SHARDS)
     short = replace(config, max_iter=_SHORT_RUN)
     total = local.run(Total(n_features))
-    results = em.fit(local, [parameters for _, parameters in lanes], short, total)
+    at_once = max(1, _STATISTICS_BYTES // lane_bytes(candidates, n_features))
     best: dict[tuple[int, str], em.FitResult] = {}
-    for (candidate, _), result in zip(lanes, results, strict=True):
-        if candidate not in best or _merit(result) > _merit(best[candidate]):
-            best[candidate] = result
+    for first in range(0, start.n_init, at_once):
+        lanes = [
+            seeded
+            for round in range(first, min(first + at_once, start.n_init))
+            for seeded in _seeded(sample, candidates, start.random_state, round)
+        ]
+        results = em.fit(local, [parameters for _, parameters in lanes], short, total)
+        for (candidate, _), result in zip(lanes, results, strict=True):
+            if candidate not in best or _merit(result) > _merit(best[candidate]):
+                best[candidate] = result
     return [best[candidate].parameters for candidate in candidates]
 
 
@@ -163,24 +167,30 @@ def hard_start(sample: Sample, labels: Int64[Tensor, " m"], k: int, kind: str) -
     mean, so that a small one does not start singular.
     """
     X, weight = sample.X, sample.sample_weight
-    d, unit = X.shape[1], torch.eye(X.shape[1], dtype=X.dtype)
-    mean = (weight @ X) / weight.sum()
+    d, mean = X.shape[1], (weight @ X) / weight.sum()
     pooled = ((X - mean).T * weight) @ (X - mean) / weight.sum()
+    prior = (d + 1) * (pooled + _floor(pooled.diagonal()).diag())
     nk, means, within = [], [], []
     for component in range(k):
         rows = labels == component
         mass = weight[rows].sum()
         own = (weight[rows] @ X[rows]) / mass if mass > 0 else mean
         centred = X[rows] - own
-        prior = (d + 1) * (pooled + 1e-9 * pooled.diagonal().mean() * unit)
         nk.append(mass + d + 1)
         means.append(own)
         within.append((centred.T * weight[rows]) @ centred + prior)
     return _about_means(torch.stack(nk), torch.stack(means), torch.stack(within), kind)
 
 
+def _floor(variances: Tensor) -> Tensor:
+    """Return a billionth of each feature's variance; of another's, where it has none."""
+    largest = variances.max()
+    fallback = largest if largest > 0 else torch.ones_like(largest)
+    return 1e-9 * torch.where(variances > 1e-28 * largest, variances, fallback)
+
+
 def _about_means(nk: Tensor, means: Tensor, within: Tensor, kind: str) -> Parameters:
     squares = within.diagonal(dim1=-2, dim2=-1)
     sum_xx = {"diag": squares, "spherical": squares.sum(-1)}.get(kind, within)
     moments = Moments(nk, torch.zeros_like(means), sum_xx, means)
-    return maximise(kind, moments, (len(nk),), torch.full_like(nk, 1e-12)).lanes()[0]
+    return maximise(kind, moments, (len(nk),), torch.zeros_like(nk)).lanes()[0]

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gmm_dist import lake
-from gmm_dist.lake import Plan, RowCounts
+from gmm_dist import reading
+from gmm_dist.lake import Plan
+from gmm_dist.reading import RowCounts
 from gmm_dist.shards import Block, ShardRows, Shards
 
 # float32 rounds a value by 6e-8 of its distance from the centre: harmless below a thousandth
@@ -35,14 +36,16 @@ class LakeLoader:
 
     def __call__(self, shard: int) -> ShardRows:
         parts, weights, counts = [], [], RowCounts()
-        for rows in lake.read(self.plan, shard, fill=self.fill):
+        for rows in reading.read(self.plan, shard, fill=self.fill):
             counts = counts + rows.counts
             centred = rows.X.T - self.centre[:, None]  # float64, whatever the source
             parts.append(torch.from_numpy(centred).to(self.dtype))
             if rows.sample_weight is not None:
                 weights.append(torch.from_numpy(rows.sample_weight))
-        blocks = [Block(torch.cat(parts, 1), torch.cat(weights) if weights else None)]
-        return ShardRows(shard, blocks if parts else [], counts)
+        if not parts:
+            return ShardRows(shard, [], counts)
+        block = Block(torch.cat(parts, 1), torch.cat(weights) if weights else None)
+        return ShardRows(shard, [block], counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,8 @@ class Counted:
 
 
 def count_rows(rows: ShardRows) -> Counted:
-    """Count a shard's rows (a task)."""
+    """Count a shard's rows: the first task after loading, which ends the reading."""
+    reading.release()
     counts = rows.counts if isinstance(rows.counts, RowCounts) else RowCounts()
     return Counted(rows.n_rows, counts)
 
@@ -98,7 +102,7 @@ def column_means(shards: Shards, loader: LakeLoader) -> npt.NDArray[np.float64]:
 
 def loader_for(plan: Plan) -> LakeLoader:
     """Choose the centre and the resident precision from a few rows spread over the plan."""
-    probe = lake.probe(plan)
+    probe = reading.probe(plan)
     # The median, not the mean: one outlier must not move the centre away from the rows.
     centre = np.median(probe, axis=0) if len(probe) else np.zeros(plan.n_features)
     small = 8 * plan.n_rows * plan.n_features <= _SMALL_BYTES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from gmm_dist.errors import UserError
 from gmm_dist.families import Densities, n_parameters
 from gmm_dist.parameters import Parameters, Stack
 
-Array = npt.NDArray[np.floating]
+Array = npt.NDArray[Any]
 Rows = TypeVar("Rows", Array, Tensor)
 
 _CHUNK_ELEMENTS = 1 << 22  # of log-densities at a time
@@ -67,7 +67,12 @@ class Mixture:
         return _like(X, torch.cat([logits.logsumexp(0) for logits in self._chunks(X)]))
 
     def score(self, X: Rows) -> float:
-        """Return the mean log-density of the rows."""
+        """Return the mean log-density of the rows.
+
+        Raises UserError when there are none.
+        """
+        if len(X) == 0:
+            raise UserError("X has no rows, so they have no mean log-density: give one or more")
         return float(self.score_samples(X).mean())
 
     def bic(self, X: Rows) -> float:
@@ -91,11 +96,11 @@ class Mixture:
                 f"X has shape {tuple(X.shape)}: give rows (n, {self.n_features}), "
                 f"one column per feature of the mixture{names}"
             )
-        rows = torch.as_tensor(X)
-        densities = Densities(Stack.of([self.parameters]), rows.device)
+        device = X.device if isinstance(X, Tensor) else torch.device("cpu")
+        densities = Densities(Stack.of([self.parameters]), device)
         n_chunk = max(1, _CHUNK_ELEMENTS // (self.n_components + self.n_features))
-        for chunk in rows.split(n_chunk) if len(rows) else [rows]:
-            yield densities(chunk.T.double())
+        for first in range(0, max(len(X), 1), n_chunk):
+            yield densities(_columns(X[first : first + n_chunk]))
 
 
 def bic(log_likelihood: float, n_free: int, n_samples: float) -> float:
@@ -111,6 +116,13 @@ def aic(log_likelihood: float, n_free: int) -> float:
 def icl(bic: float, entropy: float) -> float:
     """Return BIC + 2 E, with the soft entropy E = -Σ r ln r of the responsibilities (nats)."""
     return bic + 2 * entropy
+
+
+def _columns(X: Rows) -> Float64[Tensor, "d b"]:
+    """Return a few rows as columns; a copy, for arrays may be read-only, reversed or swapped."""
+    if isinstance(X, Tensor):
+        return X.T.double()
+    return torch.from_numpy(np.array(X.T, dtype=np.float64, order="C"))
 
 
 def _like(X: Rows, result: Tensor) -> Rows:

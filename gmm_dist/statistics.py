@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float64
 from torch import Tensor
 
@@ -87,3 +88,17 @@ class TotalMoments:
     @property
     def covariance(self) -> Float64[Tensor, "d d"]:
         return self.sum_xx / self.n_samples - self.mean[:, None] * self.mean
+
+    def constant_features(self) -> tuple[int, ...]:
+        """Return the features that have one value in all rows, up to rounding."""
+        second = self.sum_xx.diagonal() / self.n_samples
+        flat = self.covariance.diagonal() <= 1e-13 * second
+        return tuple(int(j) for j in flat.nonzero().flatten())
+
+    def dependent_features(self) -> int:
+        """Return how many of the features that vary are linear functions of the others."""
+        varying = [j for j in range(len(self.sum_x)) if j not in self.constant_features()]
+        covariance = self.covariance[varying][:, varying]
+        scale = covariance.diagonal().sqrt()
+        correlation = covariance / (scale[:, None] * scale)
+        return int((torch.linalg.eigvalsh(correlation) < 1e-10).sum())

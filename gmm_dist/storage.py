@@ -116,7 +116,8 @@ def _explanation(error: Exception) -> str | None:
         return f"no connection ({reason}); check the network and the endpoint"
     if isinstance(error, PermissionError):
         return f"access denied ({reason}); check the permissions and the credentials"
-    if isinstance(error, FileNotFoundError) and "bucket" in reason:
+    response = getattr(error.__cause__, "response", None) or {}
+    if response.get("Error", {}).get("Code") == "NoSuchBucket":
         return "the bucket does not exist; check its name and AWS_ENDPOINT_URL"
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "no such file or folder; check the path"

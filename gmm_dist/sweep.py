@@ -15,6 +15,7 @@ from gmm_dist.kernel import Total
 from gmm_dist.mixture import aic, bic, icl
 from gmm_dist.parameters import Parameters
 from gmm_dist.shards import Shards
+from gmm_dist.statistics import TotalMoments
 
 CRITERIA = ("bic", "aic", "icl")
 
@@ -49,7 +50,12 @@ class SweepResult:
 
     scored: tuple[Scored, ...]
     criterion: str
-    n_samples: float
+    total: TotalMoments
+
+    @property
+    def n_samples(self) -> float:
+        """The sum of the sample weights: the number of rows without weights."""
+        return self.total.n_samples
 
     @property
     def ranked(self) -> list[Scored]:
@@ -70,14 +76,27 @@ class SweepResult:
         first = self.ranked[0]
         return first if first.fit.is_ranked else None
 
-    @property
-    def at_edge(self) -> str | None:
-        """Return "smallest" or "largest" when the best k is the grid's edge, else None."""
+    def warnings(self, feature_names: Sequence[str]) -> list[str]:
+        """Return what a reader of the table should know, each with what to do."""
+        constant = [feature_names[j] for j in self.total.constant_features()]
+        lines = [f"column {name!r} is constant: leave it out with --columns" for name in constant]
+        if dependent := self.total.dependent_features():
+            lines.append(
+                f"{dependent} of {len(feature_names)} columns are duplicates or sums of others, so "
+                "full covariances rest on --reg-covar: leave them out with --columns"
+            )
+        return lines + self._edge_warning()
+
+    def _edge_warning(self) -> list[str]:
         ks = sorted({s.candidate.k for s in self.scored})
         if self.best is None or len(ks) == 1:
-            return None
+            return []
         k = self.best.candidate.k
-        return "largest" if k == ks[-1] else "smallest" if k == ks[0] and k > 1 else None
+        if k == ks[-1]:
+            return [f"the best k is the largest tried: run again with --k {k}..{2 * k}"]
+        if k == ks[0] and k > 1:
+            return [f"the best k is the smallest tried: run again with --k 1..{k}"]
+        return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +148,7 @@ def sweep(
         _scored(candidate, fit, ended.get(i, 0.0))
         for i, (candidate, fit) in enumerate(zip(candidates, fits, strict=True))
     ]
-    return SweepResult(tuple(scored), criterion, total.n_samples)
+    return SweepResult(tuple(scored), criterion, total)
 
 
 def require_rows(candidates: Sequence[Candidate], n_rows: int) -> None:

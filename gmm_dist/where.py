@@ -12,8 +12,11 @@ from functools import reduce
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
 from gmm_dist.errors import UserError
 
@@ -71,6 +74,17 @@ class Where:
             UserError: a column is not in `schema`, or a literal does not fit its type.
         """
         return reduce(operator.and_, (_clause(schema, *clause) for clause in self.clauses))
+
+    def mask(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+        """Say of each row of `table` (n,) whether it passes.
+
+        Raises:
+            UserError: as `expression`.
+        """
+        expression = self.expression(table.schema)
+        matches = ds.InMemoryDataset(table).to_table(columns={"match": expression})["match"]
+        mask: npt.NDArray[np.bool_] = matches.fill_null(False).to_numpy()
+        return mask
 
 
 def parse(text: str) -> Where:
@@ -171,6 +185,8 @@ def _clause(schema: pa.Schema, column: str, op: str, literal: Literal) -> pc.Exp
     type_ = schema.field(positions[0]).type
     if pa.types.is_dictionary(type_):
         type_ = type_.value_type
+    if pa.types.is_null(type_):
+        return pc.scalar(False)  # nothing but null, whatever it is compared with
     value, field = pc.scalar(_cast(column, literal, type_)), pc.field(column)
     if pa.types.is_float16(type_):  # Arrow compares no half floats
         value, field = value.cast(pa.float32()), field.cast(pa.float32())

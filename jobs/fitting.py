@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +18,7 @@ from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import UserError
 from gmm_dist.lake import Plan
+from gmm_dist.limits import require_memory
 from gmm_dist.loading import Counted, LakeLoader, column_means, count_rows, loader_for
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import Parameters
@@ -48,6 +50,8 @@ def fit_lake(options: argparse.Namespace) -> None:
     with artifacts.claim(options.output) as attempt:
         with connected(options.address, scaling), progress.shown():
             shards = RayShards(loader, plan.n_shards, scaling)
+            lanes = [(candidate.k, candidate.covariance_type) for candidate in candidates]
+            require_memory(lanes, plan.n_features, shards.worker_memory())
             counted = _load(shards, loader, progress)
             progress.starting(start_config.n_init)
             result = sweep(
@@ -61,7 +65,8 @@ def fit_lake(options: argparse.Namespace) -> None:
                 watch=progress.standings,
             )
             shards.close()
-        print_table(result)
+        warnings = result.warnings(plan.feature_names)
+        print_table(result, warnings)
         if result.best is None:
             raise UserError(
                 f"none of the {len(candidates)} candidates could be ranked, see the table: "
@@ -71,6 +76,7 @@ def fit_lake(options: argparse.Namespace) -> None:
         settings = {"em": asdict(em_config), "start": asdict(start_config)}
         attempt.write_model(mixture, _provenance(result.best, plan, settings))
         report = _report(result, plan, counted, settings, time.monotonic() - began)
+        report["warnings"] = warnings
         attempt.write_json(artifacts.REPORT, report)
         attempt.commit()
     best = result.best
@@ -189,15 +195,11 @@ def _entry(scored: Scored, rank: int) -> dict[str, Any]:
     }
 
 
-def print_table(result: SweepResult) -> None:
-    """Print the ranked table, and a warning when the best k is the grid's edge."""
+def print_table(result: SweepResult, warnings: Sequence[str]) -> None:
+    """Print the ranked table, and what a reader of it should know."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
     console.print(ranking(result))
-    if result.at_edge is not None and result.best is not None:
-        k = result.best.candidate.k
-        beyond = f"{k}..{2 * k}" if result.at_edge == "largest" else f"1..{k}"
-        console.print(
-            f"warning: the best k is the {result.at_edge} tried; run again with --k {beyond}"
-        )
+    for warning in warnings:
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)

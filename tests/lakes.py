@@ -1,4 +1,4 @@
-"""Write small Parquet lakes, and damage them."""
+"""Write small Parquet lakes, read them whole, and damage them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gmm_dist import reading
+from gmm_dist.lake import Plan
+from gmm_dist.reading import RowCounts
+
+Floats = npt.NDArray[np.float64]
+
+
+def numbers(n: int, seed: int = 0) -> Floats:
+    """Return n numbers, the same for the same seed."""
+    return np.random.default_rng(seed).normal(size=n)
+
 
 def write(
     path: Path, columns: Mapping[str, Any] | pa.Table, *, rows_per_group: int | None = None
@@ -21,6 +32,25 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=rows_per_group)
     return path
+
+
+def numbered(folder: Path) -> Path:
+    """Write two files under hive keys, row groups of 7 rows; column `i` numbers the rows."""
+    for day, first in (("2026-11-01", 0), ("2026-11-02", 25)):
+        i = np.arange(first, first + 25)
+        columns = {"x": i * 1.5, "y": (i * 2).astype(np.float32), "i": i}
+        write(folder / f"dt={day}" / "a.parquet", columns, rows_per_group=7)
+    return folder
+
+
+def read_all(plan: Plan, **options: Any) -> tuple[Floats, Floats | None, RowCounts]:
+    """Return all rows in plan order, their weights and the counts."""
+    shards = range(plan.n_shards)
+    parts = [part for shard in shards for part in reading.read(plan, shard, **options)]
+    X = np.concatenate([np.empty((0, plan.n_features)), *(part.X for part in parts)])
+    weights = [part.sample_weight for part in parts if part.sample_weight is not None]
+    weight = np.concatenate(weights) if weights else None
+    return X, weight, sum((part.counts for part in parts), RowCounts())
 
 
 def embeddings(rows: npt.ArrayLike, *, type_: pa.DataType | None = None) -> pa.Array:

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmm_dist import kernel
 from gmm_dist.families import FAMILIES, Moments, maximise, natural
-from gmm_dist.kernel import EStep, LaneGroup, Precision, Total
+from gmm_dist.kernel import EStep, Total
+from gmm_dist.lanes import LaneGroup, Precision
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters, Stack
 from gmm_dist.shards import Block, LocalShards, ShardRows
 

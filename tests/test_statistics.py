@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmm_dist.families import natural
-from gmm_dist.kernel import EStep, LaneGroup, Precision, Total
+from gmm_dist.kernel import EStep, Total
+from gmm_dist.lanes import LaneGroup, Precision
 from gmm_dist.parameters import Stack
 from gmm_dist.shards import ShardRows
 from gmm_dist.statistics import PassStatistics, SufficientStatistics, TotalMoments

@@ -33,6 +33,8 @@ TABLE = pa.table(
         "code": pa.array(["x", "y", None]).dictionary_encode(),
         "flag": [True, False, None],
         "dep delay": [1, 2, 3],
+        "void": pa.nulls(3),
+        "code of void": pa.nulls(3).dictionary_encode(),
     }
 )
 
@@ -47,6 +49,9 @@ def matches(text: str) -> list[bool | None]:
     ("text", "expected"),
     [
         ("n == 2", [False, True, False]),
+        ("void == 2", [False, False, False]),
+        ("void != 'a'", [False, False, False]),
+        ("n == 2 and col('code of void') <= True", [False, False, False]),
         ("n != 2", [True, False, True]),
         ("n <= 2", [True, True, False]),
         ("2 <= n", [False, True, True]),

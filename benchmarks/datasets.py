@@ -1,6 +1,6 @@
 """Write data sets as Parquet lakes: real ones that ship in packages, and synthetic ones.
 
-python benchmarks/lakes.py flights ./flights
+python benchmarks/datasets.py flights ./flights
 """
 
 from __future__ import annotations

@@ -1,0 +1,87 @@
+"""The features Φ of one chunk of rows, built once for the lanes of all covariance types."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gmm_dist.families import FAMILIES, n_feature_rows
+
+_MAX_VIEWS = 256  # chunk lengths whose views are kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """Φ for one chunk length: each covariance type's rows, and the parts that a fill writes."""
+
+    of: dict[str, Tensor]
+    x: Tensor
+    ones: Tensor
+    squares: Tensor
+    norm: Tensor
+    products: list[tuple[Tensor, Tensor, Tensor]]
+
+
+class Features:
+    """Φ (P, n), as families.py lays it out: a buffer that is filled again for each chunk.
+
+    `of` has each covariance type's rows of it, (P of the type, n).
+
+    A column of Φ is a row's features, a row of Φ one contiguous line, so the products x_i x_j
+    are d multiplications of neighbouring lines. The views that these write into are made once
+    for each chunk length. Only the rows are filled that `kinds` of covariance need.
+    """
+
+    def __init__(
+        self, d: int, n_max: int, kinds: AbstractSet[str], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.d, self.dtype = d, dtype
+        self._kinds = kinds
+        last: int = max(FAMILIES[kind].rows(d).stop for kind in kinds)
+        self._has_norm = "spherical" in kinds
+        self._has_squares = self._has_norm or last > 2 + d
+        self._has_products = last > 2 + 2 * d
+        n_rows = n_feature_rows(d) if self._has_products else 2 + 2 * d
+        self._buffer = torch.empty(n_rows, n_max, dtype=dtype, device=device).view(-1)
+        self._n_rows = n_rows
+        self._views: dict[int, _Views] = {}
+        self.of: dict[str, Tensor] = {}
+
+    @property
+    def empty(self) -> Tensor:
+        """No features, of the working precision and on the device: to make buffers like it."""
+        return self._buffer[:0]
+
+    def fill(self, X: Tensor) -> None:
+        """Make `of` each type's features of a chunk X (d, n)."""
+        n = X.shape[1]
+        views = self._views.get(n) or self._make_views(n)
+        if self.of is not views.of:  # else the ones of the chunk before are still there
+            self.of = views.of
+            views.ones.fill_(1)
+        views.x.copy_(X)
+        if self._has_squares:
+            torch.mul(views.x, views.x, out=views.squares)
+        if self._has_norm:
+            torch.sum(views.squares, 0, out=views.norm)
+        for left, right, out in views.products:
+            torch.mul(left, right, out=out)
+
+    def _make_views(self, n: int) -> _Views:
+        if len(self._views) >= _MAX_VIEWS:
+            self._views.clear()
+        d = self.d
+        phi = self._buffer[: self._n_rows * n].view(self._n_rows, n)
+        x, products, first = phi[2 : 2 + d], [], 2 + 2 * d
+        if self._has_products:
+            for i in range(d - 1):
+                last = first + d - 1 - i
+                products.append((x[i], x[i + 1 :], phi[first:last]))
+                first = last
+        of = {kind: phi[FAMILIES[kind].rows(d)] for kind in self._kinds}
+        views = _Views(of, x, phi[1], phi[2 + d : 2 + 2 * d], phi[0], products)
+        self._views[n] = views
+        return views

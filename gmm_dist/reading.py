@@ -1,0 +1,317 @@
+"""Read the rows of a shard, or say which value is wrong."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gmm_dist import storage
+from gmm_dist.columns import is_embedding
+from gmm_dist.errors import UserError
+from gmm_dist.lake import Plan, RowRange
+from gmm_dist.listing import LakeFile, name_of, opened
+
+Float = np.float32 | np.float64
+
+_PROBED_PLACES = 16
+_PROBED_VALUES = 2**24
+_MIN_BATCH = 256
+_CACHED_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class RowCounts:
+    """Count what happened to rows: read = filtered + dropped + rows handed out.
+
+    `filtered`: rows that did not pass `where`; `dropped`: rows with a missing value under
+    missing="drop"; `imputed`: *cells* (not rows) missing under missing="mean".
+    """
+
+    read: int = 0
+    filtered: int = 0
+    dropped: int = 0
+    imputed: int = 0
+
+    def __add__(self, other: RowCounts) -> RowCounts:
+        return RowCounts(
+            self.read + other.read,
+            self.filtered + other.filtered,
+            self.dropped + other.dropped,
+            self.imputed + other.imputed,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Hold the rows of one row range.
+
+    `X` (n, d) in Fortran order (X.T is C-contiguous), feature units, float32 when the plan's
+    `float64_source` is False, else float64; `sample_weight` (n,) float64 or None.
+    """
+
+    X: npt.NDArray[Float]
+    sample_weight: npt.NDArray[np.float64] | None
+    counts: RowCounts
+
+
+def read(plan: Plan, shard: int, *, fill: npt.NDArray[np.float64] | None = None) -> Iterator[Rows]:
+    """Yield the rows of one shard, one `Rows` per row range, in file order.
+
+    The filter comes first, then missing values (null, NaN, a null list or list element): an
+    error, or the row is dropped, or the cell becomes `fill[j]` (d,) and, without `fill`, stays
+    NaN for a first pass that computes the means. Infinite values are always an error. Peak
+    memory: one decoded row group (its read columns) and twice the row range's X.
+
+    Raises:
+        UserError: a bad value (the row in the message counts from 0 within its row group), a
+            file that changed since the plan was made, is corrupt or cannot be reached.
+    """
+    fs, root = storage.open_url(plan.url)
+    for index, parts in groupby(plan.shards[shard], key=lambda part: part.file):
+        file = plan.files[index]
+        with opened(fs, root, plan.url, file) as source:
+            for part in parts:
+                yield _Extract(plan, file, part).rows(_decoded(plan, source, part), fill)
+
+
+def probe(plan: Plan, *, max_rows: int = 16384) -> npt.NDArray[np.float64]:
+    """Return some complete, finite rows (m, d), m <= max_rows, for choosing a centre.
+
+    They are the first that pass `where` at 16 or more places spread over the plan: the starts of
+    16 row groups or, when there are fewer, several places in each. Parquet decodes a row group
+    from its start only, so the places lie where the probe can reach them by decoding 16M values
+    in all (less than a second); it decodes more only while it lacks rows, and fetches whole row
+    groups in any case. m is 0 when none of these row groups has such a row. Bad values are left
+    out: `read` reports them.
+    """
+    groups = list(dict.fromkeys((p.file, p.row_group) for shard in plan.shards for p in shard))
+    n = min(len(groups), _PROBED_PLACES, max_rows)
+    chosen = [groups[i] for i in np.linspace(0, len(groups) - 1, n).round().astype(int)]
+    rows_each = max_rows // max(n, 1)
+    fs, root = storage.open_url(plan.url)
+    parts = []
+    for index, row_group in chosen:
+        file = plan.files[index]
+        reach = min(file.rows[row_group], _PROBED_VALUES // (n * plan.n_features))
+        places = min(math.ceil(_PROBED_PLACES / n), rows_each)
+        with opened(fs, root, plan.url, file) as source:
+            parts.append(_Sampler(rows_each, places, reach).rows(plan, source, row_group))
+    return np.concatenate([np.empty((0, plan.n_features)), *parts])
+
+
+def release() -> None:
+    """Forget the last decoded row group, to give its memory back after loading."""
+    _last_decoded.forget()
+
+
+class _LastDecoded:
+    """Keep the row group that was decoded last, for the shards that share it.
+
+    A writer such as pandas puts everything into one row group, which Parquet can only decode
+    from its start; a worker reads its shards in order, so that one entry saves all repetition.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entry: tuple[tuple[object, ...], pa.Table] | None = None
+
+    def get(self, key: tuple[object, ...]) -> pa.Table | None:
+        with self._lock:
+            return self._entry[1] if self._entry is not None and self._entry[0] == key else None
+
+    def put(self, key: tuple[object, ...], table: pa.Table) -> None:
+        with self._lock:
+            self._entry = (key, table) if table.nbytes <= _CACHED_BYTES else None
+
+    def forget(self) -> None:
+        with self._lock:
+            self._entry = None
+
+
+_last_decoded = _LastDecoded()
+
+
+def _decoded(plan: Plan, source: Any, part: RowRange) -> pa.Table:
+    """Return the rows of `part`, the plan's read columns."""
+    file, columns = plan.files[part.file], plan.read_columns
+    key = (plan.url, file.path, file.version, part.row_group, columns)
+    table = _last_decoded.get(key)
+    if table is None:
+        _last_decoded.forget()  # before the next is decoded, not after
+        parquet = pq.ParquetFile(source, pre_buffer=True)
+        table = parquet.read_row_group(part.row_group, columns=list(columns))
+    if part.stop < file.rows[part.row_group]:
+        _last_decoded.put(key, table)
+    else:
+        _last_decoded.forget()
+    return table.slice(part.start, part.stop - part.start)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampler:
+    """Take `n` rows from `places` evenly spread over the first `reach` rows of a row group."""
+
+    n: int
+    places: int
+    reach: int
+
+    def rows(self, plan: Plan, source: Any, row_group: int) -> npt.NDArray[np.float64]:
+        """Return up to n complete, finite rows that pass the filter."""
+        step = max(1, self.reach // self.places)
+        size = min(step, max(self.n // self.places, _MIN_BATCH))
+        batches = pq.ParquetFile(source, pre_buffer=True).iter_batches(
+            batch_size=size, row_groups=[row_group], columns=list(plan.read_columns)
+        )
+        found = np.empty((0, plan.n_features))
+        offset = 0
+        for batch in batches:
+            # A place that yields too little leaves the rest to the next ones.
+            due = self.n * min(offset // step + 1, self.places) // self.places
+            if len(found) < due:
+                good = _good_rows(plan, batch)
+                found = np.concatenate([found, good[: due - len(found)]])
+            if len(found) == self.n:
+                break
+            offset += len(batch)
+        return found
+
+
+def _good_rows(plan: Plan, batch: pa.RecordBatch) -> npt.NDArray[np.float64]:
+    """Return the complete, finite rows that pass the filter."""
+    table, _ = _filtered(plan, pa.Table.from_batches([batch]))
+    X = _columns(plan, table).T
+    return X[np.isfinite(X).all(axis=1)].astype(np.float64)
+
+
+def _filtered(plan: Plan, table: pa.Table) -> tuple[pa.Table, npt.NDArray[np.intp] | None]:
+    """Return the rows that pass the filter and, under a filter, their positions."""
+    condition = plan.row_filter
+    if condition is None:
+        return table, None
+    tested = pa.schema([plan.schema.field(name) for name in condition.columns])
+    mask = condition.mask(table.select(condition.columns).cast(tested))
+    return table.filter(pa.array(mask)), np.flatnonzero(mask)
+
+
+def _columns(plan: Plan, table: pa.Table) -> npt.NDArray[Float]:
+    """Return the features (d, n), C-contiguous, null as NaN."""
+    dtype = np.float64 if plan.float64_source else np.float32
+    columns = np.empty((plan.n_features, table.num_rows), dtype)
+    first = plan.schema.field(plan.columns[0]).type
+    if is_embedding(first):
+        _fill_embedding(columns, table.column(plan.columns[0]).cast(first))
+    else:
+        for j, name in enumerate(plan.columns):
+            columns[j] = _to_numpy(table.column(name), dtype)
+    return columns
+
+
+def _fill_embedding(columns: npt.NDArray[Float], lists: pa.ChunkedArray) -> None:
+    start = 0
+    for chunk in lists.chunks:
+        stop, width = start + len(chunk), len(columns)
+        # `.values` ignores the slice and `.flatten()` drops null rows: cut the values ourselves.
+        values = chunk.values.slice(chunk.offset * width, len(chunk) * width)
+        columns[:, start:stop] = _to_numpy(values, columns.dtype).reshape(-1, width).T
+        columns[:, start:stop][:, chunk.is_null().to_numpy(zero_copy_only=False)] = np.nan
+        start = stop
+
+
+def _to_numpy(array: pa.Array | pa.ChunkedArray, dtype: npt.DTypeLike) -> npt.NDArray[Float]:
+    floats = array.cast(pa.from_numpy_dtype(dtype), safe=False)
+    if isinstance(floats, pa.ChunkedArray):
+        floats = floats.combine_chunks()
+    numbers: npt.NDArray[Float] = floats.to_numpy(zero_copy_only=False)
+    return numbers
+
+
+@dataclass(frozen=True, slots=True)
+class _Extract:
+    """Turn decoded rows of one row range into `Rows`, or say which value is wrong."""
+
+    plan: Plan
+    file: LakeFile
+    part: RowRange
+
+    def rows(self, decoded: pa.Table, fill: npt.NDArray[np.float64] | None) -> Rows:
+        table, positions = _filtered(self.plan, decoded)
+        weight = self._weight(table, positions)
+        columns = _columns(self.plan, table)
+        dropped = imputed = 0
+        if not np.isfinite(columns).all():
+            self._check(columns, table, positions)
+            missing = np.isnan(columns)
+            if self.plan.missing == "drop":
+                complete = ~missing.any(axis=0)
+                columns = np.ascontiguousarray(columns[:, complete])
+                weight = None if weight is None else weight[complete]
+                dropped = table.num_rows - columns.shape[1]
+            else:
+                imputed = int(np.count_nonzero(missing))
+                if fill is not None:
+                    columns[missing] = np.broadcast_to(fill[:, None], columns.shape)[missing]
+        filtered = decoded.num_rows - table.num_rows
+        return Rows(columns.T, weight, RowCounts(decoded.num_rows, filtered, dropped, imputed))
+
+    def _weight(
+        self, table: pa.Table, positions: npt.NDArray[np.intp] | None
+    ) -> npt.NDArray[np.float64] | None:
+        name = self.plan.weight_column
+        if name is None:
+            return None
+        weight = _to_numpy(table.column(name), np.float64).astype(np.float64)
+        bad = ~(np.isfinite(weight) & (weight >= 0))
+        if bad.any():
+            row = int(bad.argmax())
+            value = _spell(weight[row]) if table.column(name)[row].is_valid else "null"
+            raise UserError(
+                f"{self._row(row, positions)}: weight {name!r} is {value}; weights "
+                "are finite and not negative: mend it or filter such rows with --where"
+            )
+        return weight
+
+    def _check(
+        self,
+        columns: npt.NDArray[Float],
+        table: pa.Table,
+        positions: npt.NDArray[np.intp] | None,
+    ) -> None:
+        """Raise for the first row with an infinite or, if that is an error, missing value."""
+        allowed = np.isnan if self.plan.missing != "error" else np.zeros_like
+        bad = ~(np.isfinite(columns) | allowed(columns).astype(bool))
+        if not bad.any():
+            return
+        row = int(bad.any(axis=0).argmax())
+        feature = int(bad[:, row].argmax())
+        value = columns[feature, row]
+        remedy = "impute such rows first, or filter them with --where"
+        if np.isnan(value):
+            remedy = "pass --missing drop or impute such rows first"
+        raise UserError(
+            f"{self._row(row, positions)}: column {self.plan.feature_names[feature]!r} is "
+            f"{'null' if self._is_null(table, row, feature) else _spell(value)}; {remedy}"
+        )
+
+    def _is_null(self, table: pa.Table, row: int, feature: int) -> bool:
+        first = self.plan.schema.field(self.plan.columns[0])
+        if is_embedding(first.type):
+            embedding = table.column(first.name)[row]
+            return not (embedding.is_valid and embedding[feature].is_valid)
+        return not table.column(self.plan.columns[feature])[row].is_valid
+
+    def _row(self, row: int, positions: npt.NDArray[np.intp] | None) -> str:
+        at = self.part.start + (row if positions is None else int(positions[row]))
+        return f"{name_of(self.plan.url, self.file)}, row group {self.part.row_group}, row {at}"
+
+
+def _spell(value: Float) -> str:
+    return "NaN" if np.isnan(value) else f"{value:g}"

@@ -1,0 +1,107 @@
+"""Which module may import which: a diagram that cannot lie."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import gmm_dist
+
+PACKAGE = Path(gmm_dist.__file__).parent
+TENSORS = {"torch", "jaxtyping"}
+
+MAY_IMPORT = {
+    # Errors a user can cause; frozen, validated settings.
+    "errors": set(),
+    "config": {"errors"},
+    # The mathematics: neither where rows are, nor Ray, nor files.
+    "parameters": TENSORS,
+    "statistics": TENSORS,
+    "families": TENSORS | {"parameters", "statistics"},
+    "shards": {"torch"},
+    "lanes": TENSORS | {"parameters"},
+    "features": {"torch", "families"},
+    "products": TENSORS | {"families", "features", "lanes", "shards", "statistics"},
+    "centred": TENSORS | {"families", "features", "lanes", "shards", "statistics"},
+    "kernel": TENSORS
+    | {"centred", "families", "features", "lanes", "products", "shards", "statistics"},
+    "cohort": TENSORS | {"config", "families", "kernel", "lanes", "parameters", "statistics"},
+    "em": TENSORS | {"cohort", "config", "parameters", "shards", "statistics"},
+    "limits": {"errors", "families", "parameters"},
+    "init": TENSORS | {"config", "em", "families", "kernel", "limits", "parameters", "shards"},
+    "mixture": TENSORS | {"numpy", "errors", "families", "parameters"},
+    "sweep": {
+        "cohort",
+        "config",
+        "em",
+        "errors",
+        "families",
+        "init",
+        "kernel",
+        "mixture",
+        "parameters",
+        "shards",
+        "statistics",
+    },
+    # The lake: neither EM, nor torch, nor Ray.
+    "storage": {"fsspec", "errors"},
+    "where": {"numpy", "pyarrow", "errors"},
+    "listing": {"fsspec", "pyarrow", "errors", "storage"},
+    "columns": {"pyarrow", "errors", "listing", "storage", "where"},
+    "lake": {"pyarrow", "columns", "errors", "listing", "storage", "where"},
+    "reading": {"numpy", "pyarrow", "columns", "errors", "lake", "listing", "storage"},
+    # A lake's rows become resident blocks: the one place where the two meet.
+    "loading": {"numpy", "torch", "lake", "reading", "shards"},
+    # The cluster: neither files, nor EM.
+    "cluster": {"ray", "torch", "errors", "shards"},
+    # What is left behind.
+    "artifacts": {"fsspec", "safetensors", "torch", "errors", "mixture", "parameters", "storage"},
+    "__init__": {"artifacts", "errors", "mixture", "parameters"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return what a module imports: modules of ours by their names, other packages by theirs."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}, line {node.lineno}: a relative import"
+            if node.module == "gmm_dist":
+                found |= {f"gmm_dist.{alias.name}" for alias in node.names}
+            else:
+                found.add(str(node.module))
+    parts = [name.split(".") for name in found if name.split(".")[0] not in sys.stdlib_module_names]
+    return {name[1] if name[0] == "gmm_dist" else name[0] for name in parts}
+
+
+MODULES = {path.stem: imports_of(path) for path in sorted(PACKAGE.glob("*.py"))}
+
+
+def test_every_module_has_a_row_and_no_row_is_left_over():
+    assert set(MODULES) == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_what_it_may(module):
+    assert MODULES[module] <= MAY_IMPORT[module]
+
+
+def test_imports_run_one_way():
+    """The table's order is one in which each module needs only those above it."""
+    above: set[str] = set()
+    for module, allowed in MAY_IMPORT.items():
+        ours = allowed & set(MAY_IMPORT)
+        assert ours <= above, f"{module} may import {ours - above}, which come later"
+        above.add(module)
+
+
+def test_the_library_neither_reads_arguments_nor_configures_logging():
+    for path in PACKAGE.glob("*.py"):
+        text = path.read_text()
+        for word in ("sys.argv", "basicConfig"):
+            assert word not in text, f"{path.name}: {word}"

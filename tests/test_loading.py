@@ -1,0 +1,88 @@
+"""Rows on their way from the lake to resident blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from gmm_dist import lake
+from gmm_dist.loading import LakeLoader, SumColumns, column_means, count_rows, loader_for
+from gmm_dist.reading import RowCounts
+from gmm_dist.shards import LocalShards
+
+
+def write(folder: Path, **columns: object) -> lake.Plan:
+    pq.write_table(pa.table(columns), folder / "a.parquet", row_group_size=70)
+    return lake.plan(str(folder), n_shards=3, missing="mean")
+
+
+def local(loader: LakeLoader) -> LocalShards:
+    return LocalShards([loader(shard) for shard in range(loader.plan.n_shards)])
+
+
+def test_rows_are_centred_in_float64_before_they_are_cast(tmp_path: Path) -> None:
+    x = 1e9 + np.random.default_rng(0).normal(size=200)
+    plan = write(tmp_path, x=x)
+    loader = LakeLoader(plan, np.array([1e9]), torch.float32)
+    held = torch.cat([loader(shard).blocks[0].X[0] for shard in range(3)])
+    assert held.dtype == torch.float32
+    np.testing.assert_array_equal(held.numpy(), (x - 1e9).astype(np.float32))
+
+
+def test_the_centre_is_in_the_rows_whatever_an_outlier_does(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(50.0, 1.0, size=200)
+    x[3] = 1e9
+    loader = loader_for(write(tmp_path, x=x, y=x.astype(np.float32)))
+    assert abs(loader.centre[0] - 50) < 1
+
+
+def test_float64_sources_stay_float64_while_they_are_small_or_rounding_matters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    near = rng.normal(size=1000)
+    far = np.where(np.arange(1000) % 2, 1e7, -1e7) + rng.normal(size=1000)
+    cases = {"near": (near, torch.float32), "far": (far, torch.float64)}
+    for name, (x, dtype) in cases.items():
+        (tmp_path / name).mkdir()
+        plan = write(tmp_path / name, x=x)
+        assert loader_for(plan).dtype == torch.float64
+        monkeypatch.setattr("gmm_dist.loading._SMALL_BYTES", 0)
+        assert loader_for(plan).dtype == dtype
+        monkeypatch.undo()
+    (tmp_path / "single").mkdir()
+    assert loader_for(write(tmp_path / "single", x=far.astype(np.float32))).dtype == torch.float32
+
+
+def test_missing_values_become_the_mean_of_all_rows_that_have_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(5, 1, size=200), rng.normal(-3, 2, size=200)
+    x[[3, 150]], y[42] = np.nan, np.nan
+    loader = loader_for(write(tmp_path, x=x, y=y))
+    means = column_means(local(loader), loader)
+    np.testing.assert_allclose(means, [np.nanmean(x), np.nanmean(y)], rtol=1e-12)
+    filled = LakeLoader(loader.plan, loader.centre, loader.dtype, means)
+    rows = torch.cat([filled(shard).blocks[0].X for shard in range(3)], dim=1)
+    assert rows[0, 150].item() + loader.centre[0] == pytest.approx(np.nanmean(x), rel=1e-12)
+    counted = local(filled).run(count_rows)
+    assert (counted.n_rows, counted.counts) == (200, RowCounts(read=200, imputed=3))
+
+
+def test_a_column_without_any_value_has_a_mean_of_its_centre(tmp_path: Path) -> None:
+    loader = loader_for(write(tmp_path, x=np.full(10, np.nan), y=np.arange(10.0)))
+    total = local(loader).run(SumColumns(2))
+    assert total.counts.tolist() == [0, 10]
+    assert np.isfinite(column_means(local(loader), loader)).all()
+
+
+def test_an_empty_shard_has_no_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": np.arange(2.0)}), tmp_path / "a.parquet")
+    plan = lake.plan(str(tmp_path), n_shards=5)
+    loaded = [LakeLoader(plan, np.zeros(1), torch.float32)(shard) for shard in range(5)]
+    assert sum(rows.n_rows for rows in loaded) == 2
+    assert LocalShards(loaded).run(count_rows).n_rows == 2

@@ -1,0 +1,54 @@
+"""What a user sees while a job runs, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+import torch
+from progress import Progress, ranking
+from rich.console import Console
+
+from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.shards import LocalShards
+from gmm_dist.sweep import Candidate, Standing, sweep
+
+STANDINGS = [
+    Standing(Candidate(2, "full"), True, 7, -12.5, "float32"),
+    Standing(Candidate(3, "diag"), False, 4, -11.25, "float64"),
+    Standing(Candidate(4, "full"), True, 0, float("nan"), "float64"),
+]
+
+
+def test_a_terminal_shows_each_candidates_state_iteration_and_likelihood() -> None:
+    screen = io.StringIO()
+    progress = Progress(Console(file=screen, force_terminal=True, width=100))
+    with progress.shown():
+        progress.loading(3, 8, 1_234_567)
+        progress.starting(8)
+        progress.standings(STANDINGS)
+    seen = screen.getvalue()
+    for part in ("running, float32", "-12.500000", "done", "-11.250000", "full", "diag", "..."):
+        assert part in seen
+
+
+def test_elsewhere_there_are_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+    progress = Progress(Console(file=io.StringIO()))
+    with caplog.at_level(logging.INFO, "gmm_dist.progress"), progress.shown():
+        progress.loading(8, 8, 1_234_567)
+        progress.standings(STANDINGS)
+    assert "loaded 8 of 8 shards, 1,234,567 rows" in caplog.text
+    assert "pass 1: 2 of 3 running; mean log-likelihood: k=2 full -12.500000" in caplog.text
+
+
+def test_the_ranking_shows_best_first_and_failures_last() -> None:
+    X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shards = LocalShards.of(X)
+    candidates = [Candidate(k, "full") for k in (20, 1)]
+    result = sweep(shards, candidates, EMConfig(), StartConfig(n_init=1), n_features=2)
+    screen = io.StringIO()
+    Console(file=screen, width=200).print(ranking(result))
+    rows = [line.split() for line in screen.getvalue().splitlines()[1:]]
+    assert [row[:2] for row in rows] == [["1", "1"], ["-", "20"]]
+    assert "degenerate" in screen.getvalue()

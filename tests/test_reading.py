@@ -1,0 +1,217 @@
+"""Rows of a shard: decoded once, bad values named, probed; real Parquet files."""
+
+from __future__ import annotations
+
+import re
+
+import lakes
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from gmm_dist import lake, reading
+from gmm_dist.errors import UserError
+from gmm_dist.reading import RowCounts
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached():
+    reading.release()
+
+
+def test_shards_of_one_row_group_decode_it_once(tmp_path, monkeypatch):
+    path = lakes.write(tmp_path / "a.parquet", {"x": lakes.numbers(1600)})
+    plan = lake.plan(str(path), n_shards=16)
+    assert {part.row_group for shard in plan.shards for part in shard} == {0}
+    decoded = []
+    original = lakes.pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        lakes.pq.ParquetFile,
+        "read_row_group",
+        lambda *args, **options: decoded.append(args) or original(*args, **options),
+    )
+    X, _, _ = lakes.read_all(plan)
+    assert len(decoded) == 1
+    np.testing.assert_array_equal(X[:, 0], lakes.numbers(1600))
+    assert reading._last_decoded._entry is None  # nothing left behind once its last row is read
+    next(reading.read(plan, 0))
+    assert reading._last_decoded._entry is not None
+    reading.release()
+    assert reading._last_decoded._entry is None
+
+
+def test_corrupt_pages_are_found_when_they_are_read(tmp_path):
+    path = lakes.write(tmp_path / "a.parquet", {"x": lakes.numbers(1000)})
+    lakes.corrupt(path, start=4, length=64)
+    plan = lake.plan(str(tmp_path))
+    with pytest.raises(UserError, match=rf"{path}: cannot be read as Parquet \(.*\); write the"):
+        lakes.read_all(plan)
+
+
+# --- missing, infinite and negative values
+
+
+def bad_rows(tmp_path, **columns):
+    """Two row groups of 5 rows; bad values are put into the second."""
+    values = {
+        "x": lakes.numbers(10),
+        "y": lakes.numbers(10, 1),
+        "w": np.ones(10),
+        "i": np.arange(10),
+    }
+    for name, (row, value) in columns.items():
+        values[name] = [*values[name][:row], value, *values[name][row + 1 :]]
+    lakes.write(tmp_path / "a.parquet", values, rows_per_group=5)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "text"), [(NAN, "NaN"), (None, "null")])
+def test_a_missing_value_is_an_error_that_names_the_first(tmp_path, value, text):
+    url = bad_rows(tmp_path, y=(7, value), x=(8, value))
+    message = (
+        f"{tmp_path}/a.parquet, row group 1, row 2: column 'y' is {text}; pass --missing drop or "
+        "impute such rows first"
+    )
+    for n_shards in (1, 3, 10):
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            lakes.read_all(lake.plan(url, columns=["x", "y"], n_shards=n_shards))
+
+
+def test_a_row_in_a_message_is_counted_before_the_filter(tmp_path):
+    url = bad_rows(tmp_path, y=(8, NAN))
+    with pytest.raises(UserError, match="row group 1, row 3: column 'y' is NaN"):
+        lakes.read_all(lake.plan(url, columns=["x", "y"], where="i >= 7"))
+    X, _, counts = lakes.read_all(lake.plan(url, columns=["x", "y"], where="i != 8"))
+    assert len(X) == 9
+    assert counts == RowCounts(read=10, filtered=1)
+
+
+def test_rows_with_missing_values_can_be_dropped(tmp_path):
+    url = bad_rows(tmp_path, x=(2, None), y=(7, NAN), w=(3, 5.0))
+    plan = lake.plan(url, columns=["x", "y"], weight_column="w", missing="drop", n_shards=3)
+    X, weight, counts = lakes.read_all(plan)
+    keep = np.delete(np.arange(10), [2, 7])
+    np.testing.assert_array_equal(
+        X, np.stack([lakes.numbers(10), lakes.numbers(10, 1)], axis=1)[keep]
+    )
+    assert weight.tolist() == [1, 1, 5, 1, 1, 1, 1, 1]
+    assert counts == RowCounts(read=10, dropped=2)
+    for part in reading.read(plan, 0):
+        assert part.X.T.flags.c_contiguous
+
+
+def test_missing_values_can_be_filled(tmp_path):
+    url = bad_rows(tmp_path, x=(2, None), y=(2, NAN))
+    plan = lake.plan(url, columns=["x", "y"], missing="mean", n_shards=3)
+    X, _, counts = lakes.read_all(plan)
+    assert np.isnan(X).sum() == 2
+    assert counts == RowCounts(read=10, imputed=2)
+    X, _, counts = lakes.read_all(plan, fill=np.array([7.0, 8.0]))
+    assert X[2].tolist() == [7.0, 8.0]
+    assert counts == RowCounts(read=10, imputed=2)
+    assert np.isfinite(X).all()
+
+
+@pytest.mark.parametrize("missing", ["error", "drop", "mean"])
+@pytest.mark.parametrize(("value", "text"), [(INF, "inf"), (-INF, "-inf")])
+def test_an_infinite_value_is_always_an_error(tmp_path, missing, value, text):
+    url = bad_rows(tmp_path, y=(6, value))
+    plan = lake.plan(url, columns=["x", "y"], missing=missing)
+    message = f"a.parquet, row group 1, row 1: column 'y' is {text}; impute such rows first, or"
+    with pytest.raises(UserError, match=message):
+        lakes.read_all(plan, fill=np.zeros(2))
+    assert len(lakes.read_all(lake.plan(url, columns=["x", "y"], where="i != 6"))[0]) == 9
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "null"), (NAN, "NaN"), (INF, "inf"), (-1.0, "-1")]
+)
+def test_a_bad_weight_is_an_error(tmp_path, value, text):
+    url = bad_rows(tmp_path, w=(6, value))
+    message = f"a.parquet, row group 1, row 1: weight 'w' is {text}; weights are finite and not"
+    for missing in ("error", "drop"):
+        with pytest.raises(UserError, match=message):
+            lakes.read_all(lake.plan(url, columns=["x"], weight_column="w", missing=missing))
+
+
+def test_embeddings_keep_their_rows_over_nulls_and_cuts(tmp_path):
+    rows = [[float(i), None if i == 4 else i + 0.5] for i in range(12)]
+    rows[7] = None
+    lists = pa.array(rows, pa.list_(pa.float32(), 2))
+    lakes.write(tmp_path / "a.parquet", {"emb": lists}, rows_per_group=9)
+    for n_shards in (1, 5):
+        plan = lake.plan(str(tmp_path), missing="mean", n_shards=n_shards)
+        X, _, counts = lakes.read_all(plan)
+        assert counts == RowCounts(read=12, imputed=3)
+        assert np.flatnonzero(np.isnan(X).any(axis=1)).tolist() == [4, 7]
+        expected = [row for i, row in enumerate(rows) if i not in (4, 7)]
+        assert np.delete(X, [4, 7], axis=0).tolist() == expected
+    with pytest.raises(UserError, match=r"row group 0, row 4: column 'emb\[1\]' is null"):
+        lakes.read_all(lake.plan(str(tmp_path), n_shards=5))
+    assert len(lakes.read_all(lake.plan(str(tmp_path), missing="drop", n_shards=5))[0]) == 10
+
+
+def test_a_column_of_nothing_but_null_is_missing(tmp_path):
+    lakes.write(tmp_path / "a.parquet", {"x": [1.0]})
+    lakes.write(tmp_path / "b.parquet", {"x": pa.nulls(2)})
+    with pytest.raises(UserError, match=r"b\.parquet, row group 0, row 0: column 'x' is null"):
+        lakes.read_all(lake.plan(str(tmp_path)))
+
+
+# --- probing
+
+
+def test_a_probe_takes_rows_from_all_over_the_plan(tmp_path):
+    x = np.arange(40_000.0)
+    lakes.write(tmp_path / "a.parquet", {"x": x, "y": x}, rows_per_group=1000)
+    X = reading.probe(lake.plan(str(tmp_path)), max_rows=160)
+    assert X.shape == (160, 2)
+    assert X.dtype == np.float64
+    assert X[0, 0] == 0
+    assert X[-1, 0] == 39_009
+    assert np.isin(X[:, 0], x).all()
+
+
+def test_a_probe_of_few_row_groups_takes_rows_from_all_over_each(tmp_path):
+    x = np.arange(40_960.0)
+    lakes.write(tmp_path / "a.parquet", {"x": x}, rows_per_group=20_480)
+    X = reading.probe(lake.plan(str(tmp_path)), max_rows=160)[:, 0]
+    assert X.tolist() == [2560 * place + row for place in range(16) for row in range(10)]
+    assert reading.probe(lake.plan(str(tmp_path)), max_rows=3)[:, 0].tolist() == [0, 20_480]
+
+
+def test_a_place_without_enough_rows_leaves_the_rest_of_a_probe_to_the_next(tmp_path):
+    x = np.arange(16_384.0)
+    x[3077:8192] = NAN
+    lakes.write(tmp_path / "a.parquet", {"x": x})
+    X = reading.probe(lake.plan(str(tmp_path)), max_rows=160)[:, 0]
+    expected = [1024.0 * place + row for place in range(3) for row in range(10)]
+    expected += [*range(3072, 3077), *range(8192, 8247)]
+    expected += [1024.0 * place + row for place in range(9, 16) for row in range(10)]
+    assert X.tolist() == expected
+
+
+def test_a_probe_decodes_only_so_much_of_a_huge_row_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_PROBED_VALUES", 2 * 8192)
+    x = np.arange(100_000.0)
+    lakes.write(tmp_path / "a.parquet", {"x": x, "y": x})
+    X = reading.probe(lake.plan(str(tmp_path)), max_rows=16)
+    assert X[:, 0].tolist() == [512 * place for place in range(16)]
+    kept = reading.probe(lake.plan(str(tmp_path), where="x >= 99_998"), max_rows=16)
+    assert kept[:, 0].tolist() == [99_998, 99_999]
+
+
+def test_a_probe_leaves_out_bad_and_filtered_rows(tmp_path):
+    url = bad_rows(tmp_path, x=(0, NAN), y=(1, INF))
+    plan = lake.plan(url, columns=["x", "y"], where="i != 2")
+    X = reading.probe(plan)
+    np.testing.assert_array_equal(X[:, 0], lakes.numbers(10)[3:])
+    assert reading.probe(plan, max_rows=4).shape == (4, 2)
+    assert reading.probe(plan, max_rows=1).shape == (1, 2)
+
+
+def test_a_probe_may_find_nothing(tmp_path):
+    lakes.write(tmp_path / "a.parquet", {"x": [NAN, 1.0], "i": [1, 3]})
+    assert reading.probe(lake.plan(str(tmp_path), where="i <= 2")).shape == (0, 1)

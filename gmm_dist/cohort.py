@@ -158,15 +158,16 @@ def _score(lane: Lane, log_likelihood: float, n_samples: float, config: EMConfig
     lane.log_likelihood = log_likelihood
     del lane.lower_bounds[lane.n_iter :]  # of the same parameters, in a lower precision
     lane.lower_bounds.append(bound)
-    converged = lane.last_bound is not None and abs(bound - lane.last_bound) < _tol(lane, config)
+    gain = math.inf if lane.last_bound is None else abs(bound - lane.last_bound)
     lane.last_bound = bound
     if not math.isfinite(bound):
         lane.outcome = Outcome.SINGULAR
     elif lane.verdict is not None:
         lane.outcome = lane.verdict
-    elif converged or lane.n_iter == config.max_iter:
-        return _stop(lane, Outcome.CONVERGED if converged else Outcome.MAX_ITER, config)
-    return lane.outcome is Outcome.RUNNING and lane.verdict is None
+    elif gain < _tol(lane, config) or lane.n_iter == config.max_iter:
+        _stop(lane, gain, config)
+        return False
+    return lane.outcome is Outcome.RUNNING
 
 
 def _tol(lane: Lane, config: EMConfig) -> float:
@@ -176,20 +177,15 @@ def _tol(lane: Lane, config: EMConfig) -> float:
     return config.tol
 
 
-def _stop(lane: Lane, outcome: Outcome, config: EMConfig) -> bool:
-    """End a float64 lane; have float64 judge one that float32 has brought this far."""
+def _stop(lane: Lane, gain: float, config: EMConfig) -> None:
+    """End a float64 lane; have float64 judge, or finish, one that float32 has brought this far."""
+    outcome = Outcome.CONVERGED if gain < config.tol else Outcome.MAX_ITER
     if lane.precision is not Precision.FLOAT32:
         lane.outcome = outcome
-        return False
+        return
     lane.repeat_in(Precision.FLOAT64)
-    if (
-        outcome is Outcome.CONVERGED
-        and config.precision == "auto"
-        and lane.n_iter < config.max_iter
-    ):
-        return True
-    lane.verdict = outcome
-    return False
+    if config.precision == "float32" or lane.n_iter == config.max_iter:
+        lane.verdict = outcome
 
 
 def _m_step(
@@ -273,15 +269,28 @@ def is_degenerate(lane: Lane, total: TotalMoments) -> bool:
     the rows together are flat (a constant column, a duplicated one) do not count.
     """
     d, reg = lane.parameters.n_features, lane.reg_covar
-    if float(lane.nk.min()) < min(d + 1, total.n_samples):
+    if float(lane.nk.min()) < d + 1:
         return True
     if reg == 0:
         return False
     kind, stack = lane.parameters.covariance_type, Stack.of([lane.parameters])
     if kind in ("full", "tied"):
-        flat = (torch.linalg.eigvalsh(stack.covariances) < 2 * reg).sum(-1)
-        allowed = (torch.linalg.eigvalsh(total.covariance) < reg).sum()
+        flat = _n_below(stack.covariances, 2 * reg)
+        allowed = _n_below(total.covariance[None], reg)
     else:
         flat = (FAMILIES[kind].variances(stack.covariances, d) < 2 * reg).sum(-1)
         allowed = (total.covariance.diagonal() < reg).sum()
     return bool((flat > allowed).any())
+
+
+def _n_below(covariances: Float64[Tensor, "c d d"], floor: float) -> Tensor:
+    """Return how many eigenvalues of each covariance are below `floor`.
+
+    They are the negative ones of Σ - floor·I, whose number no change of the features' scales
+    alters (Sylvester); in scales where the variances are one, rounding alters it least.
+    """
+    scale = covariances.diagonal(dim1=-2, dim2=-1).clamp_min(floor).rsqrt()
+    shifted = covariances - floor * torch.eye(covariances.shape[-1], dtype=covariances.dtype)
+    scaled = shifted * scale[:, :, None] * scale[:, None, :]
+    below: Tensor = (torch.linalg.eigvalsh(scaled) < 0).sum(-1)
+    return below

@@ -101,13 +101,15 @@ class TreeSum(Generic[S]):
 
     n_shards: int
     _waiting: dict[tuple[int, int], Partial[S]] = field(default_factory=dict)
+    _counted: int = 0  # one bit for each shard
 
     def push(self, partial: Partial[S]) -> None:
-        while True:
-            key = (partial.level, partial.index)
-            assert key not in self._waiting, f"shards of subtree {key} were counted twice"
-            if partial.level == self._root_level:
-                break
+        """Add a subtree's sum to what is there."""
+        span = 1 << partial.level
+        shards = ((1 << span) - 1) << (partial.index * span)
+        assert not self._counted & shards, f"shards were counted twice: {partial.index * span} on"
+        self._counted |= shards
+        while partial.level < self._root_level:
             sibling = self._waiting.pop((partial.level, partial.index ^ 1), None)
             if sibling is None and not self._is_lone(partial):
                 break

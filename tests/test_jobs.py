@@ -244,6 +244,49 @@ def test_a_start_that_does_not_fit_is_one_line(
     assert "one of --k and --start is required" in line
 
 
+def test_what_a_reader_of_the_table_should_know_is_said_with_a_remedy(
+    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = table()
+    rows = rows.append_column("same", rows["x"]).append_column("flat", pa.array([7.5] * 600))
+    data, out = lake(tmp_path / "lake", rows), tmp_path / "out"
+    argv = [data, "--columns", "x", "y", "same", "flat", "--k", "2,3", "--output", str(out)]
+    assert sweep_job.main([*argv, "--address", ray_address]) == 0
+    said = capsys.readouterr().out
+    assert "warning: column 'flat' is constant: leave it out with --columns" in said
+    assert "warning: 1 of 4 columns are duplicates or sums of others" in said
+    assert "warning: the best k is the largest tried: run again with --k 3..6" in said
+    report = json.loads((out / "sweep.json").read_text())
+    assert len(report["warnings"]) == 3
+    assert report["best"]["k"] == 3
+    assert "NaN" not in (out / "sweep.json").read_text()
+    assert np.isfinite(gmm_dist.load(str(out)).parameters.covariances.numpy()).all()
+
+
+def test_statistics_beyond_memory_are_one_line_with_the_numbers(
+    tmp_path: Path, capfd: Errors, ray_address: str
+) -> None:
+    wide = pa.table({"e": pa.FixedSizeListArray.from_arrays(np.zeros(4000 * 20), 4000)})
+    argv = [lake(tmp_path / "lake", wide), "--k", "2..20", "--output", str(tmp_path / "out")]
+    line = refused(capfd, *argv, "--address", ray_address)
+    assert "the statistics of 209 components with 4,000 features need " in line
+    assert "GiB in every worker, which has" in line
+    assert "use --covariance-type diag" in line
+
+
+def test_fewer_rows_than_features_end_with_a_table_and_a_line(
+    tmp_path: Path, capfd: Errors, ray_address: str
+) -> None:
+    wide = pa.table({f"x{i}": np.random.default_rng(i).normal(size=12) for i in range(30)})
+    data, out = lake(tmp_path / "lake", wide), tmp_path / "out"
+    argv = [data, "--k", "1,2", "--output", str(out), "--address", ray_address]
+    assert sweep_job.main(argv) == 2
+    said = capfd.readouterr()
+    assert "degenerate: a component has fewer than d + 1 rows" in said.out
+    assert "error: none of the 2 candidates could be ranked" in said.err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("text", "ks"), [("8", [8]), ("4,8,16", [4, 8, 16]), ("2..5", [2, 3, 4, 5]), ("1,1..2", [1, 2])]
 )

@@ -1,11 +1,21 @@
-"""Too much for memory is said before anything is allocated."""
+"""What is large: said before anything is allocated where it does not fit, else it works."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import dataclass
+
 import pytest
+import torch
 
 from gmm_dist.errors import UserError
+from gmm_dist.families import natural
+from gmm_dist.kernel import EStep
+from gmm_dist.lanes import LaneGroup, Precision
 from gmm_dist.limits import lane_bytes, require_memory
+from gmm_dist.parameters import Parameters, Stack
+from gmm_dist.shards import Block, LocalShards, ShardRows, TreeSum, run_on
 
 
 def test_bytes_grow_with_components_and_features() -> None:
@@ -31,3 +41,41 @@ def test_what_does_not_fit_is_one_line_with_the_numbers_and_a_remedy() -> None:
         require_memory([(k, "full") for k in range(2, 11)], 5000, 2 * 2**30)
     with pytest.raises(UserError, match="use smaller --k"):
         require_memory([(10**6, "spherical")], 5000, 2 * 2**30)
+
+
+def test_a_thousand_components_of_128_features_are_a_lane_like_any_other() -> None:
+    k, d = 1024, 128
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(k, d, generator=generator, dtype=torch.float64)
+    eye = torch.eye(d, dtype=torch.float64).expand(k, d, d)
+    weights = torch.full((k,), 1 / k, dtype=torch.float64)
+    theta = natural(Stack.of([Parameters(weights, means, eye, "full")])).theta
+    task = EStep((LaneGroup("full", Precision.FLOAT32, (k,), theta=theta),), d)
+    X = means[torch.arange(600) % k] + 0.01 * torch.randn(600, d, generator=generator)
+    statistics = LocalShards.of(X.float(), n_shards=2).run(task).groups[0]
+    assert statistics.moments.nbytes == 8 * k * (1 + d + d * (d + 1) // 2)  # 69 MB
+    expected = torch.zeros(k, dtype=torch.float64)
+    expected[:600] = 1.0
+    torch.testing.assert_close(statistics.moments[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_workers_send_follows_the_tree_not_the_number_of_shards() -> None:
+    n_shards = 1000
+    for n_workers in (1, 2, 4, 7, 64):
+        edges = [n_shards * i // n_workers for i in range(n_workers + 1)]
+        root: TreeSum[Rows] = TreeSum(n_shards)
+        for a, b in itertools.pairwise(edges):
+            shards = [ShardRows(i, [Block(torch.zeros(1, 2))]) for i in range(a, b)]
+            partials = run_on(lambda rows: Rows(rows.n_rows), shards, n_shards)
+            assert len(partials) <= 2 * math.log2(n_shards)
+            for partial in partials:
+                root.push(partial)
+        assert root.total(2 * n_shards) == Rows(2 * n_shards)
+
+
+@dataclass(frozen=True)
+class Rows:
+    n: int
+
+    def __add__(self, other: Rows) -> Rows:
+        return Rows(self.n + other.n)

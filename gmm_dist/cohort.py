@@ -61,6 +61,8 @@ class Lane:
     last_bound: float | None = None
     # What the lane will have come to when float64 has scored its parameters.
     verdict: Outcome | None = None
+    # Whether float64 products have gone on where the centred form would be right.
+    strained: bool = False
 
     @classmethod
     def start(cls, parameters: Parameters, config: EMConfig) -> Lane:
@@ -178,14 +180,17 @@ def _tol(lane: Lane, config: EMConfig) -> float:
 
 
 def _stop(lane: Lane, gain: float, config: EMConfig) -> None:
-    """End a float64 lane; have float64 judge, or finish, one that float32 has brought this far."""
+    """End a lane, or have a better precision judge or finish what this one has come to."""
     outcome = Outcome.CONVERGED if gain < config.tol else Outcome.MAX_ITER
-    if lane.precision is not Precision.FLOAT32:
-        lane.outcome = outcome
-        return
-    lane.repeat_in(Precision.FLOAT64)
-    if config.precision == "float32" or lane.n_iter == config.max_iter:
+    if lane.precision is Precision.FLOAT32:
+        lane.repeat_in(Precision.FLOAT64)
+        if config.precision == "float32" or lane.n_iter == config.max_iter:
+            lane.verdict = outcome
+    elif lane.strained and lane.precision is Precision.FLOAT64:
+        lane.repeat_in(Precision.CENTRED)
         lane.verdict = outcome
+    else:
+        lane.outcome = outcome
 
 
 def _m_step(
@@ -220,7 +225,9 @@ def _escalate(lane: Lane, total: TotalMoments, config: EMConfig) -> bool:
         return False
     better = _NEXT[lane.precision]
     if better is Precision.CENTRED and is_degenerate(lane, total):
-        return False  # it will not be ranked: not worth the slowest passes there are
+        # It will not be ranked: not worth the slowest passes there are, but for the last one.
+        lane.strained = True
+        return False
     lane.repeat_in(better)
     return True
 

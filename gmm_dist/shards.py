@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -69,6 +69,7 @@ Loader = Callable[[int], ShardRows]
 """Makes the rows of a shard, the same bits each time it is called; picklable."""
 
 
+@runtime_checkable
 class Shards(Protocol):
     """Rows in shards, wherever they lie."""
 

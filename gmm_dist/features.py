@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gmm_dist.families import FAMILIES, n_feature_rows
+from gmm_dist.families import FAMILIES, PRODUCT_BLOCK, n_feature_rows
 
 _MAX_VIEWS = 256  # chunk lengths whose views are kept
 
@@ -31,8 +32,8 @@ class Features:
     `of` has each covariance type's rows of it, (P of the type, n).
 
     A column of Φ is a row's features, a row of Φ one contiguous line, so the products x_i x_j
-    are d multiplications of neighbouring lines. The views that these write into are made once
-    for each chunk length. Only the rows are filled that `kinds` of covariance need.
+    are a few multiplications of lines. The views that these write into are made once for each
+    chunk length. Only the rows are filled that `kinds` of covariance need.
     """
 
     def __init__(
@@ -75,13 +76,27 @@ class Features:
             self._views.clear()
         d = self.d
         phi = self._buffer[: self._n_rows * n].view(self._n_rows, n)
-        x, products, first = phi[2 : 2 + d], [], 2 + 2 * d
-        if self._has_products:
-            for i in range(d - 1):
-                last = first + d - 1 - i
-                products.append((x[i], x[i + 1 :], phi[first:last]))
-                first = last
+        x = phi[2 : 2 + d]
+        products = _products(x, phi[2 + 2 * d :]) if self._has_products else []
         of = {kind: phi[FAMILIES[kind].rows(d)] for kind in self._kinds}
         views = _Views(of, x, phi[1], phi[2 + d : 2 + 2 * d], phi[0], products)
         self._views[n] = views
         return views
+
+
+def _products(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return the multiplications that fill `out` (Q, n) in the order of `product_pairs`."""
+    d, n = x.shape
+    multiplications, first = [], 0
+    for start in range(0, d - PRODUCT_BLOCK, PRODUCT_BLOCK):
+        block, after = x[start : start + PRODUCT_BLOCK], x[start + PRODUCT_BLOCK :]
+        last = first + len(block) * len(after)
+        cells = out[first:last].view(len(block), len(after), n)
+        multiplications.append((block[:, None], after[None], cells))
+        first = last
+    for a, b in itertools.combinations(range(PRODUCT_BLOCK), 2):
+        right = x[b::PRODUCT_BLOCK]
+        last = first + len(right)
+        multiplications.append((x[a::PRODUCT_BLOCK][: len(right)], right, out[first:last]))
+        first = last
+    return multiplications

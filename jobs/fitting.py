@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from progress import Progress, ranking
+from progress import Progress, notes, ranking
 from rich.console import Console
 
 from gmm_dist import __version__, artifacts, lake
@@ -199,7 +199,7 @@ def print_table(result: SweepResult, warnings: Sequence[str]) -> None:
     """Print the ranked table, and what a reader of it should know."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)
-    console.print(ranking(result))
-    for warning in warnings:
-        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+        console = Console(width=160)
+    console.print(ranking(result, console.width))
+    for line in [*notes(result), *(f"warning: {warning}" for warning in warnings)]:
+        console.print(line, highlight=False, soft_wrap=True)

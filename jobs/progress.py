@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gmm_dist.em import Status
 from gmm_dist.sweep import Standing, SweepResult
 
 logger = logging.getLogger("gmm_dist.progress")
@@ -94,24 +95,39 @@ def _standings_table(standings: Sequence[Standing], passes: int) -> RenderableTy
     return table
 
 
-def ranking(result: SweepResult) -> Table:
-    """Return the ranked table of a sweep, best first."""
+def ranking(result: SweepResult, width: int) -> Table:
+    """Return the ranked table of a sweep, best first; a narrow one has fewer columns."""
     table = Table(box=None, pad_edge=False)
-    for name in ("rank", "k", "covariance", "BIC", "AIC", "ICL", "mean log-lik.", "iter."):
-        table.add_column(name, justify="left" if name == "covariance" else "right", no_wrap=True)
-    table.add_column("status", overflow="fold")
+    for name in _columns(width):
+        left = name in ("covariance", "status")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for rank, s in enumerate(result.ranked, start=1):
-        best = s is result.best
-        table.add_row(
-            str(rank) if s.fit.is_ranked else "-",
-            str(s.candidate.k),
-            s.candidate.covariance_type,
-            f"{s.bic:,.1f}",
-            f"{s.aic:,.1f}",
-            f"{s.icl:,.1f}",
-            f"{s.fit.log_likelihood / result.n_samples:.6f}",
-            str(s.fit.n_iter),
-            s.fit.status.value,
-            style="bold" if best else "" if s.fit.is_ranked else "dim",
-        )
+        cells = {
+            "rank": str(rank) if s.fit.is_ranked else "-",
+            "k": str(s.candidate.k),
+            "covariance": s.candidate.covariance_type,
+            "BIC": f"{s.bic:,.1f}",
+            "AIC": f"{s.aic:,.1f}",
+            "ICL": f"{s.icl:,.1f}",
+            "mean log-lik.": f"{s.fit.log_likelihood / result.n_samples:.6f}",
+            "iter.": str(s.fit.n_iter),
+            "status": s.fit.status.name.lower(),
+        }
+        style = "bold" if s is result.best else "" if s.fit.is_ranked else "dim"
+        table.add_row(*(cells[name] for name in _columns(width)), style=style)
     return table
+
+
+def _columns(width: int) -> list[str]:
+    criteria = ["BIC", "AIC", "ICL"] if width >= 110 else ["BIC"]
+    return ["rank", "k", "covariance", *criteria, "mean log-lik.", "iter.", "status"]
+
+
+def notes(result: SweepResult) -> list[str]:
+    """Return the sentence of each status that is not plain convergence, with whom it concerns."""
+    concerned: dict[Status, list[str]] = {}
+    for s in result.scored:
+        if s.fit.status is not Status.CONVERGED:
+            name = f"k={s.candidate.k} {s.candidate.covariance_type}"
+            concerned.setdefault(s.fit.status, []).append(name)
+    return [f"{', '.join(names)}: {status.value}" for status, names in concerned.items()]

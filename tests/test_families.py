@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import mixtures
 import naive
 import pytest
@@ -19,7 +21,9 @@ from gmm_dist.families import (
     n_feature_rows,
     n_parameters,
     natural,
+    product_pairs,
 )
+from gmm_dist.features import Features
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters, Stack
 
 CPU = torch.device("cpu")
@@ -27,13 +31,26 @@ every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 
 
 def features(X):
-    """Return the feature matrix (P, n) as the docstring of `families` draws it, row by row."""
+    """Return the feature matrix (P, n) as the docstring of `families` draws it."""
     n, d = X.shape
     rows = [X.square().sum(1), torch.ones(n, dtype=X.dtype)]
     rows += [X[:, i] for i in range(d)]
     rows += [X[:, i] ** 2 for i in range(d)]
-    rows += [X[:, i] * X[:, j] for i in range(d) for j in range(i + 1, d)]
+    rows += [X[:, i] * X[:, j] for i, j in zip(*product_pairs(d), strict=True)]
     return torch.stack(rows)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5, 7, 8, 9, 16, 19])
+def test_the_products_are_all_pairs_once_and_the_features_hold_them_in_that_order(d):
+    pairs = [(int(i), int(j)) for i, j in zip(*product_pairs(d), strict=True)]
+    assert sorted(pairs) == list(itertools.combinations(range(d), 2))
+    X = mixtures.normal_rows(11, d, seed=d)
+    held = Features(d, 20, set(COVARIANCE_TYPES), torch.float64, CPU)
+    for n in (11, 5, 11):  # a chunk of another length in between
+        held.fill(X[:n].T)
+        for kind in COVARIANCE_TYPES:
+            expected = features(X[:n])[FAMILIES[kind].rows(d)]
+            torch.testing.assert_close(held.of[kind], expected, rtol=1e-14, atol=0)
 
 
 def exact_log_prob(X, mixture):

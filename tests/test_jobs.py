@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fit as fit_job
+import lakes
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -200,6 +201,37 @@ def test_a_missing_path_and_a_folder_without_parquet_are_one_line(
     assert str(tmp_path / "nowhere") in refused(capfd, str(tmp_path / "nowhere"), *out)
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in refused(capfd, str(tmp_path / "empty"), *out)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: lakes.truncate(path, 500), r"b\.parquet: cannot be read as Parquet"),
+        (lambda path: lakes.corrupt(path, start=8, length=3000), r"b\.parquet: cannot be read"),
+    ],
+)
+def test_a_truncated_and_a_corrupt_file_are_one_line(
+    tmp_path: Path,
+    capfd: Errors,
+    ray_address: str,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    data, out = lake(tmp_path / "lake"), tmp_path / "out"
+    damage(Path(data) / "b.parquet")
+    argv = [data, "--columns", "x", "y", "--k", "2", "--output", str(out)]
+    assert re.search(message, refused(capfd, *argv, "--address", ray_address))
+    assert not out.exists()
+
+
+def test_an_embedding_whose_width_differs_between_files_is_one_line(
+    tmp_path: Path, capfd: Errors
+) -> None:
+    for width in (3, 4):
+        column = lakes.embeddings(np.zeros((5, width)))
+        lakes.write(tmp_path / "lake" / f"{width}.parquet", {"e": column})
+    line = refused(capfd, str(tmp_path / "lake"), "--k", "2", "--output", str(tmp_path / "out"))
+    assert "4.parquet: column 'e' has embedding width 4, but 3 in" in line
 
 
 @pytest.mark.parametrize(("value", "said"), [(None, "null"), (np.nan, "NaN"), (np.inf, "inf")])

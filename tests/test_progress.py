@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from progress import Progress, ranking
+from progress import Progress, notes, ranking
 from rich.console import Console
 
 from gmm_dist.config import EMConfig, StartConfig
@@ -47,8 +47,13 @@ def test_the_ranking_shows_best_first_and_failures_last() -> None:
     shards = LocalShards.of(X)
     candidates = [Candidate(k, "full") for k in (20, 1)]
     result = sweep(shards, candidates, EMConfig(), StartConfig(n_init=1), n_features=2)
-    screen = io.StringIO()
-    Console(file=screen, width=200).print(ranking(result))
-    rows = [line.split() for line in screen.getvalue().splitlines()[1:]]
-    assert [row[:2] for row in rows] == [["1", "1"], ["-", "20"]]
-    assert "degenerate" in screen.getvalue()
+    for width, has_aic in ((80, False), (160, True)):
+        screen = io.StringIO()
+        Console(file=screen, width=width).print(ranking(result, width))
+        head, *rows = screen.getvalue().splitlines()
+        assert ("AIC" in head) is has_aic
+        assert "…" not in screen.getvalue()
+        assert [row.split()[:2] for row in rows] == [["1", "1"], ["-", "20"]]
+        assert [row.split()[-1] for row in rows] == ["converged", "degenerate"]
+    (note,) = notes(result)
+    assert note.startswith("k=20 full: degenerate: a component has fewer than d + 1 rows")

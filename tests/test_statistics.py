@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import pickle
 import random
 
 import mixtures
@@ -91,3 +92,11 @@ def test_total_moments_give_the_mean_and_the_covariance():
     torch.testing.assert_close(total.mean, (weight @ X) / weight.sum(), rtol=1e-12, atol=0)
     expected = torch.cov(X.T, correction=0, aweights=weight)
     torch.testing.assert_close(total.covariance, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_statistics_travel_without_losing_a_bit():
+    sums = EStep((GROUP,), 2)(ShardRows(0, mixtures.blocks(X, [20]))).groups[0]
+    back = pickle.loads(pickle.dumps(sums))
+    for name in ("moments", "log_likelihood", "entropy", "float32_error"):
+        assert torch.equal(getattr(back, name), getattr(sums, name))
+    assert torch.equal((back + sums).moments, 2 * sums.moments)

@@ -90,8 +90,8 @@ class Family(Protocol):
     def covariances(self, moments: Moments, lane: Int64[Tensor, " K"]) -> Tensor:
         """Return the maximum-likelihood covariances; `lane` names each component's lane."""
 
-    def regularised(self, covariances: Tensor, reg: Float64[Tensor, " C"]) -> Tensor:
-        """Add `reg` to the variances, one value per covariance of the stack."""
+    def regularise(self, covariances: Tensor, reg: Float64[Tensor, " C"]) -> None:
+        """Add `reg` to the variances in place, one value per covariance of the stack."""
 
     def variances(self, covariances: Tensor, n_features: int) -> Float64[Tensor, "C d"]:
         """Return the variance of each feature under each covariance."""
@@ -102,13 +102,16 @@ class Family(Protocol):
     def half_log_det(self, factors: Tensor, n_features: int) -> Float64[Tensor, " C"]:
         """Return half the log-determinants of the precisions."""
 
-    def precision_times(self, factors: Tensor, x: Float64[Tensor, "K d"]) -> Tensor:
+    def precisions(self, factors: Tensor) -> Tensor:
+        """Return the precisions of the factors, laid out as the covariances are."""
+
+    def precision_times(self, precisions: Tensor, x: Float64[Tensor, "K d"]) -> Tensor:
         """Return precision times vector for each component."""
 
-    def quadratic(self, factors: Tensor) -> Float64[Tensor, "K Q"]:
+    def quadratic(self, precisions: Tensor) -> Float64[Tensor, "K Q"]:
         """Return the natural parameters of the second-degree features."""
 
-    def condition(self, factors: Tensor, second: Float64[Tensor, "K d"]) -> Tensor:
+    def condition(self, precisions: Tensor, second: Float64[Tensor, "K d"]) -> Tensor:
         """Return the norm of each precision in units of the second moments `second`."""
 
     def mahalanobis(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
@@ -141,6 +144,15 @@ def product_pairs(n_features: int) -> tuple[Int64[Tensor, " Q"], Int64[Tensor, "
     return i, j
 
 
+@functools.cache
+def _second_moment_rows(n_features: int) -> Int64[Tensor, " dd"]:
+    """Return, for each cell of a d × d matrix, its row among the squares and products."""
+    i, j = product_pairs(n_features)
+    rows = torch.arange(n_features).diag()
+    rows[i, j] = rows[j, i] = n_features + torch.arange(len(i))
+    return rows.flatten()
+
+
 def _linear_moments(sums: Tensor, d: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
     sum_x = sums[first + 1 : first + 1 + d].T
     return sums[first], sum_x, torch.zeros_like(sum_x)
@@ -158,18 +170,17 @@ class Full:
     def moments(self, sums: Tensor, scatter: Tensor) -> Moments:
         d = len(scatter)
         nk, sum_x, about = _linear_moments(sums, d, 0)
-        i, j = product_pairs(d)
-        sum_xx = torch.diag_embed(sums[1 + d : 1 + 2 * d].T)
-        sum_xx[:, i, j] = sum_xx[:, j, i] = sums[1 + 2 * d :].T
-        return Moments(nk, sum_x, sum_xx, about)
+        # Rows of `sums` are gathered: many times faster than to scatter single elements.
+        sum_xx = sums[1 + d :].index_select(0, _second_moment_rows(d))
+        return Moments(nk, sum_x, sum_xx.T.reshape(-1, d, d), about)
 
     def covariances(self, moments: Moments, lane: Tensor) -> Tensor:
         shift, nk = moments.shift, moments.nk.clamp_min(_TINY)
-        return moments.sum_xx / nk[:, None, None] - shift[:, :, None] * shift[:, None, :]
+        covariances = moments.sum_xx / nk[:, None, None]
+        return covariances.addcmul_(shift[:, :, None], shift[:, None, :], value=-1)
 
-    def regularised(self, covariances: Tensor, reg: Tensor) -> Tensor:
-        eye = torch.eye(covariances.shape[-1], dtype=covariances.dtype)
-        return covariances + reg[:, None, None] * eye
+    def regularise(self, covariances: Tensor, reg: Tensor) -> None:
+        covariances.diagonal(dim1=-2, dim2=-1).add_(reg[:, None])
 
     def variances(self, covariances: Tensor, n_features: int) -> Tensor:
         variances: Tensor = covariances.diagonal(dim1=-2, dim2=-1)
@@ -179,26 +190,30 @@ class Full:
         lower, info = torch.linalg.cholesky_ex(covariances)
         diagonal = lower.diagonal(dim1=-2, dim2=-1)
         failed = (info != 0) | ~torch.isfinite(diagonal).all(-1)
-        eye = torch.eye(lower.shape[-1], dtype=lower.dtype).expand_as(lower)
-        lower = torch.where(failed[:, None, None], eye, lower)
-        return torch.linalg.solve_triangular(lower, eye, upper=False).mT.contiguous(), failed
+        eye = torch.eye(lower.shape[-1], dtype=lower.dtype)
+        if bool(failed.any()):
+            lower = torch.where(failed[:, None, None], eye, lower)
+        return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).mT, failed
 
     def half_log_det(self, factors: Tensor, n_features: int) -> Tensor:
         return factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
-    def precision_times(self, factors: Tensor, x: Tensor) -> Tensor:
-        return (factors @ (factors.mT @ x[:, :, None]))[:, :, 0]
+    def precisions(self, factors: Tensor) -> Tensor:
+        return factors @ factors.mT
 
-    def quadratic(self, factors: Tensor) -> Tensor:
-        precisions = factors @ factors.mT
-        i, j = product_pairs(precisions.shape[-1])
+    def precision_times(self, precisions: Tensor, x: Tensor) -> Tensor:
+        return (precisions @ x[:, :, None])[:, :, 0]
+
+    def quadratic(self, precisions: Tensor) -> Tensor:
+        d = precisions.shape[-1]
+        i, j = product_pairs(d)
         halves = -0.5 * precisions.diagonal(dim1=-2, dim2=-1)
-        return torch.cat([halves, -precisions[:, i, j]], dim=1)
+        products = precisions.reshape(-1, d * d).index_select(1, i * d + j)
+        return torch.cat([halves, products.neg_()], dim=1)
 
-    def condition(self, factors: Tensor, second: Tensor) -> Tensor:
-        scaled = factors * second.sqrt()[:, :, None]
-        norms: Tensor = torch.linalg.matrix_norm(scaled @ scaled.mT)
-        return norms
+    def condition(self, precisions: Tensor, second: Tensor) -> Tensor:
+        weighted = precisions.square() @ second[:, :, None]
+        return (weighted[:, :, 0] * second).sum(-1).sqrt()
 
     def mahalanobis(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
         return (factor.T @ (x - mean[:, None])).square().sum(0)
@@ -228,8 +243,8 @@ class Tied(Full):
             scatter = zeros.index_add(0, lane, scatter)
         return (scatter - zeros.index_add(0, lane, explained)) / total[:, None, None]
 
-    def quadratic(self, factors: Tensor) -> Tensor:
-        return factors.new_zeros(len(factors), 0)
+    def quadratic(self, precisions: Tensor) -> Tensor:
+        return precisions.new_zeros(len(precisions), 0)
 
 
 class Diag:
@@ -249,8 +264,8 @@ class Diag:
     def covariances(self, moments: Moments, lane: Tensor) -> Tensor:
         return moments.sum_xx / moments.nk.clamp_min(_TINY)[:, None] - moments.shift.square()
 
-    def regularised(self, covariances: Tensor, reg: Tensor) -> Tensor:
-        return covariances + reg[:, None]
+    def regularise(self, covariances: Tensor, reg: Tensor) -> None:
+        covariances += reg[:, None]
 
     def variances(self, covariances: Tensor, n_features: int) -> Tensor:
         return covariances
@@ -262,14 +277,17 @@ class Diag:
     def half_log_det(self, factors: Tensor, n_features: int) -> Tensor:
         return factors.log().sum(-1)
 
-    def precision_times(self, factors: Tensor, x: Tensor) -> Tensor:
-        return factors.square() * x
+    def precisions(self, factors: Tensor) -> Tensor:
+        return factors.square()
 
-    def quadratic(self, factors: Tensor) -> Tensor:
-        return -0.5 * factors.square()
+    def precision_times(self, precisions: Tensor, x: Tensor) -> Tensor:
+        return precisions * x
 
-    def condition(self, factors: Tensor, second: Tensor) -> Tensor:
-        return (factors.square() * second).amax(-1)
+    def quadratic(self, precisions: Tensor) -> Tensor:
+        return -0.5 * precisions
+
+    def condition(self, precisions: Tensor, second: Tensor) -> Tensor:
+        return (precisions * second).amax(-1)
 
     def mahalanobis(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
         return ((x - mean[:, None]) * factor[:, None]).square().sum(0)
@@ -292,8 +310,8 @@ class Spherical:
         within = moments.sum_xx / moments.nk.clamp_min(_TINY) - moments.shift.square().sum(-1)
         return within / moments.sum_x.shape[1]
 
-    def regularised(self, covariances: Tensor, reg: Tensor) -> Tensor:
-        return covariances + reg
+    def regularise(self, covariances: Tensor, reg: Tensor) -> None:
+        covariances += reg
 
     def variances(self, covariances: Tensor, n_features: int) -> Tensor:
         return covariances[:, None].expand(-1, n_features)
@@ -305,15 +323,18 @@ class Spherical:
     def half_log_det(self, factors: Tensor, n_features: int) -> Tensor:
         return n_features * factors.log()
 
-    def precision_times(self, factors: Tensor, x: Tensor) -> Tensor:
-        return factors.square()[:, None] * x
+    def precisions(self, factors: Tensor) -> Tensor:
+        return factors.square()
 
-    def quadratic(self, factors: Tensor) -> Tensor:
-        return -0.5 * factors.square()[:, None]
+    def precision_times(self, precisions: Tensor, x: Tensor) -> Tensor:
+        return precisions[:, None] * x
 
-    def condition(self, factors: Tensor, second: Tensor) -> Tensor:
+    def quadratic(self, precisions: Tensor) -> Tensor:
+        return -0.5 * precisions[:, None]
+
+    def condition(self, precisions: Tensor, second: Tensor) -> Tensor:
         # Every feature's rounding enters the one variance.
-        return factors.square() * second.sum(-1)
+        return precisions * second.sum(-1)
 
     def mahalanobis(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
         return ((x - mean[:, None]) * factor).square().sum(0)
@@ -345,14 +366,15 @@ def natural(stack: Stack) -> Natural:
     factors, failed = family.precisions_cholesky(stack.covariances)
     half_log_det = stack.per_component(family.half_log_det(factors, d))
     variances = stack.per_component(family.variances(stack.covariances, d))
-    factors, failed = stack.per_component(factors), stack.per_component(failed)
-    linear = family.precision_times(factors, stack.means)
+    failed = stack.per_component(failed)
+    precisions = stack.per_component(family.precisions(factors))
+    linear = family.precision_times(precisions, stack.means)
     constant = log_weights(stack) + half_log_det - 0.5 * d * LOG_2PI
     constant = constant - 0.5 * (stack.means * linear).sum(-1)
-    parts = [constant[:, None], linear, family.quadratic(factors)]
+    parts = [constant[:, None], linear, family.quadratic(precisions)]
     if stack.covariance_type == "spherical":  # its ‖x‖² stands before the others
         parts = [parts[2], parts[0], parts[1]]
-    condition = family.condition(factors, stack.means.square() + variances.clamp_min(0))
+    condition = family.condition(precisions, stack.means.square() + variances.clamp_min(0))
     return Natural(torch.cat(parts, dim=1), failed, condition)
 
 
@@ -370,11 +392,12 @@ def maximise(
     if covariance_type == "tied":
         first = torch.tensor((0, *sizes[:-1])).cumsum(0)
         reg = reg[first]
+    family.regularise(covariances, reg)
     total = moments.nk.new_zeros(len(sizes)).index_add(0, lane, moments.nk)
     return Stack(
         moments.nk / total[lane],
         moments.about + moments.shift,
-        family.regularised(covariances, reg),
+        covariances,
         covariance_type,
         sizes,
     )

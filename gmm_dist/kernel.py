@@ -46,7 +46,7 @@ class EStep:
     n_features: int
 
     def __call__(self, rows: ShardRows) -> PassStatistics:
-        device = rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
+        device = _device(rows)
         with _denormals_as_zeros():
             return _workspace(self, device).run(rows)
 
@@ -171,6 +171,10 @@ def _workspace(task: EStep, device: torch.device) -> _Workspace:
     return workspace
 
 
+def _device(rows: ShardRows) -> torch.device:
+    return rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
+
+
 def _kinds(groups: Sequence[LaneGroup], dtype: torch.dtype) -> set[str]:
     return {group.covariance_type for group in groups if group.precision.dtype == dtype}
 
@@ -182,16 +186,18 @@ class Total:
     n_features: int
 
     def __call__(self, rows: ShardRows) -> TotalMoments:
-        d = self.n_features
-        sums, n_samples, n_rows = torch.zeros(d + 1, d, dtype=torch.float64), 0.0, 0
-        for chunk in chunks(rows.blocks, _MAX_CHUNK):
+        device, d = _device(rows), self.n_features
+        sums = torch.zeros(d + 1, d, dtype=torch.float64, device=device)
+        counts = torch.zeros(2, dtype=torch.float64, device=device)
+        for chunk in chunks(rows.blocks, _CUDA_MAX_CHUNK if device.type == "cuda" else _MAX_CHUNK):
             x = chunk.X.double()
-            weight = chunk.sample_weight
-            weighted = x if weight is None else x * weight
-            sums += torch.cat([weighted.sum(1)[None], weighted @ x.T]).cpu()
-            n_samples += x.shape[1] if weight is None else float(weight.sum())
-            n_rows += x.shape[1] if weight is None else int((weight > 0).sum())
-        return TotalMoments(n_samples, n_rows, sums[0], sums[1:])
+            weight = x.new_ones(x.shape[1]) if chunk.sample_weight is None else chunk.sample_weight
+            weighted = x * weight
+            sums[0] += weighted.sum(1)
+            sums[1:].addmm_(weighted, x.T)
+            counts += torch.stack([weight.sum(), (weight > 0).sum()])
+        n_samples, n_rows = counts.tolist()
+        return TotalMoments(n_samples, int(n_rows), sums[0].cpu(), sums[1:].cpu())
 
 
 def chunks(blocks: Sequence[Block], n_max: int) -> Iterator[Block]:

@@ -124,21 +124,22 @@ class RayShards:
 
     def __init__(self, loader: Loader, n_shards: int, scaling: ScalingConfig) -> None:
         self._n_shards = n_shards
-        self._ranges = _ranges(n_shards, scaling)
+        use_gpu = _use_gpu(scaling)
+        self._resource = "GPU" if use_gpu else "CPU"  # of which each worker has one
+        self._ranges = _ranges(n_shards, scaling.num_workers, self._resource)
         self._source = Source(0, [ray.put(loader)])
         self._n_rows: int | None = None
-        self._use_gpu = _use_gpu(scaling)
         actor: Any = ray.remote(ShardActor)  # its handles have no types of their own
         make = actor.options(
             num_cpus=1,
-            num_gpus=int(self._use_gpu),
+            num_gpus=int(use_gpu),
             # Calls are pure: Ray may repeat them on an actor that it had to restart.
             max_restarts=-1,
             max_task_retries=-1,
         )
         self._actors = [make.remote(n_shards) for _ in self._ranges]
-        kind = "a GPU" if self._use_gpu else "one CPU"
-        logger.info("%d shards on %d workers, each with %s", n_shards, self.n_workers, kind)
+        kind = self._resource
+        logger.info("%d shards on %d workers, each with one %s", n_shards, self.n_workers, kind)
 
     @property
     def n_shards(self) -> int:
@@ -150,9 +151,8 @@ class RayShards:
 
     def worker_memory(self) -> int:
         """Return the bytes that the smallest machine has for each worker it may hold."""
-        resource = "GPU" if self._use_gpu else "CPU"
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        places = [(m["memory"], min(m.get(resource, 0), self.n_workers)) for m in machines]
+        places = [(m["memory"], min(m.get(self._resource, 0), self.n_workers)) for m in machines]
         return int(min((memory / n for memory, n in places if n), default=math.inf))
 
     def load(self, watch: Callable[[int, int], None] = lambda done, rows: None) -> int:
@@ -221,10 +221,9 @@ def _use_gpu(scaling: ScalingConfig) -> bool:
     return bool(ray.cluster_resources().get("GPU", 0) >= 1)
 
 
-def _ranges(n_shards: int, scaling: ScalingConfig) -> list[range]:
+def _ranges(n_shards: int, num_workers: int | None, resource: str) -> list[range]:
     """Deal shards to workers: as many workers as asked for, or as the cluster has places."""
-    resource = "GPU" if _use_gpu(scaling) else "CPU"
     places = int(ray.cluster_resources().get(resource, 1))
-    n_workers = max(1, min(scaling.num_workers or places, n_shards))
+    n_workers = max(1, min(num_workers or places, n_shards))
     edges = [n_shards * i // n_workers for i in range(n_workers + 1)]
     return [range(a, b) for a, b in itertools.pairwise(edges)]

@@ -53,7 +53,8 @@ def fit_lake(options: argparse.Namespace) -> None:
             lanes = [(candidate.k, candidate.covariance_type) for candidate in candidates]
             require_memory(lanes, plan.n_features, shards.worker_memory())
             counted = _load(shards, loader, progress)
-            progress.starting(start_config.n_init)
+            if starts is None:
+                progress.starting(start_config.n_init)
             result = sweep(
                 shards,
                 candidates,
@@ -75,9 +76,9 @@ def fit_lake(options: argparse.Namespace) -> None:
         mixture = _mixture(result.best, plan, loader)
         settings = {"em": asdict(em_config), "start": asdict(start_config)}
         attempt.write_model(mixture, _provenance(result.best, plan, settings))
-        report = _report(result, plan, counted, settings, time.monotonic() - began)
-        report["warnings"] = warnings
-        attempt.write_json(artifacts.REPORT, report)
+        report = _report(result, plan, counted, settings)
+        seconds = time.monotonic() - began
+        attempt.write_json(artifacts.REPORT, report | {"warnings": warnings, "seconds": seconds})
         attempt.commit()
     best = result.best
     print(
@@ -152,7 +153,7 @@ def _provenance(best: Scored, plan: Plan, settings: dict[str, Any]) -> artifacts
 
 
 def _report(
-    result: SweepResult, plan: Plan, counted: Counted, settings: dict[str, Any], seconds: float
+    result: SweepResult, plan: Plan, counted: Counted, settings: dict[str, Any]
 ) -> dict[str, Any]:
     best, ranked = result.best, result.ranked
     assert best is not None
@@ -167,7 +168,6 @@ def _report(
         "data": plan.url,
         "plan_hash": plan.hash,
         "config": settings,
-        "seconds": seconds,
         "versions": _versions(),
     }
 

@@ -1,71 +1,31 @@
-"""Shards on a Ray cluster: actors that load their own rows, hold them, and answer tasks."""
+"""Shards on a Ray cluster: the one verb, over workers that load their own rows and hold them."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 import logging
-import math
 import os
 import re
 import socket
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
-from ray.exceptions import RayTaskError
 
+from gmm_dist.dispatch import Dispatcher
 from gmm_dist.errors import UserError
-from gmm_dist.shards import Loader, Partial, S, ShardRows, Task, TreeSum, run_on
+from gmm_dist.failures import FaultConfig
+from gmm_dist.placement import Placement, ranges
+from gmm_dist.shards import Loader, S, Task, TreeSum
+from gmm_dist.workers import ShardActor, Source, Worker
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 10.0  # seconds between two lines that say what we wait for
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the rows of shards come from: a number that names it, and a loader in the store."""
-
-    number: int
-    loader: list[Any]  # in a list, so that an actor fetches it only when it has to load
-
-    def rows(self, shard: int) -> ShardRows:
-        loader: Loader = ray.get(self.loader[0])
-        return loader(shard)
-
-
-class ShardActor:
-    """Holds the rows of some shards, on its GPU where it has one, and nothing else.
-
-    Every call is a pure function of its arguments and names its shards, so Ray may retry it;
-    the rows held are a cache. An actor that Ray has restarted loads them again, to the same
-    bits.
-    """
-
-    def __init__(self, n_shards: int) -> None:
-        torch.set_num_threads(1)  # one thread per process, one process per core
-        self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        self._n_shards = n_shards
-        self._rows: dict[tuple[int, int], ShardRows] = {}
-
-    def load(self, source: Source, shard: int) -> int:
-        """Hold one shard, and no rows of earlier sources; return its number of rows."""
-        self._rows = {key: rows for key, rows in self._rows.items() if key[0] == source.number}
-        return self._held(source, shard).n_rows
-
-    def run(self, source: Source, shards: Sequence[int], task: Task[S]) -> list[Partial[S]]:
-        """Return the sums over the complete subtrees of these shards."""
-        return run_on(task, (self._held(source, shard) for shard in shards), self._n_shards)
-
-    def _held(self, source: Source, shard: int) -> ShardRows:
-        key = source.number, shard
-        if key not in self._rows:
-            self._rows[key] = source.rows(shard).to(self._device)
-        return self._rows[key]
+_ROOM_SECONDS = 5.0  # for which what is known of the machines' memory holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,24 +80,43 @@ def _require_listener(address: str) -> None:
 
 
 class RayShards:
-    """Shards dealt to actors as contiguous ranges of like length."""
+    """Shards dealt to actors as contiguous ranges of like length.
 
-    def __init__(self, loader: Loader, n_shards: int, scaling: ScalingConfig) -> None:
+    Whatever becomes of the actors (`faults` says how patient we are), a task's sum has the same
+    bits: every shard is counted once, along the plan's tree. `reserve` are the bytes that each
+    worker needs beside its rows, for the statistics of a pass.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        n_shards: int,
+        scaling: ScalingConfig,
+        faults: FaultConfig | None = None,
+        *,
+        reserve: int = 0,
+    ) -> None:
         self._n_shards = n_shards
+        self._reserve = reserve
+        self._room_known, self._room_bytes = float("-inf"), 0
         use_gpu = _use_gpu(scaling)
         self._resource = "GPU" if use_gpu else "CPU"  # of which each worker has one
-        self._ranges = _ranges(n_shards, scaling.num_workers, self._resource)
         self._source = Source(0, [ray.put(loader)])
         self._n_rows: int | None = None
-        actor: Any = ray.remote(ShardActor)  # its handles have no types of their own
-        make = actor.options(
-            num_cpus=1,
-            num_gpus=int(use_gpu),
-            # Calls are pure: Ray may repeat them on an actor that it had to restart.
-            max_restarts=-1,
-            max_task_retries=-1,
-        )
-        self._actors = [make.remote(n_shards) for _ in self._ranges]
+        remote: Any = ray.remote  # its types know neither these options nor our methods
+        actor = remote(concurrency_groups={"pulse": 1})(ShardActor)
+        # Ray neither restarts nor repeats: its own retries stall for up to 30 s and cannot be
+        # seen, while without them a death is known in 10 ms and a lost message in 2 s.
+        options = {"num_cpus": 1, "num_gpus": int(use_gpu), "max_restarts": 0}
+        make = actor.options(**options, max_task_retries=0)
+        homes = ranges(n_shards, _n_workers(n_shards, scaling.num_workers, self._resource))
+        now = time.monotonic()
+        start = functools.partial(make.remote, n_shards)
+        self._workers = [Worker(i, start, now) for i in range(len(homes))]
+        config = FaultConfig() if faults is None else faults
+        self._dispatcher = Dispatcher(self._workers, Placement(homes), config, self._room)
+        for worker in self._workers:
+            worker.restart()
         kind = self._resource
         logger.info("%d shards on %d workers, each with one %s", n_shards, self.n_workers, kind)
 
@@ -147,21 +126,33 @@ class RayShards:
 
     @property
     def n_workers(self) -> int:
-        return len(self._actors)
+        """The number of workers asked for; fewer may be up."""
+        return len(self._workers)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Say whether workers hold their rows on GPUs."""
+        return self._resource == "GPU"
 
     def worker_memory(self) -> int:
-        """Return the bytes that the smallest machine has for each worker it may hold."""
+        """Return the bytes that a worker has: its GPU's, or its share of the smallest machine."""
+        if self.on_gpu:
+            who = self._dispatcher.await_worker().introduction
+            return sys.maxsize if who is None or who.memory is None else who.memory
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        places = [(m["memory"], min(m.get(self._resource, 0), self.n_workers)) for m in machines]
-        return int(min((memory / n for memory, n in places if n), default=math.inf))
+        places = [(m["memory"], min(m.get("CPU", 0), self.n_workers)) for m in machines]
+        # A machine may be yet to come: nothing is known of it.
+        return int(min((memory / n for memory, n in places if n), default=sys.maxsize))
 
     def load(self, watch: Callable[[int, int], None] = lambda done, rows: None) -> int:
-        """Load all shards; `watch` sees how many are loaded, and their rows so far."""
-        pairs = zip(self._actors, self._ranges, strict=True)
-        calls = [actor.load.remote(self._source, i) for actor, shards in pairs for i in shards]
+        """Load all shards; `watch` sees how many are loaded, and their rows so far.
+
+        Raises UserError for what the loader finds wrong, and where rows do not fit; RunFailed
+        when too much fails.
+        """
         n_rows = 0
-        for done, rows in enumerate(self._replies(calls), start=1):
-            n_rows += rows
+        for done, reply in enumerate(self._dispatcher.gather(self._source), start=1):
+            n_rows += reply.value.n_rows
             watch(done, n_rows)
         self._n_rows = n_rows
         return n_rows
@@ -171,48 +162,25 @@ class RayShards:
         self._source, self._n_rows = Source(self._source.number + 1, [ray.put(loader)]), None
 
     def run(self, task: Task[S]) -> S:
-        stored = ray.put(task)
+        """Apply the task to every shard once and add the summaries along the fixed tree.
+
+        Raises RunFailed when too much fails.
+        """
         tree: TreeSum[S] = TreeSum(self._n_shards)
-        pairs = zip(self._actors, self._ranges, strict=True)
-        calls = [actor.run.remote(self._source, list(shards), stored) for actor, shards in pairs]
-        for partials in self._replies(calls):
-            for partial in partials:
+        for reply in self._dispatcher.gather(self._source, ray.put(task)):
+            for partial in reply.value:
                 tree.push(partial)
         return tree.total(self._n_rows)
 
     def close(self) -> None:
         """End the actors; their rows go with them."""
-        for actor in self._actors:
-            ray.kill(actor)
+        self._dispatcher.close()
 
-    def _replies(self, calls: list[Any]) -> Iterator[Any]:
-        """Yield replies as they come; say now and then what is still missing."""
-        began, waiting = time.monotonic(), list(calls)
-        while waiting:
-            ready, waiting = ray.wait(waiting, timeout=_PATIENCE, fetch_local=False)
-            if not ready:
-                self._report(len(waiting), len(calls), time.monotonic() - began)
-            for call in ready:
-                yield _result(call)
-
-    def _report(self, missing: int, calls: int, seconds: float) -> None:
-        logger.info(
-            "%d of %d replies missing for %.0f s (%d workers wanted; the cluster has %g CPUs)",
-            missing,
-            calls,
-            seconds,
-            self.n_workers,
-            ray.cluster_resources().get("CPU", 0),
-        )
-
-
-def _result(call: Any) -> Any:
-    try:
-        return ray.get(call)
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
+    def _room(self) -> int:
+        now = time.monotonic()
+        if now > self._room_known + _ROOM_SECONDS:
+            self._room_known, self._room_bytes = now, self.worker_memory() - self._reserve
+        return self._room_bytes
 
 
 def _use_gpu(scaling: ScalingConfig) -> bool:
@@ -221,9 +189,7 @@ def _use_gpu(scaling: ScalingConfig) -> bool:
     return bool(ray.cluster_resources().get("GPU", 0) >= 1)
 
 
-def _ranges(n_shards: int, num_workers: int | None, resource: str) -> list[range]:
-    """Deal shards to workers: as many workers as asked for, or as the cluster has places."""
+def _n_workers(n_shards: int, num_workers: int | None, resource: str) -> int:
+    """Return as many workers as asked for, or as the cluster has places."""
     places = int(ray.cluster_resources().get(resource, 1))
-    n_workers = max(1, min(num_workers or places, n_shards))
-    edges = [n_shards * i // n_workers for i in range(n_workers + 1)]
-    return [range(a, b) for a, b in itertools.pairwise(edges)]
+    return max(1, min(num_workers or places, n_shards))

@@ -1,4 +1,4 @@
-"""Errors that a user can cause, and mend."""
+"""Errors that are told in one line: those that a user can mend, and those of the world."""
 
 
 class UserError(ValueError):
@@ -6,4 +6,12 @@ class UserError(ValueError):
 
     Jobs print the message on stderr and end with status 2. Anything else that is raised is
     either the world's failure or ours, and keeps its traceback.
+    """
+
+
+class RunFailed(RuntimeError):  # noqa: N818 - a run that failed is not an error of ours
+    """Report in one line that machines or storage failed too often, or for too long.
+
+    Nothing is wrong with the input: the run can be resumed. Jobs print the message on stderr
+    and end with status 1.
     """

@@ -171,13 +171,16 @@ def _nothing_matches(root: str, condition: Where, what: str) -> UserError:
 def _read_footers(root: str, files: Sequence[LakeFile], *, keep_fragments: bool) -> list[_Footer]:
     fs, path = storage.open_url(root)
 
-    def footer(file: LakeFile) -> _Footer:
+    def read(file: LakeFile) -> _Footer:
         with listing.opened(fs, path, root, file, footer=True) as source:
             fragment = ds.ParquetFileFormat().make_fragment(source)
             fragment.ensure_complete_metadata()
             rows = tuple(group.num_rows for group in fragment.row_groups)
             schema = fragment.physical_schema.remove_metadata()
         return _Footer(replace(file, rows=rows), schema, fragment if keep_fragments else None)
+
+    def footer(file: LakeFile) -> _Footer:
+        return storage.patiently(lambda: read(file), listing.name_of(root, file))
 
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -80,12 +81,16 @@ def _found(fs: AbstractFileSystem, path: str, root: str) -> Mapping[str, Mapping
     """Return all files under `path`, or `path` itself when it is a file, with their details."""
     # fsspec would pass over a local folder that it may not read.
     options = {"on_error": "raise"} if isinstance(fs, LocalFileSystem) else {}
-    with storage.explained(root):
+
+    def find() -> Mapping[str, Mapping[str, Any]]:
         found: Mapping[str, Mapping[str, Any]] = fs.find(path, detail=True, **options)
         if not found or not found.get(path, True):
             info = fs.info(path)  # raises when there is nothing
             found = {path: info} if info["type"] == "file" else {}
-    return found
+        return found
+
+    with storage.explained(root):
+        return storage.patiently(find, root)
 
 
 def _is_data(name: str) -> bool:
@@ -169,6 +174,8 @@ def opened(
     `fs` and `root` are what `storage.open_url(url)` returns; `footer` says that only the footer
     will be read.
 
+    Fit for `storage.patiently`, around the whole block.
+
     Raises:
         UserError: it changed, is corrupt or cannot be reached, from here to the block's end.
     """
@@ -181,16 +188,20 @@ def opened(
             info = getattr(source, "details", None) or fs.info(path)
             if (info["size"], storage.version(fs, info)) != (file.size, file.version):
                 raise changed
-            yield source
+            yield source if isinstance(source, pa.NativeFile) else _Exact(source, file.size)
     except UserError as error:
-        raise (changed if isinstance(error.__cause__, FileNotFoundError) else error) from error
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise changed from error
+        raise
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         if type(error).__name__ == "FileExpired":  # s3fs: the store answered 412
             raise changed from error
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and (error.errno is not None or storage.is_transient(error)):
             raise
         reason = " ".join(str(error).split())
-        raise UserError(
+        # What the disk holds does not change on the way here.
+        kind = UserError if isinstance(fs, LocalFileSystem) else storage.DamagedError
+        raise kind(
             f"{name}: cannot be read as Parquet ({reason}); write the file again or move it away"
         ) from error
 
@@ -201,6 +212,37 @@ def _open(fs: AbstractFileSystem, path: str, whole: bool) -> Any:
     # Arrow asks for the ranges it needs, and fsspec's readahead would fetch up to 50 MiB more;
     # of a small file one request for all is faster.
     return fs.open(path, "rb", cache_type="all" if whole else "none")
+
+
+class _Exact(io.RawIOBase):
+    """A file that reads as many bytes as are asked for and there, or raises TornReadError.
+
+    Arrow would take what it gets, and blame the file.
+    """
+
+    def __init__(self, source: Any, size: int) -> None:
+        self._source, self._size = source, size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._source.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._source.seek(offset, whence))
+
+    def read(self, size: int = -1) -> bytes:
+        start = self.tell()
+        there = max(self._size - start, 0)
+        wanted = there if size is None or size < 0 else min(size, there)
+        data: bytes = self._source.read(wanted)
+        if len(data) != wanted:
+            raise storage.TornReadError(f"{len(data)} of {wanted} bytes came from {start} on")
+        return data
 
 
 def name_of(url: str, file: LakeFile) -> str:

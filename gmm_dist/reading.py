@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -75,12 +75,9 @@ def read(plan: Plan, shard: int, *, fill: npt.NDArray[np.float64] | None = None)
         UserError: a bad value (the row in the message counts from 0 within its row group), a
             file that changed since the plan was made, is corrupt or cannot be reached.
     """
-    fs, root = storage.open_url(plan.url)
-    for index, parts in groupby(plan.shards[shard], key=lambda part: part.file):
-        file = plan.files[index]
-        with opened(fs, root, plan.url, file) as source:
-            for part in parts:
-                yield _Extract(plan, file, part).rows(_decoded(plan, source, part), fill)
+    with _Opened(plan) as files:
+        for part in plan.shards[shard]:
+            yield _Extract(plan, plan.files[part.file], part).rows(files.decoded(part), fill)
 
 
 def probe(plan: Plan, *, max_rows: int = 16384) -> npt.NDArray[np.float64]:
@@ -103,8 +100,13 @@ def probe(plan: Plan, *, max_rows: int = 16384) -> npt.NDArray[np.float64]:
         file = plan.files[index]
         reach = min(file.rows[row_group], _PROBED_VALUES // (n * plan.n_features))
         places = min(math.ceil(_PROBED_PLACES / n), rows_each)
-        with opened(fs, root, plan.url, file) as source:
-            parts.append(_Sampler(rows_each, places, reach).rows(plan, source, row_group))
+        sampler = _Sampler(rows_each, places, reach)
+
+        def sample(file: LakeFile = file, sampler: _Sampler = sampler, g: int = row_group) -> Any:
+            with opened(fs, root, plan.url, file) as source:
+                return sampler.rows(plan, source, g)
+
+        parts.append(storage.patiently(sample, name_of(plan.url, file)))
     return np.concatenate([np.empty((0, plan.n_features)), *parts])
 
 
@@ -138,6 +140,40 @@ class _LastDecoded:
 
 
 _last_decoded = _LastDecoded()
+
+
+class _Opened:
+    """Keep the file of the last row range open for the next one, and outlast outages."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._fs, self._root = storage.open_url(plan.url)
+        self._index, self._source = -1, None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def decoded(self, part: RowRange) -> pa.Table:
+        """Return the rows of `part`, the plan's read columns."""
+        name = name_of(self._plan.url, self._plan.files[part.file])
+        return storage.patiently(lambda: self._read(part), name)
+
+    def _read(self, part: RowRange) -> pa.Table:
+        if part.file != self._index:
+            self._stack.close()
+            file = opened(self._fs, self._root, self._plan.url, self._plan.files[part.file])
+            self._source = self._stack.enter_context(file)
+            self._index = part.file
+        try:
+            return _decoded(self._plan, self._source, part)
+        except BaseException:
+            self._index = -1
+            with self._stack.pop_all():  # `opened` explains the error
+                raise
 
 
 def _decoded(plan: Plan, source: Any, part: RowRange) -> pa.Table:

@@ -1,19 +1,30 @@
-"""Open any fsspec URL, and say in one line what is wrong with it."""
+"""Open any fsspec URL, outlast its outages, and say in one line what is wrong with it."""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
-from collections.abc import Iterator, Mapping
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from gmm_dist.errors import UserError
+from gmm_dist.errors import RunFailed, UserError
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LOG_SECONDS = 10.0  # between two lines that say what is being tried again
+_REREADS = 2  # of a file that seems damaged
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or an instance role"
 
 
@@ -36,13 +47,97 @@ def open_url(url: str) -> tuple[AbstractFileSystem, str]:
 
 
 def _s3_options() -> dict[str, Any]:
-    # Ten attempts survive an outage of at least 16 s (botocore's default of 5 does not) and give
-    # an unreachable endpoint up after about a minute; a 403 or 404 is never retried. Timeouts are
-    # per request, so that a hung connection cannot hang a job.
+    # Three attempts for hiccups. Outages are `patiently`'s: botocore stops retrying after some
+    # hundred retries of all requests together, which 32 readers use up within seconds. Timeouts
+    # are for a silence, so that a hung connection cannot hang a job and slow reads may go on.
     config: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 60}
     if "AWS_MAX_ATTEMPTS" not in os.environ:
-        config["retries"] = {"max_attempts": 10, "mode": "standard"}
+        config["retries"] = {"max_attempts": 3, "mode": "standard"}
     return {"config_kwargs": config, "use_listings_cache": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Say for how long a failing storage is asked again, with growing pauses (seconds)."""
+
+    seconds: float = 180.0
+    first_pause: float = 0.25
+    longest_pause: float = 10.0
+
+
+class StorageFailed(RunFailed):
+    """Report in one line that a storage has failed for longer than we wait: run again later."""
+
+
+class TornReadError(OSError):
+    """Report that fewer bytes came than were asked for and are there."""
+
+
+class DamagedError(UserError):
+    """Report a file whose bytes make no sense, if they came as they are stored."""
+
+
+PATIENCE = Patience()
+
+
+def patiently(call: Callable[[], T], url: str, *, patience: Patience | None = None) -> T:
+    """Return what `call` returns, calling it again while the storage at `url` is out of order.
+
+    That is: no connection, a connection cut or timed out, a torn read, 408, 429 or 5xx; anything
+    else is raised at once. After a `DamagedError` it is called up to twice again, lest the way
+    here did the damage. `call` must mean the same when it is repeated, even when only the answer
+    was lost; so it opens what it reads. It may run within `explained`, or contain it.
+
+    Raises:
+        StorageFailed: it has failed for longer than `patience.seconds`.
+    """
+    trouble = _Trouble(redacted(url), patience or PATIENCE)
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not trouble.may_pass(error):
+                raise
+            trouble.wait(error)
+
+
+class _Trouble:
+    """One call's trouble with a storage: what may pass, how long it lasts, when to ask again."""
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        self._url, self._patience = url, patience
+        self._began: float | None = None
+        self._last_line = -math.inf
+        self._pause = patience.first_pause
+        self._rereads = 0
+
+    def may_pass(self, error: Exception) -> bool:
+        if isinstance(error, DamagedError):
+            self._rereads += 1
+            return self._rereads <= _REREADS
+        return is_transient(error)
+
+    def wait(self, error: Exception) -> None:
+        """Say what is wrong, and pause; raise StorageFailed when it is too much."""
+        now = time.monotonic()
+        self._began = now if self._began is None else self._began
+        lasted, budget = now - self._began, self._patience.seconds
+        root = _root(error)
+        reason = " ".join(str(root).split()) or type(root).__name__
+        if lasted + self._pause > budget:
+            raise StorageFailed(
+                f"{self._url}: the storage failed for {lasted:.0f} s ({reason}); check the network "
+                "and the endpoint, and run again when it works"
+            ) from error
+        if now - self._last_line >= _LOG_SECONDS:
+            self._last_line = now
+            logger.warning(
+                "%s: the storage fails for %.0f s now, trying for up to %.0f s (%s)",
+                *(self._url, lasted, budget, reason),
+            )
+        # Of many workers that wait for one storage, not all should come back at once.
+        time.sleep(self._pause * random.uniform(0.5, 1))
+        self._pause = min(2 * self._pause, self._patience.longest_pause)
 
 
 def absolute(url: str) -> str:
@@ -81,6 +176,46 @@ def version(fs: AbstractFileSystem, info: Mapping[str, Any]) -> str:
         if info.get(key) is not None:
             return str(info[key]).strip('"')
     return ""
+
+
+# Names instead of classes: botocore and aiohttp are imported only when a URL needs them.
+_OUTAGES = {
+    *("EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "TornReadError"),
+    *("HTTPClientError", "IncompleteReadError", "ResponseParserError"),  # botocore
+    *("ClientPayloadError", "ClientConnectionError"),  # aiohttp: a body cut short
+}
+_BUSY_STATUS = {408, 429, 500, 502, 503, 504}
+# Answers 400, 403 or 409, of S3 that asks to come again.
+_BUSY_CODES = {"RequestTimeout", "SlowDown", "ConditionalRequestConflict", "OperationAborted"}
+
+
+def is_transient(error: BaseException) -> bool:
+    """Say whether an error, or one that caused it, is the storage's and may pass."""
+    return any(map(_is_outage, _causes(error)))
+
+
+def _is_outage(error: BaseException) -> bool:
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "SSLError" in names:
+        return False
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict):
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status in _BUSY_STATUS or answer.get("Error", {}).get("Code") in _BUSY_CODES
+    return bool(names & _OUTAGES) or isinstance(error, ConnectionError | TimeoutError)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:  # an error may be raised from itself
+        seen.append(error)
+        yield error
+        error = error.__cause__
+
+
+def _root(error: BaseException) -> BaseException:
+    *_, root = _causes(error)
+    return root
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from gmm_dist import __version__, artifacts, lake
 from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import UserError
+from gmm_dist.failures import FaultConfig
 from gmm_dist.lake import Plan
-from gmm_dist.limits import require_memory
+from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
 from gmm_dist.loading import Counted, LakeLoader, column_means, count_rows, loader_for
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import Parameters
@@ -34,6 +35,7 @@ def fit_lake(options: argparse.Namespace) -> None:
     em_config = EMConfig(options.tol, options.max_iter, options.reg_covar, options.precision)
     start_config = StartConfig(n_init=options.n_init, random_state=options.random_state)
     scaling = ScalingConfig(options.num_workers, options.use_gpu)
+    faults = FaultConfig(max_failures=options.max_failures, grace=options.grace)
     given = _given(options)
     candidates = _candidates(options, given)
     plan = lake.plan(
@@ -49,9 +51,15 @@ def fit_lake(options: argparse.Namespace) -> None:
     progress = Progress(Console(stderr=True))
     with artifacts.claim(options.output) as attempt:
         with connected(options.address, scaling), progress.shown():
-            shards = RayShards(loader, plan.n_shards, scaling)
             lanes = [(candidate.k, candidate.covariance_type) for candidate in candidates]
-            require_memory(lanes, plan.n_features, shards.worker_memory())
+            statistics = lane_bytes(lanes, plan.n_features)
+            shards = RayShards(loader, plan.n_shards, scaling, faults, reserve=statistics)
+            available = shards.worker_memory()
+            require_memory(lanes, plan.n_features, available)
+            need = _rows_need(plan, loader)
+            # Loading is over when the statistics come.
+            beside = statistics if shards.on_gpu else max(statistics, need.loading)
+            require_room(need, shards.n_workers, available, beside=beside)
             counted = _load(shards, loader, progress)
             if starts is None:
                 progress.starting(start_config.n_init)
@@ -112,6 +120,21 @@ def _about_centre(given: Mixture, plan: Plan, loader: LakeLoader) -> Parameters:
             f"{', '.join(plan.feature_names)}: name the model's with --columns, in its order"
         )
     return given.parameters.shifted(-torch.from_numpy(loader.centre))
+
+
+def _rows_need(plan: Plan, loader: LakeLoader) -> RowsNeed:
+    source = 8 if plan.float64_source else 4
+    n_values = plan.n_features + len(plan.read_columns) - len(plan.columns)
+    largest = max(plan.files[p.file].rows[p.row_group] for shard in plan.shards for p in shard)
+    return RowsNeed(
+        plan.n_rows,
+        plan.n_features,
+        plan.n_shards,
+        itemsize=loader.dtype.itemsize,
+        row_bytes=8 if plan.weight_column else 0,
+        decoded=largest * n_values * source,
+        is_bound=plan.row_filter is not None or plan.missing == "drop",
+    )
 
 
 def _load(shards: RayShards, loader: LakeLoader, progress: Progress) -> Counted:

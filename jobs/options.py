@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from gmm_dist.config import PRECISIONS
-from gmm_dist.errors import UserError
+from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.failures import FaultConfig
 from gmm_dist.parameters import COVARIANCE_TYPES
 
+FAILED = 1
 USER_CAN_MEND = 2
 _MAX_K = 100_000
 
@@ -111,13 +113,27 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="give each worker a GPU (default: if the cluster has any)",
     )
+    faults = FaultConfig()
+    group.add_argument(
+        "--max-failures",
+        type=int,
+        default=faults.max_failures,
+        help="failures of workers or their storage that a run bears (default: %(default)s)",
+    )
+    group.add_argument(
+        "--grace",
+        type=float,
+        default=faults.grace,
+        metavar="SECONDS",
+        help="until others take over the rows of a lost worker (default: %(default)g)",
+    )
     group.add_argument(
         "--address", help="Ray cluster (default: the one the job runs in, else one started here)"
     )
 
 
 def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Run a job and return its exit status: 0 done, 2 for what the user can mend."""
+    """Run a job and return its exit status: 0 done, 2 what the user can mend, 1 the world's."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
@@ -127,4 +143,7 @@ def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_CAN_MEND
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     return 0

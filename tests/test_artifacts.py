@@ -8,9 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,8 @@ from gmm_dist.artifacts import Attempt, Provenance, claim, load, read_report, re
 from gmm_dist.errors import UserError
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
-from gmm_dist.storage import open_url
+from gmm_dist.records import FileEntry
+from gmm_dist.storage import Patience, open_url
 
 PROVENANCE = Provenance(
     criteria={"bic": 12.5, "aic": 11.25, "icl": math.nan},
@@ -165,7 +164,7 @@ def test_the_manifest_names_the_attempt_and_its_files(out: str) -> None:
     fs, path = open_url(out)
     for name, facts in manifest["files"].items():
         data = fs.cat_file(f"{path}/_attempts/{winner}/{name}")
-        assert artifacts.FileEntry(**facts).fits(data)
+        assert FileEntry(**facts).fits(data)
 
 
 def test_equal_models_are_equal_bytes(tmp_path: Path) -> None:
@@ -374,7 +373,7 @@ class Forgetful(MemoryFileSystem):
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> str:
     fsspec.register_implementation("forgetful", Forgetful, clobber=True)
-    monkeypatch.setattr(artifacts, "_PAUSES", (0.0,))
+    monkeypatch.setattr("gmm_dist.storage.PATIENCE", Patience(0.05, first_pause=0.01))
     Forgetful.store.clear()
     return "forgetful://out"
 
@@ -386,7 +385,7 @@ def test_a_lost_answer_to_our_commit_is_no_lost_race(forgetful: str) -> None:
 
 
 def test_files_of_a_commit_of_unknown_fate_stay(forgetful: str) -> None:
-    Forgetful.lost = 2
+    Forgetful.lost = 1_000_000
     with pytest.raises(Exception, match="the answer is lost"):
         commit(forgetful)
     # It had been committed: had the files been removed, the result would be destroyed.
@@ -507,30 +506,6 @@ def test_an_incomplete_copied_folder_is_refused(local: str, tmp_path: Path) -> N
 
 
 # ------------------------------------------------------------------------- the race
-
-
-# SeaweedFS lets those that compete for a key wait for whole seconds.
-@pytest.mark.parametrize(("out", "turns"), [("local", 25), ("s3", 2)], indirect=["out"])
-def test_of_twenty_creations_at_once_one_wins(out: str, turns: int) -> None:
-    place = artifacts._Place.of(out)
-    start = threading.Barrier(20)
-
-    def create(number: int, name: str) -> int | None:
-        data, scratch = bytes([number]) * 100, place.at(f"scratch-{number}")
-        start.wait()
-        try:
-            place.create(data, name, scratch=scratch)
-        except FileExistsError:
-            return None
-        return number
-
-    place.write(b"", "made")  # the folder
-    with ThreadPoolExecutor(20) as threads:
-        for turn in range(turns):
-            name = f"manifest-{turn}"
-            outcomes = list(threads.map(create, range(20), [name] * 20))
-            (winner,) = [number for number in outcomes if number is not None]
-            assert place.read(name) == bytes([winner]) * 100
 
 
 RACER = textwrap.dedent("""

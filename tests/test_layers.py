@@ -56,9 +56,20 @@ MAY_IMPORT = {
     # A lake's rows become resident blocks: the one place where the two meet.
     "loading": {"numpy", "torch", "lake", "reading", "shards"},
     # The cluster: neither files, nor EM.
-    "cluster": {"ray", "torch", "errors", "shards"},
+    "failures": {"ray", "errors"},
+    "placement": set(),
+    "workers": {"ray", "torch", "shards"},
+    "dispatch": {"ray", "errors", "failures", "placement", "workers"},
+    "cluster": {"ray", "dispatch", "errors", "failures", "placement", "shards", "workers"},
     # What is left behind.
-    "artifacts": {"fsspec", "safetensors", "torch", "errors", "mixture", "parameters", "storage"},
+    "places": {"fsspec", "storage"},
+    "records": {"errors"},
+    "model_files": {"safetensors", "torch", "errors", "mixture", "parameters", "records"},
+    "lease": {"fsspec", "errors", "places", "storage"},
+    "commit": {"errors", "lease", "mixture", "model_files", "places", "records", "storage"},
+    "checkpoint": {"safetensors", "torch", "errors", "model_files", "places", "records"},
+    "runs": {"checkpoint", "commit", "errors", "lease", "places", "storage"},
+    "artifacts": {"commit", "errors", "mixture", "model_files", "places", "storage"},
     "__init__": {"artifacts", "errors", "mixture", "parameters"},
 }
 

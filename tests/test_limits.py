@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from gmm_dist.errors import UserError
 from gmm_dist.families import natural
 from gmm_dist.kernel import EStep
 from gmm_dist.lanes import LaneGroup, Precision
-from gmm_dist.limits import lane_bytes, require_memory
+from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
 from gmm_dist.parameters import Parameters, Stack
 from gmm_dist.shards import Block, LocalShards, ShardRows, TreeSum, run_on
 
@@ -41,6 +41,40 @@ def test_what_does_not_fit_is_one_line_with_the_numbers_and_a_remedy() -> None:
         require_memory([(k, "full") for k in range(2, 11)], 5000, 2 * 2**30)
     with pytest.raises(UserError, match="use smaller --k"):
         require_memory([(10**6, "spherical")], 5000, 2 * 2**30)
+
+
+# 2^30 rows of 64 float32 and a float64 weight are 264 GiB, 4.125 GiB in each of 64 shards.
+NEED = RowsNeed(2**30, 64, n_shards=64, itemsize=4, row_bytes=8, decoded=2**30)
+
+
+def test_rows_that_fit_pass_to_the_last_byte() -> None:
+    resident = 8 * NEED.shard
+    assert resident == 2**27 * (64 * 4 + 8)
+    require_room(NEED, 8, resident + 2**30, beside=2**30)
+    with pytest.raises(UserError):
+        require_room(NEED, 8, resident + 2**30 - 1, beside=2**30)
+
+
+def test_rows_that_do_not_fit_are_one_line_with_the_numbers_and_how_many_workers_would() -> None:
+    wanted = (
+        r"^1,073,741,824 rows of 64 features need 33\.0 GiB in each of 8 workers, and 1\.0 GiB "
+        r"beside them, but a worker has 16\.0 GiB: use --num-workers 22 on machines with as much "
+        r"memory for each, fewer --columns or a narrower --where$"
+    )
+    with pytest.raises(UserError, match=wanted):
+        require_room(NEED, 8, 2**34, beside=2**30)
+    require_room(NEED, 22, 2**34, beside=2**30)
+    with pytest.raises(UserError, match=r"but a worker has 4\.0 GiB: use fewer --columns or"):
+        require_room(NEED, 8, 2**32, beside=2**30)
+
+
+def test_a_filter_may_leave_fewer_rows(caplog: pytest.LogCaptureFixture) -> None:
+    require_room(replace(NEED, is_bound=True), 8, 2**34, beside=0)
+    assert "unless the filter leaves fewer rows" in caplog.text
+
+
+def test_loading_counts_the_decoded_row_group_and_the_copies_of_a_shard() -> None:
+    assert NEED.loading == 2**30 + 2**24 * 64 * 24
 
 
 def test_a_thousand_components_of_128_features_are_a_lane_like_any_other() -> None:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import logging
+import pickle
 import socket
 import time
+from collections.abc import Iterator
 
+import faulty
+import lakes
+import numpy as np
 import pytest
+from botocore.exceptions import ClientError
+from conftest import S3Server, forget_connections
 
-from gmm_dist import storage
-from gmm_dist.errors import UserError
+from gmm_dist import lake, listing, reading, storage
+from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.storage import Patience
 
 
 def look(url: str) -> None:
@@ -122,3 +133,220 @@ def test_an_endpoint_that_nobody_listens_on_is_explained(s3_lake, monkeypatch):
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # ours are ten, about a minute
         with pytest.raises(UserError, match=r"no connection \(.*\); check the network and AWS_E"):
             look(s3_lake.url)
+
+
+# --- faults that pass, and faults that do not
+
+QUICK = Patience(seconds=0.3, first_pause=0.01, longest_pause=0.05)
+
+
+def answered(status: int, code: str = "") -> OSError:
+    """Return the error that s3fs makes of such an answer."""
+    meta = {"HTTPStatusCode": status}
+    error = OSError(errno.EIO, "what the store said")
+    error.__cause__ = ClientError({"Error": {"Code": code}, "ResponseMetadata": meta}, "GetObject")
+    return error
+
+
+def explained_as_user_error() -> UserError:
+    error = UserError("no connection")
+    error.__cause__ = ConnectionRefusedError("refused")
+    return error
+
+
+class Failing:
+    """Raises an error so many times, and then returns 7."""
+
+    def __init__(self, error: Exception, times: int) -> None:
+        self.error, self.times, self.calls = error, times, 0
+
+    def __call__(self) -> int:
+        self.calls += 1
+        if self.calls <= self.times:
+            raise self.error
+        return 7
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("reset"),
+        TimeoutError(),
+        storage.TornReadError("3 of 4 bytes"),
+        answered(503, "SlowDown"),
+        answered(500),
+        answered(429),
+        answered(400, "RequestTimeout"),
+        explained_as_user_error(),
+    ],
+)
+def test_what_may_pass_is_tried_again(error):
+    call = Failing(error, times=4)
+    assert storage.patiently(call, "s3://lake", patience=QUICK) == 7
+    assert call.calls == 5
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("gone"),
+        PermissionError("denied"),
+        answered(403, "AccessDenied"),
+        answered(412),
+        answered(501),
+        UserError("changed since the plan was made"),
+        ZeroDivisionError(),
+    ],
+)
+def test_what_will_not_pass_is_raised_at_once(error):
+    call = Failing(error, times=1)
+    with pytest.raises(type(error)) as raised:
+        storage.patiently(call, "s3://lake", patience=QUICK)
+    assert raised.value is error
+    assert call.calls == 1
+
+
+def test_an_error_raised_from_itself_ends():
+    error = UserError("a circle")
+    error.__cause__ = error
+    with pytest.raises(UserError, match="a circle"):
+        storage.patiently(Failing(error, times=1), "s3://lake", patience=QUICK)
+
+
+def test_a_damaged_file_is_read_twice_more_before_it_is_blamed():
+    error = storage.DamagedError("cannot be read")
+    assert storage.patiently(Failing(error, times=2), "s3://lake", patience=QUICK) == 7
+    call = Failing(error, times=9)
+    with pytest.raises(UserError, match="cannot be read"):
+        storage.patiently(call, "s3://lake", patience=QUICK)
+    assert call.calls == 3
+
+
+def test_patience_ends_in_one_line_that_travels(caplog):
+    call = Failing(ConnectionRefusedError(111, "refused\n by all"), times=10**6)
+    message = (
+        r"^s3://lake/x: the storage failed for 0 s \(\[Errno 111\] refused by all\); check the n"
+    )
+    began = time.monotonic()
+    with pytest.raises(storage.StorageFailed, match=message) as raised:
+        storage.patiently(call, "s3://key:secret@lake/x", patience=QUICK)
+    assert 0.2 < time.monotonic() - began < 5
+    assert isinstance(raised.value, RunFailed)
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+    assert call.calls > 5
+    lines = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(lines) == 1  # the next would come after ten seconds
+    assert lines[0].startswith("s3://lake/x: the storage fails for 0 s now, trying for up to 0 s (")
+
+
+@pytest.fixture
+def proxied(s3_lake: S3Server, tmp_path, monkeypatch) -> Iterator[tuple[faulty.Proxy, str]]:
+    """Yield a proxy through which this process reaches the server, and a lake of two files."""
+    for name in ("a", "b"):
+        columns = {"x": lakes.numbers(3000, seed=ord(name))}
+        lakes.write(tmp_path / f"{name}.parquet", columns, rows_per_group=1000)
+    lakes.upload(tmp_path, s3_lake.file_system(), s3_lake.url)
+    reading.release()
+    with faulty.proxy(s3_lake.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        forget_connections()
+        yield proxy, s3_lake.url
+        forget_connections()
+
+
+def rows_of(plan: lake.Plan) -> np.ndarray:
+    reading.release()
+    return lakes.read_all(plan)[0][:, 0]
+
+
+WANTED = np.concatenate([lakes.numbers(3000, seed=ord(name)) for name in "ab"])
+
+
+def test_an_outage_is_outlasted_in_planning_and_reading(proxied, caplog):
+    proxy, url = proxied
+    with proxy.outage(3):  # s3fs alone gives up after 1.8 s
+        plan = lake.plan(url, n_shards=3)
+    with proxy.outage(3):
+        np.testing.assert_array_equal(rows_of(plan), WANTED)
+    with proxy.outage(1):
+        assert len(reading.probe(plan)) == 6000
+    assert f"{url}: the storage fails for 0 s now, trying for up to 180 s (" in caplog.text
+    assert f"{url}/a.parquet: the storage fails for 0 s now" in caplog.text
+
+
+def test_an_outage_between_listing_and_footers_is_outlasted(proxied):
+    proxy, url = proxied
+    found = listing.find(url)
+    with proxy.outage(3):
+        footers = lake._read_footers(url, found.files, keep_fragments=True)
+    assert [footer.file.rows for footer in footers] == [(1000, 1000, 1000)] * 2
+
+
+def test_an_outage_in_the_middle_of_a_file_is_outlasted(proxied):
+    proxy, url = proxied
+    plan = lake.plan(url, n_shards=1)
+    parts = reading.read(plan, 0)
+    reading.release()
+    first = next(parts).X
+    with proxy.outage(2):
+        rest = [part.X for part in parts]
+    np.testing.assert_array_equal(np.concatenate([first, *rest])[:, 0], WANTED)
+
+
+def test_a_busy_store_is_asked_again(proxied):
+    proxy, url = proxied
+    proxy.busy = 12
+    np.testing.assert_array_equal(rows_of(lake.plan(url)), WANTED)
+    assert proxy.faults == 12
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_torn_bodies_are_read_again(proxied, monkeypatch, small):
+    proxy, url = proxied
+    if not small:
+        monkeypatch.setattr("gmm_dist.listing._SMALL_BYTES", 0)
+    plan = lake.plan(url, n_shards=2)
+    proxy.torn, proxy.torn_after = 7, 100  # s3fs tries five times
+    np.testing.assert_array_equal(rows_of(plan), WANTED)
+    assert proxy.faults == 7
+
+
+def test_slow_bodies_are_waited_for(proxied):
+    proxy, url = proxied
+    plan = lake.plan(url)
+    proxy.bytes_per_second = 40_000
+    began = time.monotonic()
+    np.testing.assert_array_equal(rows_of(plan), WANTED)
+    assert time.monotonic() - began > 1  # 50 kB: it was slow indeed
+
+
+def test_an_outage_without_end_ends_in_one_line(proxied, monkeypatch):
+    proxy, url = proxied
+    plan = lake.plan(url)
+    monkeypatch.setattr(storage, "PATIENCE", QUICK)
+    proxy.refuse()
+    with pytest.raises(storage.StorageFailed, match=rf"^{url}: the storage failed for \d+ s \(.*C"):
+        lake.plan(url)
+    with pytest.raises(storage.StorageFailed, match=rf"^{url}/a.parquet: the storage failed for"):
+        rows_of(plan)
+
+
+def test_a_key_that_was_replaced_during_an_outage_is_an_error(proxied, tmp_path, s3_lake):
+    proxy, url = proxied
+    plan = lake.plan(url, n_shards=1)
+    lakes.write(tmp_path / "a.parquet", {"x": lakes.numbers(3000)}, rows_per_group=1000)
+    lakes.upload(tmp_path, s3_lake.file_system(), url)
+    with (
+        proxy.outage(0.5),
+        pytest.raises(UserError, match=f"{url}/a.parquet: changed since the plan was made; run"),
+    ):
+        rows_of(plan)
+
+
+def test_bytes_that_are_missing_are_noticed_whatever_the_file_system():
+    file = listing._Exact(io.BytesIO(b"abcd"), size=6)
+    assert file.read(3) == b"abc"
+    with pytest.raises(storage.TornReadError, match="1 of 3 bytes came from 3 on"):
+        file.read(3)
+    assert listing._Exact(io.BytesIO(b"abcd"), size=4).read(9) == b"abcd"

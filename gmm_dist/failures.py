@@ -1,0 +1,119 @@
+"""What a failed call means, how long to wait after it, and how many of them a run bears."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from ray.exceptions import (
+    ActorUnavailableError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
+
+from gmm_dist.errors import RunFailed, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class FaultConfig:
+    """How patient a run is with its workers; all times in seconds.
+
+    `max_failures`: failures that a run bears; those within `together` count as one, as a host
+    that dies takes all its workers with it. `grace`: until survivors take over the shards of a
+    lost worker; `forsaken`: until shards that nobody has room for end the run. `silence`: a
+    worker that has shown no sign of work on its call for so long is lost. One that shows it may
+    take `deadline` for a call, or `deadline_factor` times as long as its siblings if that is
+    more; before a sibling has replied, `longest`. A call that lasts longer than `straggling` and
+    `straggling_factor` times its siblings is repeated elsewhere. A worker rests for `backoff`
+    after its first failure, twice as long after each further one in a row, `max_backoff` at most.
+    """
+
+    max_failures: int = 16
+    grace: float = 60.0
+    together: float = 10.0
+    forsaken: float = 900.0
+    # Ray itself needs 65 s to see that a host is cut off, and lost messages stall for up to 30 s.
+    silence: float = 60.0
+    deadline: float = 300.0  # an outage of the storage is sat out by those who read it
+    deadline_factor: float = 20.0
+    longest: float = 86_400.0
+    straggling: float = 30.0
+    straggling_factor: float = 4.0
+    backoff: float = 0.5
+    max_backoff: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.max_failures < 0:
+            raise UserError(f"max_failures is {self.max_failures}: give a whole number >= 0")
+        if not self.grace >= 0:
+            raise UserError(f"grace is {self.grace}: give seconds >= 0")
+
+    @property
+    def tick(self) -> float:
+        """Return how often to look at the clock while nothing happens."""
+        return min(1.0, self.silence / 8, self.straggling / 8, max(self.grace / 4, 0.05))
+
+    def rest(self, failures: int) -> float:
+        """Return how long a worker rests after so many failures in a row."""
+        return float(min(self.max_backoff, self.backoff * 2.0 ** min(failures - 1, 60)))
+
+
+class Verdict(enum.Enum):
+    """What is to be done about a failed call."""
+
+    REPEAT = "its call is repeated"  # the worker may well be there, and may even have done it
+    REPLACE = "it starts anew"
+    PREEMPTED = "its host is being taken away: it starts anew elsewhere"
+    OUTSIDE = "it tries again"  # what it reads from failed
+    HOPELESS = "the run ends"  # the user's to mend, or our bug: no repetition helps
+
+
+def judge(error: Exception) -> Verdict:
+    """Say what an exception that Ray raised for a call means."""
+    if isinstance(error, RayTaskError):  # the call itself raised
+        # A file, a network, memory: not a value in a row, nor a bug, nor a storage that has
+        # been asked for long enough.
+        outside = isinstance(error.cause, OSError | EOFError | MemoryError)
+        return Verdict.OUTSIDE if outside else Verdict.HOPELESS
+    if isinstance(error, ActorUnavailableError):
+        return Verdict.REPEAT
+    if isinstance(error, RayActorError):
+        if getattr(error, "actor_init_failed", False):
+            return Verdict.HOPELESS
+        return Verdict.PREEMPTED if getattr(error, "preempted", False) else Verdict.REPLACE
+    if isinstance(error, RuntimeEnvSetupError) or not isinstance(error, RayError):
+        return Verdict.HOPELESS
+    return Verdict.REPEAT  # the reply was lost on its way: ObjectLostError and its like
+
+
+def reason(error: Exception) -> str:
+    """Return an exception in a few words, for a line of the log."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    words = " ".join(str(cause).split())
+    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        return type(error).__name__  # Ray's own text fills a page
+    return f"{type(cause).__name__}: {words[:200]}"
+
+
+@dataclass(slots=True)
+class Budget:
+    """Counts the failures of a run."""
+
+    config: FaultConfig
+    used: int = 0
+    _began: float = field(default=float("-inf"))
+
+    def charge(self, what: str, now: float) -> str:
+        """Count a failure at time `now` and say which it is.
+
+        Raises RunFailed when there have been too many.
+        """
+        if now - self._began > self.config.together:
+            self.used, self._began = self.used + 1, now
+        if self.used > self.config.max_failures:
+            raise RunFailed(
+                f"more than {self.config.max_failures} failures (--max-failures); the last: {what}"
+            )
+        return f"failure {self.used} of {self.config.max_failures}"

@@ -1,0 +1,69 @@
+"""Which worker holds which shards: ranges that are theirs, and what was moved meanwhile."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+
+
+def ranges(n_shards: int, n_workers: int) -> list[range]:
+    """Deal shards to workers as contiguous ranges of like length."""
+    edges = [n_shards * i // n_workers for i in range(n_workers + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+class Placement:
+    """Every shard has a home, and exactly one owner: its home unless it was moved."""
+
+    def __init__(self, homes: Sequence[range]) -> None:
+        self._homes = homes
+        self._moved: dict[int, int] = {}
+        self._owned = [set(home) for home in homes]
+
+    def owned(self, worker: int) -> set[int]:
+        return self._owned[worker]
+
+    def away(self, worker: int) -> list[int]:
+        """Return the worker's own shards that others hold for it."""
+        return [shard for shard in self._homes[worker] if shard in self._moved]
+
+    def owner(self, shard: int) -> int:
+        """Return who holds a shard that was moved."""
+        return self._moved[shard]
+
+    def move(self, shards: Collection[int], worker: int) -> None:
+        """Let a worker hold these shards."""
+        for owned in self._owned:
+            owned.difference_update(shards)
+        self._owned[worker].update(shards)
+        for shard in shards:
+            if shard in self._homes[worker]:
+                self._moved.pop(shard, None)
+            else:
+                self._moved[shard] = worker
+
+
+def shares(
+    shards: Collection[int], room: Mapping[int, float], sizes: Mapping[int, int]
+) -> dict[int, list[int]] | None:
+    """Deal shards to takers as contiguous ranges, or return None where there is no room.
+
+    `room` has the free bytes of each taker, `sizes` the bytes of shards as far as they are
+    known; takers without room for their like share are left out.
+    """
+    typical = sum(sizes.values()) / len(sizes) if sizes else 0.0
+    ordered, takers = sorted(shards), sorted(room)
+    while takers:
+        dealt = {
+            taker: [ordered[i] for i in part]
+            for taker, part in zip(takers, ranges(len(ordered), len(takers)), strict=True)
+        }
+        fitting = [
+            taker
+            for taker, own in dealt.items()
+            if sum(sizes.get(shard, typical) for shard in own) <= room[taker]
+        ]
+        if len(fitting) == len(takers):
+            return {taker: own for taker, own in dealt.items() if own}
+        takers = fitting
+    return None

@@ -1,0 +1,143 @@
+"""A folder on any fsspec URL: whole files, and files created only where there are none."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from gmm_dist.storage import join, open_url, patiently, redacted
+
+_PART = ".part"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder to write to or read from; `url` is fit for messages.
+
+    Stores that are out of order are waited for, see `storage.patiently`.
+    """
+
+    fs: AbstractFileSystem
+    path: str
+    url: str
+
+    @classmethod
+    def of(cls, url: str) -> Place:
+        """Open `url`; nothing is asked of the store yet."""
+        fs, path = open_url(url)
+        return cls(fs, path.rstrip("/") or path, redacted(url))
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def at(self, *parts: str) -> str:
+        return join(self.path, *parts)
+
+    def below(self, *parts: str) -> Place:
+        """Return a folder within, whose `url` stays that of the whole."""
+        return Place(self.fs, self.at(*parts), self.url)
+
+    def names(self) -> set[str]:
+        """Return the names in the folder: none where there is no folder, "" for a file."""
+        self.fs.invalidate_cache()
+        try:
+            listed = patiently(lambda: self.fs.ls(self.path, detail=True), self.url)
+        except FileNotFoundError as error:
+            if answer(error).get("Error", {}).get("Code") == "NoSuchBucket":
+                raise
+            return set()
+        entries = {entry["name"]: entry["type"] for entry in listed}
+        if entries == {self.path: "file"}:
+            return {""}
+        # Some object stores list the folder itself: a marker, or what deleted files have left.
+        names = {name.rstrip("/") for name in entries} - {self.path}
+        return {name.rpartition("/")[2] for name in names}
+
+    def read(self, *parts: str) -> bytes | None:
+        """Return a file's bytes, or None where there is no such file."""
+        try:
+            data: bytes = patiently(lambda: self.fs.cat_file(self.at(*parts)), self.url)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return data
+
+    def write(self, data: bytes, *parts: str, durable: bool = False) -> None:
+        """Write a file that readers see whole or not at all; `durable` survives a power cut."""
+        path = self.at(*parts)
+        if not self.is_local:
+            patiently(lambda: self.fs.pipe_file(path, data), self.url)
+            return
+        final = Path(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        scratch = final.with_name(f".{final.name}.{secrets.token_hex(4)}{_PART}")
+        try:
+            _write_out(scratch, data, sync=durable)
+            scratch.replace(final)
+        except BaseException:
+            with suppress(OSError):
+                scratch.unlink()
+            raise
+        if durable:
+            sync(final.parent)
+
+    def create(self, data: bytes, *parts: str, scratch: str) -> None:
+        """Create a file with all of its bytes in one step, or raise FileExistsError.
+
+        fsspec's mode="create" looks and then writes on a local disk, which loses races; a
+        hard link to a finished file appears in one step and never replaces another. Where a
+        store's answer was lost, the file that exists may be ours.
+        """
+        path = self.at(*parts)
+        if self.is_local:
+            _write_out(Path(scratch), data, sync=True)
+            try:
+                Path(path).hardlink_to(scratch)
+            finally:
+                Path(scratch).unlink()
+            return
+        try:
+            patiently(lambda: self.fs.pipe_file(path, data, mode="create"), self.url)
+        except OSError as error:
+            # s3fs recognises AWS's wording of "precondition failed" and no other store's.
+            if answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode") == 412:
+                raise FileExistsError(path) from error
+            raise
+
+    def remove(self, *parts: str) -> None:
+        """Remove a file, or a folder with all that is in it; absent is fine."""
+        path = self.at(*parts)
+        self.fs.invalidate_cache()
+        with suppress(FileNotFoundError):
+            self.fs.rm(path, recursive=True)
+
+
+def answer(error: OSError) -> Mapping[str, Any]:
+    """Return what the object store answered, as botocore tells it; empty for other stores."""
+    told: Mapping[str, Any] = getattr(error.__cause__, "response", {})
+    return told
+
+
+def sync(path: Path) -> None:
+    """Push a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_out(path: Path, data: bytes, *, sync: bool) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
+from gmm_dist.acceleration import Squarem
 from gmm_dist.config import EMConfig
 from gmm_dist.families import FAMILIES, Moments, maximise, natural
 from gmm_dist.kernel import EStep
@@ -31,6 +32,8 @@ _NEXT = {Precision.FLOAT32: Precision.FLOAT64, Precision.FLOAT64: Precision.CENT
 _MAX_CONDITION = {Precision.FLOAT32: 1.7e3, Precision.FLOAT64: 1e7, Precision.CENTRED: math.inf}
 # float32's error of the mean log-likelihood may be a tenth of tol, or of this where tol is less.
 _SMALLEST_TOL = 1e-5
+# Iterations before a lane is compared with its rivals, and the gains that it may still hope for.
+_WARM_UP, _CATCH_UP = 3, 10.0
 _LADDER = [0.0] + [10.0**rung for rung in range(-10, -3)]
 
 
@@ -41,6 +44,7 @@ class Outcome(enum.Enum):
     CONVERGED = enum.auto()
     MAX_ITER = enum.auto()
     SINGULAR = enum.auto()
+    DROPPED = enum.auto()
 
 
 @dataclass(slots=True, eq=False)
@@ -50,8 +54,10 @@ class Lane:
     parameters: Parameters
     theta: Float64[Tensor, "k P"]
     precision: Precision
-    reg_covar: float
+    reg: Float64[Tensor, " d"]
     nk: Float64[Tensor, " k"]
+    # None: plain EM.
+    squarem: Squarem | None = None
     outcome: Outcome = Outcome.RUNNING
     n_iter: int = 0
     lower_bounds: list[float] = field(default_factory=list)
@@ -65,23 +71,37 @@ class Lane:
     strained: bool = False
 
     @classmethod
-    def start(cls, parameters: Parameters, config: EMConfig) -> Lane:
+    def start(cls, parameters: Parameters, config: EMConfig, total: TotalMoments) -> Lane:
         exact = config.precision == "float64"
         at_start = natural(Stack.of([parameters]))
         lane = cls(
             parameters=parameters,
             theta=at_start.theta,
             precision=Precision.FLOAT64 if exact else Precision.FLOAT32,
-            reg_covar=config.reg_covar,
+            reg=torch.full_like(parameters.means[0], config.reg_covar),
             nk=torch.zeros_like(parameters.weights),
+            squarem=Squarem(total.scale) if config.accelerate else None,
         )
         if bool(at_start.failed.any()):
             lane.outcome = Outcome.SINGULAR
         return lane
 
+    @property
+    def is_leaping(self) -> bool:
+        """Whether the next pass scores an extrapolation, which may fail."""
+        return self.squarem is not None and self.squarem.is_leaping
+
     def repeat_in(self, precision: Precision) -> None:
         """Have the next pass score the same parameters, more carefully."""
         self.precision, self.last_bound = precision, None
+        if self.squarem is not None:
+            self.squarem.forget()
+
+    def take_back(self) -> None:
+        """Have the next pass score the EM step that a failed leap replaced."""
+        assert self.squarem is not None
+        self.parameters = self.squarem.take_back()
+        self.theta = natural(Stack.of([self.parameters])).theta
 
 
 def grouped(lanes: Sequence[Lane]) -> list[list[Lane]]:
@@ -120,7 +140,11 @@ def advance(
         moments = _moments(lane, per_lane[i], total)
         log_likelihood = float(sums.log_likelihood[i]) + _shared_quadratic(lane, total)
         error = float(sums.float32_error[i]) / max(whole.n_checked, 1)
-        if _needs_float64(lane, log_likelihood, error, config):
+        unsure = _needs_float64(lane, log_likelihood, error, config)
+        if lane.is_leaping and (unsure or _falls(lane, log_likelihood / whole.n_samples)):
+            lane.take_back()
+            continue
+        if unsure:
             lane.repeat_in(Precision.FLOAT64)
             continue
         lane.nk, lane.entropy = moments.nk.clone(), float(sums.entropy[i])
@@ -154,6 +178,11 @@ def _needs_float64(lane: Lane, log_likelihood: float, error: float, config: EMCo
     return not (harmless and math.isfinite(log_likelihood))
 
 
+def _falls(lane: Lane, bound: float) -> bool:
+    """Say whether a leap came out below what has been scored before it."""
+    return not (math.isfinite(bound) and bound >= lane.lower_bounds[-1])
+
+
 def _score(lane: Lane, log_likelihood: float, n_samples: float, config: EMConfig) -> bool:
     """Note the likelihood of a lane's parameters; return whether it goes on to an M-step."""
     bound = log_likelihood / n_samples
@@ -161,12 +190,14 @@ def _score(lane: Lane, log_likelihood: float, n_samples: float, config: EMConfig
     del lane.lower_bounds[lane.n_iter :]  # of the same parameters, in a lower precision
     lane.lower_bounds.append(bound)
     gain = math.inf if lane.last_bound is None else abs(bound - lane.last_bound)
-    lane.last_bound = bound
+    leapt, lane.last_bound = lane.is_leaping, bound
+    if lane.squarem is not None and math.isfinite(gain):
+        lane.squarem.credit(gain)
     if not math.isfinite(bound):
         lane.outcome = Outcome.SINGULAR
     elif lane.verdict is not None:
         lane.outcome = lane.verdict
-    elif gain < _tol(lane, config) or lane.n_iter == config.max_iter:
+    elif (gain < _tol(lane, config) and not leapt) or lane.n_iter == config.max_iter:
         _stop(lane, gain, config)
         return False
     return lane.outcome is Outcome.RUNNING
@@ -213,10 +244,38 @@ def _m_step(
         if (singular or bool((condition > limit).any())) and _escalate(lane, total, config):
             continue
         if singular:
-            _climb(lane, own, total, config)
+            _climb(lane, own, total)
         else:
-            lane.parameters, lane.theta = parameters, theta
+            _follow(lane, parameters, theta)
             lane.n_iter += 1
+
+
+def _follow(lane: Lane, stepped: Parameters, theta: Tensor) -> None:
+    """Have the next pass score the EM step, or a leap beyond it that can be scored as safely."""
+    scored, lane.parameters, lane.theta = lane.parameters, stepped, theta
+    if lane.squarem is None:
+        return
+    proposed = lane.squarem.follow(scored, stepped)
+    if proposed is stepped:
+        return
+    at = natural(Stack.of([proposed]))
+    variances = _least_variances(proposed)
+    # A leap must neither dive below the regularisation floor nor ask for better arithmetic.
+    safe = bool((at.condition <= _MAX_CONDITION[lane.precision]).all() and not at.failed.any())
+    if safe and bool((variances > 2 * lane.reg).all()):
+        lane.parameters, lane.theta = proposed, at.theta
+    else:
+        lane.squarem.forget()
+
+
+def _least_variances(parameters: Parameters) -> Tensor:
+    """Return variances per component and feature, of correlated ones given those before."""
+    if parameters.covariance_type in ("full", "tied"):
+        factors: Tensor = torch.linalg.cholesky_ex(parameters.covariances)[0]
+        return factors.diagonal(dim1=-2, dim2=-1) ** 2
+    return FAMILIES[parameters.covariance_type].variances(
+        parameters.covariances, parameters.n_features
+    )
 
 
 def _escalate(lane: Lane, total: TotalMoments, config: EMConfig) -> bool:
@@ -224,7 +283,7 @@ def _escalate(lane: Lane, total: TotalMoments, config: EMConfig) -> bool:
     if config.precision == "float32" or lane.precision is Precision.CENTRED:
         return False
     better = _NEXT[lane.precision]
-    if better is Precision.CENTRED and is_degenerate(lane, total):
+    if better is Precision.CENTRED and _is_useless(lane, total):
         # It will not be ranked: not worth the slowest passes there are, but for the last one.
         lane.strained = True
         return False
@@ -232,17 +291,18 @@ def _escalate(lane: Lane, total: TotalMoments, config: EMConfig) -> bool:
     return True
 
 
-def _climb(lane: Lane, moments: Moments, total: TotalMoments, config: EMConfig) -> None:
-    """Raise a lane's regularisation until its covariances are positive definite."""
-    scale = float(total.covariance.diagonal().clamp_min(0).mean())
+def _climb(lane: Lane, moments: Moments, total: TotalMoments) -> None:
+    """Raise a lane's regularisation, in each feature's units, until it is positive definite."""
     kind = lane.parameters.covariance_type
     for rung in _LADDER:
-        lane.reg_covar = max(lane.reg_covar, rung * scale)
+        lane.reg = torch.maximum(lane.reg, rung * total.scale.square())
         stack = maximise(kind, _stacked(kind, [moments]), _sizes([lane]), _reg([lane]))
         at = natural(stack)
         if not bool(at.failed.any()):
             lane.parameters, lane.theta = stack.lanes()[0], at.theta
             lane.n_iter += 1
+            if lane.squarem is not None:
+                lane.squarem.forget()
             return
     lane.outcome = Outcome.SINGULAR
 
@@ -264,40 +324,64 @@ def _sizes(lanes: Sequence[Lane]) -> tuple[int, ...]:
     return tuple(lane.parameters.n_components for lane in lanes)
 
 
-def _reg(lanes: Sequence[Lane]) -> Float64[Tensor, " K"]:
-    reg = torch.tensor([lane.reg_covar for lane in lanes], dtype=torch.float64)
-    return torch.repeat_interleave(reg, torch.tensor(_sizes(lanes)))
+def _reg(lanes: Sequence[Lane]) -> Float64[Tensor, "K d"]:
+    reg = torch.stack([lane.reg for lane in lanes])
+    return torch.repeat_interleave(reg, torch.tensor(_sizes(lanes)), dim=0)
 
 
-def is_degenerate(lane: Lane, total: TotalMoments) -> bool:
-    """Say whether a component has too few rows, or is flat where the data are not.
+def drop_laggards(lanes: Sequence[Lane], rivals: Sequence[int], total: TotalMoments) -> None:
+    """End the lanes that will not catch up with one that is fitted for the same purpose.
+
+    `rivals` names each lane's purpose. A lane is out when what it lacks is more than so many
+    times its last gain would bring; one that is degenerate leads nobody.
+    """
+    for purpose in set(rivals):
+        field = [lane for lane, own in zip(lanes, rivals, strict=True) if own == purpose]
+        if len(field) == 1:
+            continue
+        sound = [lane for lane in field if lane.lower_bounds and not _is_useless(lane, total)]
+        lead = max((lane.lower_bounds[-1] for lane in sound), default=-math.inf)
+        for lane in field:
+            if lane.outcome is Outcome.RUNNING and len(lane.lower_bounds) > _WARM_UP:
+                gain = abs(lane.lower_bounds[-1] - lane.lower_bounds[-2])
+                if lead - lane.lower_bounds[-1] > _CATCH_UP * gain:
+                    lane.outcome = Outcome.DROPPED
+
+
+def _is_useless(lane: Lane, total: TotalMoments) -> bool:
+    return lane.outcome is Outcome.SINGULAR or bool(degenerate_components(lane, total).any())
+
+
+def degenerate_components(lane: Lane, total: TotalMoments) -> Bool[Tensor, " k"]:
+    """Say which components have too few rows, or are flat where the data are not.
 
     Flat: regularisation makes up most of the variance in a direction. Directions in which all
     the rows together are flat (a constant column, a duplicated one) do not count.
     """
-    d, reg = lane.parameters.n_features, lane.reg_covar
-    if float(lane.nk.min()) < d + 1:
-        return True
-    if reg == 0:
-        return False
+    d, reg = lane.parameters.n_features, lane.reg
+    few = lane.nk < d + 1
+    if not bool((reg > 0).any()):
+        return few
     kind, stack = lane.parameters.covariance_type, Stack.of([lane.parameters])
+    if kind == "spherical":  # whose one variance takes the mean
+        reg = reg.mean().expand_as(reg)
     if kind in ("full", "tied"):
         flat = _n_below(stack.covariances, 2 * reg)
         allowed = _n_below(total.covariance[None], reg)
     else:
         flat = (FAMILIES[kind].variances(stack.covariances, d) < 2 * reg).sum(-1)
         allowed = (total.covariance.diagonal() < reg).sum()
-    return bool((flat > allowed).any())
+    return few | (flat > allowed)
 
 
-def _n_below(covariances: Float64[Tensor, "c d d"], floor: float) -> Tensor:
-    """Return how many eigenvalues of each covariance are below `floor`.
+def _n_below(covariances: Float64[Tensor, "c d d"], floor: Float64[Tensor, " d"]) -> Tensor:
+    """Return in how many directions each covariance is below that of variances `floor`.
 
-    They are the negative ones of Σ - floor·I, whose number no change of the features' scales
-    alters (Sylvester); in scales where the variances are one, rounding alters it least.
+    They are the negative eigenvalues of Σ - diag(floor), whose number no change of the
+    features' scales alters (Sylvester); where the variances are one, rounding alters it least.
     """
-    scale = covariances.diagonal(dim1=-2, dim2=-1).clamp_min(floor).rsqrt()
-    shifted = covariances - floor * torch.eye(covariances.shape[-1], dtype=covariances.dtype)
+    scale = torch.maximum(covariances.diagonal(dim1=-2, dim2=-1), floor).rsqrt()
+    shifted = covariances - floor.diag()
     scaled = shifted * scale[:, :, None] * scale[:, None, :]
     below: Tensor = (torch.linalg.eigvalsh(scaled) < 0).sum(-1)
     return below

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gmm_dist.errors import UserError
 
 PRECISIONS = ("auto", "float32", "float64")
+INITS = ("k-means||", "k-means++", "kmeans", "random", "random_from_data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,15 +18,17 @@ class EMConfig:
     `tol` is the gain in mean log-likelihood per row (nats) below which a lane has converged;
     it does not depend on the number of rows. `reg_covar` (squared feature units) is added to
     the diagonal of every covariance. `precision` is the arithmetic of the passes: `auto` uses
-    float32 while its measured error is harmless (see `em`).
+    float32 while its measured error is harmless (see `em`). `accelerate` has SQUAREM leap ahead
+    of EM where that raises the likelihood.
 
     Raises UserError for a value out of range.
     """
 
-    tol: float = 1e-3
+    tol: float = 1e-5
     max_iter: int = 100
     reg_covar: float = 1e-6
     precision: str = "auto"
+    accelerate: bool = True
 
     def __post_init__(self) -> None:
         _require(self.tol >= 0 and math.isfinite(self.tol), "tol", self.tol, "a number >= 0")
@@ -38,15 +41,29 @@ class EMConfig:
 
 @dataclass(frozen=True, slots=True)
 class StartConfig:
-    """Settings of the starts: `n_init` restarts per candidate on at most `n_sample` rows."""
+    """Settings of the search for starts (`search`).
 
-    n_init: int = 8
-    n_sample: int = 10_000
+    `n_init` seeded restarts per candidate, by the method `init`; `moves` rounds of splits and
+    merges at the most; `finalists` of each go on to passes over all rows. `n_sample` rows make
+    the small sample (None: as many as the largest candidate asks for).
+
+    Raises UserError for a value out of range.
+    """
+
+    n_init: int = 16
+    init: str = "k-means++"
+    moves: int = 3
+    finalists: int = 2
+    n_sample: int | None = None
     random_state: int = 0
 
     def __post_init__(self) -> None:
         _require(self.n_init >= 1, "n_init", self.n_init, "a whole number >= 1")
-        _require(self.n_sample >= 1, "n_sample", self.n_sample, "a whole number >= 1")
+        _require(self.init in INITS, "init", self.init, f"one of {', '.join(INITS)}")
+        _require(self.moves >= 0, "moves", self.moves, "a whole number >= 0")
+        _require(self.finalists >= 1, "finalists", self.finalists, "a whole number >= 1")
+        sample_ok = self.n_sample is None or self.n_sample >= 1
+        _require(sample_ok, "n_sample", self.n_sample, "a whole number >= 1")
         seed_ok = 0 <= self.random_state < 2**63
         _require(seed_ok, "random_state", self.random_state, "a whole number from 0 to 2**63 - 1")
 

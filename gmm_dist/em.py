@@ -7,10 +7,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from gmm_dist.cohort import Lane, Outcome, advance, grouped, is_degenerate, task_of
+from gmm_dist.cohort import (
+    Lane,
+    Outcome,
+    advance,
+    degenerate_components,
+    drop_laggards,
+    grouped,
+    task_of,
+)
 from gmm_dist.config import EMConfig
 from gmm_dist.parameters import Parameters
 from gmm_dist.shards import Shards
@@ -27,14 +35,17 @@ class Status(enum.Enum):
         "degenerate: a component has fewer than d + 1 rows or lies on the regularisation floor; "
         "use fewer components"
     )
+    DROPPED = "dropped: another start of the same candidate was ahead"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FitResult:
     """One lane's outcome. `log_likelihood` (sum, nats) and `entropy` belong to `parameters`.
 
-    `lower_bounds` are the mean log-likelihoods per row, one for each set of parameters scored;
-    `nk` (k,) the rows that each component answers for.
+    `lower_bounds` are the mean log-likelihoods per row, one for each set of parameters that
+    counts; `nk` (k,) the rows that each component answers for; `degenerate` (k,) marks those
+    that mean nothing; `passes_saved` the passes that
+    plain EM would at least have needed more (`acceleration.Squarem`).
     """
 
     parameters: Parameters
@@ -46,6 +57,8 @@ class FitResult:
     entropy: float
     lower_bounds: tuple[float, ...]
     nk: Float64[Tensor, " k"]
+    degenerate: Bool[Tensor, " k"]
+    passes_saved: float = 0.0
 
     @property
     def is_ranked(self) -> bool:
@@ -62,28 +75,33 @@ def fit(
     config: EMConfig,
     total: TotalMoments,
     *,
+    rivals: Sequence[int] | None = None,
     watch: Watch = lambda lanes: None,
 ) -> list[FitResult]:
     """Run EM from every start until a `Status` says stop, all lanes in the same passes.
 
     Starts and results are about the rows' shared centre. `total` are the moments of all rows;
-    `watch` sees the lanes after each pass. A lane that fails never ends its siblings.
+    `watch` sees the lanes after each pass. Of lanes with one number in `rivals` those that fall
+    behind are dropped. A lane that fails never ends its siblings.
     """
-    lanes = [Lane.start(parameters, config) for parameters in starts]
+    lanes = [Lane.start(parameters, config, total) for parameters in starts]
     while running := [lane for lane in lanes if lane.outcome is Outcome.RUNNING]:
         groups = grouped(running)
         statistics = shards.run(task_of(groups))
         for group, sums in zip(groups, statistics.groups, strict=True):
             advance(group, sums, statistics, total, config)
+        if rivals is not None:
+            drop_laggards(lanes, rivals, total)
         watch(lanes)
     return [_result(lane, total) for lane in lanes]
 
 
 def _result(lane: Lane, total: TotalMoments) -> FitResult:
+    degenerate = degenerate_components(lane, total)
     return FitResult(
         # The parameters returned are those that were scored.
         parameters=lane.parameters,
-        status=_status(lane, total),
+        status=_status(lane, degenerate),
         converged=lane.outcome is Outcome.CONVERGED,
         n_iter=lane.n_iter,
         n_samples=total.n_samples,
@@ -91,12 +109,16 @@ def _result(lane: Lane, total: TotalMoments) -> FitResult:
         entropy=lane.entropy,
         lower_bounds=tuple(lane.lower_bounds),
         nk=lane.nk,
+        degenerate=degenerate,
+        passes_saved=0.0 if lane.squarem is None else lane.squarem.saved,
     )
 
 
-def _status(lane: Lane, total: TotalMoments) -> Status:
+def _status(lane: Lane, degenerate: Bool[Tensor, " k"]) -> Status:
+    if lane.outcome is Outcome.DROPPED:
+        return Status.DROPPED
     if lane.outcome is Outcome.SINGULAR or not math.isfinite(lane.log_likelihood):
         return Status.COLLAPSED
-    if is_degenerate(lane, total):
+    if bool(degenerate.any()):
         return Status.DEGENERATE
     return Status.CONVERGED if lane.outcome is Outcome.CONVERGED else Status.MAX_ITER

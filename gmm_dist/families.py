@@ -90,7 +90,7 @@ class Family(Protocol):
     def covariances(self, moments: Moments, lane: Int64[Tensor, " K"]) -> Tensor:
         """Return the maximum-likelihood covariances; `lane` names each component's lane."""
 
-    def regularise(self, covariances: Tensor, reg: Float64[Tensor, " C"]) -> None:
+    def regularise(self, covariances: Tensor, reg: Float64[Tensor, "C d"]) -> None:
         """Add `reg` to the variances in place, one value per covariance of the stack."""
 
     def variances(self, covariances: Tensor, n_features: int) -> Float64[Tensor, "C d"]:
@@ -180,7 +180,7 @@ class Full:
         return covariances.addcmul_(shift[:, :, None], shift[:, None, :], value=-1)
 
     def regularise(self, covariances: Tensor, reg: Tensor) -> None:
-        covariances.diagonal(dim1=-2, dim2=-1).add_(reg[:, None])
+        covariances.diagonal(dim1=-2, dim2=-1).add_(reg)
 
     def variances(self, covariances: Tensor, n_features: int) -> Tensor:
         variances: Tensor = covariances.diagonal(dim1=-2, dim2=-1)
@@ -265,7 +265,7 @@ class Diag:
         return moments.sum_xx / moments.nk.clamp_min(_TINY)[:, None] - moments.shift.square()
 
     def regularise(self, covariances: Tensor, reg: Tensor) -> None:
-        covariances += reg[:, None]
+        covariances += reg
 
     def variances(self, covariances: Tensor, n_features: int) -> Tensor:
         return covariances
@@ -311,7 +311,7 @@ class Spherical:
         return within / moments.sum_x.shape[1]
 
     def regularise(self, covariances: Tensor, reg: Tensor) -> None:
-        covariances += reg
+        covariances += reg.mean(-1)
 
     def variances(self, covariances: Tensor, n_features: int) -> Tensor:
         return covariances[:, None].expand(-1, n_features)
@@ -379,12 +379,12 @@ def natural(stack: Stack) -> Natural:
 
 
 def maximise(
-    covariance_type: str, moments: Moments, sizes: tuple[int, ...], reg: Float64[Tensor, " K"]
+    covariance_type: str, moments: Moments, sizes: tuple[int, ...], reg: Float64[Tensor, "K d"]
 ) -> Stack:
     """Return the parameters that maximise the expected log-likelihood (the M-step).
 
-    `reg` (K,), squared feature units, is added to every variance of a component; tied takes
-    the value of each lane's first component.
+    `reg` (K, d), squared feature units, is added to a component's variances (spherical: its
+    mean over the features); tied takes that of each lane's first component.
     """
     family = FAMILIES[covariance_type]
     lane = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 
@@ -45,7 +47,8 @@ class Plan:
     A picklable value. `hash` is the same for the same files and settings, wherever they are
     mounted (`url` is not part of it); `n_rows` counts rows before the row-level filter;
     `schema` has the file columns that are read or filtered by, their types unified over files;
-    `float64_source` says that float32 cannot hold some feature's every value.
+    `float64_source` says that float32 cannot hold some feature's every value; `holdout` is the
+    share of rows that nothing is fitted to.
     """
 
     url: str
@@ -58,6 +61,7 @@ class Plan:
     missing: Missing
     shards: tuple[tuple[RowRange, ...], ...]
     float64_source: bool
+    holdout: float = 0.0
     hash: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +91,19 @@ class Plan:
         tested = self.row_filter.columns if self.row_filter else ()
         return tuple(dict.fromkeys((*self.columns, *weight, *tested)))
 
+    def held_out(self, part: RowRange) -> npt.NDArray[np.bool_] | None:
+        """Say which rows of a range are held out, (n,), or None when none ever is.
+
+        It depends on the file's path within the lake and the row's number within the file alone:
+        neither on the filter, nor on shards, nor on other files.
+        """
+        if self.holdout == 0:
+            return None
+        file = self.files[part.file]
+        first = sum(file.rows[: part.row_group])
+        hashes = _row_hashes(file.path, first + part.start, first + part.stop)
+        return hashes < np.uint64(int(self.holdout * 2.0**64))
+
 
 @dataclass(frozen=True, slots=True)
 class _Footer:
@@ -104,6 +121,7 @@ def plan(
     weight_column: str | None = None,
     where: str | None = None,
     missing: Missing = "error",
+    holdout: float = 0.0,
     n_shards: int | None = None,
 ) -> Plan:
     """Plan the Parquet file or folder at `url`; reads footers only.
@@ -111,14 +129,18 @@ def plan(
     `listing.find` says which files count. `columns` are numeric columns or one fixed-size-list
     column; default: every floating-point column, or else the one fixed-size-list column.
     `where` is a filter in `gmm_dist.where`'s syntax over columns and hive keys: it leaves out
-    whole files and row groups here, rows when they are read. `n_shards` overrides the number
-    of shards, which else depends on the number of rows alone.
+    whole files and row groups here, rows when they are read. `holdout` is the share of rows, at
+    random but the same every time, that nothing is fitted to. `n_shards` overrides the number of
+    shards, which else depends on the number of rows alone.
 
     Raises:
         UserError: the path, bucket or credentials are wrong; there is no Parquet file, or it is
             corrupt, or part of a Delta, Iceberg or Hudi table; a column is missing from a file,
-            duplicate, or of a wrong or incompatible type; no rows, or none that match.
+            duplicate, or of a wrong or incompatible type; no rows, or none that match; `holdout`
+            is not a share below one.
     """
+    if not 0 <= holdout < 1:
+        raise UserError(f"--holdout is {holdout:g}: give a share of the rows, 0 <= share < 1")
     condition = parse(where) if where is not None else None
     found = listing.find(url)
     tested = _tested_by_row(condition, found.keys)
@@ -138,6 +160,7 @@ def plan(
         missing=missing,
         shards=_deal(groups, n_shards),
         float64_source=chosen.float64_source,
+        holdout=holdout,
     )
     logger.info("%s: %d files, %d rows", storage.redacted(result.url), len(files), result.n_rows)
     return result
@@ -249,8 +272,22 @@ def default_shards(n_rows: int) -> int:
     return count
 
 
+def _row_hashes(path: str, first: int, stop: int) -> npt.NDArray[np.uint64]:
+    """Return 64 random bits for each row number from `first` up to `stop` of a file.
+
+    SplitMix64 (Steele, Lea, Flood 2014), whose n-th number can be had without those before it,
+    seeded by the path; arithmetic modulo 2^64.
+    """
+    seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little")
+    z = np.arange(first + 1, stop + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64(seed)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
 def _hash(plan: Plan) -> str:
-    content = {
+    content: dict[str, object] = {
         "format": 1,
         "files": [(file.path, file.size, file.version, file.rows) for file in plan.files],
         "row_groups": sorted({(p.file, p.row_group) for shard in plan.shards for p in shard}),
@@ -261,5 +298,7 @@ def _hash(plan: Plan) -> str:
         "missing": plan.missing,
         "n_shards": plan.n_shards,
     }
+    if plan.holdout > 0:  # plans without it keep the hash that they had before there was any
+        content["holdout"] = plan.holdout
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,8 @@ class LakeLoader:
     """Make a shard's rows from the lake: the same bits on every machine and every time.
 
     `centre` (d,) is subtracted in float64 before the cast to `dtype`; `fill` (d,) replaces
-    missing values under missing="mean" (without it they stay NaN).
+    missing values under missing="mean" (without it they stay NaN). Held-out rows go beside the
+    others, where only a `HeldOut` task sees them.
     """
 
     plan: Plan
@@ -35,22 +36,46 @@ class LakeLoader:
     fill: npt.NDArray[np.float64] | None = None
 
     def __call__(self, shard: int) -> ShardRows:
-        parts, weights, counts = [], [], RowCounts()
+        fitted, held_out, counts = _Parts(), _Parts(), RowCounts()
         for rows in reading.read(self.plan, shard, fill=self.fill):
             counts = counts + rows.counts
             centred = rows.X.T - self.centre[:, None]  # float64, whatever the source
-            parts.append(torch.from_numpy(centred).to(self.dtype))
-            if rows.sample_weight is not None:
-                weights.append(torch.from_numpy(rows.sample_weight))
-        if not parts:
-            return ShardRows(shard, [], counts)
-        block = Block(torch.cat(parts, 1), torch.cat(weights) if weights else None)
-        return ShardRows(shard, [block], counts)
+            X = torch.from_numpy(centred).to(self.dtype)
+            weight = None if rows.sample_weight is None else torch.from_numpy(rows.sample_weight)
+            if rows.held_out is None:
+                fitted.add(X, weight)
+            else:
+                held = torch.from_numpy(rows.held_out)
+                fitted.add(*_those(~held, X, weight))
+                held_out.add(*_those(held, X, weight))
+        return ShardRows(shard, fitted.blocks(), counts, held_out.blocks())
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Collect rows (d, n) and their weights, to be one block."""
+
+    X: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+
+    def add(self, X: Tensor, weight: Tensor | None) -> None:
+        self.X.append(X)
+        if weight is not None:
+            self.weights.append(weight)
+
+    def blocks(self) -> list[Block]:
+        if not self.X:
+            return []
+        return [Block(torch.cat(self.X, 1), torch.cat(self.weights) if self.weights else None)]
+
+
+def _those(mask: Tensor, X: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return X[:, mask], None if weight is None else weight[mask]
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """How many rows are resident, and what reading them counted."""
+    """How many rows are to be fitted, and what reading them counted."""
 
     n_rows: int
     counts: RowCounts
@@ -94,7 +119,10 @@ class SumColumns:
 
 
 def column_means(shards: Shards, loader: LakeLoader) -> npt.NDArray[np.float64]:
-    """Return the mean (d,) of the values that are there, in feature units; 0 for none."""
+    """Return the mean (d,) of the values that are there, in feature units; the centre for none.
+
+    Held-out rows play no part: what is put into the others' holes must not tell of them.
+    """
     total = shards.run(SumColumns(loader.plan.n_features))
     means: npt.NDArray[np.float64] = (total.sums / total.counts.clamp_min(1)).numpy()
     return loader.centre + means

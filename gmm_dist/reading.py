@@ -30,16 +30,18 @@ _CACHED_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class RowCounts:
-    """Count what happened to rows: read = filtered + dropped + rows handed out.
+    """Count what happened to rows: read = filtered + dropped + held_out + rows to be fitted.
 
     `filtered`: rows that did not pass `where`; `dropped`: rows with a missing value under
-    missing="drop"; `imputed`: *cells* (not rows) missing under missing="mean".
+    missing="drop"; `imputed`: *cells* (not rows) missing under missing="mean"; `held_out`: rows
+    that are left of those that the plan holds out.
     """
 
     read: int = 0
     filtered: int = 0
     dropped: int = 0
     imputed: int = 0
+    held_out: int = 0
 
     def __add__(self, other: RowCounts) -> RowCounts:
         return RowCounts(
@@ -47,6 +49,7 @@ class RowCounts:
             self.filtered + other.filtered,
             self.dropped + other.dropped,
             self.imputed + other.imputed,
+            self.held_out + other.held_out,
         )
 
 
@@ -55,12 +58,14 @@ class Rows:
     """Hold the rows of one row range.
 
     `X` (n, d) in Fortran order (X.T is C-contiguous), feature units, float32 when the plan's
-    `float64_source` is False, else float64; `sample_weight` (n,) float64 or None.
+    `float64_source` is False, else float64; `sample_weight` (n,) float64 or None; `held_out` (n,)
+    marks the rows that nothing is fitted to (None: the plan holds none out).
     """
 
     X: npt.NDArray[Float]
     sample_weight: npt.NDArray[np.float64] | None
     counts: RowCounts
+    held_out: npt.NDArray[np.bool_] | None = None
 
 
 def read(plan: Plan, shard: int, *, fill: npt.NDArray[np.float64] | None = None) -> Iterator[Rows]:
@@ -281,6 +286,9 @@ class _Extract:
     def rows(self, decoded: pa.Table, fill: npt.NDArray[np.float64] | None) -> Rows:
         table, positions = _filtered(self.plan, decoded)
         weight = self._weight(table, positions)
+        held_out = self.plan.held_out(self.part)
+        if held_out is not None and positions is not None:
+            held_out = held_out[positions]
         columns = _columns(self.plan, table)
         dropped = imputed = 0
         if not np.isfinite(columns).all():
@@ -290,13 +298,20 @@ class _Extract:
                 complete = ~missing.any(axis=0)
                 columns = np.ascontiguousarray(columns[:, complete])
                 weight = None if weight is None else weight[complete]
+                held_out = None if held_out is None else held_out[complete]
                 dropped = table.num_rows - columns.shape[1]
             else:
                 imputed = int(np.count_nonzero(missing))
                 if fill is not None:
                     columns[missing] = np.broadcast_to(fill[:, None], columns.shape)[missing]
-        filtered = decoded.num_rows - table.num_rows
-        return Rows(columns.T, weight, RowCounts(decoded.num_rows, filtered, dropped, imputed))
+        counts = RowCounts(
+            read=decoded.num_rows,
+            filtered=decoded.num_rows - table.num_rows,
+            dropped=dropped,
+            imputed=imputed,
+            held_out=0 if held_out is None else int(np.count_nonzero(held_out)),
+        )
+        return Rows(columns.T, weight, counts, held_out)
 
     def _weight(
         self, table: pa.Table, positions: npt.NDArray[np.intp] | None

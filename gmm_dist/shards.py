@@ -45,24 +45,43 @@ class ShardRows:
     """One shard as a task sees it: its number, and its rows as an iterable of blocks.
 
     `counts` is what reading the shard counted (a Summary; None for rows from memory).
+    `held_out` are rows that nothing is fitted to: a task sees them through `HeldOut` alone.
     """
 
     shard: int
     blocks: Sequence[Block]
     counts: object = None
+    held_out: Sequence[Block] = ()
 
     @property
     def n_rows(self) -> int:
+        """The rows to be fitted: those that every pass has to count exactly once."""
         return sum(block.X.shape[1] for block in self.blocks)
 
     def to(self, device: torch.device) -> ShardRows:
-        return ShardRows(self.shard, [block.to(device) for block in self.blocks], self.counts)
+        return ShardRows(
+            self.shard,
+            [block.to(device) for block in self.blocks],
+            self.counts,
+            [block.to(device) for block in self.held_out],
+        )
 
 
 class Task(Protocol[S_co]):
     """A pure function of one shard's rows; randomness is keyed by (seed, shard, round)."""
 
     def __call__(self, rows: ShardRows, /) -> S_co: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut(Generic[S]):
+    """The task that applies another one to the held-out rows of each shard."""
+
+    task: Task[S]
+
+    def __call__(self, rows: ShardRows) -> S:
+        # Whoever runs the task counts the shard's own rows: that each shard was seen once.
+        return self.task(ShardRows(rows.shard, rows.held_out))
 
 
 Loader = Callable[[int], ShardRows]

@@ -100,6 +100,13 @@ class TotalMoments:
     def covariance(self) -> Float64[Tensor, "d d"]:
         return self.sum_xx / self.n_samples - self.mean[:, None] * self.mean
 
+    @property
+    def scale(self) -> Float64[Tensor, " d"]:
+        """The spread of each feature over all rows; of the widest, where a feature has none."""
+        variances = self.covariance.diagonal().clamp_min(0).clone()
+        variances[list(self.constant_features())] = variances.max()
+        return torch.where(variances > 0, variances, 1.0).sqrt()
+
     def constant_features(self) -> tuple[int, ...]:
         """Return the features that have one value in all rows, up to rounding."""
         second = self.sum_xx.diagonal() / self.n_samples

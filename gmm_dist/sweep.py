@@ -1,102 +1,25 @@
-"""A sweep: candidates (k, covariance type), fitted together, ranked by a criterion."""
+"""A sweep: candidates (k, covariance type), fitted together in the same passes."""
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gmm_dist import em, init
-from gmm_dist.cohort import Lane, Outcome
+from gmm_dist import em
+from gmm_dist.cohort import Lane
+from gmm_dist.cohort import Outcome as LaneOutcome
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import UserError
-from gmm_dist.families import n_parameters
+from gmm_dist.holdout import mean_log_likelihoods
 from gmm_dist.kernel import Total
-from gmm_dist.mixture import aic, bic, icl
 from gmm_dist.parameters import Parameters
-from gmm_dist.shards import Shards
+from gmm_dist.search import Starts, search
+from gmm_dist.selection import Candidate, Outcome, Scored, SweepResult
+from gmm_dist.shards import HeldOut, Shards
 from gmm_dist.statistics import TotalMoments
-
-CRITERIA = ("bic", "aic", "icl")
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Candidate:
-    """One mixture to be fitted."""
-
-    k: int
-    covariance_type: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scored:
-    """A candidate with its fit and criteria (lower is better); `seconds` until its lane ended."""
-
-    candidate: Candidate
-    fit: em.FitResult
-    n_parameters: int
-    bic: float
-    aic: float
-    icl: float
-    seconds: float
-
-    def value(self, criterion: str) -> float:
-        return float(getattr(self, criterion))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SweepResult:
-    """All candidates in the order asked for; `ranked` has the best first, failures last."""
-
-    scored: tuple[Scored, ...]
-    criterion: str
-    total: TotalMoments
-
-    @property
-    def n_samples(self) -> float:
-        """The sum of the sample weights: the number of rows without weights."""
-        return self.total.n_samples
-
-    @property
-    def ranked(self) -> list[Scored]:
-        # Ties: fewer parameters, then smaller k.
-        return sorted(
-            self.scored,
-            key=lambda s: (
-                not s.fit.is_ranked,
-                s.value(self.criterion),
-                s.n_parameters,
-                s.candidate.k,
-            ),
-        )
-
-    @property
-    def best(self) -> Scored | None:
-        """The candidate of the lowest criterion, or None when every one failed."""
-        first = self.ranked[0]
-        return first if first.fit.is_ranked else None
-
-    def warnings(self, feature_names: Sequence[str]) -> list[str]:
-        """Return what a reader of the table should know, each with what to do."""
-        constant = [feature_names[j] for j in self.total.constant_features()]
-        lines = [f"column {name!r} is constant: leave it out with --columns" for name in constant]
-        if dependent := self.total.dependent_features():
-            lines.append(
-                f"{dependent} of {len(feature_names)} columns are duplicates or sums of others, so "
-                "full covariances rest on --reg-covar: leave them out with --columns"
-            )
-        return lines + self._edge_warning()
-
-    def _edge_warning(self) -> list[str]:
-        ks = sorted({s.candidate.k for s in self.scored})
-        if self.best is None or len(ks) == 1:
-            return []
-        k = self.best.candidate.k
-        if k == ks[-1]:
-            return [f"the best k is the largest tried: run again with --k {k}..{2 * k}"]
-        if k == ks[0] and k > 1:
-            return [f"the best k is the smallest tried: run again with --k 1..{k}"]
-        return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,34 +44,100 @@ def sweep(
     *,
     n_features: int,
     criterion: str = "bic",
+    holdout: bool = False,
     given: Sequence[Parameters] | None = None,
+    warm: Sequence[Parameters] = (),
     watch: Watch = lambda standings: None,
 ) -> SweepResult:
     """Fit every candidate in the same passes and rank them.
 
-    `given` are starts about the rows' shared centre, one per candidate, instead of our own.
+    With `holdout` the fits are also scored on the held-out rows, in one pass more. `given` are
+    starts about the rows' shared centre, one per candidate, instead of our own; `warm` ones
+    compete with our own for the candidates of their shape.
 
-    Raises UserError when there are fewer rows than components.
+    Raises UserError when there are fewer rows than components, or no held-out rows to rank by.
     """
     began = time.monotonic()
     total = shards.run(Total(n_features))
     require_rows(candidates, total.n_rows)
-    pairs = [(candidate.k, candidate.covariance_type) for candidate in candidates]
-    first = given or init.starts(shards, pairs, config, start, n_features)
-    ended: dict[int, float] = {}
-
-    def watch_lanes(lanes: Sequence[Lane]) -> None:
-        for i, lane in enumerate(lanes):
-            if lane.outcome is not Outcome.RUNNING:
-                ended.setdefault(i, time.monotonic() - began)
-        watch([_standing(c, lane) for c, lane in zip(candidates, lanes, strict=True)])
-
-    fits = em.fit(shards, first, config, total, watch=watch_lanes)
+    if criterion == "holdout":
+        _require_held_out(shards, n_features)
+    race = _Race(shards, candidates, config, total, began, watch)
+    if given is not None:
+        race.run([[parameters] for parameters in given])
+    else:
+        pairs = [(candidate.k, candidate.covariance_type) for candidate in candidates]
+        threads = os.cpu_count() or 1
+        starts = search(shards, pairs, config, start, total, warm=warm, n_threads=threads)
+        race.run(starts.finalists)
+        race.run([_mended(starts, outcome.fit) for outcome in race.outcomes])
+    likelihoods: Sequence[float | None] = [None] * len(candidates)
+    if holdout or criterion == "holdout":
+        likelihoods = mean_log_likelihoods(shards, [o.fit.parameters for o in race.outcomes])
     scored = [
-        _scored(candidate, fit, ended.get(i, 0.0))
-        for i, (candidate, fit) in enumerate(zip(candidates, fits, strict=True))
+        Scored.of(candidate, outcome, likelihood)
+        for candidate, outcome, likelihood in zip(
+            candidates, race.outcomes, likelihoods, strict=True
+        )
     ]
-    return SweepResult(tuple(scored), criterion, total)
+    return SweepResult(tuple(scored), criterion, total, race.n_passes)
+
+
+def _mended(starts: Starts, fit: em.FitResult) -> list[Parameters]:
+    """Return another start for a fit that is not to be ranked, where there is hope."""
+    mended = starts.mend(fit) if fit.status is em.Status.DEGENERATE else None
+    return [] if mended is None else [mended]
+
+
+class _Race:
+    """Lanes over all rows: the best of each candidate's starts, as `outcomes`."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        candidates: Sequence[Candidate],
+        config: EMConfig,
+        total: TotalMoments,
+        began: float,
+        watch: Watch,
+    ) -> None:
+        self._shards, self._candidates, self._config = shards, candidates, config
+        self._total, self._began, self._watch = total, began, watch
+        self._best: dict[int, Outcome] = {}
+        self.n_passes = 0
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """The best of each candidate so far, in their order."""
+        return [self._best[i] for i in range(len(self._candidates))]
+
+    def run(self, starts: Sequence[Sequence[Parameters]]) -> None:
+        """Fit all starts of all candidates in the same passes."""
+        rivals = [i for i, own in enumerate(starts) for _ in own]
+        first = [parameters for own in starts for parameters in own]
+        ended = dict.fromkeys(rivals, 0.0)
+
+        def see(lanes: Sequence[Lane]) -> None:
+            self.n_passes += 1
+            fields: dict[int, list[Lane]] = {}
+            for i, lane in zip(rivals, lanes, strict=True):
+                fields.setdefault(i, []).append(lane)
+                if lane.outcome is LaneOutcome.RUNNING or not ended[i]:
+                    ended[i] = time.monotonic() - self._began
+            self._watch([self._standing(i, own) for i, own in fields.items()])
+
+        fits = em.fit(self._shards, first, self._config, self._total, rivals=rivals, watch=see)
+        for i, fit in zip(rivals, fits, strict=True):
+            outcome = Outcome.of(fit, ended[i])
+            self._best[i] = outcome if i not in self._best else self._best[i].against(outcome)
+
+    def _standing(self, i: int, lanes: Sequence[Lane]) -> Standing:
+        """Say where a candidate stands, by the lane that leads."""
+        bounds = [lane.lower_bounds[-1] if lane.lower_bounds else math.nan for lane in lanes]
+        lead = max(range(len(lanes)), key=lambda j: (not math.isnan(bounds[j]), bounds[j]))
+        running = any(lane.outcome is LaneOutcome.RUNNING for lane in lanes)
+        lane, precision = lanes[lead], lanes[lead].precision.name.lower()
+        return Standing(self._candidates[i], running, lane.n_iter, bounds[lead], precision)
 
 
 def require_rows(candidates: Sequence[Candidate], n_rows: int) -> None:
@@ -161,23 +150,8 @@ def require_rows(candidates: Sequence[Candidate], n_rows: int) -> None:
         )
 
 
-def _scored(candidate: Candidate, fit: em.FitResult, seconds: float) -> Scored:
-    n_free = n_parameters(
-        candidate.covariance_type, fit.parameters.n_components, fit.parameters.n_features
-    )
-    own_bic = bic(fit.log_likelihood, n_free, fit.n_samples)
-    return Scored(
-        candidate,
-        fit,
-        n_free,
-        own_bic,
-        aic(fit.log_likelihood, n_free),
-        icl(own_bic, fit.entropy),
-        seconds,
-    )
-
-
-def _standing(candidate: Candidate, lane: Lane) -> Standing:
-    bound = lane.lower_bounds[-1] if lane.lower_bounds else float("nan")
-    running = lane.outcome is Outcome.RUNNING
-    return Standing(candidate, running, lane.n_iter, bound, lane.precision.name.lower())
+def _require_held_out(shards: Shards, n_features: int) -> None:
+    if shards.run(HeldOut(Total(n_features))).n_rows == 0:
+        raise UserError(
+            "--criterion holdout finds no held-out row of positive weight: give a larger --holdout"
+        )

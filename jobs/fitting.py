@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,17 +23,23 @@ from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
 from gmm_dist.loading import Counted, LakeLoader, column_means, count_rows, loader_for
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import Parameters
-from gmm_dist.sweep import Candidate, Scored, SweepResult, require_rows, sweep
+from gmm_dist.selection import Candidate, Scored, SweepResult
+from gmm_dist.sweep import require_rows, sweep
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")
 
 
-def fit_lake(options: argparse.Namespace) -> None:
-    """Plan, load, fit, rank and commit; print the ranked table and where the model is."""
+def fit_lake(options: argparse.Namespace, command: Callable[[str], str] = "--k {}".format) -> None:
+    """Plan, load, fit, rank and commit; print the ranked table and where the model is.
+
+    `command` spells the command line that does the same for another grid of k.
+    """
     torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
     began = time.monotonic()
-    em_config = EMConfig(options.tol, options.max_iter, options.reg_covar, options.precision)
-    start_config = StartConfig(n_init=options.n_init, random_state=options.random_state)
+    em_config = EMConfig(
+        options.tol, options.max_iter, options.reg_covar, options.precision, options.accelerate
+    )
+    start_config = StartConfig(options.n_init, options.init, random_state=options.random_state)
     scaling = ScalingConfig(options.num_workers, options.use_gpu)
     faults = FaultConfig(max_failures=options.max_failures, grace=options.grace)
     given = _given(options)
@@ -44,6 +50,7 @@ def fit_lake(options: argparse.Namespace) -> None:
         weight_column=options.weight_column,
         where=options.where,
         missing=options.missing,
+        holdout=options.holdout,
     )
     require_rows(candidates, plan.n_rows)
     loader = loader_for(plan)
@@ -70,11 +77,12 @@ def fit_lake(options: argparse.Namespace) -> None:
                 start_config,
                 n_features=plan.n_features,
                 criterion=options.criterion,
+                holdout=plan.holdout > 0,
                 given=starts,
                 watch=progress.standings,
             )
             shards.close()
-        warnings = result.warnings(plan.feature_names)
+        warnings = result.warnings(plan.feature_names, lambda k: f"next run: {command(k)}")
         print_table(result, warnings)
         if result.best is None:
             raise UserError(
@@ -89,11 +97,14 @@ def fit_lake(options: argparse.Namespace) -> None:
         attempt.write_json(artifacts.REPORT, report | {"warnings": warnings, "seconds": seconds})
         attempt.commit()
     best = result.best
-    print(
-        f"best by {result.criterion.upper()}: k={best.candidate.k} "
-        f"{best.candidate.covariance_type}, {best.value(result.criterion):,.1f}; "
-        f"model in {options.output.rstrip('/')}/model"
-    )
+    print(f"best by {_value(best, result.criterion)}; model in {options.output.rstrip('/')}/model")
+
+
+def _value(best: Scored, criterion: str) -> str:
+    name = f"k={best.candidate.k} {best.candidate.covariance_type}"
+    if criterion == "holdout":
+        return f"held-out log-likelihood: {name}, {best.holdout:.6f} nats per row"
+    return f"{criterion.upper()}: {name}, {best.value(criterion):,.1f}"
 
 
 def _given(options: argparse.Namespace) -> Mixture | None:
@@ -147,9 +158,10 @@ def _load(shards: RayShards, loader: LakeLoader, progress: Progress) -> Counted:
     n_rows = shards.load(watch)
     if n_rows == 0:
         filters = f" after --where {str(plan.where)!r}" if plan.where else ""
+        smaller = ", or give a smaller --holdout" if plan.holdout else ""
         raise UserError(
             f"{plan.url}: no rows are left of {plan.n_rows:,}{filters}: "
-            "loosen --where or choose another --missing"
+            f"loosen --where or choose another --missing{smaller}"
         )
     if plan.missing == "mean":
         fill = column_means(shards, loader)
@@ -164,8 +176,11 @@ def _mixture(best: Scored, plan: Plan, loader: LakeLoader) -> Mixture:
 
 
 def _provenance(best: Scored, plan: Plan, settings: dict[str, Any]) -> artifacts.Provenance:
+    criteria = {"bic": best.bic, "aic": best.aic, "icl": best.icl}
+    if best.holdout is not None:
+        criteria["holdout"] = best.holdout
     return artifacts.Provenance(
-        criteria={"bic": best.bic, "aic": best.aic, "icl": best.icl},
+        criteria=criteria,
         status=best.fit.status.value,
         converged=best.fit.converged,
         n_iter=best.fit.n_iter,
@@ -184,8 +199,10 @@ def _report(
         "criterion": result.criterion,
         "best": asdict(best.candidate),
         "candidates": [_entry(s, ranked.index(s) + 1) for s in result.scored],
+        "n_passes": result.n_passes,
         "n_samples": result.n_samples,
         "n_rows": counted.n_rows,
+        "n_held_out": counted.counts.held_out,
         "rows": asdict(counted.counts),
         "feature_names": plan.feature_names,
         "data": plan.url,
@@ -208,13 +225,17 @@ def _entry(scored: Scored, rank: int) -> dict[str, Any]:
         "status": fit.status.value,
         "converged": fit.converged,
         "n_iter": fit.n_iter,
+        "n_starts": scored.outcome.n_starts,
+        "n_dropped": scored.outcome.n_dropped,
+        "passes_saved": scored.outcome.passes_saved,
         "log_likelihood": fit.log_likelihood,
         "lower_bounds": fit.lower_bounds,
         "n_parameters": scored.n_parameters,
         "bic": scored.bic,
         "aic": scored.aic,
         "icl": scored.icl,
-        "seconds": scored.seconds,
+        "holdout": scored.holdout,
+        "seconds": scored.outcome.seconds,
     }
 
 
@@ -225,4 +246,4 @@ def print_table(result: SweepResult, warnings: Sequence[str]) -> None:
         console = Console(width=160)
     console.print(ranking(result, console.width))
     for line in [*notes(result), *(f"warning: {warning}" for warning in warnings)]:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

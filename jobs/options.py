@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from gmm_dist.config import PRECISIONS
+from gmm_dist.config import INITS, PRECISIONS, EMConfig, StartConfig
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.failures import FaultConfig
 from gmm_dist.parameters import COVARIANCE_TYPES
+from gmm_dist.storage import redacted
 
 FAILED = 1
 USER_CAN_MEND = 2
+_EM, _START = EMConfig(), StartConfig()  # the defaults
 _MAX_K = 100_000
+_URL = re.compile(r"(--\w+=)?[\w+.-]+://")
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,6 +76,13 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         default="error",
         help="what to do about nulls and NaN (default: %(default)s)",
     )
+    group.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="score the fits on this share of the rows, kept out of them, e.g. 0.1 (default: none)",
+    )
 
 
 def _add_fit(group: argparse._ArgumentGroup) -> None:
@@ -81,14 +93,31 @@ def _add_fit(group: argparse._ArgumentGroup) -> None:
         default=["full"],
         help="families to fit, all in the same passes (default: full)",
     )
-    group.add_argument("--n-init", type=int, default=8, help="restarts (default: %(default)s)")
+    group.add_argument(
+        "--init",
+        choices=INITS,
+        default=_START.init,
+        help="how restarts are seeded (default: %(default)s)",
+    )
+    group.add_argument(
+        "--n-init",
+        type=int,
+        default=_START.n_init,
+        help="restarts of each candidate, on a sample (default: %(default)s)",
+    )
     group.add_argument(
         "--tol",
         type=float,
-        default=1e-3,
+        default=_EM.tol,
         help="stop when the mean log-likelihood gains less, in nats per row (default: %(default)s)",
     )
-    group.add_argument("--max-iter", type=int, default=100, help="(default: %(default)s)")
+    group.add_argument("--max-iter", type=int, default=_EM.max_iter, help="(default: %(default)s)")
+    group.add_argument(
+        "--accelerate",
+        action=argparse.BooleanOptionalAction,
+        default=_EM.accelerate,
+        help="leap ahead of EM where that raises the likelihood (default: yes)",
+    )
     group.add_argument(
         "--reg-covar",
         type=float,
@@ -130,6 +159,30 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--address", help="Ray cluster (default: the one the job runs in, else one started here)"
     )
+
+
+def again(script: str, argv: Sequence[str], k: str) -> str:
+    """Return the command line, as for a shell, that does the same for `k`, to another output.
+
+    Without credentials, where a URL had any: it goes into logs.
+    """
+    words = list(argv)
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        # A name may be cut short, as argparse allows; no other option begins like these two.
+        if len(name) < 3 or not (name == "--k" or "--output".startswith(name)):
+            continue
+        at, old = (i, value) if equals else (i + 1, argv[i + 1])
+        new = k if name == "--k" else _renamed(old, k)
+        words[at] = f"{name}={new}" if equals else new
+    shown = [redacted(word) if _URL.match(word) else word for word in words]
+    return shlex.join(["python", os.path.relpath(script), *shown])
+
+
+def _renamed(output: str, k: str) -> str:
+    ks = re.findall(r"\d+", k)
+    stem = re.sub(r"-k\d+-\d+$", "", output.rstrip("/"))
+    return f"{stem}-k{ks[0]}-{ks[-1]}"
 
 
 def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gmm_dist.em import Status
-from gmm_dist.sweep import Standing, SweepResult
+from gmm_dist.selection import Scored, SweepResult
+from gmm_dist.sweep import Standing
 
 logger = logging.getLogger("gmm_dist.progress")
 
@@ -98,7 +99,8 @@ def _standings_table(standings: Sequence[Standing], passes: int) -> RenderableTy
 def ranking(result: SweepResult, width: int) -> Table:
     """Return the ranked table of a sweep, best first; a narrow one has fewer columns."""
     table = Table(box=None, pad_edge=False)
-    for name in _columns(width):
+    columns = _columns(width, has_holdout=any(s.holdout is not None for s in result.scored))
+    for name in columns:
         left = name in ("covariance", "status")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for rank, s in enumerate(result.ranked, start=1):
@@ -110,17 +112,27 @@ def ranking(result: SweepResult, width: int) -> Table:
             "AIC": f"{s.aic:,.1f}",
             "ICL": f"{s.icl:,.1f}",
             "mean log-lik.": f"{s.fit.log_likelihood / result.n_samples:.6f}",
+            "held-out": "-" if s.holdout is None else f"{s.holdout:.6f}",
+            "starts": _starts(s),
             "iter.": str(s.fit.n_iter),
             "status": s.fit.status.name.lower(),
         }
         style = "bold" if s is result.best else "" if s.fit.is_ranked else "dim"
-        table.add_row(*(cells[name] for name in _columns(width)), style=style)
+        table.add_row(*(cells[name] for name in columns), style=style)
     return table
 
 
-def _columns(width: int) -> list[str]:
+def _columns(width: int, *, has_holdout: bool) -> list[str]:
     criteria = ["BIC", "AIC", "ICL"] if width >= 110 else ["BIC"]
-    return ["rank", "k", "covariance", *criteria, "mean log-lik.", "iter.", "status"]
+    likelihoods = ["mean log-lik.", "held-out"] if has_holdout else ["mean log-lik."]
+    starts = ["starts"] if width >= 110 else []
+    return ["rank", "k", "covariance", *criteria, *likelihoods, *starts, "iter.", "status"]
+
+
+def _starts(scored: Scored) -> str:
+    """Say how many starts were fitted on all rows, and how many of them fell behind."""
+    dropped = scored.outcome.n_dropped
+    return f"{scored.outcome.n_starts}" + (f", {dropped} dropped" if dropped else "")
 
 
 def notes(result: SweepResult) -> list[str]:
@@ -130,4 +142,18 @@ def notes(result: SweepResult) -> list[str]:
         if s.fit.status is not Status.CONVERGED:
             name = f"k={s.candidate.k} {s.candidate.covariance_type}"
             concerned.setdefault(s.fit.status, []).append(name)
-    return [f"{', '.join(names)}: {status.value}" for status, names in concerned.items()]
+    lines = [f"{', '.join(names)}: {status.value}" for status, names in concerned.items()]
+    return [*lines, _economy(result)]
+
+
+def _economy(result: SweepResult) -> str:
+    """Say what the fits took of passes, and what was spared."""
+    dropped = sum(s.outcome.n_dropped for s in result.scored)
+    saved = sum(s.outcome.passes_saved for s in result.scored)
+    line = f"{result.n_passes} passes over all rows"
+    if dropped:
+        n_starts = sum(s.outcome.n_starts for s in result.scored)
+        line += f"; {dropped} of {n_starts} starts fell behind another and were dropped early"
+    if saved >= 1:
+        line += f"; leaping ahead saved at least {saved:,.0f} iterations of EM"
+    return line

@@ -6,13 +6,14 @@ python jobs/sweep.py s3://lake/points --k 2..20 --output s3://models/points
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
 from fitting import fit_lake
-from options import Parser, add_common, parse_k, run
+from options import Parser, add_common, again, parse_k, run
 
-from gmm_dist.sweep import CRITERIA
+from gmm_dist.selection import CRITERIA
 
 
 def sweep(argv: Sequence[str]) -> None:
@@ -25,7 +26,10 @@ def sweep(argv: Sequence[str]) -> None:
     add_common(parser)
     parser.add_argument("--k", required=True, type=parse_k, help="8, 4,8,16 or 2..20 (inclusive)")
     parser.add_argument("--criterion", choices=CRITERIA, default="bic", help="(default: bic)")
-    fit_lake(parser.parse_args(argv))
+    options = parser.parse_args(argv)
+    if options.criterion == "holdout" and options.holdout == 0:
+        parser.error("--criterion holdout needs rows to rank by: add --holdout 0.1")
+    fit_lake(options, functools.partial(again, __file__, argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

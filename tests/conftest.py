@@ -20,6 +20,10 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
+
+# As the jobs do: the same bits on any machine, and no threads that spin beside other tests.
+torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,13 @@ def read_all(plan: Plan, **options: Any) -> tuple[Floats, Floats | None, RowCoun
     return X, weight, sum((part.counts for part in parts), RowCounts())
 
 
+def held_out(plan: Plan, column: int = 0) -> set[float]:
+    """Return the values of one feature in the held-out rows."""
+    parts = [part for shard in range(plan.n_shards) for part in reading.read(plan, shard)]
+    assert all(part.held_out is not None for part in parts)
+    return {float(x) for part in parts for x in part.X[part.held_out, column]}
+
+
 def embeddings(rows: npt.ArrayLike, *, type_: pa.DataType | None = None) -> pa.Array:
     """Return rows (n, d) as a fixed-size-list column."""
     X = np.asarray(rows)

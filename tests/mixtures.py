@@ -87,13 +87,15 @@ def fit(
     *,
     edges: Sequence[int] = (),
     sample_weight: Tensor | None = None,
+    watch: em.Watch = lambda lanes: None,
 ) -> list[em.FitResult]:
     """Centre the rows as the jobs do, run EM, and return the fits in the rows' own place."""
     weight = torch.ones(len(X), dtype=torch.float64) if sample_weight is None else sample_weight
     centre = (weight @ X.double()) / weight.sum()
     local = shards((X.double() - centre).to(X.dtype), edges, sample_weight)
     total = local.run(Total(X.shape[1]))
-    results = em.fit(local, [start.shifted(-centre) for start in starts], config, total)
+    moved_starts = [start.shifted(-centre) for start in starts]
+    results = em.fit(local, moved_starts, config, total, watch=watch)
     return [moved(result, centre) for result in results]
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from gmm_dist.config import EMConfig
 from gmm_dist.em import FitResult
 from gmm_dist.families import FAMILIES, Densities
-from gmm_dist.init import Sample, hard_start
 from gmm_dist.parameters import COVARIANCE_TYPES, Stack
+from gmm_dist.seeding import start_of
 
 N, K = 1500, 3
 Make = Callable[[torch.Generator, int, Tensor], Tensor]
@@ -87,7 +87,7 @@ SHAPES: dict[str, Make] = {
 def fits(X: Tensor, labels: Tensor, kind: str, precision: str) -> FitResult:
     centre = X.mean(0)
     ones = torch.ones(N, dtype=torch.float64)
-    start = hard_start(Sample(N, ones, X - centre, ones), labels, K, kind).shifted(centre)
+    start = start_of(X - centre, ones, labels, K, kind).shifted(centre)
     config = EMConfig(tol=1e-9, max_iter=1000, reg_covar=1e-15, precision=precision)
     (result,) = mixtures.fit(X, [start], config, edges=[N // 3])
     return result

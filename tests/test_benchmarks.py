@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from problems import Mixture
+from quality import BestSeen, Contest, Fit, is_degenerate, scored
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -66,3 +69,85 @@ def test_the_gpu_benchmark_runs_on_a_cpu() -> None:
     assert all(r["agrees"] for r in checks)
     assert [r["covariance_type"] for r in timed] == ["spherical", "diag", "full", "full"]
     assert all(r["pass_seconds"] > 0 and r["machine"]["device"] for r in timed)
+
+
+def test_quality_compares_notes_the_best_and_hunts_for_better(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    path, best = tmp_path / "results.jsonl", tmp_path / "best.json"
+    files = ["--best", str(best), "--json", str(path)]
+    quick = ["--datasets", "overlap4", "--rows", "1200", *files]
+    out = run("quality.py", *quick, "--k", "2", "3", "--repeats", "2")
+    results = parsed(path.read_text())
+    sizes = {(r["data_set"], r["n"], r["d"]) for r in results}
+    assert sizes == {("overlap4", 1200, 4)}
+    counts = [sum(r["program"] == p for r in results) for p in ("ours", "scikit-learn")]
+    assert counts == [4, 4]
+    assert [r["k"] for r in results if r["program"] == "ours, one sweep"] == [2, 3]
+    for result in results:
+        assert -8 < result["log_likelihood"] < -7
+        assert not result["degenerate"]
+        assert result["machine"]["versions"]["scikit-learn"]
+    # A pass for the moments and one for the sample, at least, besides those of EM.
+    ours = [r for r in results if r["program"] == "ours"]
+    assert all(r["passes"] > r["e_steps"] > r["n_iter"] for r in ours)
+    seen = json.loads(best.read_text())["overlap4"]["best"]
+    for k in (2, 3):
+        own = max(r["log_likelihood"] for r in results if r["k"] == k)
+        assert seen[str(k)]["log_likelihood"] == pytest.approx(own, abs=1e-6)
+        assert f"| overlap4 | {k} |" in out
+    assert "in 1/40 of n_init=10's time" in out
+
+    run("quality.py", *quick, "--k", "3", "--hunt", "--hunt-seconds", "0")
+    hunted = json.loads(best.read_text())["overlap4"]["best"]["3"]
+    assert hunted["log_likelihood"] > seen["3"]["log_likelihood"] - 1e-7
+
+    few = ["--k", "3", "--repeats", "1", "--skip-peers"]
+    out = run("quality.py", *quick, *few, "--ablate")
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| overlap4 | 3")]
+    assert {row[2] for row in rows} >= {"defaults"}
+    assert all(float(row[6]) > -1e-6 for row in rows)  # below the best
+
+
+def test_degenerate_mixtures_are_never_the_best(tmp_path: Path) -> None:
+    X = np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32)
+    eye, means = np.eye(2), np.zeros((2, 2))
+    plain = Mixture(np.array([0.5, 0.5]), means, np.stack([eye, eye]))
+    flat = Mixture(np.array([0.5, 0.5]), means, np.stack([eye, np.diag([1.0, 1.9e-6])]))
+    small = Mixture(np.array([0.9971, 0.0029]), means, np.stack([eye, eye]))
+    degenerate = [is_degenerate(m, len(X), 1e-6) for m in (plain, flat, small)]
+    assert degenerate == [False, True, True]
+
+    path = tmp_path / "best.json"
+    best = BestSeen.load(path)
+    best.open("blob", X)
+
+    def offered(mixture: Mixture) -> bool:
+        fit = Fit("ours", "defaults", 2, 1.0, "CONVERGED", mixture, degenerate=False)
+        return best.offer("blob", scored(fit, X, 1e-6))
+
+    assert [offered(m) for m in (flat, small, plain, plain)] == [False, False, True, False]
+    read = BestSeen.load(path)
+    read.open("blob", X)
+    # Two of the same, N(0, I): -½ (d ln 2π + |x|²).
+    expected = -np.log(2 * np.pi) - 0.5 * float(np.square(X, dtype=np.float64).sum(1).mean())
+    assert read.value("blob", 2) == pytest.approx(expected, abs=1e-9)
+    read.open("blob", X * 1.01)  # other rows: what was seen does not hold for them
+    assert read.value("blob", 2) == -np.inf
+
+
+def test_aims_are_judged_where_the_peer_is_not_degenerate() -> None:
+    blank = np.ones(1)
+    mixture = Mixture(blank, blank, blank)
+
+    def fit(value: float, seconds: float, *, degenerate: bool = False) -> Fit:
+        return Fit("any", "", 3, seconds, "", mixture, value, degenerate)
+
+    ours = [fit(-5.0, 1.0), fit(-5.002, 1.0), fit(-4.0, 1.0, degenerate=True)]
+    contest = Contest("blob", 3, ours, {10: fit(-5.0015, 41.0)}, best=-4.998)
+    assert contest.median == -5.002
+    assert contest.worst == -np.inf
+    assert contest.aims(contest.median) == {"n_init=10": True, "best": True, "time": True}
+    assert contest.aims(-5.0031) == {"n_init=10": False, "best": False, "time": True}
+    contest.peers = {10: fit(-3.0, 39.0, degenerate=True)}
+    assert contest.aims(contest.median) == {"best": True, "time": False}
+    assert "-3.0000 (degenerate)" in contest.row()

@@ -146,7 +146,7 @@ def test_maximise_is_the_m_step(kind, sizes, d, seed, reg):
     resp = [mixtures.normal_rows(n, k, seed=seed + i).softmax(1) for i, k in enumerate(sizes)]
     sums = features(X)[FAMILIES[kind].rows(d)] @ (torch.cat(resp, 1) * weight[:, None])
     moments = FAMILIES[kind].moments(sums, (X.T * weight) @ X)
-    regs = torch.full((sum(sizes),), reg, dtype=torch.float64)
+    regs = torch.full((sum(sizes), d), reg, dtype=torch.float64)
     fitted = maximise(kind, moments, tuple(sizes), regs).lanes()
     for lane, own in zip(fitted, resp, strict=True):
         expected = naive.m_step(X, own.numpy(), kind, reg_covar=reg, sample_weight=weight)
@@ -160,7 +160,7 @@ def test_each_lane_has_a_regularisation_of_its_own(kind):
     resp = [mixtures.normal_rows(12, k, seed=k).softmax(1) for k in sizes]
     sums = features(X)[FAMILIES[kind].rows(d)] @ torch.cat(resp, 1)
     moments = FAMILIES[kind].moments(sums, X.T @ X)
-    regs = torch.tensor([0.5, 0.5, 2.0], dtype=torch.float64)
+    regs = torch.tensor([0.5, 0.5, 2.0], dtype=torch.float64)[:, None].expand(3, d)
     fitted = maximise(kind, moments, sizes, regs).lanes()
     for lane, own, reg in zip(fitted, resp, (0.5, 2.0), strict=True):
         mixtures.assert_same(lane, naive.m_step(X, own.numpy(), kind, reg_covar=reg))
@@ -177,7 +177,7 @@ def test_moments_about_the_means_give_the_same_covariances(kind):
     squares = scatter.diagonal(dim1=-2, dim2=-1)
     sum_xx = {"diag": squares, "spherical": squares.sum(-1)}.get(kind, scatter)
     moments = Moments(resp.sum(0), torch.einsum("nk,kni->ki", resp, centred), sum_xx, about)
-    (fitted,) = maximise(kind, moments, (k,), torch.zeros(k, dtype=torch.float64)).lanes()
+    (fitted,) = maximise(kind, moments, (k,), torch.zeros_like(about)).lanes()
     mixtures.assert_same(fitted, naive.m_step(X, resp.numpy(), kind), rtol=1e-10)
 
 

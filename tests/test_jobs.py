@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 import sweep as sweep_job
 from conftest import S3Server, forget_connections
-from options import parse_k
+from options import again, parse_k
 
 import gmm_dist
+from gmm_dist.lake import plan as plan_lake
+from gmm_dist.reading import read
 
 ROOT = Path(__file__).parent.parent
 Errors = pytest.CaptureFixture[str]
@@ -110,6 +114,88 @@ def test_rows_columns_weights_and_missing_values_are_what_was_asked_for(
         assert report["n_samples"] != n_rows
 
 
+def test_held_out_rows_rank_and_are_told_of(
+    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, reports = lake(tmp_path / "lake", replaced("x", 7, None)), []
+    for workers in ("1", "3"):
+        out = tmp_path / workers
+        argv = [data, "--columns", "x", "y", "--k", "1..4", "--output", str(out)]
+        argv += ["--holdout", "0.2", "--criterion", "holdout", "--missing", "drop"]
+        argv += ["--num-workers", workers, "--address", ray_address]
+        assert sweep_job.main(argv) == 0
+        reports.append(json.loads((out / "sweep.json").read_text()))
+    report = reports[0]
+    for name in ("best", "rows", "plan_hash"):
+        assert report[name] == reports[1][name]
+    said = capsys.readouterr().out
+    best = max(report["candidates"], key=lambda candidate: candidate["holdout"])
+    assert (best["k"], best["rank"]) == (3, 1)
+    assert f"{best['holdout']:.6f}" in said
+    assert "best by held-out log-likelihood: k=3 full, -" in said.splitlines()[-1]
+    plan = plan_lake(data, columns=["x", "y"], missing="drop", holdout=0.2)
+    rows = [part for shard in range(plan.n_shards) for part in read(plan, shard)]
+    X = np.concatenate([part.X for part in rows])
+    held = np.concatenate([part.held_out for part in rows])
+    counts = report["rows"]
+    assert 80 < report["n_held_out"] == counts["held_out"] == held.sum() < 160
+    assert report["n_rows"] == report["n_samples"] == 599 - held.sum()
+    assert counts["read"] == counts["dropped"] + counts["held_out"] + report["n_rows"]
+    model = gmm_dist.load(str(tmp_path / "1"))
+    assert model.score(X[held]) == pytest.approx(best["holdout"], rel=1e-9)
+    assert model.bic(X[~held]) == pytest.approx(best["bic"], rel=1e-9)
+    described = json.loads((tmp_path / "1" / "model" / "model.json").read_text())
+    assert described["criteria"]["holdout"] == best["holdout"]
+    assert model_hash(tmp_path / "1") == model_hash(tmp_path / "3")
+
+
+def test_without_held_out_rows_there_is_no_such_column(
+    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = lake(tmp_path / "lake"), tmp_path / "out"
+    argv = [data, "--columns", "x", "y", "--k", "3", "--output", str(out)]
+    assert fit_job.main([*argv, "--address", ray_address]) == 0
+    report = json.loads((out / "sweep.json").read_text())
+    assert report["n_held_out"] == 0
+    assert report["candidates"][0]["holdout"] is None
+    assert "held-out" not in capsys.readouterr().out
+
+
+def test_the_next_command_runs_as_it_is_printed(
+    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = lake(tmp_path / "a [b] lake")
+    argv = [data, "--columns", "x", "y", "--k=1,2", "--outp", str(tmp_path / "my out")]
+    argv += ["--where", "day != 4 and x < 1e3", "--max-iter", "9", "--address", ray_address]
+    assert sweep_job.main(argv) == 0
+    said = capsys.readouterr().out
+    warned = re.search(r"warning: the best k is the largest tried: next run: (.*)", said)
+    assert warned is not None
+    python, script, *again = shlex.split(warned[1])
+    assert (python, Path(script).resolve()) == ("python", ROOT / "jobs" / "sweep.py")
+    new = [*argv]
+    new[4], new[6] = "--k=2..4", str(tmp_path / "my out-k2-4")
+    assert again == new
+    assert sweep_job.main(again) == 0
+    assert gmm_dist.load(str(tmp_path / "my out-k2-4")).n_components == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("D --k 2..4 --output O", "D --k 4..8 --output O-k4-8"),
+        ("--columns x y --output=O/ D --k=4", "--columns x y --output=O-k4-8 D --k=4..8"),
+        ("D --output O-k2-4 --k 4", "D --output O-k4-8 --k 4..8"),
+        ("s3://key:secret@b/d --k 4 --output m", "s3://b/d --k 4..8 --output m-k4-8"),
+        ("D --k 4 --output=s3://k:s@b/m", "D --k 4..8 --output=s3://b/m-k4-8"),
+    ],
+)
+def test_the_next_command_differs_in_k_and_output_alone(argv: str, expected: str) -> None:
+    command = again("jobs/sweep.py", argv.split(), "4..8")
+    assert command == f"python jobs/sweep.py {expected}"
+    assert again("x.py", ["--k", "1", "--o", "O"], "2,4,9") == "python x.py --k 2,4,9 --o O-k2-9"
+
+
 def test_a_fit_goes_on_from_a_model(tmp_path: Path, ray_address: str) -> None:
     data, first, second = lake(tmp_path / "lake"), tmp_path / "one", tmp_path / "two"
     common = ["--columns", "x", "y", "--address", ray_address]
@@ -182,6 +268,9 @@ def test_as_a_user_starts_it_with_ray_embedded(tmp_path: Path) -> None:
         (["--k", "2", "--columns", "x", "x"], r"'x'"),
         (["--k", "2", "--where", "day = 3"], r"=="),
         (["--k", "2", "--where", "day > 77"], r"day > 77"),
+        (["--k", "2", "--holdout", "1"], r"--holdout is 1: give a share of the rows, 0 <= share <"),
+        (["--k", "2", "--criterion", "holdout"], r"needs rows to rank by: add --holdout 0\.1; see"),
+        (["--k", "2", "--criterion", "best"], r"--criterion: invalid choice: 'best'"),
         (["--k", "2", "--max-iter", "many"], r"--max-iter: invalid int value: 'many'; see"),
     ],
 )
@@ -245,6 +334,19 @@ def test_a_value_that_is_no_number_is_named_by_file_row_group_row_and_column(
     assert not out.exists()
 
 
+def test_holding_out_none_or_all_of_few_rows_is_one_line(
+    tmp_path: Path, capfd: Errors, ray_address: str
+) -> None:
+    argv = [lake(tmp_path / "lake", table(4)), "--columns", "x", "y", "--k", "1"]
+    argv += ["--output", str(tmp_path / "out"), "--address", ray_address]
+    line = refused(capfd, *argv, "--holdout", "0.001", "--criterion", "holdout")
+    assert "no held-out row of positive weight: give a larger --holdout" in line
+    line = refused(capfd, *argv, "--holdout", "0.999")
+    assert "no rows are left of 4" in line
+    assert "give a smaller --holdout" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_rows_after_where_is_one_line(tmp_path: Path, capfd: Errors, ray_address: str) -> None:
     out = tmp_path / "out"
     argv = [lake(tmp_path / "lake"), "--columns", "x", "y", "--k", "2", "--output", str(out)]
@@ -287,12 +389,35 @@ def test_what_a_reader_of_the_table_should_know_is_said_with_a_remedy(
     said = capsys.readouterr().out
     assert "warning: column 'flat' is constant: leave it out with --columns" in said
     assert "warning: 1 of 4 columns are duplicates or sums of others" in said
-    assert "warning: the best k is the largest tried: run again with --k 3..6" in said
+    assert "warning: the best k is the largest tried: next run: python " in said
     report = json.loads((out / "sweep.json").read_text())
     assert len(report["warnings"]) == 3
     assert report["best"]["k"] == 3
     assert "NaN" not in (out / "sweep.json").read_text()
     assert np.isfinite(gmm_dist.load(str(out)).parameters.covariances.numpy()).all()
+
+
+def test_rows_many_times_over_a_flat_column_and_an_outlier_still_give_a_table(
+    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Candidates that mean nothing are rows with their sentence; the sweep ends all the same."""
+    twice = pa.concat_tables([table()] * 3).append_column("flat", pa.array([7.5] * 1800))
+    far = pa.table({name: pa.array([1e9 if name == "x" else 0.0]) for name in ("x", "y")})
+    far = far.append_column("flat", pa.array([7.5]))
+    rows = pa.concat_tables([twice.select(far.column_names), far])
+    data, out = lake(tmp_path / "lake", rows), tmp_path / "out"
+    argv = [data, "--columns", "x", "y", "flat", "--k", "1..6", "--output", str(out)]
+    argv += ["--covariance-type", "full", "tied", "diag", "spherical"]
+    assert sweep_job.main([*argv, "--address", ray_address]) == 0
+    report = json.loads((out / "sweep.json").read_text())
+    assert len(report["candidates"]) == 24
+    for candidate in report["candidates"]:
+        degenerate = candidate["status"].startswith(("degenerate", "collapsed"))
+        assert (candidate["rank"] is None) is degenerate
+        assert degenerate or math.isfinite(candidate["bic"])
+    said = capsys.readouterr().out
+    assert "degenerate" in said
+    assert sum(line.split()[1:2] == ["6"] for line in said.splitlines()) == 4
 
 
 def test_statistics_beyond_memory_are_one_line_with_the_numbers(

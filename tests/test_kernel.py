@@ -54,7 +54,9 @@ def assert_naive(X, lanes, precision, whole, total, i, sample_weight=None, *, rt
     sums, kind = whole.groups[i], lanes[0].covariance_type
     sizes = tuple(lane.n_components for lane in lanes)
     moments = moments_of(lanes, precision, sums.moments, total)
-    stepped = maximise(kind, moments, sizes, torch.zeros(sum(sizes), dtype=torch.float64))
+    stepped = maximise(
+        kind, moments, sizes, torch.zeros_like(torch.cat([lane.means for lane in lanes]))
+    )
     for j, (lane, new) in enumerate(zip(lanes, stepped.lanes(), strict=True)):
         scores = naive.e_step(X, lane, sample_weight)
         expected = naive.m_step(X, scores.resp, kind, sample_weight=sample_weight)

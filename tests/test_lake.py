@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import math
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lakes
@@ -19,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gmm_dist import lake, reading
+from gmm_dist import lake, listing, reading
 from gmm_dist.errors import UserError
 from gmm_dist.lake import RowRange
 from gmm_dist.reading import RowCounts
@@ -154,6 +156,7 @@ def test_the_hash_is_the_same_in_another_process_and_by_another_spelling(two_fil
         {"where": "i > 3"},
         {"missing": "drop"},
         {"n_shards": 3},
+        {"holdout": 0.1},
     ],
 )
 def test_the_hash_changes_with_every_setting(two_files, options):
@@ -262,3 +265,87 @@ def test_the_path_decides_on_a_column_that_is_also_a_hive_key(tmp_path):
 def test_a_filter_that_nothing_passes_is_an_error(two_files, where, message):
     with pytest.raises(UserError, match=message):
         lake.plan(str(two_files), where=where)
+
+
+# --- held-out rows
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 1.5, NAN])
+def test_a_share_that_is_none_is_refused(two_files, share):
+    with pytest.raises(UserError, match=f"--holdout is {share:g}: give a share of the rows, 0 <="):
+        lake.plan(str(two_files), holdout=share)
+
+
+def splitmix64(seed, n):
+    """Return the first n numbers of SplitMix64, one by one."""
+    state, numbers = seed, []
+    for _ in range(n):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        numbers.append(z ^ (z >> 31))
+    return numbers
+
+
+def test_rows_are_drawn_by_splitmix64_seeded_by_the_path():
+    # The first numbers of the generator's page on Rosetta Code.
+    assert splitmix64(1234567, 2) == [6457827717110365317, 3203168211198807973]
+    seed = int.from_bytes(hashlib.sha256(b"dt=1/a.parquet").digest()[:8], "little")
+    expected = splitmix64(seed, 300)
+    assert lake._row_hashes("dt=1/a.parquet", 0, 300).tolist() == expected
+    assert lake._row_hashes("dt=1/a.parquet", 17, 212).tolist() == expected[17:212]
+
+
+def test_plans_without_held_out_rows_keep_their_hash():
+    file = listing.LakeFile("a.parquet", 10, "v1", (5,), ())
+    shards = ((RowRange(0, 0, 0, 5),),)
+    plan = lake.Plan(
+        "/lake", (file,), pa.schema([]), ("x",), ("x",), None, None, "error", shards, False
+    )
+    # As computed by the version before there was a holdout.
+    assert plan.hash == "bf596b7d507356ea2348ce8d5e9f02b556eea55fc3e1035184efd359472295e4"
+    assert replace(plan, holdout=0.1).hash != replace(plan, holdout=0.2).hash != plan.hash
+
+
+def test_the_share_is_of_every_file_and_no_file_like_another(tmp_path):
+    n = 20_000
+    for name in "ab":
+        lakes.write(tmp_path / f"{name}.parquet", {"x": np.arange(float(n))}, rows_per_group=3000)
+    held = {
+        name: lakes.held_out(lake.plan(str(tmp_path / name), holdout=0.1))
+        for name in ("a.parquet", "b.parquet")
+    }
+    for rows in held.values():
+        # Five standard deviations of a binomial count.
+        assert abs(len(rows) - 0.1 * n) < 5 * math.sqrt(0.09 * n)
+    both = len(held["a.parquet"] & held["b.parquet"])
+    assert abs(both - 0.01 * n) < 5 * math.sqrt(0.01 * n)
+
+
+def test_a_larger_share_holds_the_rows_of_a_smaller_one(two_files):
+    small, large = (lakes.held_out(lake.plan(str(two_files), holdout=f)) for f in (0.2, 0.6))
+    assert small < large
+
+
+def test_the_same_rows_are_held_out_whatever_else_is_asked_for(two_files, tmp_path):
+    def held(url=two_files, **options):
+        plan = lake.plan(str(url), columns=["i"], holdout=0.3, **options)
+        return lakes.held_out(plan)
+
+    rows = held()
+    assert 5 < len(rows) < 25
+    for n_shards in (1, 3, 50):
+        assert held(n_shards=n_shards) == rows
+    # The filters leave out row groups, rows within them, and files.
+    assert held(where="i >= 10") == {i for i in rows if i >= 10}
+    assert held(where="i >= 5 and i < 33", n_shards=4) == {i for i in rows if 5 <= i < 33}
+    assert held(where="dt == '2026-11-02'") == {i for i in rows if i >= 25}
+    lakes.write(two_files / "dt=2026-10-31" / "a.parquet", {"x": [1.0], "i": [-1]})
+    assert held(where="i >= 0") == rows
+
+
+def test_row_groups_do_not_decide_which_rows_are_held_out(two_files):
+    rows = lakes.held_out(lake.plan(str(two_files), columns=["i"], holdout=0.3))
+    for path in two_files.rglob("*.parquet"):
+        lakes.write(path, lakes.pq.ParquetFile(path).read(), rows_per_group=11)
+    assert lakes.held_out(lake.plan(str(two_files), columns=["i"], holdout=0.3)) == rows

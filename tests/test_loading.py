@@ -86,3 +86,46 @@ def test_an_empty_shard_has_no_rows(tmp_path: Path) -> None:
     loaded = [LakeLoader(plan, np.zeros(1), torch.float32)(shard) for shard in range(5)]
     assert sum(rows.n_rows for rows in loaded) == 2
     assert LocalShards(loaded).run(count_rows).n_rows == 2
+
+
+def parts(loader: LakeLoader) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the rows to be fitted, the held-out ones, and the latter's weights."""
+    loaded = [loader(shard) for shard in range(loader.plan.n_shards)]
+    fitted = torch.cat([block.X for rows in loaded for block in rows.blocks], 1)
+    held = [block for rows in loaded for block in rows.held_out]
+    weight = torch.cat([block.sample_weight for block in held])
+    return fitted, torch.cat([block.X for block in held], 1), weight
+
+
+def test_held_out_rows_lie_beside_the_others_with_their_weights(tmp_path: Path) -> None:
+    x = np.arange(200.0)
+    pq.write_table(pa.table({"x": x, "w": 2 * x}), tmp_path / "a.parquet", row_group_size=70)
+    plan = lake.plan(str(tmp_path), weight_column="w", columns=["x"], n_shards=3, holdout=0.25)
+    loader = LakeLoader(plan, np.array([100.0]), torch.float64)
+    fitted, held, weight = parts(loader)
+    assert 30 < held.shape[1] < 70
+    assert torch.equal(torch.cat([fitted, held], 1).sort()[0][0] + 100, torch.from_numpy(x))
+    assert torch.equal(weight, 2 * (held[0] + 100))
+    counted = local(loader).run(count_rows)
+    assert counted.n_rows == fitted.shape[1] == 200 - held.shape[1]
+    assert counted.counts == RowCounts(read=200, held_out=held.shape[1])
+    assert LakeLoader(lake.plan(str(tmp_path)), loader.centre, loader.dtype)(0).held_out == []
+
+
+def test_held_out_rows_are_filled_with_the_means_of_the_others(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(5, 1, size=200)
+    missing = np.arange(0, 200, 9)
+    x[missing] = np.nan
+    pq.write_table(pa.table({"x": x, "i": np.arange(200.0)}), tmp_path / "a.parquet")
+    plan = lake.plan(str(tmp_path), n_shards=3, missing="mean", weight_column="i", holdout=0.25)
+    loader = loader_for(plan)
+    means = column_means(local(loader), loader)
+    held = np.zeros(200, dtype=bool)
+    held[parts(loader)[2].long().numpy()] = True
+    assert held[missing].any()
+    assert not held[missing].all()
+    assert means[0] == pytest.approx(np.nanmean(x[~held]), rel=1e-12)
+    assert abs(means[0] - np.nanmean(x)) > 1e-3
+    _, rows, number = parts(LakeLoader(plan, loader.centre, loader.dtype, means))
+    filled = rows[0, np.isnan(x[number.long().numpy()])] + loader.centre[0]
+    np.testing.assert_allclose(filled, means[0], rtol=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from progress import Progress, notes, ranking
 from rich.console import Console
 
 from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.selection import Candidate
 from gmm_dist.shards import LocalShards
-from gmm_dist.sweep import Candidate, Standing, sweep
+from gmm_dist.sweep import Standing, sweep
 
 STANDINGS = [
     Standing(Candidate(2, "full"), True, 7, -12.5, "float32"),
@@ -55,5 +57,18 @@ def test_the_ranking_shows_best_first_and_failures_last() -> None:
         assert "…" not in screen.getvalue()
         assert [row.split()[:2] for row in rows] == [["1", "1"], ["-", "20"]]
         assert [row.split()[-1] for row in rows] == ["converged", "degenerate"]
-    (note,) = notes(result)
+    note, passes = notes(result)
+    assert passes.startswith(f"{result.n_passes} passes over all rows")
     assert note.startswith("k=20 full: degenerate: a component has fewer than d + 1 rows")
+
+
+def test_the_ranking_shows_held_out_likelihood_where_there_is_one() -> None:
+    X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    candidates, settings = [Candidate(1, "full")], (EMConfig(), StartConfig(n_init=1))
+    result = sweep(LocalShards.of(X), candidates, *settings, n_features=2)
+    for holdout in (None, -2.3456789):
+        scored = tuple(replace(s, holdout=holdout) for s in result.scored)
+        screen = io.StringIO()
+        Console(file=screen, width=80).print(ranking(replace(result, scored=scored), 80))
+        assert ("held-out" in screen.getvalue()) is (holdout is not None)
+        assert ("-2.345679" in screen.getvalue()) is (holdout is not None)

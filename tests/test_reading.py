@@ -114,6 +114,26 @@ def test_missing_values_can_be_filled(tmp_path):
     assert np.isfinite(X).all()
 
 
+def test_held_out_rows_are_marked_after_the_filter_and_the_dropped(tmp_path):
+    url = bad_rows(tmp_path, x=(2, None), y=(7, NAN), w=(3, 5.0))
+    options = {"columns": ["i", "x", "y"], "weight_column": "w"}
+    whole = lake.plan(url, **options, missing="mean", holdout=0.5)
+    held = lakes.held_out(whole)
+    assert 2 in held  # of this path and share: a dropped row among them
+    assert whole.files[0].path == "a.parquet"
+    for n_shards in (1, 3):
+        plan = lake.plan(
+            url, **options, missing="drop", where="i != 4", holdout=0.5, n_shards=n_shards
+        )
+        X, weight, counts = lakes.read_all(plan)
+        assert X[:, 0].tolist() == [0, 1, 3, 5, 6, 8, 9]  # all are handed out, to be told apart
+        assert weight.tolist() == [1, 1, 5, 1, 1, 1, 1]
+        left = held - {2, 4, 7}
+        assert lakes.held_out(plan) == left
+        assert counts == RowCounts(read=10, filtered=1, dropped=2, held_out=len(left))
+    assert next(reading.read(lake.plan(url, **options, missing="mean"), 0)).held_out is None
+
+
 @pytest.mark.parametrize("missing", ["error", "drop", "mean"])
 @pytest.mark.parametrize(("value", "text"), [(INF, "inf"), (-INF, "-inf")])
 def test_an_infinite_value_is_always_an_error(tmp_path, missing, value, text):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 import random
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmm_dist.shards import Block, LocalShards, Partial, ShardRows, TreeSum, run_on
+from gmm_dist.shards import Block, HeldOut, LocalShards, Partial, ShardRows, TreeSum, run_on
 
 
 @dataclass(frozen=True)
@@ -177,3 +178,33 @@ class Rows:
 
     def __add__(self, other: Rows) -> Rows:
         return Rows(self.blocks + other.blocks)
+
+
+def rows_of(rows: ShardRows) -> Rows:
+    return Rows(tuple(rows.blocks))
+
+
+def test_a_task_sees_held_out_rows_through_their_wrapper_alone():
+    fitted, held = Block(torch.ones(2, 5)), Block(torch.zeros(2, 3), torch.ones(3))
+    shards = LocalShards([ShardRows(0, [fitted]), ShardRows(1, [], held_out=[held])])
+    assert [block.X.shape[1] for block in shards.run(rows_of).blocks] == [5]
+    assert [block.X.shape[1] for block in shards.run(HeldOut(rows_of)).blocks] == [3]
+    assert shards.run(HeldOut(name_of)) == Words("(0 1)")  # a shard keeps its number
+
+
+def test_the_wrapped_task_counts_shards_once_as_others_do():
+    rows = [ShardRows(i, shard(i).blocks, held_out=[Block(torch.zeros(1, 7))]) for i in range(5)]
+    task = pickle.loads(pickle.dumps(HeldOut(name_of)))
+    for sent in (run_on(task, rows, 5), run_on(name_of, rows, 5)):
+        tree = TreeSum(5)
+        for partial in sent:
+            tree.push(partial)
+        assert tree.total(n_rows(5)) == Words("(((0 1) (2 3)) 4)")
+
+
+def test_held_out_rows_move_to_a_device_with_the_others():
+    block = Block(torch.zeros(1, 4), torch.ones(4))
+    moved = ShardRows(3, [block], "counts", [block]).to(torch.device("meta"))
+    assert (moved.shard, moved.counts) == (3, "counts")
+    for (only,) in (moved.blocks, moved.held_out):
+        assert {only.X.device.type, only.sample_weight.device.type} == {"meta"}

@@ -1,0 +1,301 @@
+"""The search for starts: many short runs on a sample, moves where they stall, the best few left.
+
+All restarts of all candidates are lanes of the same passes over a sample that the driver
+holds, so that a search costs about as much as a few passes over a lake:
+
+1. `n_init` seeded starts of every candidate, a few steps of EM each, on a small sample;
+2. rounds of moves from the best: a split and a merge at once, and across the grid the best of
+   k split for k + 1 or merged for k - 1, while anything gains;
+3. the best few of each, on a larger sample, until they stand still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from gmm_dist import em, moves, seeding
+from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.families import Densities
+from gmm_dist.kernel import Total
+from gmm_dist.limits import lane_bytes
+from gmm_dist.parameters import Parameters, Stack
+from gmm_dist.sample import Coreset, DrawCoreset, Whitening, keyed_generator, whitening
+from gmm_dist.shards import LocalShards, Shards
+from gmm_dist.statistics import TotalMoments
+
+Lanes = list[tuple["Pair", Parameters]]
+Pair = tuple[int, str]
+"""k and covariance type."""
+
+_FIRST, _SHORT, _LONG = 10, 20, 100  # EM iterations of a restart, of a move, on the larger sample
+_SHORT_TOL = 1e-4  # a gain (nats per row) below which a short run or a round has stalled
+_ROWS_PER_MEAN = 50  # rows of the small sample, per value in the largest candidate's means
+_FEWEST_ROWS, _MOST_ROWS = (2048, 10_000), 65_536
+_POOL, _FEWEST_POOL = 4, 32_768  # the larger sample: in small ones, and in rows
+_KEPT = 3  # of each candidate, from the small sample to the larger
+# Times d + 1 rows that a full covariance needs: with fewer it fits their noise, and hundreds of
+# nats of likelihood are to be had where nothing is (at d = 60 more than two clusters are worth).
+_SOUND = 2
+_PROPOSALS = 4  # moves of each kind tried in a round
+_SHARDS, _SHARD_ROWS = 8, 4096  # shards at the most, and rows of each at least
+_CHUNK_ROWS = 4096
+_STATISTICS_BYTES = 1 << 29  # of the lanes that run at once
+
+
+@dataclass(slots=True, eq=False)
+class _Field:
+    """The best fits of each candidate so far, all on the same rows; different optima only."""
+
+    n_samples: float
+    fits: dict[Pair, list[em.FitResult]] = field(default_factory=dict)
+
+    def add(self, pair: Pair, fit: em.FitResult) -> None:
+        """Enter a fit, and let go of what is no longer among the best."""
+        ranked = sorted([*self.fits.get(pair, []), fit], key=_merit, reverse=True)
+        distinct = ranked[:1]
+        for other in ranked[1:]:
+            gap = abs(distinct[-1].log_likelihood - other.log_likelihood)
+            if not gap < _SHORT_TOL * self.n_samples:
+                distinct.append(other)
+        self.fits[pair] = distinct[:_KEPT]
+
+    def best(self, pair: Pair) -> em.FitResult:
+        return self.fits[pair][0]
+
+    def lanes(self) -> Lanes:
+        return [(pair, fit.parameters) for pair, fits in self.fits.items() for fit in fits]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """A sample as shards in this process, with what its passes need."""
+
+    sample: Coreset
+    shards: LocalShards
+    total: TotalMoments
+
+    @classmethod
+    def of(cls, sample: Coreset, n_threads: int) -> _Rows:
+        X, weight = sample.X, sample.sample_weight
+        n_shards = min(_SHARDS, max(1, len(X) // _SHARD_ROWS))
+        local = LocalShards.of(X, weight, n_shards=n_shards, n_threads=n_threads)
+        return cls(sample, local, local.run(Total(X.shape[1])))
+
+    def run(self, lanes: Lanes, config: EMConfig) -> list[tuple[Pair, em.FitResult]]:
+        """Run EM for all lanes, as many at once as memory allows."""
+        size = lane_bytes([(p.n_components, p.covariance_type) for _, p in lanes], self.n_features)
+        at_once = max(1, len(lanes) * _STATISTICS_BYTES // size)
+        results: list[tuple[Pair, em.FitResult]] = []
+        for first in range(0, len(lanes), at_once):
+            batch = lanes[first : first + at_once]
+            fits = em.fit(self.shards, [start for _, start in batch], config, self.total)
+            results += [(pair, fit) for (pair, _), fit in zip(batch, fits, strict=True)]
+        return results
+
+    @property
+    def n_features(self) -> int:
+        return self.sample.X.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Starts:
+    """What a search found: for each candidate the starts worth full passes, the best first."""
+
+    finalists: list[list[Parameters]]
+    rows: _Rows
+    config: EMConfig
+    random_state: int
+
+    def mend(self, fit: em.FitResult) -> Parameters | None:
+        """Return a start in place of a degenerate fit: its useless components put elsewhere.
+
+        They go, the components that gain most are split instead, and EM runs on the sample.
+        None where nothing sound comes of it.
+        """
+        X, weight = self.rows.sample.X, self.rows.sample.sample_weight
+        generator = keyed_generator(self.random_state, 4)
+        apart = moves.splits(fit.parameters, X, weight, _labels(fit.parameters, X), generator)
+        mended = moves.replace(fit.parameters, fit.degenerate, apart)
+        if mended is None:
+            return None
+        pair = mended.n_components, mended.covariance_type
+        ((_, again),) = self.rows.run([(pair, mended)], replace(self.config, max_iter=_LONG))
+        return again.parameters if again.is_ranked else None
+
+
+def search(
+    shards: Shards,
+    pairs: Sequence[Pair],
+    config: EMConfig,
+    start: StartConfig,
+    total: TotalMoments,
+    *,
+    warm: Sequence[Parameters] = (),
+    n_threads: int = 1,
+) -> Starts:
+    """Search starts for each (k, covariance type), about the rows' shared centre.
+
+    `total` are the moments of all rows. `warm` starts join the candidates of their shape.
+    `n_threads` of this process work on the sample; they change no bit.
+    """
+    size = start.n_sample or _rows_wanted(pairs, len(total.sum_x), total.n_rows)
+    pool = shards.run(DrawCoreset.of(total, _pool_size(size, total), start.random_state))
+    part = pool.part(size, keyed_generator(start.random_state, 3))
+    small = _Rows.of(part.per_row(), n_threads)
+    seeds = _Seeds.of(shards, pairs, start, total)
+    short = replace(config, max_iter=_SHORT, tol=max(config.tol, _SHORT_TOL))
+    found = _Field(small.total.n_samples)
+    for pair, fit in small.run(seeds.lanes(small.sample), replace(short, max_iter=_FIRST)):
+        found.add(pair, fit)
+    for pair, fit in small.run(found.lanes(), short):
+        found.add(pair, fit)
+    _improve(small, found, short, start)
+    large = small if len(pool.X) == len(part.X) else _Rows.of(pool.per_row(), n_threads)
+    last = _Field(large.total.n_samples)
+    guests = [((p.n_components, p.covariance_type), p) for p in warm]
+    entrants = found.lanes() + [guest for guest in guests if guest[0] in found.fits]
+    for pair, fit in large.run(entrants, replace(config, max_iter=_LONG)):
+        last.add(pair, fit)
+    _improve(large, last, short, start)
+    best = [[fit.parameters for fit in last.fits[pair][: start.finalists]] for pair in pairs]
+    return Starts(best, large, config, start.random_state)
+
+
+def _pool_size(size: int, total: TotalMoments) -> int:
+    wanted = max(_POOL * size, _FEWEST_POOL)
+    # Where half of the rows would be drawn, all of them are: twice their number draws each.
+    return wanted if 2 * wanted < total.n_rows else 2 * total.n_rows
+
+
+def _rows_wanted(pairs: Sequence[Pair], n_features: int, n_rows: int) -> int:
+    wanted = _ROWS_PER_MEAN * max(k for k, _ in pairs) * n_features
+    few, many = _FEWEST_ROWS
+    return min(max(wanted, min(max(n_rows // 16, few), many)), _MOST_ROWS)
+
+
+def _merit(fit: em.FitResult) -> tuple[bool, bool, float]:
+    """Order fits: a likelihood bought with a component of hardly more rows than d comes last."""
+    crowded = fit.parameters.covariance_type != "full" or bool(
+        fit.nk.min() >= _SOUND * (fit.parameters.n_features + 1)
+    )
+    return fit.is_ranked, crowded, fit.log_likelihood
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Seeds:
+    """Where the restarts come from: the method, and k-means||'s candidates from all rows."""
+
+    pairs: Sequence[Pair]
+    start: StartConfig
+    total: TotalMoments
+    parallel: tuple[Float64[Tensor, "c d"], Float64[Tensor, " c"]] | None
+
+    @classmethod
+    def of(
+        cls, shards: Shards, pairs: Sequence[Pair], start: StartConfig, total: TotalMoments
+    ) -> _Seeds:
+        parallel = None
+        if start.init == "k-means||":
+            largest = max(k for k, _ in pairs)
+            parallel = seeding.k_means_parallel(
+                shards, total, largest, random_state=start.random_state
+            )
+        return cls(pairs, start, total, parallel)
+
+    def lanes(self, sample: Coreset) -> Lanes:
+        """Return `n_init` starts of every candidate; seeds of a smaller k begin a larger's."""
+        sizes, found = sorted({k for k, _ in self.pairs}), []
+        maps = self._maps()
+        for round in range(self.start.n_init):
+            generator = keyed_generator(self.start.random_state, round, 1)
+            shares = self._assignments(sample, sizes, maps[round % len(maps)], generator)
+            found += [
+                ((k, kind), seeding.start_of(sample.X, sample.sample_weight, shares[k], k, kind))
+                for k, kind in self.pairs
+            ]
+        return found
+
+    def _maps(self) -> list[Whitening]:
+        """Return the coordinates that restarts take in turn.
+
+        Whitened ones see clusters along a direction in which all rows together vary little;
+        merely scaled ones see those far apart in many dimensions, which whitening draws close.
+        """
+        scaled = Whitening(self.total.mean, self.total.scale.reciprocal().diag())
+        return [scaled, whitening(self.total)]
+
+    def _assignments(
+        self, sample: Coreset, sizes: Sequence[int], to: Whitening, generator: torch.Generator
+    ) -> dict[int, Tensor]:
+        Z = to(sample.X)
+        if self.parallel is None:
+            method, weight = self.start.init, sample.sample_weight
+            return seeding.assignments(method, Z, weight, sizes, generator)
+        rows, weight = self.parallel
+        candidates, shares = to(rows), {}
+        clusters = seeding.assignments("kmeans", candidates, weight, sizes, generator)
+        for k, labels in clusters.items():
+            member = torch.nn.functional.one_hot(labels, k).double() * weight[:, None]
+            mass = member.sum(0).clamp_min(1e-300)
+            shares[k] = seeding.nearest(Z, (member.T @ candidates) / mass[:, None])
+        return shares
+
+
+def _improve(rows: _Rows, found: _Field, config: EMConfig, start: StartConfig) -> None:
+    """Move the best of each candidate about while a round gains."""
+    open_ = set(found.fits)
+    for round in range(start.moves):
+        proposals = _proposals(rows, found, open_, keyed_generator(start.random_state, round, 2))
+        if not proposals:
+            return
+        before = {pair: found.best(pair) for pair in found.fits}
+        tried = _Field(found.n_samples)
+        for pair, fit in rows.run(proposals, config):
+            tried.add(pair, fit)
+        for pair, fit in rows.run(tried.lanes(), config):
+            found.add(pair, fit)
+        open_ = {pair for pair in found.fits if _gained(before[pair], found.best(pair), found)}
+
+
+def _gained(before: em.FitResult, after: em.FitResult, found: _Field) -> bool:
+    (*sound, better), (*unsound, worse) = _merit(after), _merit(before)
+    return sound > unsound or (sound == unsound and better - worse > _SHORT_TOL * found.n_samples)
+
+
+def _proposals(rows: _Rows, found: _Field, open_: set[Pair], generator: torch.Generator) -> Lanes:
+    """Return mixtures one move away from the best of the open candidates."""
+    X, weight = rows.sample.X, rows.sample.sample_weight
+    lanes: Lanes = []
+    for k, kind in sorted(open_):
+        fit = found.best((k, kind))
+        parameters = fit.parameters
+        if fit.status is em.Status.COLLAPSED:
+            continue
+        apart = moves.splits(parameters, X, weight, _labels(parameters, X), generator)
+        joined = moves.merges(parameters, rows.total.n_samples)
+        if bool(fit.degenerate.any()):
+            mended = moves.replace(parameters, fit.degenerate, apart)
+            lanes += [] if mended is None else [((k, kind), mended)]
+        moved = moves.split_and_merge(parameters, apart, joined, _PROPOSALS)
+        lanes += [((k, kind), other) for other in moved]
+        if (k + 1, kind) in found.fits:
+            lanes += [((k + 1, kind), _after(parameters, split)) for split in apart[:2]]
+        if (k - 1, kind) in found.fits:
+            lanes += [((k - 1, kind), _after(parameters, merge)) for merge in joined[:2]]
+    return lanes
+
+
+def _after(parameters: Parameters, move: moves.Split | moves.Merge) -> Parameters:
+    if isinstance(move, moves.Split):
+        return moves.apply(parameters, drop=[move.component], add=move.parts)
+    return moves.apply(parameters, drop=move.pair, add=[move.part])
+
+
+def _labels(parameters: Parameters, X: Float64[Tensor, "m d"]) -> Int64[Tensor, " m"]:
+    densities = Densities(Stack.of([parameters]), X.device)
+    return torch.cat([densities(part.T).argmax(0) for part in X.split(_CHUNK_ROWS)])

@@ -1,0 +1,261 @@
+"""Comparing fits that are done: criteria, ranking, ties, and what a reader should be told."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from gmm_dist.em import FitResult, Status
+from gmm_dist.families import n_parameters
+from gmm_dist.mixture import aic, bic, icl
+from gmm_dist.statistics import TotalMoments
+
+CRITERIA = ("bic", "aic", "icl", "holdout")
+
+# A gain in mean log-likelihood (nats per row) that EM itself takes for none: its default tol.
+# Where a component costs BIC less than that, BIC no longer tells structure from misfit.
+_CHEAP = 1e-3
+_FEWEST_FOR_ELBOW = 4
+_MOST_IN_GRID = 20
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Candidate:
+    """One mixture to be fitted."""
+
+    k: int
+    covariance_type: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """The best of a candidate's fits on all rows; `seconds` from the start to its end.
+
+    `n_starts` were fitted on all rows; `n_dropped` of them fell behind and were ended early.
+    `passes_saved` counts those of all of them (`em.FitResult`).
+    """
+
+    fit: FitResult
+    seconds: float
+    n_starts: int = 1
+    n_dropped: int = 0
+    passes_saved: float = 0.0
+
+    @classmethod
+    def of(cls, fit: FitResult, seconds: float) -> Self:
+        dropped = int(fit.status is Status.DROPPED)
+        return cls(fit, seconds, 1, dropped, fit.passes_saved)
+
+    def against(self, other: Outcome) -> Outcome:
+        """Return the better of two, with the starts of both."""
+        first, second = (o.fit for o in (self, other))
+        better = self.fit
+        if (second.is_ranked, second.log_likelihood) > (first.is_ranked, first.log_likelihood):
+            better = second
+        return Outcome(
+            better,
+            max(self.seconds, other.seconds),
+            self.n_starts + other.n_starts,
+            self.n_dropped + other.n_dropped,
+            self.passes_saved + other.passes_saved,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """A candidate with what came of it, and its criteria.
+
+    Of `bic`, `aic` and `icl` (nats) lower is better. `holdout` is the mean log-likelihood of the
+    held-out rows (nats per row, higher is better), None where there are none.
+    """
+
+    candidate: Candidate
+    outcome: Outcome
+    n_parameters: int
+    bic: float
+    aic: float
+    icl: float
+    holdout: float | None = None
+
+    @classmethod
+    def of(cls, candidate: Candidate, outcome: Outcome, holdout: float | None = None) -> Self:
+        """Compute the criteria of a fit."""
+        fit = outcome.fit
+        n_free = n_parameters(
+            candidate.covariance_type, fit.parameters.n_components, fit.parameters.n_features
+        )
+        own_bic = bic(fit.log_likelihood, n_free, fit.n_samples)
+        return cls(
+            candidate=candidate,
+            outcome=outcome,
+            n_parameters=n_free,
+            bic=own_bic,
+            aic=aic(fit.log_likelihood, n_free),
+            icl=icl(own_bic, fit.entropy),
+            holdout=holdout,
+        )
+
+    @property
+    def fit(self) -> FitResult:
+        return self.outcome.fit
+
+    @property
+    def mean_log_likelihood(self) -> float:
+        return self.fit.log_likelihood / self.fit.n_samples
+
+    def value(self, criterion: str) -> float:
+        """Return what ranks: lower is better, whatever the criterion; NaN where it is unknown."""
+        if criterion == "holdout":
+            return math.nan if self.holdout is None else -self.holdout
+        return float(getattr(self, criterion))
+
+
+@dataclass(frozen=True, slots=True)
+class Elbow:
+    """Where the mean log-likelihood bends: beyond `k` no component gains more than `gain`."""
+
+    k: int
+    gain: float
+
+
+def _rerun_with(k: str) -> str:
+    return f"run again with --k {k}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SweepResult:
+    """All candidates in the order asked for; `ranked` has the best first, failures last.
+
+    `total` are the moments of the rows that were fitted, held-out ones not among them;
+    `n_passes` over all of them scored lanes.
+    """
+
+    scored: tuple[Scored, ...]
+    criterion: str
+    total: TotalMoments
+    n_passes: int = 0
+
+    @property
+    def n_samples(self) -> float:
+        """The sum of the sample weights: the number of rows without weights."""
+        return self.total.n_samples
+
+    @property
+    def ranked(self) -> list[Scored]:
+        # Ties: fewer parameters, then smaller k.
+        return sorted(
+            self.scored,
+            key=lambda s: (
+                not s.fit.is_ranked,
+                s.value(self.criterion),
+                s.n_parameters,
+                s.candidate.k,
+            ),
+        )
+
+    @property
+    def best(self) -> Scored | None:
+        """The candidate of the lowest criterion, or None when every one failed."""
+        first = self.ranked[0]
+        return first if first.fit.is_ranked else None
+
+    def warnings(
+        self, feature_names: Sequence[str], rerun: Callable[[str], str] = _rerun_with
+    ) -> list[str]:
+        """Return what a reader of the table should know, each with what to do.
+
+        `rerun` turns the next grid of k, as `--k` takes it, into what to do about it.
+        """
+        constant = [feature_names[j] for j in self.total.constant_features()]
+        lines = [f"column {name!r} is constant: leave it out with --columns" for name in constant]
+        if dependent := self.total.dependent_features():
+            lines.append(
+                f"{dependent} of {len(feature_names)} columns are duplicates or sums of others, so "
+                "full covariances rest on --reg-covar: leave them out with --columns"
+            )
+        return lines + self._edge_warning(rerun) + self._elbow_note()
+
+    def _edge_warning(self, rerun: Callable[[str], str]) -> list[str]:
+        ks = sorted({s.candidate.k for s in self.scored})
+        if self.best is None or len(ks) == 1:
+            return []
+        k, most = self.best.candidate.k, self.total.n_rows
+        if k == ks[-1] and k < most:
+            return [f"the best k is the largest tried: {rerun(_grid(k, min(2 * k, most)))}"]
+        if k == ks[0] and k > 1:
+            return [f"the best k is the smallest tried: {rerun(_grid(1, k))}"]
+        return []
+
+    def _elbow_note(self) -> list[str]:
+        """Say what to do where BIC never stops falling because the rows outweigh its penalty."""
+        best = self.best
+        if self.criterion not in ("bic", "aic") or best is None:
+            return []
+        kind = best.candidate.covariance_type
+        family = [s for s in self.scored if s.fit.is_ranked and s.candidate.covariance_type == kind]
+        family.sort(key=lambda s: s.candidate.k)
+        if len(family) < _FEWEST_FOR_ELBOW or best is not family[-1]:
+            return []
+        cost = self._cost(family[-2], best)
+        if cost > _CHEAP:
+            return []
+        bend = elbow([(s.candidate.k, s.mean_log_likelihood) for s in family])
+        return [
+            f"{self.criterion.upper()} still falls at k={best.candidate.k}: with "
+            f"{self.total.n_rows:,} rows a component costs it only {cost:.1g} nats per row, so it "
+            f"may never rise; {_advice(bend)} --criterion icl or "
+            "--holdout 0.1 --criterion holdout"
+        ]
+
+    def _cost(self, before: Scored, last: Scored) -> float:
+        """Return what the criterion takes for one more component, in nats per row."""
+        n_free = (last.n_parameters - before.n_parameters) / (last.candidate.k - before.candidate.k)
+        each = math.log(self.n_samples) / 2 if self.criterion == "bic" else 1.0
+        return n_free * each / self.n_samples
+
+
+def elbow(points: Sequence[tuple[int, float]]) -> Elbow | None:
+    """Return where a rising curve of (k, mean log-likelihood in nats per row) bends.
+
+    The point farthest above the chord from the first to the last point, with the best value so
+    far at each k (a fit that ended in a poor optimum is no bend): "Kneedle" (Satopää, Albrecht,
+    Irwin, Raghavan 2011, section II) on few exact points, hence without its smoothing. It needs
+    no scale and no threshold, and rows do not move it: both axes are normalised. None for fewer
+    than three points and for a curve that bends nowhere downwards.
+
+    `points` are in order of k.
+    """
+    ks = [k for k, _ in points]
+    bounds = list(itertools.accumulate((value for _, value in points), max))
+    if len(points) < 3 or bounds[-1] <= bounds[0]:
+        return None
+    rise, run = bounds[-1] - bounds[0], ks[-1] - ks[0]
+    above = [
+        (bound - bounds[0]) / rise - (k - ks[0]) / run for k, bound in zip(ks, bounds, strict=True)
+    ]
+    at = max(range(len(points)), key=above.__getitem__)
+    if above[at] <= 0:
+        return None
+    steps = zip(itertools.pairwise(bounds[at:]), itertools.pairwise(ks[at:]), strict=True)
+    return Elbow(ks[at], max((b - a) / (last - first) for (a, b), (first, last) in steps))
+
+
+def _advice(bend: Elbow | None) -> str:
+    if bend is None:
+        return "consider"
+    return (
+        f"the mean log-likelihood bends at k={bend.k}, after which a component gains at most "
+        f"{bend.gain:.2g} nats per row: consider --k {bend.k},"
+    )
+
+
+def _grid(first: int, last: int) -> str:
+    """Spell the numbers from first to last as `--k` takes them; of many, evenly spaced ones."""
+    n = last - first
+    if n <= _MOST_IN_GRID:
+        return f"{first}..{last}"
+    steps = _MOST_IN_GRID // 2
+    return ",".join(str(first + round(n * i / steps)) for i in range(steps + 1))

@@ -75,16 +75,31 @@ def fit(
     config: EMConfig,
     total: TotalMoments,
     *,
-    rivals: Sequence[int] | None = None,
     watch: Watch = lambda lanes: None,
 ) -> list[FitResult]:
     """Run EM from every start until a `Status` says stop, all lanes in the same passes.
 
     Starts and results are about the rows' shared centre. `total` are the moments of all rows;
-    `watch` sees the lanes after each pass. Of lanes with one number in `rivals` those that fall
-    behind are dropped. A lane that fails never ends its siblings.
+    `watch` sees the lanes after each pass. A lane that fails never ends its siblings.
     """
     lanes = [Lane.start(parameters, config, total) for parameters in starts]
+    run(shards, lanes, config, total, watch=watch)
+    return [result_of(lane, total) for lane in lanes]
+
+
+def run(
+    shards: Shards,
+    lanes: Sequence[Lane],
+    config: EMConfig,
+    total: TotalMoments,
+    *,
+    rivals: Sequence[int] | None = None,
+    watch: Watch = lambda lanes: None,
+) -> None:
+    """Pass over the rows until no lane goes on.
+
+    Of lanes with one number in `rivals` those that fall behind are dropped.
+    """
     while running := [lane for lane in lanes if lane.outcome is Outcome.RUNNING]:
         groups = grouped(running)
         statistics = shards.run(task_of(groups))
@@ -93,10 +108,10 @@ def fit(
         if rivals is not None:
             drop_laggards(lanes, rivals, total)
         watch(lanes)
-    return [_result(lane, total) for lane in lanes]
 
 
-def _result(lane: Lane, total: TotalMoments) -> FitResult:
+def result_of(lane: Lane, total: TotalMoments) -> FitResult:
+    """Return what a lane has come to."""
     degenerate = degenerate_components(lane, total)
     return FitResult(
         # The parameters returned are those that were scored.

@@ -102,32 +102,6 @@ class _Rows:
         return self.sample.X.shape[1]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Starts:
-    """What a search found: for each candidate the starts worth full passes, the best first."""
-
-    finalists: list[list[Parameters]]
-    rows: _Rows
-    config: EMConfig
-    random_state: int
-
-    def mend(self, fit: em.FitResult) -> Parameters | None:
-        """Return a start in place of a degenerate fit: its useless components put elsewhere.
-
-        They go, the components that gain most are split instead, and EM runs on the sample.
-        None where nothing sound comes of it.
-        """
-        X, weight = self.rows.sample.X, self.rows.sample.sample_weight
-        generator = keyed_generator(self.random_state, 4)
-        apart = moves.splits(fit.parameters, X, weight, _labels(fit.parameters, X), generator)
-        mended = moves.replace(fit.parameters, fit.degenerate, apart)
-        if mended is None:
-            return None
-        pair = mended.n_components, mended.covariance_type
-        ((_, again),) = self.rows.run([(pair, mended)], replace(self.config, max_iter=_LONG))
-        return again.parameters if again.is_ranked else None
-
-
 def search(
     shards: Shards,
     pairs: Sequence[Pair],
@@ -137,14 +111,15 @@ def search(
     *,
     warm: Sequence[Parameters] = (),
     n_threads: int = 1,
-) -> Starts:
-    """Search starts for each (k, covariance type), about the rows' shared centre.
+) -> list[list[Parameters]]:
+    """Return for each (k, covariance type) the starts worth full passes, the best first.
 
-    `total` are the moments of all rows. `warm` starts join the candidates of their shape.
-    `n_threads` of this process work on the sample; they change no bit.
+    They are about the rows' shared centre, as are `warm` ones, which join the candidates of
+    their shape. `total` are the moments of all rows. `n_threads` of this process work on the
+    sample; they change no bit.
     """
     size = start.n_sample or _rows_wanted(pairs, len(total.sum_x), total.n_rows)
-    pool = shards.run(DrawCoreset.of(total, _pool_size(size, total), start.random_state))
+    pool = _drawn(shards, size, start, total)
     part = pool.part(size, keyed_generator(start.random_state, 3))
     small = _Rows.of(part.per_row(), n_threads)
     seeds = _Seeds.of(shards, pairs, start, total)
@@ -162,8 +137,47 @@ def search(
     for pair, fit in large.run(entrants, replace(config, max_iter=_LONG)):
         last.add(pair, fit)
     _improve(large, last, short, start)
-    best = [[fit.parameters for fit in last.fits[pair][: start.finalists]] for pair in pairs]
-    return Starts(best, large, config, start.random_state)
+    return [[fit.parameters for fit in last.fits[pair][: start.finalists]] for pair in pairs]
+
+
+def mend(
+    shards: Shards,
+    fits: Sequence[em.FitResult],
+    config: EMConfig,
+    start: StartConfig,
+    total: TotalMoments,
+    *,
+    n_threads: int = 1,
+) -> list[list[Parameters]]:
+    """Return for each fit a start in its place, if it is degenerate and there is hope.
+
+    Its useless components go, those that gain most are split instead, and EM runs on a coreset.
+    """
+    found: list[list[Parameters]] = [[] for _ in fits]
+    broken = [i for i, fit in enumerate(fits) if fit.status is em.Status.DEGENERATE]
+    if not broken:
+        return found
+    pairs = [(fits[i].parameters.n_components, fits[i].parameters.covariance_type) for i in broken]
+    size = start.n_sample or _rows_wanted(pairs, len(total.sum_x), total.n_rows)
+    rows = _Rows.of(_drawn(shards, size, start, total).per_row(), n_threads)
+    X, weight = rows.sample.X, rows.sample.sample_weight
+    generator = keyed_generator(start.random_state, 4)
+    lanes: Lanes = []
+    owners = []
+    for i, pair in zip(broken, pairs, strict=True):
+        parameters = fits[i].parameters
+        apart = moves.splits(parameters, X, weight, _labels(parameters, X), generator)
+        if mended := moves.replace(parameters, fits[i].degenerate, apart):
+            lanes.append((pair, mended))
+            owners.append(i)
+    for i, (_, again) in zip(owners, rows.run(lanes, replace(config, max_iter=_LONG)), strict=True):
+        if again.is_ranked:
+            found[i] = [again.parameters]
+    return found
+
+
+def _drawn(shards: Shards, size: int, start: StartConfig, total: TotalMoments) -> Coreset:
+    return shards.run(DrawCoreset.of(total, _pool_size(size, total), start.random_state))
 
 
 def _pool_size(size: int, total: TotalMoments) -> int:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gmm_dist import em
+from gmm_dist import em, snapshot
 from gmm_dist.cohort import Lane
 from gmm_dist.cohort import Outcome as LaneOutcome
 from gmm_dist.config import EMConfig, StartConfig
@@ -16,9 +16,10 @@ from gmm_dist.errors import UserError
 from gmm_dist.holdout import mean_log_likelihoods
 from gmm_dist.kernel import Total
 from gmm_dist.parameters import Parameters
-from gmm_dist.search import Starts, search
+from gmm_dist.search import mend, search
 from gmm_dist.selection import Candidate, Outcome, Scored, SweepResult
 from gmm_dist.shards import HeldOut, Shards
+from gmm_dist.snapshot import Snapshot
 from gmm_dist.statistics import TotalMoments
 
 
@@ -34,6 +35,7 @@ class Standing:
 
 
 Watch = Callable[[Sequence[Standing]], None]
+Keep = Callable[[int, Callable[[], Snapshot]], None]
 
 
 def sweep(
@@ -48,12 +50,17 @@ def sweep(
     given: Sequence[Parameters] | None = None,
     warm: Sequence[Parameters] = (),
     watch: Watch = lambda standings: None,
+    resume: Snapshot | None = None,
+    keep: Keep = lambda number, snapshot: None,
 ) -> SweepResult:
     """Fit every candidate in the same passes and rank them.
 
     With `holdout` the fits are also scored on the held-out rows, in one pass more. `given` are
     starts about the rows' shared centre, one per candidate, instead of our own; `warm` ones
     compete with our own for the candidates of their shape.
+
+    After each pass `keep` is told its number, and how to take a snapshot; with one of the same
+    rows and settings, `resume`, the sweep goes on from there to the same bits.
 
     Raises UserError when there are fewer rows than components, or no held-out rows to rank by.
     """
@@ -62,15 +69,21 @@ def sweep(
     require_rows(candidates, total.n_rows)
     if criterion == "holdout":
         _require_held_out(shards, n_features)
-    race = _Race(shards, candidates, config, total, began, watch)
-    if given is not None:
-        race.run([[parameters] for parameters in given])
+    race = _Race(shards, candidates, config, total, began, watch, keep)
+    threads = os.cpu_count() or 1
+    if resume is not None:
+        race.restore(resume)
+    elif given is not None:
+        race.enter([[parameters] for parameters in given])
     else:
         pairs = [(candidate.k, candidate.covariance_type) for candidate in candidates]
-        threads = os.cpu_count() or 1
-        starts = search(shards, pairs, config, start, total, warm=warm, n_threads=threads)
-        race.run(starts.finalists)
-        race.run([_mended(starts, outcome.fit) for outcome in race.outcomes])
+        race.enter(search(shards, pairs, config, start, total, warm=warm, n_threads=threads))
+    race.run()
+    if not race.mended and given is None:
+        race.mended = True
+        fits = [outcome.fit for outcome in race.outcomes]
+        race.enter(mend(shards, fits, config, start, total, n_threads=threads))
+        race.run()
     likelihoods: Sequence[float | None] = [None] * len(candidates)
     if holdout or criterion == "holdout":
         likelihoods = mean_log_likelihoods(shards, [o.fit.parameters for o in race.outcomes])
@@ -83,14 +96,8 @@ def sweep(
     return SweepResult(tuple(scored), criterion, total, race.n_passes)
 
 
-def _mended(starts: Starts, fit: em.FitResult) -> list[Parameters]:
-    """Return another start for a fit that is not to be ranked, where there is hope."""
-    mended = starts.mend(fit) if fit.status is em.Status.DEGENERATE else None
-    return [] if mended is None else [mended]
-
-
 class _Race:
-    """Lanes over all rows: the best of each candidate's starts, as `outcomes`."""
+    """Lanes over all rows: several for a candidate, of which the best is its `outcome`."""
 
     def __init__(
         self,
@@ -100,36 +107,65 @@ class _Race:
         total: TotalMoments,
         began: float,
         watch: Watch,
+        keep: Keep,
     ) -> None:
         self._shards, self._candidates, self._config = shards, candidates, config
-        self._total, self._began, self._watch = total, began, watch
-        self._best: dict[int, Outcome] = {}
+        self._total, self._began, self._watch, self._keep = total, began, watch, keep
+        self._lanes: list[Lane] = []
+        self._owners: list[int] = []  # the candidate that each lane is for
+        self._seconds: list[float] = []
         self.n_passes = 0
+        self.mended = False
+
+    def enter(self, starts: Sequence[Sequence[Parameters]]) -> None:
+        """Add a lane for each start of each candidate."""
+        for i, own in enumerate(starts):
+            for parameters in own:
+                self._lanes.append(Lane.start(parameters, self._config, self._total))
+                self._owners.append(i)
+                self._seconds.append(time.monotonic() - self._began)
+
+    def run(self) -> None:
+        """Fit the lanes that have not ended, all in the same passes."""
+        em.run(
+            self._shards,
+            self._lanes,
+            self._config,
+            self._total,
+            rivals=self._owners,
+            watch=self._passed,
+        )
 
     @property
     def outcomes(self) -> list[Outcome]:
         """The best of each candidate so far, in their order."""
-        return [self._best[i] for i in range(len(self._candidates))]
+        best: dict[int, Outcome] = {}
+        for i, lane, seconds in zip(self._owners, self._lanes, self._seconds, strict=True):
+            outcome = Outcome.of(em.result_of(lane, self._total), seconds)
+            best[i] = outcome if i not in best else best[i].against(outcome)
+        return [best[i] for i in range(len(self._candidates))]
 
-    def run(self, starts: Sequence[Sequence[Parameters]]) -> None:
-        """Fit all starts of all candidates in the same passes."""
-        rivals = [i for i, own in enumerate(starts) for _ in own]
-        first = [parameters for own in starts for parameters in own]
-        ended = dict.fromkeys(rivals, 0.0)
+    def snapshot(self) -> Snapshot:
+        """Return all that the rest of the race depends on."""
+        lanes = snapshot.taken(self._lanes)
+        own = {"owners": self._owners, "seconds": self._seconds, "n_passes": self.n_passes}
+        return Snapshot(lanes.tensors, {**lanes.state, **own, "mended": self.mended})
 
-        def see(lanes: Sequence[Lane]) -> None:
-            self.n_passes += 1
-            fields: dict[int, list[Lane]] = {}
-            for i, lane in zip(rivals, lanes, strict=True):
-                fields.setdefault(i, []).append(lane)
-                if lane.outcome is LaneOutcome.RUNNING or not ended[i]:
-                    ended[i] = time.monotonic() - self._began
-            self._watch([self._standing(i, own) for i, own in fields.items()])
+    def restore(self, saved: Snapshot) -> None:
+        """Go on where a race was that a snapshot was taken of."""
+        self._lanes = snapshot.restored(saved)
+        self._owners, self._seconds = list(saved.state["owners"]), list(saved.state["seconds"])
+        self.n_passes, self.mended = saved.state["n_passes"], saved.state["mended"]
 
-        fits = em.fit(self._shards, first, self._config, self._total, rivals=rivals, watch=see)
-        for i, fit in zip(rivals, fits, strict=True):
-            outcome = Outcome.of(fit, ended[i])
-            self._best[i] = outcome if i not in self._best else self._best[i].against(outcome)
+    def _passed(self, lanes: Sequence[Lane]) -> None:
+        self.n_passes += 1
+        fields: dict[int, list[Lane]] = {}
+        for j, (i, lane) in enumerate(zip(self._owners, lanes, strict=True)):
+            fields.setdefault(i, []).append(lane)
+            if lane.outcome is LaneOutcome.RUNNING:
+                self._seconds[j] = time.monotonic() - self._began
+        self._keep(self.n_passes, self.snapshot)
+        self._watch([self._standing(i, own) for i, own in fields.items()])
 
     def _standing(self, i: int, lanes: Sequence[Lane]) -> Standing:
         """Say where a candidate stands, by the lane that leads."""

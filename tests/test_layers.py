@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "acceleration": TENSORS | {"parameters"},
     "cohort": TENSORS
     | {"acceleration", "config", "families", "kernel", "lanes", "parameters", "statistics"},
+    "snapshot": {"torch", "acceleration", "cohort", "lanes", "parameters"},
     "em": TENSORS | {"cohort", "config", "parameters", "shards", "statistics"},
     "limits": {"errors", "families", "parameters"},
     "sample": TENSORS | {"kernel", "shards", "statistics"},
@@ -53,6 +54,7 @@ MAY_IMPORT = {
         "search",
         "selection",
         "shards",
+        "snapshot",
         "statistics",
     },
     # The lake: neither EM, nor torch, nor Ray.

@@ -14,7 +14,7 @@ from gmm_dist import em
 from gmm_dist.config import INITS, EMConfig, StartConfig
 from gmm_dist.kernel import Total
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
-from gmm_dist.search import Starts, search
+from gmm_dist.search import mend, search
 from gmm_dist.seeding import start_of
 from gmm_dist.shards import LocalShards, ShardRows
 
@@ -22,6 +22,7 @@ every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 every_init = pytest.mark.parametrize("init", INITS)
 
 ONE_RESTART = {"n_init": 1, "init": "random_from_data"}
+Finalists = list[list[Parameters]]
 PAIRS = [(k, kind) for kind in COVARIANCE_TYPES for k in (1, 4)]
 
 
@@ -29,14 +30,14 @@ def ones(n):
     return torch.ones(n, dtype=torch.float64)
 
 
-def searched(X, pairs, *, edges=(), sample_weight=None, warm=(), n_threads=1, **start) -> Starts:
+def searched(X, pairs, *, edges=(), sample_weight=None, warm=(), n_threads=1, **start) -> Finalists:
     shards = mixtures.shards(X, edges, sample_weight)
     total, settings = shards.run(Total(X.shape[1])), StartConfig(**start)
     return search(shards, pairs, EMConfig(), settings, total, warm=warm, n_threads=n_threads)
 
 
 def best(X, pairs, **settings) -> list[Parameters]:
-    return [found[0] for found in searched(X, pairs, **settings).finalists]
+    return [found[0] for found in searched(X, pairs, **settings)]
 
 
 def bound(X, start, n_iter=10) -> float:
@@ -59,8 +60,8 @@ def six_clusters(n=480):
     return clusters(15 * mixtures.normal_rows(6, 3, seed=5), n)
 
 
-def assert_same_finalists(one: Starts, other: Starts) -> None:
-    for mine, theirs in zip(one.finalists, other.finalists, strict=True):
+def assert_same_finalists(one: Finalists, other: Finalists) -> None:
+    for mine, theirs in zip(one, other, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             mixtures.assert_same(a, b, rtol=0, atol=0)
 
@@ -128,7 +129,7 @@ def test_warm_starts_join_the_candidates_of_their_shape(kind):
     other = searched(X, [(6, kind)], warm=[stranger], **settings)
     assert_same_finalists(cold, other)
     (joined,) = best(X, [(6, kind)], warm=[stranger, warm], **settings)
-    assert bound(X, cold.finalists[0][0]) < bound(X, warm) - 0.2
+    assert bound(X, cold[0][0]) < bound(X, warm) - 0.2
     assert bound(X, joined) > bound(X, warm) - 1e-3
 
 
@@ -146,7 +147,6 @@ def test_a_poor_warm_start_does_no_harm(kind):
 def test_mending_puts_useless_components_elsewhere():
     """Where too few can be split, there is nothing sound to return."""
     X, labels = six_clusters()
-    found = searched(X, [(6, "full")], moves=0, n_init=1)
     start = start_of(X, ones(len(X)), labels.remainder(5), 6, "full")
     far = start.means.clone()
     far[5] = 1000.0
@@ -154,12 +154,12 @@ def test_mending_puts_useless_components_elsewhere():
     shards = mixtures.shards(X)
     (fit,) = em.fit(shards, [lone], EMConfig(max_iter=2), shards.run(Total(3)))
     assert fit.degenerate.tolist() == [False] * 5 + [True]
-    mended = found.mend(fit)
-    assert mended is not None
+    total, settings = shards.run(Total(3)), StartConfig()
+    ((mended,),) = mend(shards, [fit], EMConfig(), settings, total)
     assert bound(X, mended) > bound(X, start_of(X, ones(len(X)), labels, 6, "full")) - 1e-3
     all_useless = em.fit(shards, [lone], EMConfig(max_iter=1), shards.run(Total(3)))[0]
     all_useless.degenerate[:] = True
-    assert found.mend(all_useless) is None
+    assert mend(shards, [all_useless], EMConfig(), settings, total) == [[]]
 
 
 # --- what comes back ---
@@ -167,7 +167,7 @@ def test_mending_puts_useless_components_elsewhere():
 
 def test_there_are_finalists_for_each_candidate_in_their_order():
     X = mixtures.normal_rows(300, 2)
-    found = searched(X, PAIRS, n_init=4, finalists=2, moves=1).finalists
+    found = searched(X, PAIRS, n_init=4, finalists=2, moves=1)
     assert len(found) == len(PAIRS)
     for (k, kind), starts in zip(PAIRS, found, strict=True):
         assert 1 <= len(starts) <= 2
@@ -177,12 +177,12 @@ def test_there_are_finalists_for_each_candidate_in_their_order():
 def test_finalists_are_the_best_first_and_different_optima():
     X, _ = six_clusters()
     settings = {"n_init": 6, "init": "random_from_data", "moves": 0, "random_state": 1}
-    (found,) = searched(X, [(6, "diag")], finalists=3, **settings).finalists
+    (found,) = searched(X, [(6, "diag")], finalists=3, **settings)
     assert 1 < len(found) <= 3
     bounds = [bound(X, start, 1) for start in found]
     assert bounds == sorted(bounds, reverse=True)
     assert all(a - b > 1e-4 for a, b in itertools.pairwise(bounds))
-    (one,) = searched(X, [(6, "diag")], finalists=1, **settings).finalists
+    (one,) = searched(X, [(6, "diag")], finalists=1, **settings)
     assert len(one) == 1
     mixtures.assert_same(one[0], found[0], rtol=0, atol=0)
 
@@ -196,8 +196,8 @@ def test_the_random_state_decides_the_bits():
     settings = {"n_init": 2, "n_sample": 100, "edges": [50, 170], "moves": 1}
     one, same = (searched(X, PAIRS, random_state=3, **settings) for _ in range(2))
     assert_same_finalists(one, same)
-    other = searched(X, [(4, "full")], random_state=4, **settings).finalists[0]
-    again = searched(X, [(4, "full")], random_state=3, **settings).finalists[0]
+    other = searched(X, [(4, "full")], random_state=4, **settings)[0]
+    again = searched(X, [(4, "full")], random_state=3, **settings)[0]
     assert not torch.equal(other[0].means, again[0].means)
 
 
@@ -307,7 +307,7 @@ def test_features_of_any_scale_start_alike():
         shards = mixtures.shards(Z)
         total, settings = shards.run(Total(2)), StartConfig(n_init=2)
         starts = search(shards, [(3, "full")], EMConfig(reg_covar=0.0), settings, total)
-        found.append(starts.finalists[0][0])
+        found.append(starts[0][0])
     one, other = found
     torch.testing.assert_close(other.means / scale, one.means, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(other.weights, one.weights, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,77 @@
+"""A snapshot between any two passes: going on from it gives the same bits."""
+
+from __future__ import annotations
+
+import json
+
+import mixtures
+import pytest
+import safetensors.torch
+import torch
+
+from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.parameters import COVARIANCE_TYPES
+from gmm_dist.selection import Candidate, SweepResult
+from gmm_dist.snapshot import Snapshot
+from gmm_dist.sweep import sweep
+
+
+def rows():
+    """Return rows on which lanes leap, fall behind, and change their precision."""
+    X = mixtures.rows(mixtures.parameters("full", 5, 3, spread=2), 1500, seed=3)
+    return (X - X.mean(0)) * torch.tensor([1.0, 1e3, 1e-3], dtype=torch.float64)
+
+
+def through_files(snapshot: Snapshot) -> Snapshot:
+    """Return what is left of a snapshot that has been written and read."""
+    tensors = {name: t.contiguous().clone() for name, t in snapshot.tensors.items()}
+    return Snapshot(
+        safetensors.torch.load(safetensors.torch.save(tensors)),
+        json.loads(json.dumps(snapshot.state)),
+    )
+
+
+def swept(X, candidates, config, **options) -> SweepResult:
+    start = StartConfig(n_init=2, moves=0)
+    return sweep(mixtures.shards(X, [400, 900]), candidates, config, start, n_features=3, **options)
+
+
+def assert_same_bits(one: SweepResult, other: SweepResult) -> None:
+    assert one.n_passes == other.n_passes
+    for mine, theirs in zip(one.scored, other.scored, strict=True):
+        mixtures.assert_same(mine.fit.parameters, theirs.fit.parameters, rtol=0, atol=0)
+        assert mine.fit.lower_bounds == theirs.fit.lower_bounds
+        assert mine.fit.status is theirs.fit.status
+        assert (mine.bic, mine.icl) == (theirs.bic, theirs.icl)
+        assert mine.outcome.passes_saved == theirs.outcome.passes_saved
+        assert mine.outcome.n_dropped == theirs.outcome.n_dropped
+
+
+@pytest.mark.parametrize("accelerate", [True, False])
+@pytest.mark.parametrize("precision", ["auto", "float64"])
+def test_a_sweep_goes_on_from_any_pass_to_the_same_bits(accelerate, precision):
+    X = rows()
+    candidates = [Candidate(k, kind) for kind in COVARIANCE_TYPES for k in (2, 7)]
+    config = EMConfig(tol=1e-7, max_iter=40, precision=precision, accelerate=accelerate)
+    kept = {}
+    whole = swept(X, candidates, config, keep=lambda n, take: kept.update({n: take()}))
+    assert sorted(kept) == list(range(1, whole.n_passes + 1))
+    states = [state for one in kept.values() for state in one.state["lanes"]]
+    if accelerate:
+        assert any(state["leaping"] for state in states)
+    if precision == "auto":
+        assert {state["precision"] for state in states} >= {"FLOAT32", "FLOAT64"}
+    for number in sorted({1, 2, 3, 4, 5, whole.n_passes // 2, whole.n_passes}):
+        again = swept(X, candidates, config, resume=through_files(kept[number]))
+        assert_same_bits(again, whole)
+
+
+def test_a_race_resumed_before_its_mending_is_mended():
+    """Two rows far off take a component for themselves; what replaces it comes after the race."""
+    X = rows()
+    X[:2] += torch.tensor([40.0, 4e4, 0.04], dtype=torch.float64)
+    config, candidates = EMConfig(max_iter=30), [Candidate(3, "full")]
+    kept = {}
+    whole = swept(X, candidates, config, keep=lambda n, take: kept.update({n: take()}))
+    for snapshot in kept.values():
+        assert_same_bits(swept(X, candidates, config, resume=through_files(snapshot)), whole)

@@ -84,7 +84,7 @@ def fit(
     `watch` sees the lanes after each pass. Of lanes with one number in `rivals` those that fall
     behind are dropped. A lane that fails never ends its siblings.
     """
-    lanes = [Lane.start(parameters, config, total) for parameters in starts]
+    lanes = [Lane.start(parameters, config, total.scale) for parameters in starts]
     while running := [lane for lane in lanes if lane.outcome is Outcome.RUNNING]:
         groups = grouped(running)
         statistics = shards.run(task_of(groups))

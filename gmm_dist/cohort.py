@@ -71,7 +71,10 @@ class Lane:
     strained: bool = False
 
     @classmethod
-    def start(cls, parameters: Parameters, config: EMConfig, total: TotalMoments) -> Lane:
+    def start(
+        cls, parameters: Parameters, config: EMConfig, scale: Float64[Tensor, " d"] | None = None
+    ) -> Lane:
+        """Start from parameters; with the rows' `scale`, and as `config` says, to leap ahead."""
         exact = config.precision == "float64"
         at_start = natural(Stack.of([parameters]))
         lane = cls(
@@ -80,7 +83,7 @@ class Lane:
             precision=Precision.FLOAT64 if exact else Precision.FLOAT32,
             reg=torch.full_like(parameters.means[0], config.reg_covar),
             nk=torch.zeros_like(parameters.weights),
-            squarem=Squarem(total.scale) if config.accelerate else None,
+            squarem=Squarem(scale) if config.accelerate and scale is not None else None,
         )
         if bool(at_start.failed.any()):
             lane.outcome = Outcome.SINGULAR

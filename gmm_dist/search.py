@@ -124,10 +124,10 @@ def search(
     small = _Rows.of(part.per_row(), n_threads)
     seeds = _Seeds.of(shards, pairs, start, total)
     short = replace(config, max_iter=_SHORT, tol=max(config.tol, _SHORT_TOL))
-    found = _Field(small.total.n_samples)
+    first, found = _Field(small.total.n_samples), _Field(small.total.n_samples)
     for pair, fit in small.run(seeds.lanes(small.sample), replace(short, max_iter=_FIRST)):
-        found.add(pair, fit)
-    for pair, fit in small.run(found.lanes(), short):
+        first.add(pair, fit)
+    for pair, fit in small.run(first.lanes(), short):
         found.add(pair, fit)
     _improve(small, found, short, start)
     large = small if len(pool.X) == len(part.X) else _Rows.of(pool.per_row(), n_threads)

@@ -121,7 +121,7 @@ class _Race:
         """Add a lane for each start of each candidate."""
         for i, own in enumerate(starts):
             for parameters in own:
-                self._lanes.append(Lane.start(parameters, self._config, self._total))
+                self._lanes.append(Lane.start(parameters, self._config, self._total.scale))
                 self._owners.append(i)
                 self._seconds.append(time.monotonic() - self._began)
 

@@ -292,6 +292,7 @@ class CheckpointStore:
         data = safetensors.torch.save(
             dict(checkpoint.tensors), metadata={"checkpoint": json.dumps(content)}
         )
+        logger.debug("checkpoint %d: %d bytes", checkpoint.number, len(data))
         name = f"{checkpoint.number:08d}-{hashlib.sha256(data).hexdigest()}.safetensors"
         self._place.write(data, name, durable=True)
         self._prune()

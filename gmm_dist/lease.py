@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 
 from fsspec import AbstractFileSystem, asyn
 
-from gmm_dist.errors import UserError
+from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.places import Place, answer
 from gmm_dist.storage import patiently
 
@@ -37,7 +37,7 @@ SECONDS = 15.0
 _PATIENCE = 3
 
 
-class LeaseLost(RuntimeError):  # noqa: N818 - says what happened, to a user
+class LeaseLost(RunFailed):
     """Say that another attempt has taken the run over: this one must stop."""
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from fitting import fit_lake
-from options import Parser, add_common, parse_k, run
+from options import Again, Parser, add_common, parse_k, run
 
 
 def fit(argv: Sequence[str]) -> None:
@@ -29,7 +29,7 @@ def fit(argv: Sequence[str]) -> None:
     if (options.k is not None and len(options.k) != 1) or len(options.covariance_type) != 1:
         parser.error("fit takes one k and one covariance type: use sweep.py for several")
     options.criterion = "bic"
-    fit_lake(options)
+    fit_lake(options, Again(__file__, argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

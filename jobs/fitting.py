@@ -3,108 +3,197 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
+import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
+import results
 import torch
-from progress import Progress, notes, ranking
+from options import Again
+from progress import Progress
+from results import print_table, spell_best
 from rich.console import Console
 
-from gmm_dist import __version__, artifacts, lake
+from gmm_dist import artifacts, lake, runs
+from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.errors import UserError
+from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.failures import FaultConfig
 from gmm_dist.lake import Plan
+from gmm_dist.lease import LeaseLost
 from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
 from gmm_dist.loading import Counted, LakeLoader, column_means, count_rows, loader_for
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import Parameters
-from gmm_dist.selection import Candidate, Scored, SweepResult
+from gmm_dist.runs import Run
+from gmm_dist.selection import Candidate, SweepResult
+from gmm_dist.snapshot import Snapshot
 from gmm_dist.sweep import require_rows, sweep
 
-_PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")
+logger = logging.getLogger("gmm_dist.fitting")
 
 
-def fit_lake(options: argparse.Namespace, command: Callable[[str], str] = "--k {}".format) -> None:
-    """Plan, load, fit, rank and commit; print the ranked table and where the model is.
+def fit_lake(options: argparse.Namespace, again: Again) -> None:
+    """Claim the output, plan, load, fit, rank and commit; print the table and where the model is.
 
-    `command` spells the command line that does the same for another grid of k.
+    With `options.resume` the fit goes on from the output's last checkpoint, and a run that has
+    committed is left as it is.
     """
     torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
     began = time.monotonic()
-    em_config = EMConfig(
-        options.tol, options.max_iter, options.reg_covar, options.precision, options.accelerate
-    )
-    start_config = StartConfig(options.n_init, options.init, random_state=options.random_state)
-    scaling = ScalingConfig(options.num_workers, options.use_gpu)
-    faults = FaultConfig(max_failures=options.max_failures, grace=options.grace)
-    given = _given(options)
-    candidates = _candidates(options, given)
-    plan = lake.plan(
-        options.data,
-        columns=options.columns,
-        weight_column=options.weight_column,
-        where=options.where,
-        missing=options.missing,
-        holdout=options.holdout,
-    )
-    require_rows(candidates, plan.n_rows)
-    loader = loader_for(plan)
-    starts = None if given is None else [_about_centre(given, plan, loader)]
-    progress = Progress(Console(stderr=True))
-    with artifacts.claim(options.output) as attempt:
-        with connected(options.address, scaling), progress.shown():
-            lanes = [(candidate.k, candidate.covariance_type) for candidate in candidates]
-            statistics = lane_bytes(lanes, plan.n_features)
-            shards = RayShards(loader, plan.n_shards, scaling, faults, reserve=statistics)
-            available = shards.worker_memory()
-            require_memory(lanes, plan.n_features, available)
-            need = _rows_need(plan, loader)
-            # Loading is over when the statistics come.
-            beside = statistics if shards.on_gpu else max(statistics, need.loading)
-            require_room(need, shards.n_workers, available, beside=beside)
-            counted = _load(shards, loader, progress)
-            if starts is None:
-                progress.starting(start_config.n_init)
-            result = sweep(
-                shards,
-                candidates,
-                em_config,
-                start_config,
-                n_features=plan.n_features,
-                criterion=options.criterion,
-                holdout=plan.holdout > 0,
-                given=starts,
-                watch=progress.standings,
-            )
-            shards.close()
-        warnings = result.warnings(plan.feature_names, lambda k: f"next run: {command(k)}")
+    with _said_how_to_resume(again), runs.claim(options.output, resume=options.resume) as run:
+        if run.committed:
+            print(f"{options.output}: the run has committed before, nothing is left to do")
+            return
+        job = _Job.of(options)
+        result, counted = job.fit(run)
+        warnings = result.warnings(job.plan.feature_names, lambda k: f"next run: {again.for_k(k)}")
         print_table(result, warnings)
         if result.best is None:
             raise UserError(
-                f"none of the {len(candidates)} candidates could be ranked, see the table: "
+                f"none of the {len(job.candidates)} candidates could be ranked, see the table: "
                 "use smaller --k, more rows, or leave out constant and duplicated columns"
             )
-        mixture = _mixture(result.best, plan, loader)
-        settings = {"em": asdict(em_config), "start": asdict(start_config)}
-        attempt.write_model(mixture, _provenance(result.best, plan, settings))
-        report = _report(result, plan, counted, settings)
-        seconds = time.monotonic() - began
-        attempt.write_json(artifacts.REPORT, report | {"warnings": warnings, "seconds": seconds})
-        attempt.commit()
-    best = result.best
-    print(f"best by {_value(best, result.criterion)}; model in {options.output.rstrip('/')}/model")
+        more = {"warnings": warnings, "seconds": time.monotonic() - began}
+        results.write(run.attempt, result, job.loader, counted, job.settings, more)
+        logger.info("committing")
+        run.attempt.commit()
+    best = spell_best(result.best, result.criterion)
+    print(f"best by {best}; model in {options.output.rstrip('/')}/model")
 
 
-def _value(best: Scored, criterion: str) -> str:
-    name = f"k={best.candidate.k} {best.candidate.covariance_type}"
-    if criterion == "holdout":
-        return f"held-out log-likelihood: {name}, {best.holdout:.6f} nats per row"
-    return f"{criterion.upper()}: {name}, {best.value(criterion):,.1f}"
+@contextmanager
+def _said_how_to_resume(again: Again) -> Iterator[None]:
+    """Add to what the world did to a run the command that goes on with it."""
+    try:
+        yield
+    except LeaseLost:
+        raise
+    except RunFailed as error:
+        raise RunFailed(f"{error}; go on with: {again.to_resume()}") from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """What is fitted, to which rows, and how."""
+
+    options: argparse.Namespace
+    em: EMConfig
+    start: StartConfig
+    candidates: list[Candidate]
+    loader: LakeLoader
+    given: list[Parameters] | None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Self:
+        em = EMConfig(
+            options.tol, options.max_iter, options.reg_covar, options.precision, options.accelerate
+        )
+        start = StartConfig(options.n_init, options.init, random_state=options.random_state)
+        model = _given(options)
+        candidates = _candidates(options, model)
+        plan = lake.plan(
+            options.data,
+            columns=options.columns,
+            weight_column=options.weight_column,
+            where=options.where,
+            missing=options.missing,
+            holdout=options.holdout,
+        )
+        require_rows(candidates, plan.n_rows)
+        loader = loader_for(plan)
+        given = None if model is None else [_about_centre(model, plan, loader)]
+        return cls(options, em, start, candidates, loader, given)
+
+    @property
+    def plan(self) -> Plan:
+        return self.loader.plan
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"em": asdict(self.em), "start": asdict(self.start)}
+
+    @property
+    def identity(self) -> RunIdentity:
+        """All that decides the model's bits."""
+        options = self.options
+        asked = ("columns", "weight_column", "where", "missing", "holdout", "criterion")
+        settings = {
+            **self.settings,
+            **{name: getattr(options, name) for name in asked},
+            "candidates": [asdict(candidate) for candidate in self.candidates],
+            "start_model": None if self.given is None else _digest(self.given),
+        }
+        files = tuple((file.path, file.size, file.version) for file in self.plan.files)
+        return RunIdentity(self.plan.hash, files, settings, environment())
+
+    def fit(self, run: Run) -> tuple[SweepResult, Counted]:
+        """Load the rows and fit, from the last checkpoint where there is one."""
+        options = self.options
+        checkpoints = run.checkpoints(self.identity, seconds=options.checkpoint_seconds)
+        latest = checkpoints.latest() if options.resume else None
+        progress = Progress(Console(stderr=True))
+
+        def keep(number: int, snapshot: Callable[[], Snapshot]) -> None:
+            run.check()
+            if checkpoints.is_due:
+                taken = snapshot()
+                checkpoints.put(Checkpoint(number, taken.tensors, taken.state))
+
+        scaling = ScalingConfig(options.num_workers, options.use_gpu)
+        with connected(options.address, scaling), progress.shown():
+            shards = self._shards(scaling)
+            counted = _load(shards, self.loader, progress)
+            resume = None
+            if latest is not None:
+                resume = Snapshot(dict(latest.tensors), dict(latest.state))
+                logger.info("resuming after pass %d", latest.number)
+            elif self.given is None:
+                progress.starting(self.start.n_init)
+            result = sweep(
+                shards,
+                self.candidates,
+                self.em,
+                self.start,
+                n_features=self.plan.n_features,
+                criterion=options.criterion,
+                holdout=self.plan.holdout > 0,
+                given=self.given,
+                watch=progress.standings,
+                resume=resume,
+                keep=keep,
+            )
+            shards.close()
+        return result, counted
+
+    def _shards(self, scaling: ScalingConfig) -> RayShards:
+        """Start workers, and hold what they will need against their memory."""
+        options, plan = self.options, self.plan
+        faults = FaultConfig(max_failures=options.max_failures, grace=options.grace)
+        lanes = [(candidate.k, candidate.covariance_type) for candidate in self.candidates]
+        statistics = lane_bytes(lanes, plan.n_features)
+        shards = RayShards(self.loader, plan.n_shards, scaling, faults, reserve=statistics)
+        available = shards.worker_memory()
+        require_memory(lanes, plan.n_features, available)
+        need = _rows_need(plan, self.loader)
+        # Loading is over when the statistics come.
+        beside = statistics if shards.on_gpu else max(statistics, need.loading)
+        require_room(need, shards.n_workers, available, beside=beside)
+        return shards
+
+
+def _digest(given: Sequence[Parameters]) -> str:
+    digest = hashlib.sha256()
+    for parameters in given:
+        for part in (parameters.weights, parameters.means, parameters.covariances):
+            digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _given(options: argparse.Namespace) -> Mixture | None:
@@ -168,82 +257,3 @@ def _load(shards: RayShards, loader: LakeLoader, progress: Progress) -> Counted:
         shards.replace(LakeLoader(plan, loader.centre, loader.dtype, fill))
         shards.load(watch)
     return shards.run(count_rows)
-
-
-def _mixture(best: Scored, plan: Plan, loader: LakeLoader) -> Mixture:
-    parameters = best.fit.parameters.shifted(torch.from_numpy(loader.centre))
-    return Mixture(parameters, plan.feature_names, best.fit.n_samples, best.fit.log_likelihood)
-
-
-def _provenance(best: Scored, plan: Plan, settings: dict[str, Any]) -> artifacts.Provenance:
-    criteria = {"bic": best.bic, "aic": best.aic, "icl": best.icl}
-    if best.holdout is not None:
-        criteria["holdout"] = best.holdout
-    return artifacts.Provenance(
-        criteria=criteria,
-        status=best.fit.status.value,
-        converged=best.fit.converged,
-        n_iter=best.fit.n_iter,
-        config=settings,
-        plan_hash=plan.hash,
-        versions=_versions(),
-    )
-
-
-def _report(
-    result: SweepResult, plan: Plan, counted: Counted, settings: dict[str, Any]
-) -> dict[str, Any]:
-    best, ranked = result.best, result.ranked
-    assert best is not None
-    return {
-        "criterion": result.criterion,
-        "best": asdict(best.candidate),
-        "candidates": [_entry(s, ranked.index(s) + 1) for s in result.scored],
-        "n_passes": result.n_passes,
-        "n_samples": result.n_samples,
-        "n_rows": counted.n_rows,
-        "n_held_out": counted.counts.held_out,
-        "rows": asdict(counted.counts),
-        "feature_names": plan.feature_names,
-        "data": plan.url,
-        "plan_hash": plan.hash,
-        "config": settings,
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str | None]:
-    # Ours is asked of the package itself: a Ray job's working directory is not installed.
-    return {"gmm_dist": __version__, **artifacts.library_versions(_PACKAGES)}
-
-
-def _entry(scored: Scored, rank: int) -> dict[str, Any]:
-    fit = scored.fit
-    return {
-        **asdict(scored.candidate),
-        "rank": rank if fit.is_ranked else None,
-        "status": fit.status.value,
-        "converged": fit.converged,
-        "n_iter": fit.n_iter,
-        "n_starts": scored.outcome.n_starts,
-        "n_dropped": scored.outcome.n_dropped,
-        "passes_saved": scored.outcome.passes_saved,
-        "log_likelihood": fit.log_likelihood,
-        "lower_bounds": fit.lower_bounds,
-        "n_parameters": scored.n_parameters,
-        "bic": scored.bic,
-        "aic": scored.aic,
-        "icl": scored.icl,
-        "holdout": scored.holdout,
-        "seconds": scored.outcome.seconds,
-    }
-
-
-def print_table(result: SweepResult, warnings: Sequence[str]) -> None:
-    """Print the ranked table, and what a reader of it should know."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(ranking(result, console.width))
-    for line in [*notes(result), *(f"warning: {warning}" for warning in warnings)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)

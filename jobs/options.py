@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 from gmm_dist.config import INITS, PRECISIONS, EMConfig, StartConfig
@@ -55,6 +56,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     _add_rows(parser.add_argument_group("rows"))
     _add_fit(parser.add_argument_group("fit"))
     _add_cluster(parser.add_argument_group("cluster"))
+    _add_run(parser.add_argument_group("run"))
 
 
 def _add_rows(group: argparse._ArgumentGroup) -> None:
@@ -161,22 +163,51 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def again(script: str, argv: Sequence[str], k: str) -> str:
-    """Return the command line, as for a shell, that does the same for `k`, to another output.
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in OUT; start afresh where there is none",
+    )
+    group.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="between two checkpoints at least (default: one after each pass)",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The command line of a job, to be spelt as for a shell with something changed.
 
     Without credentials, where a URL had any: it goes into logs.
     """
-    words = list(argv)
-    for i, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        # A name may be cut short, as argparse allows; no other option begins like these two.
-        if len(name) < 3 or not (name == "--k" or "--output".startswith(name)):
-            continue
-        at, old = (i, value) if equals else (i + 1, argv[i + 1])
-        new = k if name == "--k" else _renamed(old, k)
-        words[at] = f"{name}={new}" if equals else new
-    shown = [redacted(word) if _URL.match(word) else word for word in words]
-    return shlex.join(["python", os.path.relpath(script), *shown])
+
+    script: str
+    argv: Sequence[str]
+
+    def for_k(self, k: str) -> str:
+        """Return the command that does the same for `k`, to another output."""
+        words = [word for word in self.argv if word != "--resume"]
+        for i, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            # A name may be cut short, as argparse allows; no other option begins like these two.
+            if len(name) < 3 or not (name == "--k" or "--output".startswith(name)):
+                continue
+            at, old = (i, value) if equals else (i + 1, words[i + 1])
+            new = k if name == "--k" else _renamed(old, k)
+            words[at] = f"{name}={new}" if equals else new
+        return self._spelt(words)
+
+    def to_resume(self) -> str:
+        """Return the command that goes on with the same run."""
+        return self._spelt([*(word for word in self.argv if word != "--resume"), "--resume"])
+
+    def _spelt(self, words: Sequence[str]) -> str:
+        shown = [redacted(word) if _URL.match(word) else word for word in words]
+        return shlex.join(["python", os.path.relpath(self.script), *shown])
 
 
 def _renamed(output: str, k: str) -> str:

@@ -67,7 +67,7 @@ class Progress:
             return
         running = [s for s in standings if s.is_running]
         shown = ", ".join(
-            f"k={s.candidate.k} {s.candidate.covariance_type} {_bound(s)}"
+            f"k={s.candidate.k} {s.candidate.covariance_type} {_bound(s)} ({s.precision})"
             for s in (running or standings)[:4]
         )
         logger.info(

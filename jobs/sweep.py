@@ -6,12 +6,11 @@ python jobs/sweep.py s3://lake/points --k 2..20 --output s3://models/points
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Sequence
 
 from fitting import fit_lake
-from options import Parser, add_common, again, parse_k, run
+from options import Again, Parser, add_common, parse_k, run
 
 from gmm_dist.selection import CRITERIA
 
@@ -29,7 +28,7 @@ def sweep(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     if options.criterion == "holdout" and options.holdout == 0:
         parser.error("--criterion holdout needs rows to rank by: add --holdout 0.1")
-    fit_lake(options, functools.partial(again, __file__, argv))
+    fit_lake(options, Again(__file__, argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import sweep as sweep_job
 from conftest import S3Server, forget_connections
-from options import again, parse_k
+from options import Again, parse_k
 
 import gmm_dist
 from gmm_dist.lake import plan as plan_lake
@@ -191,9 +191,11 @@ def test_the_next_command_runs_as_it_is_printed(
     ],
 )
 def test_the_next_command_differs_in_k_and_output_alone(argv: str, expected: str) -> None:
-    command = again("jobs/sweep.py", argv.split(), "4..8")
+    command = Again("jobs/sweep.py", argv.split()).for_k("4..8")
     assert command == f"python jobs/sweep.py {expected}"
-    assert again("x.py", ["--k", "1", "--o", "O"], "2,4,9") == "python x.py --k 2,4,9 --o O-k2-9"
+    assert (
+        Again("x.py", ["--k", "1", "--o", "O"]).for_k("2,4,9") == "python x.py --k 2,4,9 --o O-k2-9"
+    )
 
 
 def test_a_fit_goes_on_from_a_model(tmp_path: Path, ray_address: str) -> None:

@@ -280,6 +280,7 @@ class CheckpointStore:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         if not self._identified:
+            logger.info("writing checkpoints to %s", self._place.url)
             self._place.write(self._identity._canonical, _IDENTITY, durable=True)
             self._identified = True
         content = {
@@ -292,7 +293,6 @@ class CheckpointStore:
         data = safetensors.torch.save(
             dict(checkpoint.tensors), metadata={"checkpoint": json.dumps(content)}
         )
-        logger.debug("checkpoint %d: %d bytes", checkpoint.number, len(data))
         name = f"{checkpoint.number:08d}-{hashlib.sha256(data).hexdigest()}.safetensors"
         self._place.write(data, name, durable=True)
         self._prune()

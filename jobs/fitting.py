@@ -153,7 +153,7 @@ class _Job:
             resume = None
             if latest is not None:
                 resume = Snapshot(dict(latest.tensors), dict(latest.state))
-                logger.info("resuming after pass %d", latest.number)
+                progress.resuming(latest.number)
             elif self.given is None:
                 progress.starting(self.start.n_init)
             result = sweep(

@@ -59,6 +59,15 @@ class Progress:
         else:
             logger.info("%s", line)
 
+    def resuming(self, number: int) -> None:
+        """Say after which pass the run goes on, and count from there."""
+        self._passes = number
+        line = f"resuming after pass {number}"
+        if self._live is not None:
+            self._live.update(Text(line))
+        else:
+            logger.info("%s", line)
+
     def standings(self, standings: Sequence[Standing]) -> None:
         """Show each candidate after a pass over the rows."""
         self._passes += 1

@@ -61,21 +61,34 @@ def killed_at(text: str, process: subprocess.Popen[bytes], after: float = 0.0) -
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("phase", ["shards on", "choosing the best of", "pass 2:", "pass 20:"])
-def test_a_killed_driver_is_resumed_to_the_same_bits(
-    phase: str, data: str, ray_address: str, undisturbed: str, tmp_path: Path
+def test_a_driver_killed_before_the_first_checkpoint_is_resumed_from_the_start(
+    data: str, ray_address: str, undisturbed: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    killed_at(phase, start(data, out, ray_address))
-    assert not (out / "manifest.json").exists()
+    killed_at("choosing the best of", start(data, out, ray_address))
     argv = [data, "--output", str(out), *ARGS, "--address", ray_address, "--resume"]
     assert sweep_job.main(argv) == 0
     assert model_hash(out) == undisturbed
-    assert sorted(p.name for p in out.iterdir() if p.name != "_attempts") == [
-        "manifest.json",
-        "model",
-        "sweep.json",
-    ]
+
+
+def test_a_killed_driver_is_resumed_where_it_was_to_the_same_bits(
+    data: str, ray_address: str, undisturbed: str, tmp_path: Path, capfd: Errors
+) -> None:
+    """Neither the search nor the passes before the checkpoint come again."""
+    out = tmp_path / "out"
+    killed_at("pass 20:", start(data, out, ray_address), after=0.2)
+    assert not (out / "manifest.json").exists()
+    argv = [data, "--output", str(out), *ARGS, "--address", ray_address, "--resume"]
+    capfd.readouterr()
+    assert sweep_job.main(argv) == 0
+    said = capfd.readouterr().err
+    assert "choosing the best of" not in said
+    assert "resuming after pass" in said
+    assert "pass 1:" not in said
+    assert model_hash(out) == undisturbed
+    assert json.loads((out / "sweep.json").read_text())["n_passes"] > 20
+    left = {path.name for path in out.iterdir()} - {"_attempts"}
+    assert left == {"manifest.json", "model", "sweep.json"}
     before = (out / "manifest.json").read_bytes()
     assert sweep_job.main(argv) == 0  # nothing is left to do
     assert (out / "manifest.json").read_bytes() == before
@@ -99,20 +112,3 @@ def test_what_cannot_be_resumed_is_one_line(
     line = refused(capfd, *argv, "--resume")
     assert "the lake's files have changed: a.parquet had" in line
     assert not (out / "manifest.json").exists()
-
-
-def test_a_resumed_run_goes_on_where_it_was(
-    data: str, ray_address: str, undisturbed: str, tmp_path: Path, capfd: Errors
-) -> None:
-    """Not from the start: neither the search nor the passes before the checkpoint come again."""
-    out = tmp_path / "out"
-    killed_at("pass 30:", start(data, out, ray_address), after=0.2)
-    argv = [data, "--output", str(out), *ARGS, "--address", ray_address, "--resume"]
-    capfd.readouterr()
-    assert sweep_job.main(argv) == 0
-    said = capfd.readouterr().err
-    assert "choosing the best of" not in said
-    assert "resuming after pass" in said
-    assert "pass 1:" not in said
-    assert model_hash(out) == undisturbed
-    assert json.loads((out / "sweep.json").read_text())["n_passes"] > 30

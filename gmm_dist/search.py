@@ -88,6 +88,8 @@ class _Rows:
 
     def run(self, lanes: Lanes, config: EMConfig) -> list[tuple[Pair, em.FitResult]]:
         """Run EM for all lanes, as many at once as memory allows."""
+        if not lanes:
+            return []
         size = lane_bytes([(p.n_components, p.covariance_type) for _, p in lanes], self.n_features)
         at_once = max(1, len(lanes) * _STATISTICS_BYTES // size)
         results: list[tuple[Pair, em.FitResult]] = []
@@ -194,10 +196,10 @@ def _rows_wanted(pairs: Sequence[Pair], n_features: int, n_rows: int) -> int:
 
 def _merit(fit: em.FitResult) -> tuple[bool, bool, float]:
     """Order fits: a likelihood bought with a component of hardly more rows than d comes last."""
-    crowded = fit.parameters.covariance_type != "full" or bool(
+    sound = fit.parameters.covariance_type != "full" or bool(
         fit.nk.min() >= _SOUND * (fit.parameters.n_features + 1)
     )
-    return fit.is_ranked, crowded, fit.log_likelihood
+    return fit.is_ranked, sound, fit.log_likelihood
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -61,7 +61,7 @@ def test_a_sweep_goes_on_from_any_pass_to_the_same_bits(accelerate, precision):
         assert any(state["leaping"] for state in states)
     if precision == "auto":
         assert {state["precision"] for state in states} >= {"FLOAT32", "FLOAT64"}
-    for number in sorted({1, 2, 3, 4, 5, whole.n_passes // 2, whole.n_passes}):
+    for number in sorted({1, 3, whole.n_passes // 2, whole.n_passes}):
         again = swept(X, candidates, config, resume=through_files(kept[number]))
         assert_same_bits(again, whole)
 

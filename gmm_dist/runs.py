@@ -54,6 +54,11 @@ class Run:
         )
         return self._checkpoints
 
+    def forget(self) -> None:
+        """Remove the checkpoints: the run came to an end that there is no way on from."""
+        if self._checkpoints is not None:
+            self._checkpoints.clear()
+
     def end(self) -> None:
         """Give the lease back; see `claim` for what stays."""
         if self._attempt is None or self._lease is None:

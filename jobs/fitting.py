@@ -56,6 +56,7 @@ def fit_lake(options: argparse.Namespace, again: Again) -> None:
         warnings = result.warnings(job.plan.feature_names, lambda k: f"next run: {again.for_k(k)}")
         print_table(result, warnings)
         if result.best is None:
+            run.forget()
             raise UserError(
                 f"none of the {len(job.candidates)} candidates could be ranked, see the table: "
                 "use smaller --k, more rows, or leave out constant and duplicated columns"

@@ -24,7 +24,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Matrix, s
         yield cells, wanted
 
 
-@pytest.mark.chaos
+@pytest.mark.faults
 @pytest.mark.parametrize("name", chaos.QUICK)
 def test_a_fault_changes_no_bit(matrix: tuple[Matrix, str], name: str) -> None:
     cells, wanted = matrix

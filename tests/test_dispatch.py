@@ -27,6 +27,8 @@ N_SHARDS, D = 9, 3
 CALM = FaultConfig(backoff=0.05, grace=30.0, together=0.0)
 STRAGGLING = FaultConfig(backoff=0.05, grace=30.0, straggling=1.0)
 
+pytestmark = pytest.mark.faults
+
 
 @dataclass(frozen=True)
 class Value:

@@ -21,6 +21,8 @@ from test_jobs import Errors, refused
 ROOT = Path(__file__).parent.parent
 ARGS = ["--k", "3,6", "--tol", "0", "--max-iter", "60", "--precision", "float64"]
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -72,16 +74,15 @@ def test_a_driver_killed_before_the_first_checkpoint_is_resumed_from_the_start(
 
 
 def test_a_killed_driver_is_resumed_where_it_was_to_the_same_bits(
-    data: str, ray_address: str, undisturbed: str, tmp_path: Path, capfd: Errors
+    data: str, ray_address: str, undisturbed: str, tmp_path: Path
 ) -> None:
     """Neither the search nor the passes before the checkpoint come again."""
     out = tmp_path / "out"
     killed_at("pass 20:", start(data, out, ray_address), after=0.2)
     assert not (out / "manifest.json").exists()
-    argv = [data, "--output", str(out), *ARGS, "--address", ray_address, "--resume"]
-    capfd.readouterr()
-    assert sweep_job.main(argv) == 0
-    said = capfd.readouterr().err
+    resumed = start(data, out, ray_address, "--resume")
+    said = resumed.communicate()[1].decode()
+    assert resumed.returncode == 0, said
     assert "choosing the best of" not in said
     assert "resuming after pass" in said
     assert "pass 1:" not in said
@@ -90,6 +91,7 @@ def test_a_killed_driver_is_resumed_where_it_was_to_the_same_bits(
     left = {path.name for path in out.iterdir()} - {"_attempts"}
     assert left == {"manifest.json", "model", "sweep.json"}
     before = (out / "manifest.json").read_bytes()
+    argv = [data, "--output", str(out), *ARGS, "--address", ray_address, "--resume"]
     assert sweep_job.main(argv) == 0  # nothing is left to do
     assert (out / "manifest.json").read_bytes() == before
 

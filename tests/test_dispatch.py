@@ -27,8 +27,6 @@ N_SHARDS, D = 9, 3
 CALM = FaultConfig(backoff=0.05, grace=30.0, together=0.0)
 STRAGGLING = FaultConfig(backoff=0.05, grace=30.0, straggling=1.0)
 
-pytestmark = pytest.mark.faults
-
 
 @dataclass(frozen=True)
 class Value:
@@ -195,7 +193,7 @@ def log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "gmm_dist")
 
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.faults]
 
 
 def test_of_a_worker_that_dies_in_a_pass_only_its_shards_are_loaded_again(

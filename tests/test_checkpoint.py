@@ -288,8 +288,7 @@ def test_failing_storage_does_not_end_the_run(
     store.put(checkpoint(1))
     assert store.flush()
     Gated.failing = False
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
+    (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert record.getMessage().endswith(
         "checkpoint 1 was not written, the run goes on: no space left"
     )

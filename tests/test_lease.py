@@ -21,6 +21,8 @@ from gmm_dist.places import Place
 
 SHORT = 0.6  # seconds
 
+pytestmark = pytest.mark.faults  # leases of a second: not beside other work
+
 
 @pytest.fixture(params=["local", "s3", "memory"])
 def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:

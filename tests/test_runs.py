@@ -33,6 +33,8 @@ SECONDS = 1.5
 IDENTITY = RunIdentity("c0ffee", (("a.parquet", 1, "v"),), {"tol": 1e-3})
 FILES = {"manifest.json", "model/model.safetensors", "model/model.json", "sweep.json"}
 
+pytestmark = pytest.mark.faults  # leases of a second: not beside other work
+
 
 @pytest.fixture(params=["local", "s3"])
 def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:

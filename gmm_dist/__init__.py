@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gmm_dist.artifacts import load as load
+    from gmm_dist.bayesian import BayesianGaussianMixture as BayesianGaussianMixture
     from gmm_dist.errors import UserError as UserError
+    from gmm_dist.estimator import GaussianMixture as GaussianMixture
+    from gmm_dist.grid import select as select
     from gmm_dist.mixture import Mixture as Mixture
+    from gmm_dist.opened import open_lake as open_lake
     from gmm_dist.parameters import Parameters as Parameters
 
 __version__ = "0.1.0"
@@ -16,13 +20,26 @@ __version__ = "0.1.0"
 # Where the public names live. They are imported when first asked for, so that the mathematics
 # runs where only torch is installed, and reading a lake does not wait for torch.
 _HOMES = {
+    "BayesianGaussianMixture": "bayesian",
+    "GaussianMixture": "estimator",
     "Mixture": "mixture",
     "Parameters": "parameters",
     "UserError": "errors",
     "load": "artifacts",
+    "open_lake": "opened",
+    "select": "grid",
 }
 
-__all__ = ["Mixture", "Parameters", "UserError", "load"]
+__all__ = [
+    "BayesianGaussianMixture",
+    "GaussianMixture",
+    "Mixture",
+    "Parameters",
+    "UserError",
+    "load",
+    "open_lake",
+    "select",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -29,7 +29,7 @@ from gmm_dist.statistics import PassStatistics, SufficientStatistics, TotalMomen
 _NEXT = {Precision.FLOAT32: Precision.FLOAT64, Precision.FLOAT64: Precision.CENTRED}
 # The largest amplification of rounding (families.Natural.condition) that each form may meet:
 # 2^-24 · 1.7e3 = 1e-4 of a covariance, 2^-53 · 1e7 = 1e-9.
-_MAX_CONDITION = {Precision.FLOAT32: 1.7e3, Precision.FLOAT64: 1e7, Precision.CENTRED: math.inf}
+MAX_CONDITION = {Precision.FLOAT32: 1.7e3, Precision.FLOAT64: 1e7, Precision.CENTRED: math.inf}
 # float32's error of the mean log-likelihood may be a tenth of tol, or of this where tol is less.
 _SMALLEST_TOL = 1e-5
 # Iterations before a lane is compared with its rivals, and the gains that it may still hope for.
@@ -140,8 +140,10 @@ def advance(
     per_lane = sums.moments.split([lane.parameters.n_components for lane in group], dim=1)
     going_on = []
     for i, lane in enumerate(group):
-        moments = _moments(lane, per_lane[i], total)
-        log_likelihood = float(sums.log_likelihood[i]) + _shared_quadratic(lane, total)
+        moments = moments_of(lane.parameters, lane.precision, per_lane[i], total)
+        log_likelihood = float(sums.log_likelihood[i]) + shared_quadratic(
+            lane.parameters, lane.precision, total
+        )
         error = float(sums.float32_error[i]) / max(whole.n_checked, 1)
         unsure = _needs_float64(lane, log_likelihood, error, config)
         if lane.is_leaping and (unsure or _falls(lane, log_likelihood / whole.n_samples)):
@@ -157,20 +159,26 @@ def advance(
         _m_step([lane for lane, _ in going_on], [m for _, m in going_on], total, config)
 
 
-def _moments(lane: Lane, sums: Tensor, total: TotalMoments) -> Moments:
-    kind = lane.parameters.covariance_type
-    if lane.precision is not Precision.CENTRED:
+def moments_of(
+    parameters: Parameters,
+    precision: Precision,
+    sums: Float64[Tensor, "P k"],
+    total: TotalMoments,
+) -> Moments:
+    """Name the sums that a pass in `precision` brings back for one lane's parameters."""
+    kind = parameters.covariance_type
+    if precision is not Precision.CENTRED:
         return FAMILIES[kind].moments(sums, total.sum_xx)
     layout = FAMILIES["full" if kind == "tied" else kind]
     about = layout.moments(sums, total.sum_xx)
-    return Moments(about.nk, about.sum_x, about.sum_xx, lane.parameters.means)
+    return Moments(about.nk, about.sum_x, about.sum_xx, parameters.means)
 
 
-def _shared_quadratic(lane: Lane, total: TotalMoments) -> float:
-    """Return what the products of a tied lane left out of Σ log p: -½ tr(Σ⁻¹ S)."""
-    if lane.parameters.covariance_type != "tied" or lane.precision is Precision.CENTRED:
+def shared_quadratic(parameters: Parameters, precision: Precision, total: TotalMoments) -> float:
+    """Return what the products of a tied lane leave out of Σ log p: -½ tr(Σ⁻¹ S)."""
+    if parameters.covariance_type != "tied" or precision is Precision.CENTRED:
         return 0.0
-    factors, _ = FAMILIES["tied"].precisions_cholesky(lane.parameters.covariances[None])
+    factors, _ = FAMILIES["tied"].precisions_cholesky(parameters.covariances[None])
     return -0.5 * float(((factors[0].T @ total.sum_xx) * factors[0].T).sum())
 
 
@@ -243,7 +251,7 @@ def _m_step(
     )
     for lane, own, parameters, theta, failed, condition in zip(lanes, moments, *parts, strict=True):
         singular = bool(failed.any())
-        limit = _MAX_CONDITION[lane.precision]
+        limit = MAX_CONDITION[lane.precision]
         if (singular or bool((condition > limit).any())) and _escalate(lane, total, config):
             continue
         if singular:
@@ -264,7 +272,7 @@ def _follow(lane: Lane, stepped: Parameters, theta: Tensor) -> None:
     at = natural(Stack.of([proposed]))
     variances = _least_variances(proposed)
     # A leap must neither dive below the regularisation floor nor ask for better arithmetic.
-    safe = bool((at.condition <= _MAX_CONDITION[lane.precision]).all() and not at.failed.any())
+    safe = bool((at.condition <= MAX_CONDITION[lane.precision]).all() and not at.failed.any())
     if safe and bool((variances > 2 * lane.reg).all()):
         lane.parameters, lane.theta = proposed, at.theta
     else:

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from gmm_dist.parameters import Stack
+from gmm_dist.parameters import Stack, lane_numbers
 
 LOG_2PI = math.log(2 * math.pi)
 NEVER = -1e30
@@ -357,7 +357,8 @@ def n_parameters(covariance_type: str, n_components: int, n_features: int) -> in
 
 def log_weights(stack: Stack) -> Float64[Tensor, " K"]:
     """Return the logarithms of the mixing weights, with `NEVER` in place of -inf."""
-    return stack.weights.log().clamp_min(NEVER)
+    given = stack.weights.log() if stack.log_weights is None else stack.log_weights
+    return given.clamp_min(NEVER)
 
 
 def natural(stack: Stack) -> Natural:
@@ -387,7 +388,7 @@ def maximise(
     mean over the features); tied takes that of each lane's first component.
     """
     family = FAMILIES[covariance_type]
-    lane = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    lane = lane_numbers(sizes)
     covariances = family.covariances(moments, lane)
     if covariance_type == "tied":
         first = torch.tensor((0, *sizes[:-1])).cumsum(0)

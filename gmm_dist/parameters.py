@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,13 +22,16 @@ class Parameters:
     - `weights` (k,): mixing weights, sum to one;
     - `means` (k, d), in feature units;
     - `covariances`, in squared feature units: full (k, d, d), tied (d, d), diag (k, d),
-      spherical (k,), as in scikit-learn.
+      spherical (k,), as in scikit-learn;
+    - `log_weights` (k,): what densities take for ln `weights`, where they are not that: the
+      expected log-weights of a posterior over mixtures (see `variational`).
     """
 
     weights: Float64[Tensor, " k"]
     means: Float64[Tensor, "k d"]
     covariances: Float64[Tensor, ...]
     covariance_type: str
+    log_weights: Float64[Tensor, " k"] | None = None
 
     @property
     def n_components(self) -> int:
@@ -42,12 +46,19 @@ class Parameters:
         return replace(self, means=self.means + offset)
 
 
+@functools.lru_cache(maxsize=64)
+def lane_numbers(sizes: tuple[int, ...]) -> Int64[Tensor, " K"]:
+    """Return the number of each component's lane, of lanes of so many components."""
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+
 @dataclass(frozen=True, eq=False)
 class Stack:
     """Hold the parameters of L mixtures of one covariance type, component after component.
 
     K is the number of components of all lanes together: `weights` (K,), `means` (K, d),
-    `covariances` as in `Parameters` with K in place of k, and (L, d, d) for tied.
+    `covariances` as in `Parameters` with K in place of k, and (L, d, d) for tied; `log_weights`
+    (K,) where the lanes have such.
     """
 
     weights: Float64[Tensor, " K"]
@@ -55,23 +66,37 @@ class Stack:
     covariances: Float64[Tensor, ...]
     covariance_type: str
     sizes: tuple[int, ...]
+    log_weights: Float64[Tensor, " K"] | None = None
 
     @classmethod
     def of(cls, lanes: Sequence[Parameters]) -> Stack:
         """Stack mixtures of one covariance type."""
+        if len(lanes) == 1:
+            return cls._of_one(lanes[0])
         covariance_type = lanes[0].covariance_type
         join = torch.stack if covariance_type == "tied" else torch.cat
+        given = [lane.log_weights for lane in lanes if lane.log_weights is not None]
+        assert len(given) in (0, len(lanes)), "lanes with and without log_weights"
         return cls(
             torch.cat([lane.weights for lane in lanes]),
             torch.cat([lane.means for lane in lanes]),
             join([lane.covariances for lane in lanes]),
             covariance_type,
             tuple(lane.n_components for lane in lanes),
+            torch.cat(given) if given else None,
         )
+
+    @classmethod
+    def _of_one(cls, lane: Parameters) -> Stack:
+        """Return the stack of a single mixture without copying it: most calls at small shapes."""
+        kind, covariances = lane.covariance_type, lane.covariances
+        covariances = covariances[None] if kind == "tied" else covariances
+        sizes = (lane.n_components,)
+        return cls(lane.weights, lane.means, covariances, kind, sizes, lane.log_weights)
 
     @property
     def lane_of_component(self) -> Int64[Tensor, " K"]:
-        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+        return lane_numbers(self.sizes)
 
     def per_component(self, values: Tensor) -> Tensor:
         """Return one value per component, of values that come one per covariance."""
@@ -81,6 +106,13 @@ class Stack:
         """Return the mixtures, one by one (views)."""
         sizes = list(self.sizes)
         tied = self.covariance_type == "tied"
+        if len(sizes) == 1:
+            only = self.covariances[0] if tied else self.covariances
+            kind, given = self.covariance_type, self.log_weights
+            return [Parameters(self.weights, self.means, only, kind, given)]
         covariances = self.covariances.unbind() if tied else self.covariances.split(sizes)
-        parts = zip(self.weights.split(sizes), self.means.split(sizes), covariances, strict=True)
-        return [Parameters(w, m, c, self.covariance_type) for w, m, c in parts]
+        logs = [None] * len(sizes) if self.log_weights is None else self.log_weights.split(sizes)
+        parts = zip(
+            self.weights.split(sizes), self.means.split(sizes), covariances, logs, strict=True
+        )
+        return [Parameters(w, m, c, self.covariance_type, log) for w, m, c, log in parts]

@@ -70,6 +70,9 @@ class MatrixPass:
     def begin(self, group: LaneGroup) -> None:
         """Take the parameters of the next passes."""
         assert group.theta is not None
+        if len(group.sizes) == 1:  # nothing to lay out, nor below
+            self._theta.copy_(group.theta)
+            return
         theta = group.theta.new_zeros(self._theta.shape)
         theta[:, self._constant] = NEVER
         theta[self._places] = group.theta
@@ -141,6 +144,8 @@ class MatrixPass:
         self._entropy += entropy.sum(1)
 
     def _in_order(self, values: Tensor) -> Tensor:
+        if len(self._lanes) == 1:
+            return values.clone()
         ordered = torch.empty_like(values)
         ordered[self._lanes] = values
         return ordered

@@ -176,14 +176,15 @@ class LocalShards:
     """Shards in this process: for tests, for samples, and for data that fit here.
 
     `n_threads` shards are worked on at a time, each by one thread: torch releases the GIL, and
-    single-threaded operations on their own rows beat multi-threaded ones on the same rows.
+    single-threaded operations on their own rows beat multi-threaded ones on the same rows. With
+    `n_threads` 0 the caller's own thread does the work, with torch's setting as it is.
     """
 
     def __init__(self, shards: Sequence[ShardRows], *, n_threads: int = 1) -> None:
         assert [rows.shard for rows in shards] == list(range(len(shards)))
         self._shards = shards
         self._n_rows = sum(rows.n_rows for rows in shards)
-        self._pool = ThreadPoolExecutor(n_threads, initializer=_one_thread)
+        self._pool = ThreadPoolExecutor(n_threads, initializer=_one_thread) if n_threads else None
 
     @classmethod
     def of(
@@ -209,7 +210,9 @@ class LocalShards:
 
     def run(self, task: Task[S]) -> S:
         tree: TreeSum[S] = TreeSum(self.n_shards)
-        summaries = self._pool.map(task, self._shards)
+        summaries = (
+            map(task, self._shards) if self._pool is None else self._pool.map(task, self._shards)
+        )
         for rows, summary in zip(self._shards, summaries, strict=True):
             tree.push(Partial(0, rows.shard, rows.n_rows, summary))
         return tree.total(self._n_rows)

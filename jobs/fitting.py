@@ -20,15 +20,15 @@ from results import print_table, spell_best
 from rich.console import Console
 
 from gmm_dist import artifacts, lake, runs
+from gmm_dist.assembly import load_rows, start_workers
 from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
-from gmm_dist.cluster import RayShards, ScalingConfig, connected
+from gmm_dist.cluster import ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.failures import FaultConfig
 from gmm_dist.lake import Plan
 from gmm_dist.lease import LeaseLost
-from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
-from gmm_dist.loading import Counted, LakeLoader, column_means, count_rows, loader_for
+from gmm_dist.loading import Counted, LakeLoader, loader_for
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import Parameters
 from gmm_dist.runs import Run
@@ -149,8 +149,13 @@ class _Job:
 
         scaling = ScalingConfig(options.num_workers, options.use_gpu)
         with connected(options.address, scaling), progress.shown():
-            shards = self._shards(scaling)
-            counted = _load(shards, self.loader, progress)
+            faults = FaultConfig(max_failures=options.max_failures, grace=options.grace)
+            shards = start_workers(self.loader, self.candidates, scaling, faults)
+
+            def loaded(done: int, n_rows: int) -> None:
+                progress.loading(done, self.plan.n_shards, n_rows)
+
+            counted = load_rows(shards, self.loader, loaded)
             resume = None
             if latest is not None:
                 resume = Snapshot(dict(latest.tensors), dict(latest.state))
@@ -172,21 +177,6 @@ class _Job:
             )
             shards.close()
         return result, counted
-
-    def _shards(self, scaling: ScalingConfig) -> RayShards:
-        """Start workers, and hold what they will need against their memory."""
-        options, plan = self.options, self.plan
-        faults = FaultConfig(max_failures=options.max_failures, grace=options.grace)
-        lanes = [(candidate.k, candidate.covariance_type) for candidate in self.candidates]
-        statistics = lane_bytes(lanes, plan.n_features)
-        shards = RayShards(self.loader, plan.n_shards, scaling, faults, reserve=statistics)
-        available = shards.worker_memory()
-        require_memory(lanes, plan.n_features, available)
-        need = _rows_need(plan, self.loader)
-        # Loading is over when the statistics come.
-        beside = statistics if shards.on_gpu else max(statistics, need.loading)
-        require_room(need, shards.n_workers, available, beside=beside)
-        return shards
 
 
 def _digest(given: Sequence[Parameters]) -> str:
@@ -221,40 +211,3 @@ def _about_centre(given: Mixture, plan: Plan, loader: LakeLoader) -> Parameters:
             f"{', '.join(plan.feature_names)}: name the model's with --columns, in its order"
         )
     return given.parameters.shifted(-torch.from_numpy(loader.centre))
-
-
-def _rows_need(plan: Plan, loader: LakeLoader) -> RowsNeed:
-    source = 8 if plan.float64_source else 4
-    n_values = plan.n_features + len(plan.read_columns) - len(plan.columns)
-    largest = max(plan.files[p.file].rows[p.row_group] for shard in plan.shards for p in shard)
-    return RowsNeed(
-        plan.n_rows,
-        plan.n_features,
-        plan.n_shards,
-        itemsize=loader.dtype.itemsize,
-        row_bytes=8 if plan.weight_column else 0,
-        decoded=largest * n_values * source,
-        is_bound=plan.row_filter is not None or plan.missing == "drop",
-    )
-
-
-def _load(shards: RayShards, loader: LakeLoader, progress: Progress) -> Counted:
-    """Have the workers load their rows; where values are missing, after a pass for the means."""
-    plan = loader.plan
-
-    def watch(done: int, n_rows: int) -> None:
-        progress.loading(done, plan.n_shards, n_rows)
-
-    n_rows = shards.load(watch)
-    if n_rows == 0:
-        filters = f" after --where {str(plan.where)!r}" if plan.where else ""
-        smaller = ", or give a smaller --holdout" if plan.holdout else ""
-        raise UserError(
-            f"{plan.url}: no rows are left of {plan.n_rows:,}{filters}: "
-            f"loosen --where or choose another --missing{smaller}"
-        )
-    if plan.missing == "mean":
-        fill = column_means(shards, loader)
-        shards.replace(LakeLoader(plan, loader.centre, loader.dtype, fill))
-        shards.load(watch)
-    return shards.run(count_rows)

@@ -151,3 +151,16 @@ def test_aims_are_judged_where_the_peer_is_not_degenerate() -> None:
     contest.peers = {10: fit(-3.0, 39.0, degenerate=True)}
     assert contest.aims(contest.median) == {"best": True, "time": False}
     assert "-3.0000 (degenerate)" in contest.row()
+
+
+def test_the_estimator_is_timed_beside_scikit_learns(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    quick = ["--shapes", "400:2:2", "--rounds", "1", "--iterations", "3", "--json", str(path)]
+    printed = parsed(run("estimator.py", *quick))
+    assert printed == parsed(path.read_text())
+    assert [result["start"] for result in printed] == ["k-means", "given start"]
+    for result in printed:
+        bounds, iterations = result["lower_bound"], result["iterations"]
+        assert iterations["ours"] == iterations["sklearn"]
+        assert bounds["ours"] == pytest.approx(bounds["sklearn"], rel=1e-9)
+        assert result["times_faster"] > 0

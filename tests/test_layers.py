@@ -33,6 +33,7 @@ MAY_IMPORT = {
     | {"acceleration", "config", "families", "kernel", "lanes", "parameters", "statistics"},
     "snapshot": {"torch", "acceleration", "cohort", "lanes", "parameters"},
     "em": TENSORS | {"cohort", "config", "parameters", "shards", "statistics"},
+    "variational": TENSORS | {"families", "parameters"},
     "limits": {"errors", "families", "parameters"},
     "sample": TENSORS | {"kernel", "shards", "statistics"},
     "seeding": TENSORS | {"families", "kernel", "parameters", "sample", "shards", "statistics"},
@@ -81,7 +82,26 @@ MAY_IMPORT = {
     "checkpoint": {"safetensors", "torch", "errors", "model_files", "places", "records"},
     "runs": {"checkpoint", "commit", "errors", "lease", "places", "storage"},
     "artifacts": {"commit", "errors", "mixture", "model_files", "places", "storage"},
-    "__init__": {"artifacts", "errors", "mixture", "parameters"},
+    # scikit-learn's face; a lake's rows are fitted where the cluster is.
+    "opened": set(),
+    "trials": TENSORS
+    | {"cohort", "families", "kernel", "lanes", "parameters", "shards", "statistics"},
+    "resident": TENSORS | {"kernel", "shards", "statistics"},
+    "inputs": {"numpy", "sklearn", "torch"},
+    "shares": TENSORS | {"inputs", "numpy", "sklearn"},
+    "assembly": TENSORS
+    | {"cluster", "config", "errors", "failures", "lake", "limits", "loading", "opened"}
+    | {"parameters", "selection", "sweep"},
+    "estimator": {"numpy", "sklearn", "torch"}
+    | {"assembly", "config", "em", "families", "inputs", "mixture", "opened", "parameters"}
+    | {"resident", "selection", "shares", "trials"},
+    "grid": {"matplotlib", "pandas", "torch"}
+    | {"assembly", "config", "errors", "estimator", "families", "inputs", "opened", "resident"}
+    | {"selection", "sweep"},
+    "bayesian": {"numpy", "sklearn", "torch"}
+    | {"estimator", "families", "inputs", "parameters", "resident", "variational"},
+    "__init__": {"artifacts", "bayesian", "errors", "estimator", "grid", "mixture", "opened"}
+    | {"parameters"},
 }
 
 

@@ -1,0 +1,138 @@
+"""Lake, cluster and sweep put together: what the jobs and the estimators share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from gmm_dist import lake
+from gmm_dist.cluster import RayShards, ScalingConfig, connected
+from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.errors import UserError
+from gmm_dist.failures import FaultConfig
+from gmm_dist.lake import Plan
+from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
+from gmm_dist.loading import Counted, LakeLoader, column_means, count_rows, loader_for
+from gmm_dist.opened import Lake
+from gmm_dist.parameters import Parameters
+from gmm_dist.selection import Candidate, SweepResult
+from gmm_dist.sweep import require_rows, sweep
+
+Loaded = Callable[[int, int], None]
+"""Told of the shards and the rows that have been loaded."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LakeSweep:
+    """A sweep over a lake: `result` is about `centre` (d,), the features have names."""
+
+    result: SweepResult
+    centre: Float64[Tensor, " d"]
+    feature_names: tuple[str, ...]
+
+
+def sweep_lake(
+    opened: Lake,
+    candidates: Sequence[Candidate],
+    config: EMConfig,
+    start: StartConfig,
+    *,
+    criterion: str = "bic",
+    given: Parameters | None = None,
+) -> LakeSweep:
+    """Plan, load on Ray, fit and rank. `given`, in feature units, is the one candidate's start.
+
+    Raises UserError as `lake.plan`, `cluster.connected` and `sweep.sweep` do.
+    """
+    plan = lake.plan(
+        opened.url,
+        columns=opened.columns,
+        weight_column=opened.weight_column,
+        where=opened.where,
+        missing=opened.missing,
+        holdout=opened.holdout,
+    )
+    require_rows(candidates, plan.n_rows)
+    loader = loader_for(plan)
+    centre = torch.from_numpy(loader.centre)
+    scaling = ScalingConfig(opened.num_workers, opened.use_gpu)
+    with connected(opened.address, scaling):
+        shards = start_workers(loader, candidates, scaling)
+        load_rows(shards, loader)
+        result = sweep(
+            shards,
+            candidates,
+            config,
+            start,
+            n_features=plan.n_features,
+            criterion=criterion,
+            holdout=plan.holdout > 0,
+            given=None if given is None else [given.shifted(-centre)],
+        )
+        shards.close()
+    return LakeSweep(result, centre, plan.feature_names)
+
+
+def start_workers(
+    loader: LakeLoader,
+    candidates: Sequence[Candidate],
+    scaling: ScalingConfig,
+    faults: FaultConfig | None = None,
+) -> RayShards:
+    """Start workers, and hold what they will need against their memory.
+
+    Raises UserError when it is too much.
+    """
+    plan = loader.plan
+    lanes = [(candidate.k, candidate.covariance_type) for candidate in candidates]
+    statistics = lane_bytes(lanes, plan.n_features)
+    shards = RayShards(loader, plan.n_shards, scaling, faults, reserve=statistics)
+    available = shards.worker_memory()
+    require_memory(lanes, plan.n_features, available)
+    need = _rows_need(plan, loader)
+    # Loading is over when the statistics come.
+    beside = statistics if shards.on_gpu else max(statistics, need.loading)
+    require_room(need, shards.n_workers, available, beside=beside)
+    return shards
+
+
+def load_rows(
+    shards: RayShards, loader: LakeLoader, watch: Loaded = lambda done, rows: None
+) -> Counted:
+    """Have the workers load their rows; where values are missing, after a pass for the means.
+
+    Raises UserError when no row is left.
+    """
+    plan = loader.plan
+    n_rows = shards.load(watch)
+    if n_rows == 0:
+        filters = f" after --where {str(plan.where)!r}" if plan.where else ""
+        smaller = ", or give a smaller --holdout" if plan.holdout else ""
+        raise UserError(
+            f"{plan.url}: no rows are left of {plan.n_rows:,}{filters}: "
+            f"loosen --where or choose another --missing{smaller}"
+        )
+    if plan.missing == "mean":
+        fill = column_means(shards, loader)
+        shards.replace(LakeLoader(plan, loader.centre, loader.dtype, fill))
+        shards.load(watch)
+    return shards.run(count_rows)
+
+
+def _rows_need(plan: Plan, loader: LakeLoader) -> RowsNeed:
+    source = 8 if plan.float64_source else 4
+    n_values = plan.n_features + len(plan.read_columns) - len(plan.columns)
+    largest = max(plan.files[p.file].rows[p.row_group] for shard in plan.shards for p in shard)
+    return RowsNeed(
+        plan.n_rows,
+        plan.n_features,
+        plan.n_shards,
+        itemsize=loader.dtype.itemsize,
+        row_bytes=8 if plan.weight_column else 0,
+        decoded=largest * n_values * source,
+        is_bound=plan.row_filter is not None or plan.missing == "drop",
+    )

@@ -1,0 +1,251 @@
+"""scikit-learn's face of the variational mixture: `BayesianGaussianMixture`."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import sklearn.mixture
+import torch
+from sklearn.utils._param_validation import Interval, StrOptions
+from torch import Tensor
+
+from gmm_dist.estimator import BaseMixture, exchanged, publish
+from gmm_dist.families import FAMILIES, Moments
+from gmm_dist.inputs import Rows, Space, array_of, checked_start, tensor_of
+from gmm_dist.parameters import Parameters
+from gmm_dist.resident import Resident
+from gmm_dist.variational import WEIGHT_PRIORS, Posterior, Prior, m_step
+
+_POSITIVE = Interval(Real, 0.0, None, closed="neither")
+
+
+class BayesianGaussianMixture(BaseMixture):
+    """Infer a posterior over mixtures of Gaussians; a drop-in for scikit-learn's, with weights.
+
+    The parameters are scikit-learn's, and two more: `device` where rows are worked on (None:
+    where they are) and `shards` into how many parts they are dealt (None: by their number).
+    Passes are float64. As in scikit-learn `tol` is the change of the whole lower bound (nats),
+    not of its mean over rows, so many rows want a larger one. Beliefs that are
+    not given are those of scikit-learn: a covariance prior is that of all rows, n - 1 for n.
+
+    Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
+    `precisions_cholesky_` as in `GaussianMixture`, `weight_concentration_` (k,), or two of them
+    where the prior is a Dirichlet process, `mean_precision_` (k,), `degrees_of_freedom_` (k,),
+    tied (); the beliefs that were used, `weight_concentration_prior_`, `mean_precision_prior_`,
+    `mean_prior_`, `degrees_of_freedom_prior_`, `covariance_prior_`; `converged_`, `n_iter_`,
+    `lower_bound_` (nats, without constants) and `lower_bounds_`, `n_features_in_` and
+    `feature_names_in_`.
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **{k: v for k, v in BaseMixture._parameter_constraints.items() if k != "precision"},
+        "weight_concentration_prior_type": [StrOptions(set(WEIGHT_PRIORS))],
+        "weight_concentration_prior": [None, _POSITIVE],
+        "mean_precision_prior": [None, _POSITIVE],
+        "mean_prior": [None, "array-like"],
+        "degrees_of_freedom_prior": [None, _POSITIVE],
+        "covariance_prior": [None, "array-like", _POSITIVE],
+    }
+    # The bound's entropy, to a tol over all rows, is beyond float32.
+    precision = "float64"
+
+    weight_concentration_: Any
+    mean_precision_: Any
+    degrees_of_freedom_: Any
+    weight_concentration_prior_: float
+    mean_precision_prior_: float
+    mean_prior_: Any
+    degrees_of_freedom_prior_: float
+    covariance_prior_: Any
+
+    def __init__(
+        self,
+        *,
+        n_components: int = 1,
+        covariance_type: str = "full",
+        tol: float = 1e-3,
+        reg_covar: float = 1e-6,
+        max_iter: int = 100,
+        n_init: int = 1,
+        init_params: str = "kmeans",
+        weight_concentration_prior_type: str = "dirichlet_process",
+        weight_concentration_prior: float | None = None,
+        mean_precision_prior: float | None = None,
+        mean_prior: Any = None,
+        degrees_of_freedom_prior: float | None = None,
+        covariance_prior: Any = None,
+        random_state: Any = None,
+        warm_start: bool = False,
+        verbose: int = 0,
+        verbose_interval: int = 10,
+        device: str | torch.device | None = None,
+        shards: int | None = None,
+    ) -> None:
+        self.n_components = n_components
+        self.covariance_type = covariance_type
+        self.tol = tol
+        self.reg_covar = reg_covar
+        self.max_iter = max_iter
+        self.n_init = n_init
+        self.init_params = init_params
+        self.weight_concentration_prior_type = weight_concentration_prior_type
+        self.weight_concentration_prior = weight_concentration_prior
+        self.mean_precision_prior = mean_precision_prior
+        self.mean_prior = mean_prior
+        self.degrees_of_freedom_prior = degrees_of_freedom_prior
+        self.covariance_prior = covariance_prior
+        self.random_state = random_state
+        self.warm_start = warm_start
+        self.verbose = verbose
+        self.verbose_interval = verbose_interval
+        self.device = device
+        self.shards = shards
+
+    def to_sklearn(self) -> Any:
+        """Return scikit-learn's own BayesianGaussianMixture with what was set and learned.
+
+        Learned numbers are the same to the bit.
+        """
+        return _detached(exchanged(self, sklearn.mixture.BayesianGaussianMixture()))
+
+    @classmethod
+    def from_sklearn(cls, fitted: Any) -> Self:
+        """Return our face on one of scikit-learn's, fitted or not; numbers are the same."""
+        made: Self = _detached(exchanged(fitted, cls()))
+        if hasattr(made, "lower_bound_"):
+            # Theirs have an axis or two of length one where covariances are tied.
+            made.lower_bound_ = float(np.ravel(made.lower_bound_)[0])
+            made.lower_bounds_ = [float(np.ravel(bound)[0]) for bound in made.lower_bounds_]
+        return made
+
+    def _check_parameters(self, rows: Rows) -> None:
+        d, nu = rows.shape[1], self.degrees_of_freedom_prior
+        if nu is not None and nu <= d - 1:
+            raise ValueError(
+                "The parameter 'degrees_of_freedom_prior' should be greater than "
+                f"{d - 1}, but got {nu:.3f}."
+            )
+        self._given_mean(d)
+        self._given_covariance(d)
+
+    def _first_model(self, moments: Moments | None, rows: Resident) -> Posterior:
+        assert moments is not None
+        return m_step(self._prior(rows), moments)
+
+    def _fitted_model(self, rows: Resident) -> Posterior:
+        return self._posterior(self._prior(rows).shifted(rows.centre)).shifted(-rows.centre)
+
+    def _publish(self, model: Posterior, rows: Resident, space: Space) -> None:
+        posterior = model.shifted(rows.centre)
+        self._publish_prior(posterior.prior, space)
+        concentration = posterior.weight_concentration
+        if concentration.ndim == 2:
+            self.weight_concentration_ = tuple(space.of(part) for part in concentration)
+        else:
+            self.weight_concentration_ = space.of(concentration)
+        self.mean_precision_ = space.of(posterior.mean_precision)
+        self.degrees_of_freedom_ = space.of(posterior.degrees_of_freedom)[()]
+        publish(self, posterior.parameters, space)
+
+    def _publish_prior(self, prior: Prior, space: Space) -> None:
+        d = len(prior.mean)
+        mean, covariance = self._given_mean(d), self._given_covariance(d)
+        self.weight_concentration_prior_ = prior.weight_concentration
+        self.mean_precision_prior_ = prior.mean_precision
+        nu = self.degrees_of_freedom_prior
+        self.degrees_of_freedom_prior_ = d if nu is None else nu
+        # What was given comes back to the bit.
+        self.mean_prior_ = space.of(prior.mean if mean is None else mean)
+        self.covariance_prior_ = space.of(prior.covariance if covariance is None else covariance)[
+            ()
+        ]
+
+    def _parameters(self) -> Parameters:
+        prior = Prior(
+            self.covariance_type,
+            self.weight_concentration_prior_type,
+            self.weight_concentration_prior_,
+            self.mean_precision_prior_,
+            tensor_of(self.mean_prior_),
+            float(self.degrees_of_freedom_prior_),
+            tensor_of(self.covariance_prior_),
+        )
+        return self._posterior(prior).parameters
+
+    def _posterior(self, prior: Prior) -> Posterior:
+        """Return what has been learned, in feature units."""
+        concentration = self.weight_concentration_
+        if isinstance(concentration, tuple):
+            weight_concentration = torch.stack([tensor_of(part) for part in concentration])
+        else:
+            weight_concentration = tensor_of(concentration)
+        return Posterior(
+            prior,
+            weight_concentration,
+            tensor_of(self.mean_precision_),
+            tensor_of(self.means_),
+            tensor_of(self.degrees_of_freedom_),
+            tensor_of(self.covariances_),
+        )
+
+    def _prior(self, rows: Resident) -> Prior:
+        """Return what is believed, about the rows' shared centre."""
+        d, concentration = len(rows.centre), self.weight_concentration_prior
+        mean, covariance = self._given_mean(d), self._given_covariance(d)
+        precision, nu = self.mean_precision_prior, self.degrees_of_freedom_prior
+        return Prior(
+            self.covariance_type,
+            self.weight_concentration_prior_type,
+            1.0 / self.n_components if concentration is None else float(concentration),
+            1.0 if precision is None else float(precision),
+            rows.total.mean if mean is None else mean - rows.centre,
+            float(d if nu is None else nu),
+            self._covariance_of(rows) if covariance is None else covariance,
+            float(self.reg_covar),
+        )
+
+    def _covariance_of(self, rows: Resident) -> Tensor:
+        """Return the covariance of all rows: unbiased where weights count rows."""
+        n = rows.total.n_samples
+        if n <= 1:
+            raise ValueError(
+                f"sample_weight sums to {n:g}: the covariance of all rows, which is the default "
+                "for covariance_prior, takes more than one row; give covariance_prior, or "
+                "weights that count rows"
+            )
+        covariance = rows.total.covariance * (n / (n - 1))
+        if self.covariance_type in ("full", "tied"):
+            return covariance
+        variances: Tensor = covariance.diagonal().clone()
+        return variances if self.covariance_type == "diag" else variances.mean()
+
+    def _given_mean(self, n_features: int) -> Tensor | None:
+        if self.mean_prior is None:
+            return None
+        return checked_start(self.mean_prior, (n_features,), "means")
+
+    def _given_covariance(self, n_features: int) -> Tensor | None:
+        """Return covariance_prior in float64; raise ValueError where it is no covariance."""
+        if self.covariance_prior is None:
+            return None
+        kind, d, given = self.covariance_type, n_features, array_of(self.covariance_prior)
+        shape = {"diag": (d,), "spherical": ()}.get(kind, (d, d))
+        # check_array takes no scalars.
+        given = given[None] if given.ndim == 0 and kind == "spherical" else given
+        covariance = checked_start(given, shape or (1,), f"{kind} covariance_prior").view(shape)
+        symmetric = covariance.ndim < 2 or torch.allclose(covariance, covariance.mT)
+        _, failed = FAMILIES[kind].precisions_cholesky(covariance[None])
+        if not symmetric or bool(failed.any()):
+            wanted = "symmetric, positive-definite" if covariance.ndim == 2 else "positive"
+            raise ValueError(f"'{kind} covariance_prior' should be {wanted}")
+        return covariance
+
+
+def _detached(made: Any) -> Any:
+    """Give an estimator arrays of its own where a pair of them was copied to it."""
+    concentration = getattr(made, "weight_concentration_", None)
+    if isinstance(concentration, tuple):
+        made.weight_concentration_ = tuple(array_of(part).copy() for part in concentration)
+    return made

@@ -1,0 +1,203 @@
+"""The sweep as a function: `select` fits a grid of mixtures in the same passes and ranks them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.errors import UserError
+from gmm_dist.estimator import GaussianMixture, adopt
+from gmm_dist.families import FAMILIES
+from gmm_dist.inputs import Space, space_of
+from gmm_dist.opened import Lake
+from gmm_dist.resident import one_thread
+from gmm_dist.selection import CRITERIA, Candidate, Scored, SweepResult
+from gmm_dist.sweep import sweep
+
+_COLUMNS = ("rank", "k", "covariance_type", "bic", "aic", "icl", "log_likelihood", "status")
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What `select` found: prints as a table, the best first; `best` is fitted.
+
+    `result` has everything that was measured, about the rows' shared centre.
+    """
+
+    result: SweepResult
+    best: GaussianMixture
+    feature_names: tuple[str, ...]
+
+    @property
+    def criterion(self) -> str:
+        return self.result.criterion
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one dictionary per candidate, the best first; those of no rank have None.
+
+        `log_likelihood` is the mean per row (nats); of `bic`, `aic` and `icl` lower is better.
+        """
+        return [_row(rank, scored) for rank, scored in enumerate(self.result.ranked, start=1)]
+
+    def warnings(self) -> list[str]:
+        """Return what a reader of the table should know, each with what to do."""
+        d = self.best.n_features_in_
+        names = self.feature_names or tuple(f"x{j}" for j in range(d))
+        return self.result.warnings(names, lambda k: f"select again with k from {k}")
+
+    def to_frame(self) -> Any:
+        """Return `rows` as a pandas DataFrame. Raises ImportError without pandas."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows())
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the criterion over k, a line for each covariance type; return matplotlib's Axes.
+
+        Raises ImportError without matplotlib.
+        """
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            _, ax = plt.subplots()
+        ranked = [s for s in self.result.ranked if s.fit.is_ranked]
+        for kind in dict.fromkeys(s.candidate.covariance_type for s in self.result.scored):
+            own = [s for s in ranked if s.candidate.covariance_type == kind]
+            if line := sorted(_point(s, self.criterion) for s in own):
+                ax.plot(*zip(*line, strict=True), marker="o", label=kind)
+        ax.plot(*_point(ranked[0], self.criterion), marker="*", markersize=14, linestyle="none")
+        ax.set(xlabel="k", ylabel=_LABELS[self.criterion])
+        ax.legend()
+        return ax
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        shown = [*_COLUMNS, "holdout"] if "holdout" in rows[0] else [*_COLUMNS]
+        cells = [shown, *([_cell(row[name]) for name in shown] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        pairs = (zip(line, widths, strict=True) for line in cells)
+        lines = ["  ".join(cell.rjust(w) for cell, w in line).rstrip() for line in pairs]
+        return "\n".join(lines + [f"note: {text}" for text in self.warnings()])
+
+    __repr__ = __str__
+
+
+def select(
+    X: Any,
+    k: int | Iterable[int] = range(2, 21),
+    covariance_types: str | Sequence[str] = ("full", "diag"),
+    criterion: str = "bic",
+    *,
+    sample_weight: Any = None,
+    tol: float = 1e-5,
+    max_iter: int = 100,
+    reg_covar: float = 1e-6,
+    n_init: int = 16,
+    init_params: str = "k-means++",
+    random_state: int = 0,
+    precision: str = "auto",
+    device: str | torch.device | None = None,
+    shards: int | None = None,
+) -> Selection:
+    """Fit every k with every covariance type in the same passes over the rows, and rank them.
+
+    `X` is what `GaussianMixture.fit` takes: rows in memory (n, d), with `sample_weight` (n,),
+    `device` and `shards` as there, or a lake. Starts come from a search on a sample, `n_init`
+    seeded by `init_params` and then moved about. `criterion`: "bic", "aic", "icl" (lower is
+    better), or "holdout", the mean log-likelihood of a lake's held-out rows.
+
+    Raises UserError, a ValueError, for settings out of range, and when no candidate is ranked.
+    """
+    candidates = _candidates(k, covariance_types)
+    if criterion not in CRITERIA:
+        raise UserError(f"criterion is {criterion!r}: give one of {', '.join(CRITERIA)}")
+    config = EMConfig(tol, max_iter, reg_covar, precision)
+    start = StartConfig(n_init, init_params, random_state=random_state)
+    best = GaussianMixture(
+        tol=tol, max_iter=max_iter, reg_covar=reg_covar, device=device, shards=shards
+    )
+    with one_thread():
+        if isinstance(X, Lake):
+            # Ray and pyarrow are needed only here.
+            from gmm_dist.assembly import sweep_lake
+
+            lake = sweep_lake(X, candidates, config, start, criterion=criterion)
+            return _selected(
+                best, lake.result, lake.centre, lake.feature_names, Space(torch.float64)
+            )
+        if criterion == "holdout":
+            raise UserError("criterion 'holdout' is for lakes: open_lake(..., holdout=0.1)")
+        rows, weight = best._checked_rows(X, sample_weight)
+        names = tuple(getattr(best, "feature_names_in_", ()))
+        resident = best._resident(rows, weight)
+        d = rows.shape[1]
+        result = sweep(
+            resident.shards, candidates, config, start, n_features=d, criterion=criterion
+        )
+        return _selected(best, result, resident.centre, names, space_of(X, rows))
+
+
+def _candidates(k: int | Iterable[int], kinds: str | Sequence[str]) -> list[Candidate]:
+    ks = [k] if isinstance(k, int) else list(k)
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    if unknown := [kind for kind in kinds if kind not in FAMILIES]:
+        raise UserError(f"covariance type {unknown[0]!r}: give some of {', '.join(FAMILIES)}")
+    if not ks or not kinds or min(ks) < 1:
+        raise UserError(f"k is {ks}, covariance_types {kinds}: give k >= 1, at least one of each")
+    return [Candidate(int(size), kind) for kind, size in itertools.product(kinds, ks)]
+
+
+def _selected(
+    best: GaussianMixture,
+    result: SweepResult,
+    centre: Tensor,
+    names: tuple[str, ...],
+    space: Space,
+) -> Selection:
+    if result.best is None:
+        raise UserError(
+            f"none of the {len(result.scored)} candidates could be ranked: use smaller k, more "
+            "rows, or leave out constant and duplicated columns"
+        )
+    candidate = result.best.candidate
+    best.set_params(n_components=candidate.k, covariance_type=candidate.covariance_type)
+    adopt(best, result.best.fit, centre, names, space)
+    return Selection(result, best, names)
+
+
+_LABELS = {"bic": "BIC", "aic": "AIC", "icl": "ICL", "holdout": "held-out log-likelihood per row"}
+
+
+def _row(rank: int, scored: Scored) -> dict[str, Any]:
+    fit = scored.fit
+    row: dict[str, Any] = {
+        "rank": rank if fit.is_ranked else None,
+        "k": scored.candidate.k,
+        "covariance_type": scored.candidate.covariance_type,
+        "bic": scored.bic,
+        "aic": scored.aic,
+        "icl": scored.icl,
+        "log_likelihood": scored.mean_log_likelihood,
+        "n_parameters": scored.n_parameters,
+        "n_iter": fit.n_iter,
+        "converged": fit.converged,
+        "status": fit.status.name.lower(),
+    }
+    return row if scored.holdout is None else row | {"holdout": scored.holdout}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4f}" if isinstance(value, float) else str(value)
+
+
+def _point(scored: Scored, criterion: str) -> tuple[int, float]:
+    value = scored.value(criterion)
+    return scored.candidate.k, -value if criterion == "holdout" else value

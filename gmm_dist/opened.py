@@ -1,0 +1,47 @@
+"""A lake as a value to hand to an estimator: where its rows are, and which; nothing is read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Lake:
+    """Name the rows of a Parquet file or folder, and the Ray cluster that is to hold them."""
+
+    url: str
+    columns: tuple[str, ...] | None = None
+    where: str | None = None
+    weight_column: str | None = None
+    missing: Literal["error", "drop", "mean"] = "error"
+    holdout: float = 0.0
+    address: str | None = None
+    num_workers: int | None = None
+    use_gpu: bool | None = None
+
+
+def open_lake(
+    url: str,
+    *,
+    columns: Sequence[str] | None = None,
+    where: str | None = None,
+    weight_column: str | None = None,
+    missing: Literal["error", "drop", "mean"] = "error",
+    holdout: float = 0.0,
+    address: str | None = None,
+    num_workers: int | None = None,
+    use_gpu: bool | None = None,
+) -> Lake:
+    """Name a lake for `GaussianMixture.fit` and `select`; its rows are read by Ray's workers.
+
+    `url` is a local path or any fsspec URL. `columns`: numeric columns, or one fixed-size-list
+    column (default: every floating-point column). `where`: comparisons joined by `and`, on any
+    column or hive partition. `missing`: what becomes of nulls and NaN. `holdout`: the share of
+    rows that nothing is fitted to. `address` of a Ray cluster (default: RAY_ADDRESS, else one is
+    started here), with `num_workers` actors, each on a GPU where `use_gpu` says so (default: if
+    the cluster has any).
+    """
+    chosen = None if columns is None else tuple(columns)
+    return Lake(url, chosen, where, weight_column, missing, holdout, address, num_workers, use_gpu)

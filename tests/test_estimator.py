@@ -1,0 +1,455 @@
+"""scikit-learn's face: its contract, its results, and all the kinds of rows it takes."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import lakes
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import sklearn.mixture
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_iris, make_blobs
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from test_reference import CASES, data, name, start_of
+
+import gmm_dist
+from gmm_dist import GaussianMixture, open_lake
+from gmm_dist.inputs import tensor_of
+
+KINDS = ("full", "tied", "diag", "spherical")
+INITS = ("kmeans", "k-means++", "random", "random_from_data")
+ROOT = Path(__file__).parent.parent
+
+
+def blobs(n: int = 300, d: int = 3, k: int = 3, seed: int = 0) -> np.ndarray:
+    return make_blobs(n, d, centers=k, cluster_std=2.5, random_state=seed)[0]
+
+
+def test_the_public_names_are_imported_when_asked_for_and_ray_is_not():
+    code = """
+import sys, numpy as np, gmm_dist
+assert "sklearn" not in sys.modules and "torch" not in sys.modules
+gmm_dist.GaussianMixture(2, random_state=0).fit(np.random.default_rng(0).normal(size=(99, 2)))
+# pyarrow may be there: scikit-learn imports pandas, and that pyarrow, where they are installed.
+ours = {f"gmm_dist.{name}" for name in ("assembly", "cluster", "lake", "loading")}
+assert not ({"ray", "fsspec", "matplotlib"} | ours) & set(sys.modules)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+# check_array_api_input asks whether SCIPY_ARRAY_API is set and is skipped where it is not;
+# sklearn_suite.py sets it, and below tensors go through every method without.
+@parametrize_with_checks(
+    [GaussianMixture(), GaussianMixture(2, init_params="random")],
+    expected_failed_checks=lambda estimator: (
+        {}
+        if estimator.n_components == 1
+        else {
+            "check_sample_weight_equivalence_on_dense_data": (
+                "shares are drawn row by row: one of weight 2 draws once where two rows draw twice"
+            ),
+        }
+    ),
+)
+def test_scikit_learns_checks_of_an_estimator(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("init_params", INITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_start_leads_where_scikit_learn_goes(kind, init_params, weighted):
+    X = blobs() + 10
+    options = {"covariance_type": kind, "init_params": init_params, "n_init": 2, "tol": 1e-4}
+    theirs = sklearn.mixture.GaussianMixture(3, random_state=4, max_iter=300, **options).fit(X)
+    weight = np.ones(len(X)) if weighted and init_params != "random_from_data" else None
+    ours = GaussianMixture(3, random_state=4, max_iter=300, **options).fit(X, sample_weight=weight)
+    assert ours.n_iter_ == theirs.n_iter_
+    assert ours.converged_ is True
+    # A start on single rows has variances of reg_covar alone: -1e7 nats, and of few digits.
+    np.testing.assert_allclose(ours.lower_bounds_[0], theirs.lower_bounds_[0], rtol=1e-6)
+    np.testing.assert_allclose(ours.lower_bounds_[1:], theirs.lower_bounds_[1:], rtol=1e-9)
+    assert ours.lower_bound_ == ours.lower_bounds_[-1]
+    for attribute in ("weights_", "means_", "covariances_", "precisions_", "precisions_cholesky_"):
+        expected = getattr(theirs, attribute)
+        np.testing.assert_allclose(getattr(ours, attribute), expected, rtol=1e-7, atol=1e-9)
+    np.testing.assert_array_equal(ours.predict(X), theirs.predict(X))
+    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-9)
+    assert ours.bic(X) == pytest.approx(theirs.bic(X), rel=1e-10)
+    assert ours.aic(X) == pytest.approx(theirs.aic(X), rel=1e-10)
+    for mine, expected in zip(ours.sample(7), theirs.sample(7), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["K"] <= 3], ids=name)
+def test_a_case_of_reference_through_this_face(case):
+    X, weight, _ = data(case["dataset"], case["weights"])
+    kind, start = case["covariance_type"], start_of(case)
+    spread = start.covariances
+    precisions = 1 / spread if kind in ("diag", "spherical") else torch.linalg.inv(spread)
+    model = GaussianMixture(
+        case["K"],
+        covariance_type=kind,
+        weights_init=start.weights,
+        means_init=start.means,
+        precisions_init=precisions,
+        reg_covar=0,
+        tol=1e-13,
+        max_iter=2000,
+    )
+    weights = None if weight is None else weight.numpy()
+    model.fit(X.numpy(), sample_weight=weights)
+    total = case["n"] if weight is None else float(weight.sum())
+    assert model.lower_bound_ * total == pytest.approx(case["ll"], abs=2e-6)
+    assert model._n_parameters() == case["df"]
+    np.testing.assert_allclose(np.sort(model.weights_), case["weights_sorted"], atol=1e-5)
+    if weight is None:
+        assert model.bic(X.numpy()) == pytest.approx(case["bic"], abs=1e-5)
+        assert model.icl(X.numpy()) == pytest.approx(case["icl_soft"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_integer_weight_is_a_row_repeated(kind):
+    X = blobs(120)
+    weight = np.arange(120) % 3
+    start = {"means_init": X[:3], "weights_init": [0.2, 0.3, 0.5], "random_state": 0}
+    start["precisions_init"] = {
+        "full": np.array([np.eye(3)] * 3) / 9,
+        "tied": np.eye(3) / 9,
+        "diag": np.full((3, 3), 1 / 9),
+        "spherical": np.full(3, 1 / 9),
+    }[kind]
+    one = GaussianMixture(3, covariance_type=kind, **start).fit(X, sample_weight=weight)
+    two = GaussianMixture(3, covariance_type=kind, **start).fit(np.repeat(X, weight, axis=0))
+    np.testing.assert_allclose(one.means_, two.means_, rtol=1e-9)
+    np.testing.assert_allclose(one.covariances_, two.covariances_, rtol=1e-8)
+    assert one.lower_bound_ == pytest.approx(two.lower_bound_, rel=1e-12)
+
+
+@pytest.mark.parametrize("init_params", ["kmeans", "random"])
+def test_weights_count_at_the_start(init_params):
+    X, weight = blobs(50), np.arange(50.0) % 3
+    options = {"init_params": init_params, "random_state": 0, "max_iter": 0}
+    start = GaussianMixture(1, **options).fit(X, sample_weight=weight)
+    np.testing.assert_allclose(start.means_[0], np.average(X, axis=0, weights=weight))
+    np.testing.assert_allclose(start.weights_, [1.0])
+
+
+@pytest.mark.parametrize("init_params", ["k-means++", "random_from_data"])
+def test_a_row_without_weight_is_no_seed(init_params):
+    X, weight = np.arange(12.0)[:, None], np.zeros(12)
+    weight[[3, 8]] = 1, 5
+    options = {"init_params": init_params, "max_iter": 0}
+    for seed in range(5):
+        start = GaussianMixture(2, random_state=seed, **options).fit(X, sample_weight=weight)
+        np.testing.assert_allclose(np.sort(start.means_[:, 0]), [3, 8])
+
+
+def test_weights_of_zero_are_no_rows_and_negative_ones_an_error():
+    X = blobs(20)
+    weight = np.zeros(20)
+    weight[:2] = 1
+    with pytest.raises(ValueError, match="n_components = 3, n_samples = 2"):
+        GaussianMixture(3).fit(X, sample_weight=weight)
+    with pytest.raises(ValueError, match="Negative values"):
+        GaussianMixture(3).fit(X, sample_weight=-weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_stay_tensors(dtype):
+    X = torch.from_numpy(blobs()).to(dtype)
+    model = GaussianMixture(3, random_state=0).fit(X)
+    arrays = GaussianMixture(3, random_state=0).fit(X.numpy())
+    for result in (model.means_, model.predict_proba(X), model.score_samples(X), model.weights_):
+        assert isinstance(result, torch.Tensor)
+        assert result.dtype == dtype
+        assert result.device == X.device
+    np.testing.assert_array_equal(model.means_.numpy(), arrays.means_)
+    np.testing.assert_array_equal(model.predict(X).numpy(), arrays.predict(X.numpy()))
+    rows, labels = model.sample(5)
+    assert rows.dtype == torch.float64
+    assert labels.dtype == torch.int64
+    # What was fitted to one kind of rows scores another.
+    assert isinstance(model.predict(X.numpy()), np.ndarray)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_tensors_stay_on_their_device():
+    X = torch.from_numpy(blobs()).cuda()
+    model = GaussianMixture(3, random_state=0).fit(X)
+    assert model.means_.device == X.device
+    assert model.predict(X).device == X.device
+    there = GaussianMixture(3, random_state=0, device="cuda").fit(X.cpu().numpy())
+    np.testing.assert_allclose(there.means_, model.means_.cpu().numpy(), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (torch.zeros(3), "Expected 2D array, got 1D array"),
+        (torch.zeros(1, 2), r"1 sample\(s\).*minimum of 2 is required by GaussianMixture"),
+        (torch.zeros(5, 0), r"0 feature\(s\)"),
+        (torch.tensor([[1.0], [float("nan")]]), "Input X contains NaN"),
+        (torch.tensor([[1.0], [float("inf")]]), "Input X contains infinity"),
+        (torch.zeros(3, 2, dtype=torch.complex64), "Complex data"),
+    ],
+)
+def test_a_tensor_that_is_no_rows(X, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianMixture().fit(X)
+
+
+@pytest.mark.parametrize("make", [pd.DataFrame, lambda columns: pa.table(dict(columns))])
+def test_tables_keep_their_names(make):
+    X = blobs()
+    table = make({"a": X[:, 0], "b": X[:, 1], "c": X[:, 2]})
+    model = GaussianMixture(3, random_state=0).fit(table)
+    assert model.feature_names_in_.tolist() == ["a", "b", "c"]
+    assert model.n_features_in_ == 3
+    plain = GaussianMixture(3, random_state=0).fit(X)
+    np.testing.assert_array_equal(model.means_, plain.means_)
+    np.testing.assert_array_equal(model.predict(table), plain.predict(X))
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.predict(make({"b": X[:, 1], "a": X[:, 0], "c": X[:, 2]}))
+    with pytest.raises(ValueError, match="X has 2 features, but GaussianMixture is expecting 3"):
+        plain.predict(X[:, :2])
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_precisions_end_close_by(kind, precision):
+    X = blobs(600)
+    options = {"covariance_type": kind, "random_state": 0, "tol": 1e-6, "max_iter": 300}
+    exact = GaussianMixture(3, **options).fit(X)
+    other = GaussianMixture(3, precision=precision, **options).fit(X)
+    assert other.lower_bound_ == pytest.approx(exact.lower_bound_, abs=1e-5)
+    np.testing.assert_allclose(other.means_, exact.means_, atol=0.1)
+    assert other.lower_bounds_ != exact.lower_bounds_
+
+
+def test_clusters_a_thousand_sigma_apart_lose_no_digits():
+    X = np.vstack([blobs(150, k=1), 3e5 + blobs(150, k=1, seed=1)])
+    theirs = sklearn.mixture.GaussianMixture(2, random_state=0).fit(X)
+    ours = GaussianMixture(2, random_state=0).fit(X)
+    np.testing.assert_allclose(ours.covariances_, theirs.covariances_, rtol=1e-9)
+
+
+def test_shards_change_rounding_only():
+    X = blobs(4000)
+    one = GaussianMixture(3, random_state=0, shards=1).fit(X)
+    many = GaussianMixture(3, random_state=0, shards=7).fit(X)
+    again = GaussianMixture(3, random_state=0, shards=7).fit(X)
+    np.testing.assert_allclose(one.means_, many.means_, rtol=1e-10)
+    np.testing.assert_array_equal(many.means_, again.means_)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_torchs_threads_are_as_they_were(n_threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    found: list[int] = []
+
+    def fit() -> None:
+        GaussianMixture(2, random_state=0, shards=3).fit(blobs())
+        found.append(torch.get_num_threads())
+
+    try:
+        workers = [threading.Thread(target=fit) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        fit()
+        for worker in workers:
+            worker.join()
+        found.append(torch.get_num_threads())
+        new = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        new.start()
+        new.join()
+    finally:
+        torch.set_num_threads(before)
+    assert found == [n_threads] * 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_scikit_learn_and_back_to_the_bit(kind):
+    X = blobs()
+    model = GaussianMixture(3, covariance_type=kind, random_state=0, tol=1e-4).fit(
+        pd.DataFrame(X, columns=list("abc"))
+    )
+    theirs = model.to_sklearn()
+    assert type(theirs) is sklearn.mixture.GaussianMixture
+    assert theirs.tol == 1e-4
+    back = GaussianMixture.from_sklearn(theirs)
+    for attribute in [a for a in vars(model) if a.endswith("_")]:
+        np.testing.assert_array_equal(getattr(theirs, attribute), getattr(model, attribute))
+        np.testing.assert_array_equal(getattr(back, attribute), getattr(model, attribute))
+    frame = pd.DataFrame(X, columns=list("abc"))
+    np.testing.assert_array_equal(theirs.predict(frame), model.predict(frame))
+    assert theirs.score(frame) == pytest.approx(model.score(frame), rel=1e-12)
+    theirs.means_[0, 0] = 99
+    assert model.means_[0, 0] != 99
+    unfitted = GaussianMixture.from_sklearn(sklearn.mixture.GaussianMixture(4, tol=0.5))
+    assert (unfitted.n_components, unfitted.tol) == (4, 0.5)
+    with pytest.raises(NotFittedError, match="This GaussianMixture instance is not fitted"):
+        unfitted.predict(X)
+
+
+def test_pickle_copy_and_clone():
+    X = blobs()
+    model = GaussianMixture(3, random_state=0, shards=2).fit(X)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), copy.copy(model)):
+        np.testing.assert_array_equal(twin.score_samples(X), model.score_samples(X))
+    fresh = clone(model)
+    assert fresh.get_params() == model.get_params()
+    assert not hasattr(fresh, "means_")
+
+
+def test_pipeline_grid_search_and_set_output():
+    frame = pd.DataFrame(blobs(), columns=list("abc"))
+    pipeline = make_pipeline(StandardScaler().set_output(transform="pandas"), GaussianMixture())
+    grid = {"gaussianmixture__n_components": [1, 3], "gaussianmixture__random_state": [0]}
+    search = GridSearchCV(pipeline, grid, cv=3).fit(frame)
+    assert search.best_params_["gaussianmixture__n_components"] == 3
+    assert search.best_estimator_[-1].feature_names_in_.tolist() == ["a", "b", "c"]
+    weight = np.ones(len(frame))
+    pipeline.fit(frame, gaussianmixture__sample_weight=weight)
+    assert pipeline.predict(frame).shape == (len(frame),)
+
+
+def test_no_convergence_is_a_warning_with_the_status_sentence():
+    with pytest.warns(ConvergenceWarning, match="did not converge.*raise max_iter or tol"):
+        model = GaussianMixture(3, max_iter=2, tol=0, random_state=0).fit(blobs())
+    assert model.converged_ is False
+    assert model.n_iter_ == len(model.lower_bounds_) == 2
+
+
+def test_a_singular_covariance_is_an_error():
+    X = np.repeat(np.eye(2), 5, axis=0)
+    with (
+        pytest.warns(ConvergenceWarning, match="distinct clusters"),
+        pytest.raises(ValueError, match="ill-defined empirical covariance"),
+    ):
+        GaussianMixture(4, reg_covar=0, random_state=0).fit(X)
+
+
+def test_warm_start_goes_on():
+    X = blobs()
+    model = GaussianMixture(3, random_state=0, max_iter=1, tol=1e-8, warm_start=True)
+    for _ in range(5):
+        with pytest.warns(ConvergenceWarning):
+            model.fit(X)
+    with pytest.warns(ConvergenceWarning):
+        straight = GaussianMixture(3, random_state=0, max_iter=5, tol=1e-8).fit(X)
+    np.testing.assert_allclose(model.means_, straight.means_, rtol=1e-10)
+    assert model.lower_bound_ == pytest.approx(straight.lower_bound_, rel=1e-12)
+
+
+def test_verbose_tells_of_trials_and_iterations(capsys):
+    model = GaussianMixture(3, random_state=0, n_init=2, verbose=2, verbose_interval=1, tol=1e-4)
+    model.fit(blobs())
+    told = capsys.readouterr().out
+    assert "Initialization 1  Iteration 2" in told
+    assert told.count("converged.") == 2
+    GaussianMixture(3, random_state=0).fit(blobs())
+    assert capsys.readouterr().out == ""
+
+
+def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
+    X = load_iris().data
+    columns = {"a": X[:, 0], "b": X[:, 2], "w": np.ones(len(X)), "t": np.arange(len(X))}
+    lakes.write(tmp_path / "lake" / "x.parquet", columns, rows_per_group=40)
+    lake = open_lake(
+        str(tmp_path / "lake"),
+        columns=["a", "b"],
+        weight_column="w",
+        where="t >= 20",
+        address=ray_address,
+        num_workers=2,
+    )
+    model = GaussianMixture(2, random_state=0, tol=1e-6).fit(lake)
+    rows = X[20:][:, [0, 2]]
+    assert model.feature_names_in_.tolist() == ["a", "b"]
+    assert model.converged_ is True
+    frame = pd.DataFrame(rows, columns=["a", "b"])
+    assert model.score(frame) == pytest.approx(model.lower_bound_, abs=1e-9)
+    near = GaussianMixture(2, random_state=0, n_init=5, tol=1e-6).fit(rows)
+    assert model.lower_bound_ == pytest.approx(near.lower_bound_, abs=1e-3)
+
+    again = clone(model).set_params(
+        weights_init=model.weights_, means_init=model.means_, precisions_init=model.precisions_
+    )
+    assert again.fit(lake).lower_bounds_[0] == pytest.approx(model.lower_bound_, abs=1e-9)
+    chosen = gmm_dist.select(lake, k=[1, 2], covariance_types="diag")
+    assert chosen.best.feature_names_in_.tolist() == ["a", "b"]
+    assert chosen.best.n_components == 2
+
+
+def test_what_a_lake_does_not_take():
+    lake = open_lake("nowhere")
+    with pytest.raises(ValueError, match="weight_column"):
+        GaussianMixture().fit(lake, sample_weight=[1])
+    with pytest.raises(TypeError, match="rows in memory"):
+        GaussianMixture().fit_predict(lake)
+    with pytest.raises(ValueError, match="together, or none"):
+        GaussianMixture(1, means_init=[[0.0]]).fit(lake)
+    with pytest.raises(ValueError, match="nowhere"):
+        GaussianMixture(1).fit(lake)
+
+
+def test_foreign_arrays_go_through_dlpack():
+    class Foreign:
+        """An array that knows the array API and DLPack, and nothing else."""
+
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+        def __array_namespace__(self):
+            return Namespace
+
+        def __dlpack__(self, **options):
+            return self.tensor.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.tensor.__dlpack_device__()
+
+    class Namespace:
+        from_dlpack = staticmethod(lambda tensor: Foreign(tensor))
+
+    X = torch.from_numpy(blobs())
+    model = GaussianMixture(3, random_state=0).fit(Foreign(X))
+    assert isinstance(model.means_, Foreign)
+    labels = model.predict(Foreign(X))
+    assert isinstance(labels, Foreign)
+    plain = GaussianMixture(3, random_state=0).fit(X)
+    assert torch.equal(labels.tensor, plain.predict(X))
+    assert torch.equal(tensor_of(model.means_), plain.means_)
+    assert model.to_sklearn().means_.shape == (3, 3)
+
+
+def test_the_readmes_notebook_runs():
+    found = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    assert found.attempted >= 8
+    assert found.failed == 0
+
+
+def test_scikit_learns_own_tests_with_our_classes():
+    command = [sys.executable, "-m", "tests.sklearn_suite"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,101 @@
+"""The sweep as a function: what it ranks is right, prints, and can be drawn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.datasets import make_blobs
+
+import gmm_dist
+from gmm_dist import UserError, select
+
+
+@pytest.fixture(scope="module")
+def X() -> pd.DataFrame:  # noqa: N802 - the field's own capital
+    rows = make_blobs(600, 3, centers=4, cluster_std=1.0, random_state=0)[0]
+    return pd.DataFrame(rows, columns=list("abc"))
+
+
+@pytest.fixture(scope="module")
+def selection(X):
+    return select(X, k=[3, 4, 5], covariance_types=("full", "diag"))
+
+
+def test_the_best_is_fitted_and_scored_as_the_table_says(X, selection):
+    best, first = selection.best, selection.rows()[0]
+    assert isinstance(best, gmm_dist.GaussianMixture)
+    assert (best.n_components, best.covariance_type) == (4, "diag") == (first["k"], "diag")
+    assert first["covariance_type"] == "diag"
+    assert best.bic(X) == pytest.approx(first["bic"], abs=1e-6)
+    assert best.aic(X) == pytest.approx(first["aic"], abs=1e-6)
+    assert best.icl(X) == pytest.approx(first["icl"], abs=1e-6)
+    assert best.score(X) == pytest.approx(first["log_likelihood"], abs=1e-9)
+    assert best.feature_names_in_.tolist() == ["a", "b", "c"]
+    assert isinstance(best.means_, np.ndarray)
+
+
+def test_it_prints_as_a_table_and_becomes_a_frame(selection):
+    lines = str(selection).splitlines()
+    assert lines[0].split()[:4] == ["rank", "k", "covariance_type", "bic"]
+    assert lines[1].split()[:3] == ["1", "4", "diag"]
+    assert repr(selection) == str(selection)
+    frame = selection.to_frame()
+    assert len(frame) == 6
+    assert frame["bic"].is_monotonic_increasing
+    assert set(zip(frame["k"], frame["covariance_type"], strict=True)) == {
+        (k, kind) for k in (3, 4, 5) for kind in ("full", "diag")
+    }
+
+
+def test_it_draws_a_line_for_each_covariance_type(selection):
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib.figure import Figure
+
+    ax = selection.plot(Figure().subplots())
+    full, diag, star = ax.get_lines()
+    assert [full.get_label(), diag.get_label()] == ["full", "diag"]
+    assert diag.get_xdata().tolist() == [3, 4, 5]
+    assert star.get_xdata().tolist() == [4]
+    assert star.get_ydata()[0] == selection.rows()[0]["bic"]
+    assert ax.get_ylabel() == "BIC"
+
+
+def test_a_failed_candidate_has_no_rank_and_a_best_at_the_edge_a_note():
+    rows = np.repeat(make_blobs(40, 2, centers=1, random_state=0)[0], 2, axis=0)
+    found = select(rows, k=[1, 40], covariance_types="full", reg_covar=1e-6)
+    assert [row["rank"] for row in found.rows()] == [1, None]
+    assert "  -  40" in str(found) or str(found).splitlines()[2].split()[0] == "-"
+    edge = select(rows, k=[2, 3], covariance_types="diag", sample_weight=np.ones(80))
+    k = edge.best.n_components
+    noted = any(
+        f"the best k is the {'smallest' if k == 2 else 'largest'}" in w for w in edge.warnings()
+    )
+    assert noted
+    assert "select again with k from" in str(edge)
+
+
+def test_weights_count(X):
+    weight = np.arange(600) % 2
+    half = select(X, k=2, covariance_types="diag", sample_weight=weight)
+    rows = select(X[weight == 1], k=2, covariance_types="diag")
+    assert half.rows()[0]["bic"] == pytest.approx(rows.rows()[0]["bic"], rel=1e-6)
+    assert math.isclose(half.result.n_samples, 300)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "gap"}, "criterion is 'gap': give one of bic"),
+        ({"criterion": "holdout"}, "for lakes"),
+        ({"covariance_types": ["round"]}, "covariance type 'round'"),
+        ({"k": []}, "at least one of each"),
+        ({"k": 0}, "k >= 1"),
+        ({"k": 601}, "n_samples|600 rows"),
+    ],
+)
+def test_what_it_does_not_take(X, options, message):
+    with pytest.raises(UserError, match=message):
+        select(X, **options)

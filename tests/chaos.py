@@ -45,6 +45,7 @@ PHASES = {
 }
 
 ROWS, QUICK_ROWS = 280_000, 70_000  # 16 and 4 shards, on 4 workers of 2 hosts
+OUTAGE, QUICK_OUTAGE = 60.0, 15.0  # seconds
 
 # What the driver logs of a fault that it met; a fault may also strike where nothing needs it.
 _MET = r"starts anew|call is repeated|storage fails|resum|works for \d+ s"
@@ -61,6 +62,7 @@ class Run:
     log: Path
     options: tuple[str, ...] = ()
     extra: tuple[tuple[str, str], ...] = ()
+    outage: float = 0.0  # of S3, in seconds
     process: subprocess.Popen[bytes] | None = None
 
     def start(self, *more: str) -> None:
@@ -157,7 +159,7 @@ def driver(run: Run, host: Host) -> list[After]:
 
 def s3(run: Run, host: Host) -> list[After]:
     run.hosts.stop_s3()
-    return [(15, run.hosts.start_s3)]
+    return [(run.outage, run.hosts.start_s3)]
 
 
 def rpc(run: Run, host: Host) -> list[After]:
@@ -201,9 +203,10 @@ class Cell:
 class Matrix:
     """Runs cells on hosts that it mends in between; logs go to `logs`, one file per run."""
 
-    def __init__(self, hosts_: Hosts, logs: Path, *, seed: int, options: Sequence[str]) -> None:
+    def __init__(self, hosts_: Hosts, logs: Path, *, seed: int = 0, quick: bool) -> None:
         self._hosts, self._logs, self._seed = hosts_, logs, seed
-        self._options = tuple(options)
+        self._options = tuple(job_options(quick=quick))
+        self._outage = QUICK_OUTAGE if quick else OUTAGE
         self._help = hosts_.python(_HELP, str(hosts.ROOT / "jobs"))
         logs.mkdir(parents=True, exist_ok=True)
 
@@ -256,7 +259,8 @@ class Matrix:
         log.touch()
         options = (*self._options, *(NEEDS["gone"] if fault == "gone" else ()))
         extra = tuple(hosts.LOST_RPCS.items()) if fault == "rpc" else ()
-        return Run(self._hosts, f"s3://lake/out/{log.stem}", log, options, extra)
+        output = f"s3://lake/out/{log.stem}"
+        return Run(self._hosts, output, log, options, extra, self._outage)
 
     def _outcome(self, run: Run, status: int | None, wanted: str) -> str:
         if status is None:
@@ -359,9 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with hosts.hosts(2, s3_rate="20mbit") as hosts_:
         put_lake(hosts_, n_rows=QUICK_ROWS if options.quick else ROWS)
-        matrix = Matrix(
-            hosts_, options.logs, seed=options.seed, options=job_options(quick=options.quick)
-        )
+        matrix = Matrix(hosts_, options.logs, seed=options.seed, quick=options.quick)
         wanted, unseen = matrix.undisturbed()
         print(f"sha256: {wanted}; phases without a line: {', '.join(unseen) or 'none'}", flush=True)
         cells = []

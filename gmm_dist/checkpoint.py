@@ -27,7 +27,7 @@ from torch import Tensor
 from gmm_dist.errors import UserError
 from gmm_dist.model_files import library_versions
 from gmm_dist.places import Place
-from gmm_dist.records import FORMAT_VERSION
+from gmm_dist.records import FORMAT_VERSION, require_readable
 
 logger = logging.getLogger(__name__)
 
@@ -192,11 +192,7 @@ class CheckpointStore:
 
     def _refuse_other(self, name: str, content: Mapping[str, Any]) -> None:
         url = self._place.url
-        if content["format_version"] > FORMAT_VERSION:
-            raise UserError(
-                f"{url}: checkpoint {name} has format version {content['format_version']}, this "
-                f"gmm_dist reads {FORMAT_VERSION} at most: upgrade gmm_dist"
-            )
+        require_readable(content["format_version"], name, url)
         if content["key"] != self._key:
             saved = self._place.read(_IDENTITY)
             raise UserError(

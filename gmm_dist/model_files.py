@@ -26,9 +26,9 @@ CARD = "model.json"
 class Provenance:
     """Say how a model came about: all of model.json that is not the mixture itself.
 
-    `criteria` are `bic`, `aic`, `icl`; `status` is the sentence that says why EM stopped;
-    `config` is the run's settings as plain JSON values; `plan_hash` names the rows that were
-    read; `versions` are those of `library_versions`.
+    `criteria` are `bic`, `aic`, `icl` and, where rows were held out, `holdout`; `status` is the
+    sentence that says why EM stopped; `config` is the run's settings as plain JSON values;
+    `plan_hash` names the rows that were read; `versions` are those of `library_versions`.
     """
 
     criteria: Mapping[str, float]

@@ -128,9 +128,7 @@ class DrawCoreset:
             whiten = self.whitening.to(device)
             for chunk in chunks(rows.blocks, _CUDA_CHUNK if device.type == "cuda" else _CHUNK):
                 x = chunk.X.double()
-                weight = x.new_ones(x.shape[1])
-                if chunk.sample_weight is not None:
-                    weight = chunk.sample_weight.double()
+                weight = chunk.weights
                 probability = self.probabilities(whiten.columns(x), weight)
                 draws = torch.rand(len(weight), dtype=torch.float64, generator=generator)
                 chosen = (draws.to(device) < probability).nonzero()[:, 0]

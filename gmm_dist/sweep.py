@@ -119,9 +119,10 @@ class _Race:
 
     def enter(self, starts: Sequence[Sequence[Parameters]]) -> None:
         """Add a lane for each start of each candidate."""
+        scale = self._total.scale
         for i, own in enumerate(starts):
             for parameters in own:
-                self._lanes.append(Lane.start(parameters, self._config, self._total.scale))
+                self._lanes.append(Lane.start(parameters, self._config, scale))
                 self._owners.append(i)
                 self._seconds.append(time.monotonic() - self._began)
 

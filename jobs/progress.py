@@ -59,16 +59,14 @@ class Progress:
 
     def starting(self, n_init: int) -> None:
         """Say that restarts run on a sample."""
-        line = f"choosing the best of {n_init} starts on a sample"
-        if self._live is not None:
-            self._live.update(Text(line))
-        else:
-            logger.info("%s", line)
+        self._say(f"choosing the best of {n_init} starts on a sample")
 
     def resuming(self, number: int) -> None:
         """Say after which pass the run goes on, and count from there."""
         self._passes = number
-        line = f"resuming after pass {number}"
+        self._say(f"resuming after pass {number}")
+
+    def _say(self, line: str) -> None:
         if self._live is not None:
             self._live.update(Text(line))
         else:

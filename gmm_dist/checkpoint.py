@@ -66,10 +66,11 @@ class RunIdentity:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(self._canonical).hexdigest()
+        return hashlib.sha256(self.canonical).hexdigest()
 
     @property
-    def _canonical(self) -> bytes:
+    def canonical(self) -> bytes:
+        """The bytes that `key` is the sha256 of, to be kept beside a run."""
         content = {"plan_hash": self.plan_hash, "files": self.files, "settings": self.settings}
         return json.dumps(content, sort_keys=True).encode()
 
@@ -77,7 +78,7 @@ class RunIdentity:
         """Say what differs from the run whose `run.json` is `saved` and whose key is `key`."""
         if saved is None or hashlib.sha256(saved).hexdigest() != key:
             return "the lake's files, the columns or the settings differ"
-        then, now = json.loads(saved), json.loads(self._canonical)
+        then, now = json.loads(saved), json.loads(self.canonical)
         if changes := _changed_files(then["files"], now["files"]):
             return changes
         was, are = _flat(then["settings"]), _flat(now["settings"])
@@ -277,7 +278,7 @@ class CheckpointStore:
     def _write(self, checkpoint: Checkpoint) -> None:
         if not self._identified:
             logger.info("writing checkpoints to %s", self._place.url)
-            self._place.write(self._identity._canonical, _IDENTITY, durable=True)
+            self._place.write(self._identity.canonical, _IDENTITY, durable=True)
             self._identified = True
         content = {
             "format_version": FORMAT_VERSION,

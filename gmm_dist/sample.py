@@ -80,6 +80,12 @@ class Coreset:
         keep = torch.rand(len(self.X), generator=generator).argsort()[:size]
         return Coreset(self.X[keep], self.sample_weight[keep])
 
+    def fair(self, size: int, generator: torch.Generator) -> Float64[Tensor, "m d"]:
+        """Return at most `size` of the rows, each as likely as it weighs: a plain sample."""
+        draws = torch.rand(len(self.X), dtype=torch.float64, generator=generator)
+        kept = self.X[draws * self.sample_weight.max() < self.sample_weight]
+        return kept[torch.rand(len(kept), generator=generator).argsort()[:size]]
+
     def per_row(self) -> Coreset:
         """Return the rows with weights of mean one, so that mass counts rows of this sample."""
         return Coreset(self.X, self.sample_weight / self.sample_weight.mean())

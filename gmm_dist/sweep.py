@@ -12,7 +12,7 @@ from gmm_dist import em, snapshot
 from gmm_dist.cohort import Lane
 from gmm_dist.cohort import Outcome as LaneOutcome
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.errors import UserError
+from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.holdout import mean_log_likelihoods
 from gmm_dist.kernel import Total
 from gmm_dist.parameters import Parameters
@@ -178,10 +178,10 @@ class _Race:
 
 
 def require_rows(candidates: Sequence[Candidate], n_rows: int) -> None:
-    """Raise UserError when a candidate has more components than there are rows."""
+    """Raise TooFewRows when a candidate has more components than there are rows."""
     largest = max(candidate.k for candidate in candidates)
     if largest > n_rows:
-        raise UserError(
+        raise TooFewRows(
             f"--k asks for {largest} components, but there are {n_rows} rows: "
             f"give k of at most {n_rows}"
         )

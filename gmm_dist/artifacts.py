@@ -17,13 +17,17 @@ from gmm_dist.model_files import CARD, TENSORS, parse_model
 from gmm_dist.model_files import Provenance as Provenance
 from gmm_dist.model_files import library_versions as library_versions
 from gmm_dist.places import Place
+from gmm_dist.records import parse, whole
 from gmm_dist.storage import explained
 
 REPORT = "sweep.json"
+LATEST = "latest.json"
 
 
 def load(url: str) -> Mixture:
     """Return the model in `url`: a run's output, its `model` folder, or a copy of that folder.
+
+    Of a registry of nightly models it is the latest.
 
     Raises:
         UserError: there is no committed model, it is damaged, or a newer gmm_dist wrote it.
@@ -59,6 +63,9 @@ def _model_reader(place: Place) -> Callable[[str], bytes]:
     above = Result.find(replace(place, path=parent)) if parent else None
     if above is not None and f"{folder}/{CARD}" in above.files:
         return lambda name: above.read(f"{folder}/{name}")
+    if (latest := place.read(LATEST)) is not None:
+        with whole(LATEST, place.url):
+            return _model_reader(place.below(parse(latest, LATEST, place.url)["model"]))
     return lambda name: _read_alone(place, name)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from gmm_dist import lake
 from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.errors import UserError
+from gmm_dist.errors import TooFewRows
 from gmm_dist.failures import FaultConfig
 from gmm_dist.lake import Plan
 from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
@@ -105,14 +105,14 @@ def load_rows(
 ) -> Counted:
     """Have the workers load their rows; where values are missing, after a pass for the means.
 
-    Raises UserError when no row is left.
+    Raises TooFewRows when none is left.
     """
     plan = loader.plan
     n_rows = shards.load(watch)
     if n_rows == 0:
         filters = f" after --where {str(plan.where)!r}" if plan.where else ""
         smaller = ", or give a smaller --holdout" if plan.holdout else ""
-        raise UserError(
+        raise TooFewRows(
             f"{plan.url}: no rows are left of {plan.n_rows:,}{filters}: "
             f"loosen --where or choose another --missing{smaller}"
         )

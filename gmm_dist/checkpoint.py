@@ -27,7 +27,7 @@ from torch import Tensor
 from gmm_dist.errors import UserError
 from gmm_dist.model_files import library_versions
 from gmm_dist.places import Place
-from gmm_dist.records import FORMAT_VERSION
+from gmm_dist.records import FORMAT_VERSION, require_readable
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +66,11 @@ class RunIdentity:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(self._canonical).hexdigest()
+        return hashlib.sha256(self.canonical).hexdigest()
 
     @property
-    def _canonical(self) -> bytes:
+    def canonical(self) -> bytes:
+        """The bytes that `key` is the sha256 of, to be kept beside a run."""
         content = {"plan_hash": self.plan_hash, "files": self.files, "settings": self.settings}
         return json.dumps(content, sort_keys=True).encode()
 
@@ -77,7 +78,7 @@ class RunIdentity:
         """Say what differs from the run whose `run.json` is `saved` and whose key is `key`."""
         if saved is None or hashlib.sha256(saved).hexdigest() != key:
             return "the lake's files, the columns or the settings differ"
-        then, now = json.loads(saved), json.loads(self._canonical)
+        then, now = json.loads(saved), json.loads(self.canonical)
         if changes := _changed_files(then["files"], now["files"]):
             return changes
         was, are = _flat(then["settings"]), _flat(now["settings"])
@@ -191,11 +192,7 @@ class CheckpointStore:
 
     def _refuse_other(self, name: str, content: Mapping[str, Any]) -> None:
         url = self._place.url
-        if content["format_version"] > FORMAT_VERSION:
-            raise UserError(
-                f"{url}: checkpoint {name} has format version {content['format_version']}, this "
-                f"gmm_dist reads {FORMAT_VERSION} at most: upgrade gmm_dist"
-            )
+        require_readable(content["format_version"], name, url)
         if content["key"] != self._key:
             saved = self._place.read(_IDENTITY)
             raise UserError(
@@ -281,7 +278,7 @@ class CheckpointStore:
     def _write(self, checkpoint: Checkpoint) -> None:
         if not self._identified:
             logger.info("writing checkpoints to %s", self._place.url)
-            self._place.write(self._identity._canonical, _IDENTITY, durable=True)
+            self._place.write(self._identity.canonical, _IDENTITY, durable=True)
             self._identified = True
         content = {
             "format_version": FORMAT_VERSION,

@@ -304,9 +304,9 @@ def _escalate(lane: Lane, total: TotalMoments, config: EMConfig) -> bool:
 
 def _climb(lane: Lane, moments: Moments, total: TotalMoments) -> None:
     """Raise a lane's regularisation, in each feature's units, until it is positive definite."""
-    kind = lane.parameters.covariance_type
+    kind, variances = lane.parameters.covariance_type, total.scale.square()
     for rung in _LADDER:
-        lane.reg = torch.maximum(lane.reg, rung * total.scale.square())
+        lane.reg = torch.maximum(lane.reg, rung * variances)
         stack = maximise(kind, _stacked(kind, [moments]), _sizes([lane]), _reg([lane]))
         at = natural(stack)
         if not bool(at.failed.any()):
@@ -348,15 +348,27 @@ def drop_laggards(lanes: Sequence[Lane], rivals: Sequence[int], total: TotalMome
     """
     for purpose in set(rivals):
         field = [lane for lane, own in zip(lanes, rivals, strict=True) if own == purpose]
-        if len(field) == 1:
-            continue
-        sound = [lane for lane in field if lane.lower_bounds and not _is_useless(lane, total)]
-        lead = max((lane.lower_bounds[-1] for lane in sound), default=-math.inf)
-        for lane in field:
-            if lane.outcome is Outcome.RUNNING and len(lane.lower_bounds) > _WARM_UP:
+        late = [
+            lane
+            for lane in field
+            if lane.outcome is Outcome.RUNNING and len(lane.lower_bounds) > _WARM_UP
+        ]
+        if late and len(field) > 1:
+            lead = _lead(field, total)
+            for lane in late:
                 gain = abs(lane.lower_bounds[-1] - lane.lower_bounds[-2])
                 if lead - lane.lower_bounds[-1] > _CATCH_UP * gain:
                     lane.outcome = Outcome.DROPPED
+
+
+def _lead(lanes: Sequence[Lane], total: TotalMoments) -> float:
+    """Return the highest bound that a sound lane has come to."""
+    scored = [lane for lane in lanes if lane.lower_bounds and lane.outcome is not Outcome.SINGULAR]
+    # From the highest down: whether a lane is sound costs more to know than its bound.
+    for lane in sorted(scored, key=lambda lane: lane.lower_bounds[-1], reverse=True):
+        if not _is_useless(lane, total):
+            return lane.lower_bounds[-1]
+    return -math.inf
 
 
 def _is_useless(lane: Lane, total: TotalMoments) -> bool:

@@ -24,14 +24,16 @@ class Chosen:
     """Hold the columns that a plan reads.
 
     `columns` holds the features' columns and `feature_names` (d,) the features; `schema` the
-    columns that are read or filtered by, their types unified over files; `float64_source` says
-    that float32 cannot hold some feature's every value.
+    columns that are read, filtered by or kept, their types unified over files; `float64_source`
+    says that float32 cannot hold some feature's every value; `kept` are the kept columns that
+    are in the files, the others being hive keys.
     """
 
     columns: tuple[str, ...]
     feature_names: tuple[str, ...]
     schema: pa.Schema
     float64_source: bool
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,36 +79,69 @@ class Columns:
         return cls(root, types, schemas, problems, keys)
 
     def choose(
-        self, columns: Sequence[str] | None, weight: str | None, tested: Where | None
+        self,
+        columns: Sequence[str] | None,
+        weight: str | None,
+        tested: Where | None,
+        keep: Sequence[str] = (),
+        *,
+        remedy: str = "name the feature columns with --columns",
     ) -> Chosen:
         """Choose the feature columns, by name or by default; check them, weight and filter.
 
         `tested` are the comparisons to be made row by row. By default every floating-point
-        column is a feature, or else the one fixed-size-list column.
+        column is a feature, or else the one fixed-size-list column, whose features may also be
+        named one by one: all, in order, `emb[0]`, `emb[1]`, ... `keep` are columns to go along,
+        which some files may lack. `remedy` says what helps when a feature is missing.
 
         Raises:
             UserError: a column is missing from a file, duplicate, or of a wrong type.
         """
-        features = self._features(columns, weight)
+        features = self._features(columns, weight, remedy)
         self._check_weight(weight, features)
         self._check_filter(tested)
-        names = (*features, *((weight,) if weight else ()), *(tested.columns if tested else ()))
-        schema = pa.schema([(name, self.types[name]) for name in dict.fromkeys(names)])
+        kept = self._kept(keep)
+        weights, tests = (weight,) if weight else (), tested.columns if tested else ()
+        names = dict.fromkeys((*features, *weights, *tests, *kept))
+        schema = pa.schema([(name, self.types[name]) for name in names])
         float64_source = self._is_float64_source(features)
-        return Chosen(features, _feature_names(schema, features), schema, float64_source)
+        return Chosen(features, _feature_names(schema, features), schema, float64_source, kept)
 
-    def _features(self, columns: Sequence[str] | None, weight: str | None) -> tuple[str, ...]:
+    def _features(
+        self, columns: Sequence[str] | None, weight: str | None, remedy: str
+    ) -> tuple[str, ...]:
         """Return the feature columns, asked for or by default; each is fit for use."""
-        names = tuple(columns) if columns is not None else self._default_features(weight)
+        names = self._default_features(weight) if columns is None else self._whole_list(columns)
         if not names:
             raise UserError("no feature columns were named; name at least one with --columns")
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"feature column {twice!r} is named twice; name it once")
         for name in names:
-            self._check_present(name, "name the feature columns with --columns")
+            self._check_present(name, remedy)
         self._check_feature_types(names)
         return names
+
+    def _whole_list(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """Return the list column all of whose features were named, else the names as they are."""
+        name, bracket, _ = columns[0].rpartition("[") if columns else ("", "", "")
+        if bracket and is_embedding(self.types.get(name, pa.null())):
+            found = pa.schema([(name, self.types[name])])
+            if _feature_names(found, [name]) == tuple(columns):
+                return (name,)
+        return tuple(columns)
+
+    def _kept(self, keep: Sequence[str]) -> tuple[str, ...]:
+        """Return the columns to keep that the path does not hold already."""
+        for name in keep:
+            if name in self.problems and name not in self.keys.names:
+                raise UserError(f"{self.problems[name]}; mend the files or leave out --keep {name}")
+            if name not in self.types and name not in self.keys.names:
+                raise UserError(
+                    f"{storage.redacted(self.root)}: --keep {name!r} is no column among "
+                    f"{_quoted(self.types)}; name one of them"
+                )
+        return tuple(name for name in dict.fromkeys(keep) if name not in self.keys.names)
 
     def _default_features(self, weight: str | None) -> tuple[str, ...]:
         free = [name for name in self.types if name not in (*self.keys.names, weight)]

@@ -82,7 +82,8 @@ def fit(
     Starts and results are about the rows' shared centre. `total` are the moments of all rows;
     `watch` sees the lanes after each pass. A lane that fails never ends its siblings.
     """
-    lanes = [Lane.start(parameters, config, total.scale) for parameters in starts]
+    scale = total.scale
+    lanes = [Lane.start(parameters, config, scale) for parameters in starts]
     run(shards, lanes, config, total, watch=watch)
     return [result_of(lane, total) for lane in lanes]
 

@@ -9,6 +9,10 @@ class UserError(ValueError):
     """
 
 
+class TooFewRows(UserError):  # noqa: N818 - it says what is wrong
+    """Report that no rows are left, or fewer than a fit needs."""
+
+
 class RunFailed(RuntimeError):  # noqa: N818 - a run that failed is not an error of ours
     """Report in one line that machines or storage failed too often, or for too long.
 

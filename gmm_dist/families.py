@@ -408,7 +408,8 @@ class Densities:
     """The weighted log-densities of a stack's components, each centred on its own mean.
 
     The textbook form by Cholesky factors: K triangular products per chunk, and right where the
-    matrix-product form loses its digits to cancellation.
+    matrix-product form loses its digits to cancellation. `peaks` (K,) are the largest values,
+    those at the means.
     """
 
     def __init__(self, stack: Stack, device: torch.device) -> None:
@@ -416,8 +417,8 @@ class Densities:
         factors, failed = self._family.precisions_cholesky(stack.covariances)
         assert not bool(failed.any()), "a covariance is not positive definite"
         half = stack.per_component(self._family.half_log_det(factors, d))
-        constants = log_weights(stack) + half - 0.5 * d * LOG_2PI
-        parts = (stack.means, stack.per_component(factors), constants)
+        self.peaks = log_weights(stack) + half - 0.5 * d * LOG_2PI
+        parts = (stack.means, stack.per_component(factors), self.peaks)
         self._components = list(zip(*(part.to(device) for part in parts), strict=True))
 
     def __call__(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:

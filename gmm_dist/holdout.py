@@ -47,7 +47,7 @@ class Score:
         n_samples = torch.zeros((), dtype=torch.float64, device=device)
         for chunk in chunks(rows.blocks, _CUDA_CHUNK if device.type == "cuda" else _CHUNK):
             x = chunk.X.double()
-            weight = x.new_ones(x.shape[1]) if chunk.sample_weight is None else chunk.sample_weight
+            weight = chunk.weights
             log_norm = torch.stack([density(x).logsumexp(0) for density in densities])
             sums += log_norm @ weight
             n_samples += weight.sum()

@@ -191,7 +191,7 @@ class Total:
         counts = torch.zeros(2, dtype=torch.float64, device=device)
         for chunk in chunks(rows.blocks, _CUDA_MAX_CHUNK if device.type == "cuda" else _MAX_CHUNK):
             x = chunk.X.double()
-            weight = x.new_ones(x.shape[1]) if chunk.sample_weight is None else chunk.sample_weight
+            weight = chunk.weights
             weighted = x * weight
             sums[0] += weighted.sum(1)
             sums[1:].addmm_(weighted, x.T)

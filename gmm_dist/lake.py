@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 
 from gmm_dist import listing, storage
 from gmm_dist.columns import Columns
-from gmm_dist.errors import UserError
+from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.listing import LakeFile, Listing
 from gmm_dist.where import Where, parse
 
@@ -46,9 +46,10 @@ class Plan:
 
     A picklable value. `hash` is the same for the same files and settings, wherever they are
     mounted (`url` is not part of it); `n_rows` counts rows before the row-level filter;
-    `schema` has the file columns that are read or filtered by, their types unified over files;
-    `float64_source` says that float32 cannot hold some feature's every value; `holdout` is the
-    share of rows that nothing is fitted to.
+    `schema` has the file columns that are read, filtered by or kept, their types unified over
+    files; `float64_source` says that float32 cannot hold some feature's every value; `holdout` is
+    the share of rows that nothing is fitted to; `kept` are columns to go along with the rows,
+    which some files may lack.
     """
 
     url: str
@@ -62,6 +63,7 @@ class Plan:
     shards: tuple[tuple[RowRange, ...], ...]
     float64_source: bool
     holdout: float = 0.0
+    kept: tuple[str, ...] = ()
     hash: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,6 +124,8 @@ def plan(
     where: str | None = None,
     missing: Missing = "error",
     holdout: float = 0.0,
+    keep: Sequence[str] = (),
+    remedy: str = "name the feature columns with --columns",
     n_shards: int | None = None,
 ) -> Plan:
     """Plan the Parquet file or folder at `url`; reads footers only.
@@ -130,8 +134,10 @@ def plan(
     column; default: every floating-point column, or else the one fixed-size-list column.
     `where` is a filter in `gmm_dist.where`'s syntax over columns and hive keys: it leaves out
     whole files and row groups here, rows when they are read. `holdout` is the share of rows, at
-    random but the same every time, that nothing is fitted to. `n_shards` overrides the number of
-    shards, which else depends on the number of rows alone.
+    random but the same every time, that nothing is fitted to. `keep` are columns to go along with
+    the rows; hive keys among them stay in the path. `remedy` says what helps when a feature is
+    missing. `n_shards` overrides the number of shards, which else depends on the number of rows
+    alone.
 
     Raises:
         UserError: the path, bucket or credentials are wrong; there is no Parquet file, or it is
@@ -147,7 +153,8 @@ def plan(
     files = _matching_files(found, condition)
     footers = _read_footers(found.root, files, keep_fragments=tested is not None)
     schemas = ((footer.schema, footer.file) for footer in footers)
-    chosen = Columns.unify(found.root, schemas, found.keys).choose(columns, weight_column, tested)
+    known = Columns.unify(found.root, schemas, found.keys)
+    chosen = known.choose(columns, weight_column, tested, keep, remedy=remedy)
     groups = _row_groups(found.root, footers, tested, chosen.schema)
     result = Plan(
         url=found.root,
@@ -161,6 +168,7 @@ def plan(
         shards=_deal(groups, n_shards),
         float64_source=chosen.float64_source,
         holdout=holdout,
+        kept=chosen.kept,
     )
     logger.info("%s: %d files, %d rows", storage.redacted(result.url), len(files), result.n_rows)
     return result
@@ -184,8 +192,8 @@ def _matching_files(found: Listing, condition: Where | None) -> Sequence[LakeFil
     return [file for file, match in zip(found.files, matches, strict=True) if match]
 
 
-def _nothing_matches(root: str, condition: Where, what: str) -> UserError:
-    return UserError(
+def _nothing_matches(root: str, condition: Where, what: str) -> TooFewRows:
+    return TooFewRows(
         f"{storage.redacted(root)}: no rows match the filter {condition.text}, by {what}; "
         "widen the filter"
     )
@@ -300,5 +308,7 @@ def _hash(plan: Plan) -> str:
     }
     if plan.holdout > 0:  # plans without it keep the hash that they had before there was any
         content["holdout"] = plan.holdout
+    if plan.kept:
+        content["kept"] = plan.kept
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

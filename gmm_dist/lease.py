@@ -16,17 +16,18 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from fsspec import AbstractFileSystem, asyn
+from fsspec import AbstractFileSystem
 
+from gmm_dist.conditional import S3Object
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.places import Place, answer
+from gmm_dist.places import Place
 from gmm_dist.storage import patiently
 
 logger = logging.getLogger(__name__)
@@ -145,35 +146,10 @@ class _S3Cell:
     """An object, replaced on condition of its ETag; no request lasts longer than `timeout`."""
 
     def __init__(self, fs: AbstractFileSystem, path: str, timeout: float) -> None:
-        self._fs, self._timeout = fs, timeout
-        bucket, key, _ = fs.split_path(path)
-        self._object = {"Bucket": bucket, "Key": key}
-
-    def _call(self, method: str, **arguments: Any) -> Mapping[str, Any] | None:
-        """Return the answer, None when the object is gone or a condition does not hold."""
-
-        async def call() -> Mapping[str, Any]:
-            answered = await self._fs._call_s3(method, **self._object, **arguments)
-            if method != "get_object":
-                return dict(answered)
-            async with answered["Body"] as body:
-                return {**answered, "Body": await body.read()}
-
-        try:
-            result: Mapping[str, Any] = asyn.sync(self._fs.loop, call, timeout=self._timeout)
-        except FileNotFoundError as error:
-            if answer(error).get("Error", {}).get("Code") == "NoSuchBucket":
-                raise
-            return None
-        except OSError as error:
-            # 409: another conditional request was under way.
-            if answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412):
-                return None
-            raise
-        return result
+        self._object = S3Object(fs, path, timeout)
 
     def read(self) -> Stored | None:
-        found = self._call("get_object")
+        found = self._object.call("get_object")
         return None if found is None else _stored(found["Body"].decode(), found["ETag"])
 
     def create(self, held: Held) -> Stored | None:
@@ -183,14 +159,14 @@ class _S3Cell:
         return self._put(new, IfMatch=old.tag)
 
     def _put(self, held: Held, **condition: str) -> Stored | None:
-        put = self._call("put_object", Body=held.text.encode(), **condition)
+        put = self._object.call("put_object", Body=held.text.encode(), **condition)
         return None if put is None else Stored(held, put["ETag"])
 
     def remove(self, old: Stored) -> None:
         # Stores that know no conditional deletion are asked first; what is left is a moment
         # in which a successor could be made to stop, and none in which two commit.
         if self.read() == old:
-            self._call("delete_object", IfMatch=old.tag)
+            self._object.call("delete_object", IfMatch=old.tag)
 
 
 class _SharedCell:

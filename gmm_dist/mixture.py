@@ -15,6 +15,7 @@ from torch import Tensor
 from gmm_dist.errors import UserError
 from gmm_dist.families import Densities, n_parameters
 from gmm_dist.parameters import Parameters, Stack
+from gmm_dist.quantiles import Quantiles
 
 Array = npt.NDArray[Any]
 Rows = TypeVar("Rows", Array, Tensor)
@@ -28,13 +29,22 @@ class Mixture:
 
     Rows are (n, d) in the feature units of the fit, in the order of `feature_names`. All
     arithmetic is float64 and centred per component, on the rows' device; results are float64
-    and nats. `n_samples` and `log_likelihood` (sum, nats) are those of the fit.
+    and nats. `n_samples` and `log_likelihood` (sum, nats) are those of the fit, and so are
+    `log_density_quantiles`, of the rows' log-densities; None for a model that keeps none.
+    `ids` are the numbers that the components keep from night to night; None where they have none.
     """
 
     parameters: Parameters
     feature_names: tuple[str, ...] = ()
     n_samples: float = float("nan")
     log_likelihood: float = float("nan")
+    log_density_quantiles: Quantiles | None = None
+    ids: tuple[int, ...] | None = None
+
+    @property
+    def component_ids(self) -> tuple[int, ...]:
+        """The components' numbers, in their order: `ids`, or else 0 to k - 1."""
+        return tuple(range(self.n_components)) if self.ids is None else self.ids
 
     @property
     def n_components(self) -> int:

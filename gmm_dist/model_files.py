@@ -15,6 +15,7 @@ import torch
 from gmm_dist.errors import UserError
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.quantiles import Quantiles
 from gmm_dist.records import FORMAT_VERSION, FileEntry, parse, to_json, whole
 
 TENSORS = "model.safetensors"
@@ -25,9 +26,9 @@ CARD = "model.json"
 class Provenance:
     """Say how a model came about: all of model.json that is not the mixture itself.
 
-    `criteria` are `bic`, `aic`, `icl`; `status` is the sentence that says why EM stopped;
-    `config` is the run's settings as plain JSON values; `plan_hash` names the rows that were
-    read; `versions` are those of `library_versions`.
+    `criteria` are `bic`, `aic`, `icl` and, where rows were held out, `holdout`; `status` is the
+    sentence that says why EM stopped; `config` is the run's settings as plain JSON values;
+    `plan_hash` names the rows that were read; `versions` are those of `library_versions`.
     """
 
     criteria: Mapping[str, float]
@@ -55,6 +56,11 @@ def dump(mixture: Mixture, provenance: Provenance) -> dict[str, bytes]:
     tensors = _tensor_bytes(mixture.parameters)
     card = to_json(_card(mixture, provenance, FileEntry.of(tensors)))
     return {TENSORS: tensors, CARD: card}
+
+
+def model_sha256(parameters: Parameters) -> str:
+    """Return the sha256 of the parameters' model.safetensors, which names the mixture."""
+    return FileEntry.of(_tensor_bytes(parameters)).sha256
 
 
 def parse_model(card: bytes, tensors: bytes, url: str) -> Mixture:
@@ -93,7 +99,7 @@ def _tensor_bytes(parameters: Parameters) -> bytes:
 
 
 def _card(mixture: Mixture, provenance: Provenance, tensors: FileEntry) -> dict[str, Any]:
-    parameters = mixture.parameters
+    parameters, quantiles = mixture.parameters, mixture.log_density_quantiles
     return {
         "format_version": FORMAT_VERSION,
         "covariance_type": parameters.covariance_type,
@@ -102,6 +108,8 @@ def _card(mixture: Mixture, provenance: Provenance, tensors: FileEntry) -> dict[
         "feature_names": list(mixture.feature_names),
         "n_samples": mixture.n_samples,
         "log_likelihood": mixture.log_likelihood,
+        "log_density_quantiles": None if quantiles is None else asdict(quantiles),
+        "component_ids": None if mixture.ids is None else list(mixture.ids),
         **asdict(provenance),
         "files": {TENSORS: asdict(tensors)},
     }
@@ -123,7 +131,15 @@ def _mixture(card: Mapping[str, Any], tensors: bytes, url: str) -> Mixture:
         feature_names=tuple(card["feature_names"]),
         n_samples=_number(card["n_samples"]),
         log_likelihood=_number(card["log_likelihood"]),
+        log_density_quantiles=_quantiles(card.get("log_density_quantiles")),
+        ids=None if card.get("component_ids") is None else tuple(card["component_ids"]),
     )
+
+
+def _quantiles(kept: Mapping[str, Any] | None) -> Quantiles | None:
+    if kept is None:
+        return None
+    return Quantiles(tuple(kept["levels"]), tuple(map(_number, kept["values"])))
 
 
 def _number(value: float | None) -> float:

@@ -82,8 +82,10 @@ def _split(
     for _ in range(_TRIALS):
         seeds = seeding.k_means_plus_plus(Z, weight, 2, generator)
         trials.append(seeding.nearest(Z, seeding.lloyd(Z, weight, Z[seeds], _LLOYD)))
+    own = _own_type(parameters)
+    whole = seeding.start_of(X, weight, torch.zeros(len(X), dtype=torch.int64), 1, own)
     found = [
-        _split_by(parameters, component, X, weight, labels)
+        _split_by(parameters, component, X, weight, labels, whole)
         for labels in trials
         if 0 < int(labels.sum()) < len(labels)
     ]
@@ -93,8 +95,8 @@ def _split(
 def _humps(X: Float64[Tensor, "m d"], weight: Float64[Tensor, " m"]) -> Int64[Tensor, " m"]:
     """Part rows at their mean, across the direction in which they have the lightest tails.
 
-    Two humps have lighter tails than one; in whitened coordinates z the direction is the last
-    eigenvector of E ‖z‖² z zᵀ (FOBI: Cardoso, ICASSP 1989), whatever the angle.
+    Two humps have lighter tails than one; in whitened coordinates z the direction is the
+    eigenvector of least eigenvalue of E ‖z‖² z zᵀ (FOBI: Cardoso, ICASSP 1989), whatever the angle.
     """
     mean = (weight @ X) / weight.sum()
     covariance = ((X - mean).T * weight) @ (X - mean) / weight.sum()
@@ -109,13 +111,18 @@ def _humps(X: Float64[Tensor, "m d"], weight: Float64[Tensor, " m"]) -> Int64[Te
 
 
 def _split_by(
-    parameters: Parameters, component: int, X: Tensor, weight: Tensor, labels: Tensor
+    parameters: Parameters,
+    component: int,
+    X: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    whole: Parameters,
 ) -> Split:
+    """Return the split by labels 0 and 1; `whole` is the one Gaussian of all the rows."""
     kind = parameters.covariance_type
     mass = torch.stack([weight[labels == 0].sum(), weight[labels == 1].sum()])
     share = mass / mass.sum()
-    own = "full" if kind == "tied" else kind
-    halves = seeding.start_of(X, weight, labels, 2, own)
+    halves = seeding.start_of(X, weight, labels, 2, _own_type(parameters))
     if kind == "tied":
         covariances = [parameters.covariances] * 2
         n_samples = mass.sum() / parameters.weights[component].clamp_min(_TINY)
@@ -123,7 +130,6 @@ def _split_by(
         shaped = -n_samples / 2 * torch.log1p(-freed.clamp_max(1 - _TIED))
     else:
         covariances = list(halves.covariances)
-        whole = seeding.start_of(X, weight, torch.zeros_like(labels), 1, own)
         shaped = mass.sum() * _half_log_det(whole)[0] - (mass * _half_log_det(halves)).sum()
     parts = [
         Part(parameters.weights[component] * share[h], halves.means[h], covariances[h])
@@ -131,6 +137,11 @@ def _split_by(
     ]
     gain = float((mass * share.log()).sum() + shaped)
     return Split(component, (parts[0], parts[1]), gain)
+
+
+def _own_type(parameters: Parameters) -> str:
+    """Return the covariance type of a component by itself."""
+    return "full" if parameters.covariance_type == "tied" else parameters.covariance_type
 
 
 def _between(parameters: Parameters, scale: Tensor, means: Float64[Tensor, "2 d"]) -> Tensor:

@@ -45,6 +45,20 @@ class Parameters:
         """Return the same mixture of rows that were moved by `offset` (feature units)."""
         return replace(self, means=self.means + offset)
 
+    def covariance_matrices(self) -> Float64[Tensor, "k d d"]:
+        """Return each component's covariance as a matrix, whatever the type (a view, if it can)."""
+        if self.covariance_type in ("full", "tied"):
+            return self.covariances.expand(self.n_components, -1, -1)
+        return self.variances().diag_embed()
+
+    def variances(self) -> Float64[Tensor, "k d"]:
+        """Return each component's variance of each feature, whatever the type."""
+        if self.covariance_type in ("full", "tied"):
+            return self.covariance_matrices().diagonal(dim1=1, dim2=2)
+        if self.covariance_type == "diag":
+            return self.covariances
+        return self.covariances[:, None].expand_as(self.means)
+
 
 @functools.lru_cache(maxsize=64)
 def lane_numbers(sizes: tuple[int, ...]) -> Int64[Tensor, " K"]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,44 @@ class Place:
             raise
         if durable:
             sync(final.parent)
+
+    @contextmanager
+    def writing(self, *parts: str, scratch: Place) -> Iterator[Path]:
+        """Give a path on this machine for a large file; leaving the block puts it in its place.
+
+        Readers see it whole or not at all. On a local disk it grows in the folder `scratch`, of
+        the same file system; for other stores in this machine's folder for temporary files.
+        """
+        final = self.at(*parts)
+        if self.is_local:
+            Path(scratch.path).mkdir(parents=True, exist_ok=True)
+            growing = Path(scratch.at(f"{secrets.token_hex(8)}{_PART}"))
+            try:
+                yield growing
+                sync(growing)
+                Path(final).parent.mkdir(parents=True, exist_ok=True)
+                growing.replace(final)
+            finally:
+                growing.unlink(missing_ok=True)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            growing = Path(folder) / "file"
+            yield growing
+            patiently(lambda: self.fs.put_file(str(growing), final), self.url)
+
+    def size(self, *parts: str) -> int | None:
+        """Return a file's size in bytes, or None where there is no such file."""
+        try:
+            info = patiently(lambda: self.fs.info(self.at(*parts)), self.url)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of every file in the folder, at any depth, by its path in it."""
+        self.fs.invalidate_cache()
+        found = patiently(lambda: self.fs.find(self.path, detail=True), self.url)
+        return {name.removeprefix(f"{self.path}/"): info["size"] for name, info in found.items()}
 
     def create(self, data: bytes, *parts: str, scratch: str) -> None:
         """Create a file with all of its bytes in one step, or raise FileExistsError.

@@ -115,6 +115,24 @@ def probe(plan: Plan, *, max_rows: int = 16384) -> npt.NDArray[np.float64]:
     return np.concatenate([np.empty((0, plan.n_features)), *parts])
 
 
+def passed(
+    plan: Plan, part: RowRange, decoded: pa.Table
+) -> tuple[pa.Table, npt.NDArray[np.float64]]:
+    """Return the rows of `part` that pass the filter, and their features (d, n), missing as NaN.
+
+    `decoded` are the rows of `part`, the plan's read columns among others. For plans of any
+    `missing` but "error".
+
+    Raises:
+        UserError: an infinite value.
+    """
+    table, positions = _filtered(plan, decoded)
+    columns = _columns(plan, table)
+    if not np.isfinite(columns).all():
+        _Extract(plan, plan.files[part.file], part).check(columns, table, positions)
+    return table, columns.astype(np.float64, copy=False)
+
+
 def release() -> None:
     """Forget the last decoded row group, to give its memory back after loading."""
     _last_decoded.forget()
@@ -292,7 +310,7 @@ class _Extract:
         columns = _columns(self.plan, table)
         dropped = imputed = 0
         if not np.isfinite(columns).all():
-            self._check(columns, table, positions)
+            self.check(columns, table, positions)
             missing = np.isnan(columns)
             if self.plan.missing == "drop":
                 complete = ~missing.any(axis=0)
@@ -330,7 +348,7 @@ class _Extract:
             )
         return weight
 
-    def _check(
+    def check(
         self,
         columns: npt.NDArray[Float],
         table: pa.Table,

@@ -60,12 +60,17 @@ def parse(data: bytes, name: str, url: str) -> dict[str, Any]:
             f"{url}: {name} is damaged or not ours ({type(error).__name__}: {error}): restore it, "
             "or run again with another --output"
         ) from error
+    require_readable(version, name, url)
+    return content
+
+
+def require_readable(version: int, name: str, url: str) -> None:
+    """Raise UserError when a newer gmm_dist wrote the file `name` at `url`."""
     if version > FORMAT_VERSION:
         raise UserError(
             f"{url}: {name} has format version {version}, this gmm_dist reads {FORMAT_VERSION} at "
             "most: upgrade gmm_dist"
         )
-    return content
 
 
 @contextmanager

@@ -80,6 +80,12 @@ class Coreset:
         keep = torch.rand(len(self.X), generator=generator).argsort()[:size]
         return Coreset(self.X[keep], self.sample_weight[keep])
 
+    def fair(self, size: int, generator: torch.Generator) -> Float64[Tensor, "m d"]:
+        """Return at most `size` of the rows, each as likely as it weighs: a plain sample."""
+        draws = torch.rand(len(self.X), dtype=torch.float64, generator=generator)
+        kept = self.X[draws * self.sample_weight.max() < self.sample_weight]
+        return kept[torch.rand(len(kept), generator=generator).argsort()[:size]]
+
     def per_row(self) -> Coreset:
         """Return the rows with weights of mean one, so that mass counts rows of this sample."""
         return Coreset(self.X, self.sample_weight / self.sample_weight.mean())
@@ -122,9 +128,7 @@ class DrawCoreset:
             whiten = self.whitening.to(device)
             for chunk in chunks(rows.blocks, _CUDA_CHUNK if device.type == "cuda" else _CHUNK):
                 x = chunk.X.double()
-                weight = x.new_ones(x.shape[1])
-                if chunk.sample_weight is not None:
-                    weight = chunk.sample_weight.double()
+                weight = chunk.weights
                 probability = self.probabilities(whiten.columns(x), weight)
                 draws = torch.rand(len(weight), dtype=torch.float64, generator=generator)
                 chosen = (draws.to(device) < probability).nonzero()[:, 0]

@@ -99,6 +99,11 @@ class _Rows:
             results += [(pair, fit) for (pair, _), fit in zip(batch, fits, strict=True)]
         return results
 
+    def splits(self, parameters: Parameters, generator: torch.Generator) -> list[moves.Split]:
+        """Return the splits of the mixture's components, by the labels of these rows."""
+        X, weight = self.sample.X, self.sample.sample_weight
+        return moves.splits(parameters, X, weight, _labels(parameters, X), generator)
+
     @property
     def n_features(self) -> int:
         return self.sample.X.shape[1]
@@ -120,7 +125,7 @@ def search(
     their shape. `total` are the moments of all rows. `n_threads` of this process work on the
     sample; they change no bit.
     """
-    size = start.n_sample or _rows_wanted(pairs, len(total.sum_x), total.n_rows)
+    size = _sample_size(pairs, start, total)
     pool = _drawn(shards, size, start, total)
     part = pool.part(size, keyed_generator(start.random_state, 3))
     small = _Rows.of(part.per_row(), n_threads)
@@ -134,7 +139,7 @@ def search(
     _improve(small, found, short, start)
     large = small if len(pool.X) == len(part.X) else _Rows.of(pool.per_row(), n_threads)
     last = _Field(large.total.n_samples)
-    guests = [((p.n_components, p.covariance_type), p) for p in warm]
+    guests = [(_pair_of(p), p) for p in warm]
     entrants = found.lanes() + [guest for guest in guests if guest[0] in found.fits]
     for pair, fit in large.run(entrants, replace(config, max_iter=_LONG)):
         last.add(pair, fit)
@@ -159,16 +164,15 @@ def mend(
     broken = [i for i, fit in enumerate(fits) if fit.status is em.Status.DEGENERATE]
     if not broken:
         return found
-    pairs = [(fits[i].parameters.n_components, fits[i].parameters.covariance_type) for i in broken]
-    size = start.n_sample or _rows_wanted(pairs, len(total.sum_x), total.n_rows)
+    pairs = [_pair_of(fits[i].parameters) for i in broken]
+    size = _sample_size(pairs, start, total)
     rows = _Rows.of(_drawn(shards, size, start, total).per_row(), n_threads)
-    X, weight = rows.sample.X, rows.sample.sample_weight
     generator = keyed_generator(start.random_state, 4)
     lanes: Lanes = []
     owners = []
     for i, pair in zip(broken, pairs, strict=True):
         parameters = fits[i].parameters
-        apart = moves.splits(parameters, X, weight, _labels(parameters, X), generator)
+        apart = rows.splits(parameters, generator)
         if mended := moves.replace(parameters, fits[i].degenerate, apart):
             lanes.append((pair, mended))
             owners.append(i)
@@ -188,10 +192,17 @@ def _pool_size(size: int, total: TotalMoments) -> int:
     return wanted if 2 * wanted < total.n_rows else 2 * total.n_rows
 
 
-def _rows_wanted(pairs: Sequence[Pair], n_features: int, n_rows: int) -> int:
-    wanted = _ROWS_PER_MEAN * max(k for k, _ in pairs) * n_features
+def _sample_size(pairs: Sequence[Pair], start: StartConfig, total: TotalMoments) -> int:
+    """Return how many rows the small sample has: as asked, or enough for the largest k."""
+    if start.n_sample:
+        return start.n_sample
+    wanted = _ROWS_PER_MEAN * max(k for k, _ in pairs) * len(total.sum_x)
     few, many = _FEWEST_ROWS
-    return min(max(wanted, min(max(n_rows // 16, few), many)), _MOST_ROWS)
+    return min(max(wanted, min(max(total.n_rows // 16, few), many)), _MOST_ROWS)
+
+
+def _pair_of(parameters: Parameters) -> Pair:
+    return parameters.n_components, parameters.covariance_type
 
 
 def _merit(fit: em.FitResult) -> tuple[bool, bool, float]:
@@ -279,20 +290,20 @@ def _improve(rows: _Rows, found: _Field, config: EMConfig, start: StartConfig) -
 
 
 def _gained(before: em.FitResult, after: em.FitResult, found: _Field) -> bool:
-    (*sound, better), (*unsound, worse) = _merit(after), _merit(before)
-    return sound > unsound or (sound == unsound and better - worse > _SHORT_TOL * found.n_samples)
+    (*rank, now), (*rank_before, then) = _merit(after), _merit(before)
+    gained = now - then > _SHORT_TOL * found.n_samples
+    return rank > rank_before or (rank == rank_before and gained)
 
 
 def _proposals(rows: _Rows, found: _Field, open_: set[Pair], generator: torch.Generator) -> Lanes:
     """Return mixtures one move away from the best of the open candidates."""
-    X, weight = rows.sample.X, rows.sample.sample_weight
     lanes: Lanes = []
     for k, kind in sorted(open_):
         fit = found.best((k, kind))
         parameters = fit.parameters
         if fit.status is em.Status.COLLAPSED:
             continue
-        apart = moves.splits(parameters, X, weight, _labels(parameters, X), generator)
+        apart = rows.splits(parameters, generator)
         joined = moves.merges(parameters, rows.total.n_samples)
         if bool(fit.degenerate.any()):
             mended = moves.replace(parameters, fit.degenerate, apart)

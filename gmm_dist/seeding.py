@@ -19,7 +19,7 @@ from gmm_dist.families import Moments, maximise
 from gmm_dist.kernel import chunks
 from gmm_dist.parameters import Parameters
 from gmm_dist.sample import Whitening, keyed_generator, whitening
-from gmm_dist.shards import Block, ShardRows, Shards
+from gmm_dist.shards import ShardRows, Shards
 from gmm_dist.statistics import TotalMoments
 
 METHODS = ("kmeans", "k-means++", "random", "random_from_data")
@@ -230,7 +230,7 @@ class _DrawOne:
         none = torch.empty(0, self.n_features, dtype=torch.float64)
         found = _One(none[:, 0], none)
         for block in rows.blocks:
-            weight = _weights(block)
+            weight = block.weights
             clock = torch.empty(len(weight), dtype=torch.float64)
             times = clock.exponential_(generator=generator).to(weight.device) / weight
             first = times.argsort()[: min(1, int((weight > 0).sum()))]
@@ -277,7 +277,7 @@ class _DrawFar:
         device = rows.blocks[0].X.device
         whiten, centres = self.whitening.to(device), self.centres.to(device)
         for chunk in chunks(rows.blocks, _chunk_rows(len(centres), device)):
-            x, weight = chunk.X.double(), _weights(chunk)
+            x, weight = chunk.X.double(), chunk.weights
             Z = whiten.columns(x).T
             # By differences, not products: a candidate is at distance 0 from its copies.
             mass = weight * (Z - centres[nearest(Z, centres)]).square().sum(1)
@@ -316,15 +316,8 @@ class _CountNearest:
             Z = whiten.columns(chunk.X.double()).T
             # Not on the rows' device, where such sums are not the same bits each time.
             labels = nearest(Z, centres).cpu()
-            counts += torch.bincount(labels, _weights(chunk).cpu(), len(centres))
+            counts += torch.bincount(labels, chunk.weights.cpu(), len(centres))
         return _Counts(counts)
-
-
-def _weights(block: Block) -> Float64[Tensor, " n"]:
-    weight = block.sample_weight
-    if weight is None:
-        return torch.ones(block.X.shape[1], dtype=torch.float64, device=block.X.device)
-    return weight.double()
 
 
 def _chunk_rows(n_centres: int, device: torch.device) -> int:

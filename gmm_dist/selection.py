@@ -15,7 +15,7 @@ from gmm_dist.statistics import TotalMoments
 
 CRITERIA = ("bic", "aic", "icl", "holdout")
 
-# A gain in mean log-likelihood (nats per row) that EM itself takes for none: its default tol.
+# A gain in mean log-likelihood (nats per row) that is taken for none, as many take it for EM's tol.
 # Where a component costs BIC less than that, BIC no longer tells structure from misfit.
 _CHEAP = 1e-3
 _FEWEST_FOR_ELBOW = 4

@@ -35,6 +35,13 @@ class Block:
     X: Tensor
     sample_weight: Tensor | None = None
 
+    @property
+    def weights(self) -> Tensor:
+        """The rows' weights (n,), float64, on the rows' device: ones where none were given."""
+        if self.sample_weight is None:
+            return self.X.new_ones(self.X.shape[1], dtype=torch.float64)
+        return self.sample_weight.double()
+
     def to(self, device: torch.device) -> Block:
         weight = None if self.sample_weight is None else self.sample_weight.to(device)
         return Block(self.X.to(device), weight)

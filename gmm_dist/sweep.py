@@ -12,7 +12,7 @@ from gmm_dist import em, snapshot
 from gmm_dist.cohort import Lane
 from gmm_dist.cohort import Outcome as LaneOutcome
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.errors import UserError
+from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.holdout import mean_log_likelihoods
 from gmm_dist.kernel import Total
 from gmm_dist.parameters import Parameters
@@ -119,9 +119,10 @@ class _Race:
 
     def enter(self, starts: Sequence[Sequence[Parameters]]) -> None:
         """Add a lane for each start of each candidate."""
+        scale = self._total.scale
         for i, own in enumerate(starts):
             for parameters in own:
-                self._lanes.append(Lane.start(parameters, self._config, self._total.scale))
+                self._lanes.append(Lane.start(parameters, self._config, scale))
                 self._owners.append(i)
                 self._seconds.append(time.monotonic() - self._began)
 
@@ -177,10 +178,10 @@ class _Race:
 
 
 def require_rows(candidates: Sequence[Candidate], n_rows: int) -> None:
-    """Raise UserError when a candidate has more components than there are rows."""
+    """Raise TooFewRows when a candidate has more components than there are rows."""
     largest = max(candidate.k for candidate in candidates)
     if largest > n_rows:
-        raise UserError(
+        raise TooFewRows(
             f"--k asks for {largest} components, but there are {n_rows} rows: "
             f"give k of at most {n_rows}"
         )

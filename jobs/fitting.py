@@ -1,4 +1,4 @@
-"""What sweep.py and fit.py assemble: lake, cluster, sweep, artifacts."""
+"""What the fitting jobs assemble: lake, cluster, sweep, artifacts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+import reporting
 import results
 import torch
 from options import Again
 from progress import Progress
-from results import print_table, spell_best
+from results import Fitted, print_table, spell_best
 from rich.console import Console
 
 from gmm_dist import artifacts, lake, runs
@@ -26,6 +27,7 @@ from gmm_dist.cluster import ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.failures import FaultConfig
+from gmm_dist.histogram import training_quantiles
 from gmm_dist.lake import Plan
 from gmm_dist.lease import LeaseLost
 from gmm_dist.loading import Counted, LakeLoader, loader_for
@@ -33,8 +35,9 @@ from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import Parameters
 from gmm_dist.runs import Run
 from gmm_dist.selection import Candidate, SweepResult
+from gmm_dist.shards import Shards
 from gmm_dist.snapshot import Snapshot
-from gmm_dist.sweep import require_rows, sweep
+from gmm_dist.sweep import Keep, Watch, require_rows, sweep
 
 logger = logging.getLogger("gmm_dist.fitting")
 
@@ -47,30 +50,30 @@ def fit_lake(options: argparse.Namespace, again: Again) -> None:
     """
     torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
     began = time.monotonic()
-    with _said_how_to_resume(again), runs.claim(options.output, resume=options.resume) as run:
+    with said_how_to_resume(again), runs.claim(options.output, resume=options.resume) as run:
         if run.committed:
             print(f"{options.output}: the run has committed before, nothing is left to do")
             return
-        job = _Job.of(options)
-        result, counted = job.fit(run)
+        job = Job.of(options, given=_given(options))
+        fitted = job.fit(run)
+        result = fitted.result
         warnings = result.warnings(job.plan.feature_names, lambda k: f"next run: {again.for_k(k)}")
         print_table(result, warnings)
         if result.best is None:
             run.forget()
-            raise UserError(
-                f"none of the {len(job.candidates)} candidates could be ranked, see the table: "
-                "use smaller --k, more rows, or leave out constant and duplicated columns"
-            )
+            raise UserError(none_ranked(len(job.candidates)))
         more = {"warnings": warnings, "seconds": time.monotonic() - began}
-        results.write(run.attempt, result, job.loader, counted, job.settings, more)
+        has_report = results.write(run.attempt, fitted, job.loader, job.settings, more)
         logger.info("committing")
         run.attempt.commit()
     best = spell_best(result.best, result.criterion)
-    print(f"best by {best}; model in {options.output.rstrip('/')}/model")
+    output = options.output.rstrip("/")
+    report = f", report in {output}/{reporting.NAME}" if has_report else ""
+    print(f"best by {best}; model in {output}/model{report}")
 
 
 @contextmanager
-def _said_how_to_resume(again: Again) -> Iterator[None]:
+def said_how_to_resume(again: Again) -> Iterator[None]:
     """Add to what the world did to a run the command that goes on with it."""
     try:
         yield
@@ -80,9 +83,20 @@ def _said_how_to_resume(again: Again) -> Iterator[None]:
         raise RunFailed(f"{error}; go on with: {again.to_resume()}") from error
 
 
+def none_ranked(n_candidates: int) -> str:
+    """Say that there is no model, and what to do."""
+    return (
+        f"none of the {n_candidates} candidates could be ranked, see the table: "
+        "use smaller --k, more rows, or leave out constant and duplicated columns"
+    )
+
+
+Look = Callable[[Shards, SweepResult], None]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class _Job:
-    """What is fitted, to which rows, and how."""
+class Job:
+    """What is fitted, to which rows, and how; `given` and `warm` are about the rows' centre."""
 
     options: argparse.Namespace
     em: EMConfig
@@ -90,27 +104,33 @@ class _Job:
     candidates: list[Candidate]
     loader: LakeLoader
     given: list[Parameters] | None
+    warm: list[Parameters]
 
     @classmethod
-    def of(cls, options: argparse.Namespace) -> Self:
+    def of(
+        cls,
+        options: argparse.Namespace,
+        plan: Plan | None = None,
+        *,
+        given: Mixture | None = None,
+        warm: Mixture | None = None,
+    ) -> Self:
+        """Take the settings, and plan the rows unless that was done before.
+
+        A fit goes on from `given`; in a sweep, `warm` competes with other starts of its shape.
+        """
         em = EMConfig(
             options.tol, options.max_iter, options.reg_covar, options.precision, options.accelerate
         )
         start = StartConfig(options.n_init, options.init, random_state=options.random_state)
-        model = _given(options)
-        candidates = _candidates(options, model)
-        plan = lake.plan(
-            options.data,
-            columns=options.columns,
-            weight_column=options.weight_column,
-            where=options.where,
-            missing=options.missing,
-            holdout=options.holdout,
-        )
+        candidates = _candidates(options, given)
+        plan = plan or plan_rows(options)
         require_rows(candidates, plan.n_rows)
         loader = loader_for(plan)
-        given = None if model is None else [_about_centre(model, plan, loader)]
-        return cls(options, em, start, candidates, loader, given)
+        starts, guests = (
+            None if model is None else [about_centre(model, loader)] for model in (given, warm)
+        )
+        return cls(options, em, start, candidates, loader, starts, guests or [])
 
     @property
     def plan(self) -> Plan:
@@ -131,14 +151,18 @@ class _Job:
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "start_model": None if self.given is None else _digest(self.given),
         }
+        if self.warm:
+            settings["warm_start"] = _digest(self.warm)
         files = tuple((file.path, file.size, file.version) for file in self.plan.files)
         return RunIdentity(self.plan.hash, files, settings, environment())
 
-    def fit(self, run: Run) -> tuple[SweepResult, Counted]:
-        """Load the rows and fit, from the last checkpoint where there is one."""
-        options = self.options
-        checkpoints = run.checkpoints(self.identity, seconds=options.checkpoint_seconds)
-        latest = checkpoints.latest() if options.resume else None
+    def fit(self, run: Run, look: Look = lambda shards, result: None) -> Fitted:
+        """Load the rows and fit, from the last checkpoint where there is one.
+
+        `look` sees the rows once more, while they are resident.
+        """
+        checkpoints = run.checkpoints(self.identity, seconds=self.options.checkpoint_seconds)
+        latest = checkpoints.latest() if self.options.resume else None
         progress = Progress(Console(stderr=True))
 
         def keep(number: int, snapshot: Callable[[], Snapshot]) -> None:
@@ -147,36 +171,53 @@ class _Job:
                 taken = snapshot()
                 checkpoints.put(Checkpoint(number, taken.tensors, taken.state))
 
-        scaling = ScalingConfig(options.num_workers, options.use_gpu)
-        with connected(options.address, scaling), progress.shown():
-            faults = FaultConfig(max_failures=options.max_failures, grace=options.grace)
-            shards = start_workers(self.loader, self.candidates, scaling, faults)
-
-            def loaded(done: int, n_rows: int) -> None:
-                progress.loading(done, self.plan.n_shards, n_rows)
-
-            counted = load_rows(shards, self.loader, loaded)
+        with progress.shown(), self.resident(progress) as (shards, counted):
             resume = None
             if latest is not None:
                 resume = Snapshot(dict(latest.tensors), dict(latest.state))
                 progress.resuming(latest.number)
             elif self.given is None:
                 progress.starting(self.start.n_init)
-            result = sweep(
-                shards,
-                self.candidates,
-                self.em,
-                self.start,
-                n_features=self.plan.n_features,
-                criterion=options.criterion,
-                holdout=self.plan.holdout > 0,
-                given=self.given,
-                watch=progress.standings,
-                resume=resume,
-                keep=keep,
-            )
+            result = self._sweep(shards, watch=progress.standings, resume=resume, keep=keep)
+            quantiles = None
+            if result.best is not None:
+                quantiles = training_quantiles(shards, result.best.fit.parameters)
+            sample = reporting.draw(shards, result, self.start.random_state)
+            look(shards, result)
+        return Fitted(result, counted, quantiles, sample)
+
+    @contextmanager
+    def resident(self, progress: Progress) -> Iterator[tuple[Shards, Counted]]:
+        """Keep the rows in the memory of a cluster's workers, and count them."""
+        options = self.options
+        scaling = ScalingConfig(options.num_workers, options.use_gpu)
+        with connected(options.address, scaling):
+            faults = FaultConfig(max_failures=options.max_failures, grace=options.grace)
+            shards = start_workers(self.loader, self.candidates, scaling, faults)
+
+            def loaded(done: int, n_rows: int) -> None:
+                progress.loading(done, self.plan.n_shards, n_rows)
+
+            yield shards, load_rows(shards, self.loader, loaded)
             shards.close()
-        return result, counted
+
+    def _sweep(
+        self, shards: Shards, *, watch: Watch, resume: Snapshot | None, keep: Keep
+    ) -> SweepResult:
+        return sweep(
+            shards,
+            self.candidates,
+            self.em,
+            self.start,
+            n_features=self.plan.n_features,
+            criterion=self.options.criterion,
+            holdout=self.plan.holdout > 0,
+            given=self.given,
+            warm=self.warm,
+            watch=watch,
+            resume=resume,
+            keep=keep,
+        )
 
 
 def _digest(given: Sequence[Parameters]) -> str:
@@ -204,7 +245,21 @@ def _candidates(options: argparse.Namespace, given: Mixture | None) -> list[Cand
     return [Candidate(given.n_components, given.covariance_type)]
 
 
-def _about_centre(given: Mixture, plan: Plan, loader: LakeLoader) -> Parameters:
+def plan_rows(options: argparse.Namespace) -> Plan:
+    """Plan the rows that the command line asks for."""
+    return lake.plan(
+        options.data,
+        columns=options.columns,
+        weight_column=options.weight_column,
+        where=options.where,
+        missing=options.missing,
+        holdout=options.holdout,
+    )
+
+
+def about_centre(given: Mixture, loader: LakeLoader) -> Parameters:
+    """Return a model's parameters about the rows' shared centre; refuse other features."""
+    plan = loader.plan
     if given.feature_names != plan.feature_names:
         raise UserError(
             f"the model of --start has the features {', '.join(given.feature_names)}, the data "

@@ -20,6 +20,7 @@ from gmm_dist.storage import redacted
 
 FAILED = 1
 USER_CAN_MEND = 2
+KEPT_BACK = 3  # nightly: the gate kept the latest model
 _EM, _START = EMConfig(), StartConfig()  # the defaults
 _MAX_K = 100_000
 _URL = re.compile(r"(--\w+=)?[\w+.-]+://")
@@ -49,13 +50,14 @@ def parse_k(text: str) -> list[int]:
     return list(ks)
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every fitting job has."""
+def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
+    """Add the options that every fitting job has; `output` where it is the user's to say."""
     parser.add_argument("data", metavar="DATA", help="folder or file of Parquet, local or any URL")
-    parser.add_argument("--output", required=True, metavar="OUT", help="a new folder or URL")
+    if output:
+        parser.add_argument("--output", required=True, metavar="OUT", help="a new folder or URL")
     _add_rows(parser.add_argument_group("rows"))
     _add_fit(parser.add_argument_group("fit"))
-    _add_cluster(parser.add_argument_group("cluster"))
+    add_cluster(parser.add_argument_group("cluster"))
     _add_run(parser.add_argument_group("run"))
 
 
@@ -135,7 +137,8 @@ def _add_fit(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_cluster(group: argparse._ArgumentGroup) -> None:
+def add_cluster(group: argparse._ArgumentGroup) -> None:
+    """Add the options of workers and where they run."""
     group.add_argument(
         "--num-workers", type=int, help="actors that hold rows (default: one per CPU or GPU)"
     )
@@ -216,18 +219,17 @@ def _renamed(output: str, k: str) -> str:
     return f"{stem}-k{ks[0]}-{ks[-1]}"
 
 
-def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Run a job and return its exit status: 0 done, 2 what the user can mend, 1 the world's."""
+def run(job: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a job and return its exit status: its own, 2 what the user can mend, 1 the world's."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
     logging.getLogger("gmm_dist").setLevel(logging.INFO)
     try:
-        job(sys.argv[1:] if argv is None else argv)
+        return job(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_CAN_MEND
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    return 0

@@ -20,7 +20,7 @@ from gmm_dist.sweep import Standing
 
 logger = logging.getLogger("gmm_dist.progress")
 
-_LOG_SECONDS = 1.0  # between two log lines of loading
+_LOG_SECONDS = 1.0  # between two log lines of loading or scoring
 
 
 class Progress:
@@ -44,25 +44,29 @@ class Progress:
 
     def loading(self, done: int, n_shards: int, n_rows: int) -> None:
         """Show how many shards are loaded, and their rows so far."""
-        line = f"loaded {done} of {n_shards} shards, {n_rows:,} rows"
+        self._advance(f"loaded {done} of {n_shards} shards, {n_rows:,} rows", done, n_shards)
+
+    def scoring(self, done: int, n_files: int, n_rows: int) -> None:
+        """Show how many files are scored, and their rows so far."""
+        self._advance(f"scored {done:,} of {n_files:,} files, {n_rows:,} rows", done, n_files)
+
+    def _advance(self, line: str, done: int, total: int) -> None:
         if self._live is not None:
-            self._live.update(Group(Text(line), ProgressBar(total=n_shards, completed=done)))
-        elif done == n_shards or time.monotonic() - self._last_line > _LOG_SECONDS:
+            self._live.update(Group(Text(line), ProgressBar(total=total, completed=done)))
+        elif done == total or time.monotonic() - self._last_line > _LOG_SECONDS:
             self._last_line = time.monotonic()
             logger.info("%s", line)
 
     def starting(self, n_init: int) -> None:
         """Say that restarts run on a sample."""
-        line = f"choosing the best of {n_init} starts on a sample"
-        if self._live is not None:
-            self._live.update(Text(line))
-        else:
-            logger.info("%s", line)
+        self._say(f"choosing the best of {n_init} starts on a sample")
 
     def resuming(self, number: int) -> None:
         """Say after which pass the run goes on, and count from there."""
         self._passes = number
-        line = f"resuming after pass {number}"
+        self._say(f"resuming after pass {number}")
+
+    def _say(self, line: str) -> None:
         if self._live is not None:
             self._live.update(Text(line))
         else:

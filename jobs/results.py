@@ -1,11 +1,12 @@
-"""What a fit leaves behind: the table on the screen, the model, and sweep.json."""
+"""What a fit leaves behind: the table on the screen, the model, sweep.json, report.html."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import reporting
 import torch
 from progress import notes, ranking
 from rich.console import Console
@@ -15,24 +16,57 @@ from gmm_dist.artifacts import Attempt
 from gmm_dist.lake import Plan
 from gmm_dist.loading import Counted, LakeLoader
 from gmm_dist.mixture import Mixture
+from gmm_dist.quantiles import Quantiles
 from gmm_dist.selection import Scored, SweepResult
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """What came of a fit.
+
+    `quantiles` are those of the best candidate's log-density, `sample` (m, d) some rows about
+    their centre; None for no best.
+    """
+
+    result: SweepResult
+    counted: Counted
+    quantiles: Quantiles | None
+    sample: torch.Tensor | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """The rows that were fitted or held out."""
+        return self.counted.n_rows + self.counted.counts.held_out
+
+
 def write(
     attempt: Attempt,
-    result: SweepResult,
+    fitted: Fitted,
     loader: LakeLoader,
-    counted: Counted,
     settings: dict[str, Any],
     more: dict[str, Any],
-) -> None:
-    """Write the best candidate's model, and the report on all of them."""
-    best, plan = result.best, loader.plan
-    assert best is not None
-    attempt.write_model(_mixture(best, plan, loader), _provenance(best, plan, settings))
-    attempt.write_json(artifacts.REPORT, _report(result, plan, counted, settings) | more)
+    *,
+    ids: tuple[int, ...] | None = None,
+    numbers: Sequence[int | None] | None = None,
+    nightly: Mapping[str, Any] | None = None,
+) -> bool:
+    """Write the best candidate's model, if any, and the reports on all of them.
+
+    `ids` are the numbers that the model's components keep from night to night; `numbers` and
+    `nightly` are for report.html alone, see `reporting.write`. Return whether that was written.
+    """
+    result, plan = fitted.result, loader.plan
+    content = _report(result, plan, fitted.counted, settings) | more
+    mixture = sample = None
+    if result.best is not None:
+        mixture = mixture_of(fitted, loader, ids)
+        attempt.write_model(mixture, _provenance(result.best, plan, settings))
+    if fitted.sample is not None:
+        sample = fitted.sample + torch.from_numpy(loader.centre)
+    attempt.write_json(artifacts.REPORT, content)
+    return reporting.write(attempt, content, mixture, sample, numbers=numbers, nightly=nightly)
 
 
 def spell_best(best: Scored, criterion: str) -> str:
@@ -43,9 +77,18 @@ def spell_best(best: Scored, criterion: str) -> str:
     return f"{criterion.upper()}: {name}, {best.value(criterion):,.1f}"
 
 
-def _mixture(best: Scored, plan: Plan, loader: LakeLoader) -> Mixture:
-    parameters = best.fit.parameters.shifted(torch.from_numpy(loader.centre))
-    return Mixture(parameters, plan.feature_names, best.fit.n_samples, best.fit.log_likelihood)
+def mixture_of(fitted: Fitted, loader: LakeLoader, ids: tuple[int, ...] | None = None) -> Mixture:
+    """Return the best candidate's mixture, in feature units."""
+    assert fitted.result.best is not None
+    fit = fitted.result.best.fit
+    return Mixture(
+        fit.parameters.shifted(torch.from_numpy(loader.centre)),
+        loader.plan.feature_names,
+        fit.n_samples,
+        fit.log_likelihood,
+        fitted.quantiles,
+        ids,
+    )
 
 
 def _provenance(best: Scored, plan: Plan, settings: dict[str, Any]) -> artifacts.Provenance:
@@ -67,10 +110,9 @@ def _report(
     result: SweepResult, plan: Plan, counted: Counted, settings: dict[str, Any]
 ) -> dict[str, Any]:
     best, ranked = result.best, result.ranked
-    assert best is not None
     return {
         "criterion": result.criterion,
-        "best": asdict(best.candidate),
+        "best": None if best is None else asdict(best.candidate),
         "candidates": [_entry(s, ranked.index(s) + 1) for s in result.scored],
         "n_passes": result.n_passes,
         "n_samples": result.n_samples,

@@ -22,6 +22,14 @@ import fsspec
 import pytest
 import torch
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process, and all that need the Ray cluster in one."""
+    for item in items:
+        needs_ray = "ray_address" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else item.path.name))
+
+
 # As the jobs do: the same bits on any machine, and no threads that spin beside other tests.
 torch.set_num_threads(1)
 

@@ -21,12 +21,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.conftest import free_ports
+
 ROOT = Path(__file__).parent.parent
 _RAY, _WEED = (str(Path(sys.executable).with_name(name)) for name in ("ray", "weed"))
 _NETWORK = "10.77.0"
 _GATEWAY = f"{_NETWORK}.254"  # the switch's own address, where nothing answers
 _GCS_PORT = 6379
-_S3_PORT = 8333
 
 # A tenth of the driver's calls are lost on the way there, while under way, or on the way back.
 LOST_RPCS = {
@@ -189,6 +190,8 @@ class Hosts:
         self.network, self.folder = network, folder
         self._cpus, self._extra = cpus, dict(extra)
         self._secret = secrets.token_hex(8)
+        # Each its own, though in namespaces: the server's sockets in /tmp are named after them.
+        self._s3_ports = free_ports(5)
         self.s3, self.head = network.add("s3"), network.add("head")
         self.workers: list[Host] = []
         self._drainer: subprocess.Popen[bytes] | None = None
@@ -204,7 +207,7 @@ class Hosts:
         aws = {
             "AWS_ACCESS_KEY_ID": "tester",
             "AWS_SECRET_ACCESS_KEY": self._secret,
-            "AWS_ENDPOINT_URL": f"http://{self.s3.ip}:{_S3_PORT}",
+            "AWS_ENDPOINT_URL": f"http://{self.s3.ip}:{self._s3_ports[0]}",
             "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
@@ -252,12 +255,17 @@ class Hosts:
     def start_s3(self) -> None:
         """Start the server, on the data that are there, and wait until it has its bucket."""
         data, ip = self.folder / "s3", self.s3.ip
+        s3, master, filer, volume, admin = self._s3_ports
         data.mkdir(exist_ok=True)
         options = {
             "dir": data,
             "ip": ip,
             "ip.bind": ip,
-            "s3.port": _S3_PORT,
+            "s3.port": s3,
+            "master.port": master,
+            "filer.port": filer,
+            "volume.port": volume,
+            "admin.port": admin,
             "s3.port.iceberg": 0,
             "s3.port.lance": 0,
             "s3.localSocket": data / "s3.sock",

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gmm_dist.artifacts import Attempt, Provenance, claim, load, read_report, re
 from gmm_dist.errors import UserError
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.quantiles import Quantiles
 from gmm_dist.records import FileEntry
 from gmm_dist.storage import Patience, open_url
 
@@ -185,6 +187,24 @@ def test_unknown_likelihood_comes_back_as_nan(local: str) -> None:
     commit(local, Mixture(mixture().parameters))
     assert math.isnan(load(local).log_likelihood)
     assert math.isnan(load(local).n_samples)
+
+
+def test_quantiles_come_back_beside_the_same_tensors(tmp_path: Path) -> None:
+    plain, kept = mixture(), Quantiles((0.0, 0.1, 1.0), (-17.3, -1e-9, 2 / 3))
+    commit(str(tmp_path / "a"), plain)
+    commit(str(tmp_path / "b"), replace(plain, log_density_quantiles=kept))
+    assert load(str(tmp_path / "a")).log_density_quantiles is None
+    assert load(str(tmp_path / "b")).log_density_quantiles == kept
+    names = [tmp_path / run / "model" / "model.safetensors" for run in "ab"]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_models_of_a_time_without_quantiles_still_load(tmp_path: Path) -> None:
+    commit(str(tmp_path / "out"))
+    alone = shutil.copytree(tmp_path / "out" / "model", tmp_path / "alone")
+    change(str(alone), "model.json", entry(log_density_quantiles=None))
+    assert "quantiles" not in (alone / "model.json").read_text()
+    assert load(str(alone)).log_density_quantiles is None
 
 
 def test_library_versions() -> None:

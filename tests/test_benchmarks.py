@@ -108,6 +108,18 @@ def test_quality_compares_notes_the_best_and_hunts_for_better(tmp_path: Path) ->
     assert all(float(row[6]) > -1e-6 for row in rows)  # below the best
 
 
+def test_scored_files_agree_with_scikit_learn(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    shape = ["--rows", "6000", "--features", "3", "--k", "4", "--files", "2"]
+    contenders = ["--contenders", "one-worker", "sklearn"]
+    run("scoring.py", *shape, *contenders, "--json", str(path))
+    results = parsed(path.read_text())
+    assert [r["contender"] for r in results] == contenders[1:]
+    for result in results:
+        assert result["rows_per_second"] > 0
+        assert result["peak_rss_mib"] > 50
+
+
 def test_degenerate_mixtures_are_never_the_best(tmp_path: Path) -> None:
     X = np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32)
     eye, means = np.eye(2), np.zeros((2, 2))

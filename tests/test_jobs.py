@@ -94,6 +94,9 @@ def test_sweep_leaves_a_model_a_report_and_a_manifest(
     best = report["candidates"][2]
     assert model.score_samples(X).sum() == pytest.approx(best["log_likelihood"], rel=1e-9)
     assert model.bic(X) == pytest.approx(best["bic"], rel=1e-9)
+    assert model.log_density_quantiles is not None
+    median = np.median(model.score_samples(X))
+    assert model.log_density_quantiles.at(0.5) == pytest.approx(median, abs=0.02)
     assert (out / "manifest.json").exists()
 
 

@@ -41,9 +41,13 @@ MAY_IMPORT = {
     "search": TENSORS
     | {"config", "em", "families", "kernel", "limits", "moves", "parameters", "sample"}
     | {"seeding", "shards", "statistics"},
-    "mixture": TENSORS | {"numpy", "errors", "families", "parameters"},
+    "quantiles": {"errors"},
+    "mixture": TENSORS | {"numpy", "errors", "families", "parameters", "quantiles"},
     "holdout": TENSORS | {"families", "kernel", "parameters", "shards"},
+    "histogram": TENSORS | {"families", "kernel", "parameters", "quantiles", "shards"},
     "selection": {"em", "families", "mixture", "statistics"},
+    "matching": TENSORS | {"scipy", "parameters"},
+    "drift": TENSORS | {"histogram", "holdout", "matching", "parameters", "shards"},
     "sweep": {
         "cohort",
         "config",
@@ -65,6 +69,7 @@ MAY_IMPORT = {
     "columns": {"pyarrow", "errors", "listing", "storage", "where"},
     "lake": {"numpy", "pyarrow", "columns", "errors", "listing", "storage", "where"},
     "reading": {"numpy", "pyarrow", "columns", "errors", "lake", "listing", "storage"},
+    "streaming": {"numpy", "pyarrow", "lake", "listing", "reading", "storage"},
     # A lake's rows become resident blocks: the one place where the two meet.
     "loading": {"numpy", "torch", "lake", "reading", "shards"},
     # The cluster: neither files, nor EM.
@@ -76,12 +81,28 @@ MAY_IMPORT = {
     # What is left behind.
     "places": {"fsspec", "storage"},
     "records": {"errors"},
-    "model_files": {"safetensors", "torch", "errors", "mixture", "parameters", "records"},
-    "lease": {"fsspec", "errors", "places", "storage"},
+    "model_files": {"safetensors", "torch", "errors", "mixture", "parameters"}
+    | {"quantiles", "records"},
+    "conditional": {"fsspec", "errors", "places", "storage"},
+    "lease": {"fsspec", "conditional", "errors", "places", "storage"},
     "commit": {"errors", "lease", "mixture", "model_files", "places", "records", "storage"},
     "checkpoint": {"safetensors", "torch", "errors", "model_files", "places", "records"},
+    "scoring": {"numpy", "pyarrow", "torch", "errors", "families", "parameters"},
+    "scored": {"numpy", "pyarrow", "torch", "checkpoint", "commit", "lake", "places"}
+    | {"records", "scoring", "shards", "storage", "streaming"},
     "runs": {"checkpoint", "commit", "errors", "lease", "places", "storage"},
-    "artifacts": {"commit", "errors", "mixture", "model_files", "places", "storage"},
+    "score_runs": {"checkpoint", "commit", "errors", "lake", "places", "records", "runs"}
+    | {"scored", "storage"},
+    "artifacts": {"commit", "errors", "mixture", "model_files", "places", "records", "storage"},
+    "gate": {"pyarrow", "errors"},
+    "registry": {"artifacts", "commit", "conditional", "errors", "mixture", "places"}
+    | {"records", "storage"},
+    # What people look at: neither torch, nor Ray, nor files.
+    "formats": set(),
+    "planes": {"numpy"},
+    "svg": {"matplotlib"},
+    "figures": {"matplotlib", "numpy", "formats", "planes", "svg"},
+    "report": {"jinja2", "markupsafe", "numpy", "figures", "formats", "planes", "svg"},
     # scikit-learn's face; a lake's rows are fitted where the cluster is.
     "opened": set(),
     "trials": TENSORS

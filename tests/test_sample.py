@@ -262,3 +262,23 @@ def test_weights_per_row_have_mean_one_and_keep_their_ratios():
     ratio = found.sample_weight / whole.sample_weight
     torch.testing.assert_close(ratio, ratio[0].expand(60))
     assert torch.equal(found.X, whole.X)
+
+
+def test_a_fair_sample_has_each_row_as_often_as_it_weighs():
+    """A coreset that prefers the far rows gives a sample that does not."""
+    X, weight = far_cluster(), mixtures.row_weights(1500)
+    wanted = float(weight[-6:].sum() / weight.sum())
+    drawn_from = drawn(X, 900, 5, sample_weight=weight)
+    assert (drawn_from.X[:, 0] > 30).sum() == 6
+    found = [drawn_from.fair(10**6, keyed_generator(seed)) for seed in range(400)]
+    share = sum(int((x[:, 0] > 30).sum()) for x in found) / sum(len(x) for x in found)
+    estimate = float(drawn_from.sample_weight[drawn_from.X[:, 0] > 30].sum())
+    assert share == pytest.approx(estimate / float(drawn_from.sample_weight.sum()), rel=0.15)
+    assert share == pytest.approx(wanted, rel=0.25)
+
+
+def test_a_fair_sample_is_bounded_and_the_same_again():
+    coreset = drawn(far_cluster(), 400, 2)
+    one, again = (coreset.fair(50, keyed_generator(3)) for _ in range(2))
+    assert one.shape == (50, 2)
+    assert torch.equal(one, again)

@@ -1,0 +1,92 @@
+"""The gate before a night's model is published: reasons to keep last night's instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from gmm_dist.errors import UserError
+
+_FEWEST_ROWS = 1000
+_SHARE = 10  # a night of less than a tenth of last night's rows has probably not arrived yet
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Say what a night needs to be published.
+
+    `min_rows` (None: 1,000, and a tenth of last night's) counts the rows fitted and held out.
+    `max_drop` is how much worse than last night's model tonight's may score the held-out rows,
+    in nats per row.
+
+    Raises UserError for a value out of range.
+    """
+
+    min_rows: int | None = None
+    max_drop: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.min_rows is not None and self.min_rows < 0:
+            raise UserError(f"--min-rows is {self.min_rows}: give a whole number >= 0")
+        if not self.max_drop >= 0:
+            raise UserError(f"--max-drop is {self.max_drop:g}: give a number of nats >= 0")
+
+    def on_rows(self, n_rows: int, n_before: int | None) -> list[str]:
+        """Return why `n_rows` are too few after a night of `n_before`: no reason or one."""
+        fewest = max(_FEWEST_ROWS, (n_before or 0) // _SHARE)
+        if self.min_rows is not None:
+            fewest = self.min_rows
+        if n_rows >= fewest:
+            return []
+        return [f"{n_rows:,} rows are too few, at least {fewest:,} are asked for (--min-rows)"]
+
+    def on_likelihood(self, tonight: float | None, before: float | None) -> list[str]:
+        """Return why tonight's mean held-out log-likelihood is too low: no reason or one."""
+        if tonight is None:
+            return ["no held-out row to compare the models on: give a larger --holdout"]
+        if before is None or before - tonight <= self.max_drop:
+            return []
+        return [
+            f"tonight's model scores the held-out rows {before - tonight:.4g} nats per row below "
+            f"last night's ({tonight:.6f} against {before:.6f}), more than {self.max_drop:g} "
+            "(--max-drop)"
+        ]
+
+
+def kinds(schema: pa.Schema, columns: Sequence[str]) -> dict[str, str]:
+    """Return the kind of each feature column: integer, floating, decimal, or a list of them.
+
+    The width of a number is no part of it: float and double are the same kind.
+    """
+    return {name: _kind(schema.field(name).type) for name in columns}
+
+
+def _kind(type_: pa.DataType) -> str:
+    if pa.types.is_fixed_size_list(type_):
+        return f"list of {type_.list_size} {_kind(type_.value_type)}"
+    tests = {
+        "integer": pa.types.is_integer,
+        "floating": pa.types.is_floating,
+        "decimal": pa.types.is_decimal,
+    }
+    return next((kind for kind, holds in tests.items() if holds(type_)), str(type_))
+
+
+def on_columns(tonight: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
+    """Return how the feature columns and their kinds differ from last night's: no order counts."""
+    changes = [f"{name!r} is gone" for name in before if name not in tonight]
+    changes += [f"{name!r} is new" for name in tonight if name not in before]
+    changes += [
+        f"{name!r} was {kind}, is {tonight[name]}"
+        for name, kind in before.items()
+        if tonight.get(name, kind) != kind
+    ]
+    if not changes:
+        return []
+    shown = ", ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")
+    return [
+        f"the feature columns differ from last night's ({shown}): name last night's with "
+        "--columns, or begin another --registry"
+    ]

@@ -1,0 +1,385 @@
+"""Fit tonight's rows, follow last night's clusters, and publish the model if it is fit for it.
+
+python jobs/nightly.py s3://lake/points --registry s3://models/points --night 2026-11-21 \\
+    --partition ds --k 2..12
+
+Exit status 0: published, or published before. 3: kept back, and the latest model stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import date, timedelta
+from typing import Any
+
+import reporting
+import results
+import torch
+from fitting import Job, none_ranked, plan_rows, said_how_to_resume
+from options import KEPT_BACK, Again, Parser, add_common, parse_k, run
+from results import Fitted, mixture_of, print_table, spell_best
+from score import score_lake
+
+from gmm_dist import commit, gate, registry, runs
+from gmm_dist.drift import Densities, Drift, Numbered, compare_densities, drift
+from gmm_dist.errors import TooFewRows
+from gmm_dist.gate import Gate
+from gmm_dist.lake import Plan
+from gmm_dist.matching import Matching, match
+from gmm_dist.mixture import Mixture
+from gmm_dist.registry import Lineage, Published, Registry
+from gmm_dist.runs import Run
+from gmm_dist.selection import CRITERIA, SweepResult
+from gmm_dist.shards import Shards
+from gmm_dist.storage import join
+from gmm_dist.where import Where, parse
+
+logger = logging.getLogger("gmm_dist.nightly")
+
+
+def nightly(argv: Sequence[str]) -> int:
+    """Parse the command line and run the night; return the exit status."""
+    options, again = _parse(argv), Again(__file__, argv)
+    torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
+    night, place = options.night, Registry(options.registry)
+    checks = Gate(options.min_rows, options.max_drop)
+    if place.is_published(night):
+        print(f"{options.output}: published before")
+    else:
+        with (
+            said_how_to_resume(again),
+            runs.claim(options.output, resume=options.resume) as run,
+        ):
+            if not run.committed:
+                work = _Night(options, place, checks, place.newest_before(night))
+                if reasons := work.run(run):
+                    print(f"what there is of {night} is kept in {work.candidate(run)}")
+                    print(f"kept back {night}: {'; '.join(reasons)}; {_latest(place)}")
+                    return KEPT_BACK
+    place.point_to(night)
+    if options.scores is not None:
+        _score(options, again)
+    if options.keep_models:
+        place.prune(options.keep_models, night=night)
+    print(f"model of {night} in {options.output}; {_latest(place)}")
+    return 0
+
+
+def _score(options: argparse.Namespace, again: Again) -> None:
+    """Score the rows of the night alone, whatever --days; what is scored already stays."""
+    scoring = argparse.Namespace(
+        **{**vars(options), "where": _rows_of(options, days=1).text},
+        model=options.output,
+        probabilities=False,
+    )
+    scoring.output, scoring.resume = join(options.scores, options.night), True
+    score_lake(scoring, again)
+
+
+def _latest(place: Registry) -> str:
+    return f"the latest is {place.latest() or 'none'}"
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="nightly.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_common(parser, output=False)
+    _add_own(parser.add_argument_group("night"))
+    parser.set_defaults(holdout=0.1)
+    options = parser.parse_args(argv)
+    if options.holdout == 0:
+        parser.error("the gate compares two models on held-out rows: give a --holdout above 0")
+    if options.days < 1 or options.keep_models < 0:
+        parser.error("--days is 1 or more, --keep-models 0 or more")
+    options.night = registry.night_of(options.night)
+    options.output = Registry(options.registry).model_url(options.night)
+    options.own_where = options.where
+    options.where = _rows_of(options, days=options.days).text
+    return options
+
+
+def _add_own(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--k", required=True, type=parse_k, help="8, 4,8,16 or 2..20 (inclusive)")
+    group.add_argument("--criterion", choices=CRITERIA, default="bic", help="(default: bic)")
+    group.add_argument(
+        "--registry", required=True, metavar="REG", help="folder or URL of the nights' models"
+    )
+    group.add_argument("--night", required=True, metavar="DATE", help="e.g. 2026-11-21")
+    group.add_argument(
+        "--partition",
+        required=True,
+        metavar="COLUMN",
+        help="hive key or column that tells the night: text, date or timestamp",
+    )
+    group.add_argument(
+        "--days", type=int, default=1, help="fit so many days up to the night (default: 1)"
+    )
+    group.add_argument(
+        "--min-rows",
+        type=int,
+        metavar="ROWS",
+        help="publish nothing fitted to fewer (default: 1,000, and a tenth of last night's)",
+    )
+    group.add_argument(
+        "--max-drop",
+        type=float,
+        default=Gate().max_drop,
+        metavar="NATS",
+        help="publish nothing that scores held-out rows so much worse than last night's model, "
+        "in nats per row (default: %(default)s)",
+    )
+    group.add_argument(
+        "--scores",
+        metavar="URL",
+        help="once published, score the night's rows as score.py does, into URL/DATE",
+    )
+    group.add_argument(
+        "--keep", nargs="+", default=[], metavar="COLUMN", help="columns to go along with --scores"
+    )
+    group.add_argument(
+        "--outliers", type=float, metavar="Q", help="mark outliers in --scores, see score.py"
+    )
+    group.add_argument(
+        "--keep-models",
+        type=int,
+        default=0,
+        metavar="N",
+        help="remove published models but the newest N (default: keep all)",
+    )
+
+
+def _rows_of(options: argparse.Namespace, *, days: int) -> Where:
+    """Return the filter of the rows of so many days, beside the user's own.
+
+    A half-open range: it holds for texts, dates and timestamps alike.
+    """
+    last = date.fromisoformat(options.night)
+    first, until = last - timedelta(days - 1), last + timedelta(1)
+    own = parse(options.own_where).clauses if options.own_where is not None else ()
+    column = options.partition
+    clauses = {*own, (column, ">=", first.isoformat()), (column, "<", until.isoformat())}
+    return Where(tuple(sorted(clauses, key=lambda c: (c[0], c[1], repr(c[2])))))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Night:
+    """One night's work, between the claim of its output and its commit."""
+
+    options: argparse.Namespace
+    place: Registry
+    gate: Gate
+    before: Published | None
+
+    def candidate(self, run: Run) -> str:
+        """Where the run's results are if the gate keeps them back."""
+        return self.place.candidate_url(self.options.night, run.attempt.id)
+
+    @property
+    def _night_before(self) -> str | None:
+        return None if self.before is None else self.before.night
+
+    def run(self, run: Run) -> list[str]:
+        """Fit and commit; return why the model was kept back, nothing if it is published."""
+        began = time.monotonic()
+        try:
+            work = self._fit(run)
+        except TooFewRows as error:
+            self._keep_back(run, [str(error)])
+            return [str(error)]
+        more = {"warnings": work.warnings, "seconds": time.monotonic() - began}
+        print_table(work.fitted.result, work.warnings)
+        if work.reasons:
+            self._keep_back(run, work.reasons, work, more)
+        else:
+            self._publish(run, work, more)
+        return work.reasons
+
+    def _fit(self, run: Run) -> _Work:
+        plan, reasons = self._plan()
+        warm = None if self.before is None or reasons else self.before.mixture
+        if warm is not None and self.before is not None:
+            logger.info("warm start from %s, %s", self.before.night, _shape(warm, self.options))
+        job = Job.of(self.options, plan, warm=warm)
+        seen: list[Densities] = []
+
+        def look(shards: Shards, result: SweepResult) -> None:
+            if job.warm and result.best is not None:
+                seen.append(compare_densities(shards, job.warm[0], result.best.fit.parameters))
+
+        fitted = job.fit(run, look)
+        densities = seen[0] if seen else None
+        return _Work(job, fitted, densities, [*reasons, *self._reasons(job, fitted, densities)])
+
+    def _plan(self) -> tuple[Plan, list[str]]:
+        """Plan the rows, their columns in last night's order; say how they differ from them."""
+        plan = plan_rows(self.options)
+        if self.before is None:
+            return plan, []
+        columns = self.before.lineage.columns
+        reasons = gate.on_columns(gate.kinds(plan.schema, plan.columns), columns)
+        if not reasons and plan.columns != tuple(columns):
+            self.options.columns = list(columns)
+            plan = plan_rows(self.options)
+        return plan, reasons
+
+    def _reasons(self, job: Job, fitted: Fitted, densities: Densities | None) -> list[str]:
+        before = None if self.before is None else self.before.lineage.n_rows
+        reasons = self.gate.on_rows(fitted.n_rows, before)
+        if fitted.result.best is None:
+            return [*reasons, none_ranked(len(job.candidates))]
+        if densities is not None:
+            held_out = densities.held_out_tonight, densities.held_out_before
+            reasons += self.gate.on_likelihood(*held_out)
+        return reasons
+
+    def _publish(self, run: Run, work: _Work, more: dict[str, Any]) -> None:
+        mixture, known = work.mixture, () if self.before is None else self.before.lineage.ids
+        matching = self._match(mixture)
+        first = self.place.new_ids(len(matching.born), above=known)
+        lineage = Lineage(
+            night=self.options.night,
+            night_before=self._night_before,
+            ids=(ids := matching.ids(known, first)),
+            born=tuple(ids[i] for i in matching.born),
+            dead=tuple(known[i] for i in matching.dead),
+            n_rows=work.fitted.n_rows,
+            columns=gate.kinds(work.job.plan.schema, work.job.plan.columns),
+        )
+        changes = self._drift(mixture, matching, ids, work.densities)
+        self._write(run.attempt, [], work, more, changes, ids, ids)
+        run.attempt.write_json(registry.LINEAGE, lineage.to_json())
+        logger.info("committing")
+        run.attempt.commit()
+        best = work.fitted.result.best
+        assert best is not None
+        print(f"best by {spell_best(best, work.fitted.result.criterion)}; {_spell(lineage)}")
+
+    def _keep_back(
+        self,
+        run: Run,
+        reasons: list[str],
+        work: _Work | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> None:
+        """Commit what there is beside the published models, in place of an earlier try's."""
+        run.check()
+        with commit.claim(self.candidate(run)) as attempt:
+            changes, numbers = None, None
+            if work is not None and work.densities is not None and self.before is not None:
+                matching = self._match(work.mixture)
+                known = {j: self.before.lineage.ids[i] for i, j in matching.pairs}
+                numbers = tuple(known.get(j) for j in range(work.mixture.n_components))
+                changes = self._drift(work.mixture, matching, numbers, work.densities)
+            self._write(attempt, reasons, work, more or {}, changes, numbers)
+            attempt.commit()
+        self.place.forget_candidates(self.options.night, but=run.attempt.id)
+        run.forget()
+
+    def _write(
+        self,
+        attempt: commit.Attempt,
+        reasons: list[str],
+        work: _Work | None,
+        more: dict[str, Any],
+        changes: Drift | None,
+        numbers: Sequence[int | None] | None = None,
+        ids: tuple[int, ...] | None = None,
+    ) -> None:
+        verdict = {
+            "night": self.options.night,
+            "night_before": self._night_before,
+            "published": not reasons,
+            "reasons": reasons,
+            "where": self.options.where,
+            "n_rows": work and work.fitted.n_rows,
+            **asdict(self.gate),
+        }
+        attempt.write_json(registry.GATE, verdict)
+        told = {**verdict, "drift": None}
+        if changes is not None:
+            told["drift"] = asdict(changes)
+            attempt.write_json(registry.DRIFT, told["drift"])
+        if work is None:
+            reporting.write(attempt, None, nightly=told)
+            return
+        loader, settings = work.job.loader, work.job.settings
+        results.write(
+            attempt, work.fitted, loader, settings, more, ids=ids, numbers=numbers, nightly=told
+        )
+
+    def _match(self, mixture: Mixture) -> Matching:
+        if self.before is None:
+            return Matching((), tuple(range(mixture.n_components)), ())
+        return match(self.before.mixture.parameters, mixture.parameters)
+
+    def _drift(
+        self,
+        mixture: Mixture,
+        matching: Matching,
+        ids: Sequence[int | None],
+        densities: Densities | None,
+    ) -> Drift | None:
+        if self.before is None or densities is None:
+            return None
+        old = self.before
+        return drift(
+            Numbered(old.night, old.mixture.parameters, old.lineage.ids),
+            Numbered(self.options.night, mixture.parameters, tuple(ids)),
+            matching,
+            densities,
+            mixture.feature_names,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Work:
+    """What a night's fit left: `reasons` to keep it back."""
+
+    job: Job
+    fitted: Fitted
+    densities: Densities | None
+    reasons: list[str]
+
+    @property
+    def mixture(self) -> Mixture:
+        return mixture_of(self.fitted, self.job.loader)
+
+    @property
+    def warnings(self) -> list[str]:
+        names = self.job.plan.feature_names
+        return self.fitted.result.warnings(names, lambda k: f"give --k {k} from the next night on")
+
+
+def _shape(warm: Mixture, options: argparse.Namespace) -> str:
+    k, kind = warm.n_components, warm.covariance_type
+    if k in options.k and kind in options.covariance_type:
+        return f"k={k} {kind}"
+    return f"k={k} {kind}, which --k and --covariance-type do not ask for: it takes no part"
+
+
+def _spell(lineage: Lineage) -> str:
+    """Say in a line who was born and who died."""
+    if lineage.night_before is None:
+        return f"the first night, components {_listed(lineage.ids)}"
+    kept = f"against {lineage.night_before}: {len(lineage.ids) - len(lineage.born)} stay"
+    return f"{kept}, born {_listed(lineage.born)}, dead {_listed(lineage.dead)}"
+
+
+def _listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids)) or "none"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(nightly, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

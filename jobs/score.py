@@ -1,0 +1,225 @@
+"""Score every row of a lake under a fitted mixture, and write the lake's files anew.
+
+python jobs/score.py s3://lake/points --model s3://models/points --output s3://lake/scored --keep id
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import pyarrow as pa
+import torch
+from fitting import said_how_to_resume
+from options import Again, Parser, add_cluster, run
+from progress import Progress
+from rich.console import Console
+
+from gmm_dist import artifacts, lake, score_runs
+from gmm_dist.checkpoint import RunIdentity, environment
+from gmm_dist.cluster import RayShards, ScalingConfig, connected
+from gmm_dist.errors import UserError
+from gmm_dist.failures import FaultConfig
+from gmm_dist.lake import Plan
+from gmm_dist.mixture import Mixture
+from gmm_dist.model_files import model_sha256
+from gmm_dist.runs import Run
+from gmm_dist.scored import Scored, ScoreFiles, collect
+from gmm_dist.scoring import Scoring
+from gmm_dist.storage import redacted
+
+
+def score(argv: Sequence[str]) -> None:
+    """Parse the command line and score the lake."""
+    parser = Parser(
+        prog="score.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_score(parser)
+    score_lake(parser.parse_args(argv), Again(__file__, argv))
+
+
+def add_score(parser: argparse.ArgumentParser) -> None:
+    """Add the options of scoring."""
+    parser.add_argument("data", metavar="DATA", help="folder or file of Parquet, local or any URL")
+    parser.add_argument("--model", required=True, help="a fit's output, or its model folder")
+    parser.add_argument("--output", required=True, metavar="OUT", help="a new folder or URL")
+    rows = parser.add_argument_group("rows")
+    rows.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        metavar="COLUMN",
+        help="columns to go along (default: none)",
+    )
+    rows.add_argument("--where", metavar="TEXT", help="score and write only rows where this holds")
+    rows.add_argument(
+        "--probabilities",
+        action="store_true",
+        help="write the probabilities of all components too, as a fixed-size list",
+    )
+    rows.add_argument(
+        "--outliers",
+        type=float,
+        metavar="Q",
+        help="mark rows of a lower log-density than this share of the training rows, e.g. 0.001",
+    )
+    add_cluster(parser.add_argument_group("cluster"))
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a run of the same rows, model and options"
+    )
+
+
+def score_lake(options: argparse.Namespace, again: Again) -> None:
+    """Plan, claim the output, score what is not scored yet, and commit; say what was done."""
+    began = time.monotonic()
+    job = _Job.of(options)
+    with (
+        said_how_to_resume(again),
+        score_runs.claim(options.output, job.plan, job.identity, resume=options.resume) as run,
+    ):
+        if run.committed:
+            print(f"{options.output}: the run has committed before, nothing is left to do")
+            return
+        scored = job.score(run)
+        more = {**job.facts, "seconds": time.monotonic() - began}
+        score_runs.commit(options.output, run, job.identity, scored, more)
+    print(job.sentence(scored))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """What is scored, and with what."""
+
+    options: argparse.Namespace
+    mixture: Mixture
+    plan: Plan
+    scoring: Scoring
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Self:
+        mixture = artifacts.load(options.model)
+        if not mixture.feature_names:
+            raise UserError(
+                f"{redacted(options.model)} keeps no names of its features, by which a lake's "
+                "columns are found: pass a model that fit.py or sweep.py wrote"
+            )
+        threshold = _threshold(mixture, options)
+        plan = lake.plan(
+            options.data,
+            columns=mixture.feature_names,
+            where=options.where,
+            missing="mean",  # a row with a hole keeps its place
+            keep=options.keep,
+            remedy="the model needs all its features: score files that have them",
+        )
+        if plan.feature_names != mixture.feature_names:
+            raise UserError(
+                f"{redacted(plan.url)} has the features {', '.join(plan.feature_names)}, the model "
+                f"of --model {', '.join(mixture.feature_names)}: score the columns that it was "
+                "fitted to"
+            )
+        kept = pa.schema([plan.schema.field(name) for name in plan.kept])
+        scoring = Scoring(mixture.parameters, kept, options.probabilities, threshold, mixture.ids)
+        return cls(options, mixture, plan, scoring)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is said of the run beside its counts, as plain JSON values."""
+        return {
+            "data": redacted(self.plan.url),
+            "plan_hash": self.plan.hash,
+            "model": redacted(self.options.model),
+            "feature_names": self.plan.feature_names,
+            "columns": self.scoring.schema.names,
+            "config": self._settings,
+            "versions": environment(),
+        }
+
+    @property
+    def identity(self) -> RunIdentity:
+        """All that decides the files' bytes."""
+        files = tuple((file.path, file.size, file.version) for file in self.plan.files)
+        return RunIdentity(self.plan.hash, files, self._settings, environment())
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        asked = {name: getattr(self.options, name) for name in ("keep", "where", "probabilities")}
+        return {
+            **asked,
+            "outliers": self.options.outliers,
+            "threshold": self.scoring.threshold,
+            "component_ids": self.scoring.ids,
+            "model_sha256": model_sha256(self.mixture.parameters),
+        }
+
+    def score(self, run: Run) -> Scored:
+        """Have the workers score all files that are not scored yet."""
+        options, n_files = self.options, len(self.plan.files)
+        loader = ScoreFiles(self.plan, self.scoring, options.output, self.identity, run.attempt.id)
+        progress = Progress(Console(stderr=True))
+        scaling = ScalingConfig(options.num_workers, options.use_gpu)
+
+        def watch(done: int, n_rows: int) -> None:
+            run.check()
+            progress.scoring(done, n_files, n_rows)
+
+        with connected(options.address, scaling), progress.shown():
+            shards = RayShards(loader, n_files, scaling, self._faults)
+            shards.load(watch)
+            scored = shards.run(collect)
+            shards.close()
+        return scored
+
+    @property
+    def _faults(self) -> FaultConfig:
+        """Be as patient with the largest file as its size asks for."""
+        options, usual = self.options, FaultConfig()
+        sizes = [file.size for file in self.plan.files]
+        skew = max(sizes) / statistics.median(sizes)
+        return FaultConfig(
+            max_failures=options.max_failures,
+            grace=options.grace,
+            deadline_factor=usual.deadline_factor * skew,
+            straggling_factor=usual.straggling_factor * skew,
+        )
+
+    def sentence(self, scored: Scored) -> str:
+        """Say in one line what was done."""
+        options, k = self.options, self.mixture.n_components
+        parts = [f"scored {scored.rows:,} rows of {len(scored.files):,} files by k={k}"]
+        if options.where is not None:
+            parts.append(f"{scored.filtered:,} others in them did not pass --where")
+        if scored.missing:
+            parts.append(f"{scored.missing:,} rows miss a feature")
+        if options.outliers is not None:
+            parts.append(f"{scored.outliers:,} outliers")
+        return f"{'; '.join(parts)}; in {options.output.rstrip('/')}"
+
+
+def _threshold(mixture: Mixture, options: argparse.Namespace) -> float | None:
+    """Return the log-density (nats) below which a row is an outlier."""
+    if options.outliers is None:
+        return None
+    if mixture.log_density_quantiles is None:
+        raise UserError(
+            f"--outliers: {redacted(options.model)} keeps no quantiles of its training "
+            "log-density, as models of older versions do not: fit it again (fit.py --start "
+            "goes on from it), or leave out --outliers"
+        )
+    return mixture.log_density_quantiles.at(options.outliers)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(score, argv)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Drawings say what they are, adapt to their page, and place things where they belong."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import numpy as np
+import pages
+import pytest
+
+from gmm_dist import figures
+from gmm_dist.figures import Point
+from gmm_dist.planes import Clusters, plane
+
+SERIES = {"full": [Point(1, 100.0), Point(2, 0.0), Point(3, 4.0, False)], "diag": [Point(2, 25.0)]}
+
+
+def numbers_of(svg: str) -> dict[str, tuple[float, float]]:
+    """Return where each bold text stands."""
+    texts = [e for e in ET.fromstring(svg).iter("text") if "700" in e.attrib["style"]]
+    return {str(e.text): (float(e.attrib["x"]), float(e.attrib["y"])) for e in texts}
+
+
+def test_colours_and_fonts_are_the_pages():
+    svg = figures.criterion("c", "BIC above its lowest, nats", SERIES, (2, "full")).svg
+    assert not re.search(r"#[0-9a-f]{6}\b|rgb\(|font-family|white|black", svg)
+    variables = {"--ink", "--muted", "--grid", "--accent", "--c0", "--c1"}
+    assert variables <= set(re.findall(r"var\((--\w+)\)", svg))
+    root = ET.fromstring(svg)
+    assert "width" not in root.attrib
+    assert root.find("title").text.endswith("chosen K = 2")
+    assert "full: K 1: 100.000, K 2: 0" in root.find("desc").text
+
+
+def test_one_drawing_has_the_same_bytes_again_and_its_own_ids():
+    first, again, other = (
+        figures.criterion(name, "BIC", SERIES, (2, "full")).svg for name in ("a", "a", "b")
+    )
+    assert first == again
+    ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (first, other)]
+    assert ids[0].isdisjoint(ids[1])
+
+
+def test_only_unranked_values_are_crosses_and_none_is_lost_to_the_scale():
+    svg = figures.criterion(
+        "c", "BIC", {"full": [Point(1, 1.0), Point(2, -1e9, False)]}, (1, "full")
+    )
+    assert "nan" not in svg.svg
+    assert "−1" not in svg.svg
+
+
+def test_a_heat_map_lets_the_page_through_at_the_mean():
+    tinted = figures._tinted(np.array([[-1.0, 0.0, 1.0, 9.0]]))
+    assert tinted[0, 1, 3] == 0
+    assert tinted[0, 0, 3] == tinted[0, 2, 3] == tinted[0, 3, 3] > 200
+    assert (tinted[0, 0, :3] != tinted[0, 2, :3]).any()
+    svg = figures.heat_map("h", pages.clusters(60, 60), range(60)).svg
+    assert "data:image/png;base64," in svg
+    assert len(svg) < 100_000
+    assert svg.count("<text") >= 120
+
+
+def test_no_number_of_a_picture_hides_another():
+    clusters, sample = pages.clusters(60, 5), pages.sample(60, 5)
+    order = list(np.argsort(-clusters.weights))
+    drawing = figures.scatter("s", clusters, plane(clusters), sample.X, sample.labels, order)
+    places = numbers_of(drawing.svg)
+    assert set(places) == set(clusters.numbers)
+    for (one, at), (other, there) in itertools.combinations(places.items(), 2):
+        wide = 3.2 * (len(one) + len(other))
+        assert abs(at[0] - there[0]) > wide or abs(at[1] - there[1]) > 8, f"{one} hides {other}"
+
+
+def test_a_component_far_off_does_not_squeeze_the_rest():
+    clusters, sample = pages.clusters(3, 2), pages.sample(3, 2)
+    means = np.vstack([clusters.means[:2], [[1e9, 1e9]]])
+    far = replace(clusters, means=means)
+    points = sample.X[sample.labels < 2]
+    (x0, x1), _ = figures._frame(points, means)
+    assert points[:, 0].min() - 10 < x0 < x1 < points[:, 0].max() + 10
+    assert figures.n_outside(far, plane(far), np.vstack([points, [[1e9, 1e9]]])) > 0
+
+
+def test_colours_go_with_the_number_from_night_to_night():
+    clusters = replace(pages.clusters(3, 2), numbers=("7", "15", "new"))
+    assert figures.colours(clusters) == [7, 15, 2]
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-9, 3e-4, 1.0, 8e9])
+def test_any_distance_from_the_best_can_be_drawn(value):
+    points = {"full": [Point(1, 0.0), Point(2, value)]}
+    assert "nan" not in figures.criterion("c", "BIC", points, (1, "full")).svg
+
+
+def test_discriminants_find_the_direction_that_parts_the_means():
+    """Means differ along one oblique direction of little variance, which variance alone hides."""
+    covariance = np.diag([1.0, 1.0, 1e6])
+    means = np.array([[0.0, 0, 0], [6, 6, 0], [0, 12, 0]])
+    one = Clusters(
+        np.full(3, 1 / 3),
+        means,
+        np.stack([covariance] * 3),
+        "full",
+        ("x", "y", "z"),
+        ("0", "1", "2"),
+    )
+    seen = plane(one)
+    assert seen.kind == "the discriminant plane"
+    np.testing.assert_allclose(np.abs(seen.axes[2]), 0, atol=1e-6)
+    projected = seen(means)
+    gaps = [np.linalg.norm(a - b) for a, b in itertools.combinations(projected, 2)]
+    spread = np.sqrt(one.projected(seen.axes)[0].diagonal().max())
+    assert min(gaps) > 3 * spread
+    assert {name for name, _ in seen.made_of[0][:2]} == {"x", "y"}
+
+
+@pytest.mark.parametrize(
+    ("k", "words"), [(1, "principal plane"), (2, "discriminant and the first")]
+)
+def test_what_the_means_do_not_span_is_filled_with_principal_directions(k, words):
+    clusters = pages.clusters(k, 5)
+    seen = plane(clusters)
+    assert words in seen.kind
+    total = clusters.within + clusters.between
+    a, b = seen.axes.T
+    assert abs(a @ total @ b) < 1e-8 * np.sqrt((a @ total @ a) * (b @ total @ b))
+
+
+@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+def test_projected_covariances_are_those_of_the_matrices(kind):
+    clusters = pages.clusters(4, 3, kind)
+    axes = np.arange(6.0).reshape(3, 2)
+    for c in range(4):
+        own = {
+            "full": lambda c=c: clusters.covariances[c],
+            "tied": lambda: clusters.covariances,
+            "diag": lambda c=c: np.diag(clusters.covariances[c]),
+            "spherical": lambda c=c: clusters.covariances[c] * np.eye(3),
+        }[kind]()
+        np.testing.assert_allclose(clusters.projected(axes)[c], axes.T @ own @ axes)
+        np.testing.assert_allclose(clusters.variances[c], own.diagonal())

@@ -1,0 +1,449 @@
+"""Night after night: ids, drift, the gate and the pointer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fitting
+import lakes
+import mixtures
+import nightly
+import nights
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import S3Server
+from nights import Cluster
+from progress import Progress
+
+import gmm_dist
+from gmm_dist import artifacts, runs, scored
+from gmm_dist.loading import Counted, count_rows
+from gmm_dist.registry import DRIFT, GATE, Lineage, Registry
+from gmm_dist.scoring import Scorer, Scoring
+from gmm_dist.shards import LocalShards, Shards
+from gmm_dist.storage import open_url
+
+Errors = pytest.CaptureFixture[str]
+A, B, C = (0.0, 0.0, 1.0), (12.0, 0.0, 1.0), (0.0, 12.0, 1.0)
+FIRST: dict[str, Cluster] = {"a": A, "b": B, "c": C}
+
+
+def night(day: int) -> str:
+    return f"2026-11-{day:02d}"
+
+
+@contextmanager
+def _here(job: fitting.Job, progress: Progress) -> Iterator[tuple[Shards, Counted]]:
+    shards = LocalShards([job.loader(shard) for shard in range(job.plan.n_shards)])
+    yield shards, shards.run(count_rows)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold the rows in this process: the logic of a night is the same, and Ray takes seconds."""
+    monkeypatch.setattr(fitting.Job, "resident", _here)
+
+
+class Nights:
+    """A lake and a registry, and the job that goes from one to the other."""
+
+    def __init__(self, lake: Path, registry: str, *common: str) -> None:
+        self.lake, self.url, self.common = lake, registry, common
+        self.registry = Registry(registry)
+        self.data = str(lake)
+
+    def write(self, day: int, clusters: Mapping[str, Cluster], n: int = 400) -> None:
+        nights.write_night(self.lake, night(day), nights.rows(clusters, n, seed=day))
+
+    def run(self, day: int, *options: str) -> int:
+        argv = [self.data, "--registry", self.url, "--night", night(day), "--partition", "ds"]
+        argv += ["--k", "3..5", "--n-init", "2", *self.common, *options]
+        return nightly.main(argv)
+
+    def lineage(self, day: int) -> Lineage:
+        return Lineage.read(self.registry.model_url(night(day)))
+
+    def drift(self, day: int) -> dict[str, Any]:
+        return artifacts.read_report(self.registry.model_url(night(day)), DRIFT)
+
+    def gate(self, day: int) -> dict[str, Any]:
+        """What is said of the one candidate that was kept back."""
+        fs, path = open_url(f"{self.url}/candidates/{night(day)}")
+        (folder,) = [f for f in fs.ls(path, detail=False) if fs.find(f)]
+        url = self.registry.candidate_url(night(day), folder.rpartition("/")[2])
+        return artifacts.read_report(url, GATE)
+
+    def named(self, day: int, clusters: Mapping[str, Cluster]) -> dict[str, int]:
+        """The id of the component that lies at each cluster's mean."""
+        model = gmm_dist.load(self.registry.model_url(night(day)))
+        ids = {}
+        for name, (x, y, _) in clusters.items():
+            distances = np.linalg.norm(model.parameters.means.numpy() - [x, y], axis=1)
+            assert distances.min() < 0.6, (name, model.parameters.means)
+            ids[name] = model.component_ids[int(distances.argmin())]
+        assert sorted(ids.values()) == sorted(model.component_ids)
+        return ids
+
+
+@pytest.fixture
+def local(tmp_path: Path, in_process: None) -> Nights:
+    return Nights(tmp_path / "lake", str(tmp_path / "reg"), "--columns", "x", "y")
+
+
+# ------------------------------------------------------------------------- ten nights
+
+
+def ten_nights(on: Nights) -> None:
+    """A component moves, one splits, one dies, one is born; one night is corrupt and comes late."""
+    on.write(1, FIRST)
+    assert on.run(1) == 0
+    ids = on.named(1, FIRST)
+    assert set(ids.values()) == {0, 1, 2}
+
+    moved = {**FIRST, "a": (0.8, 0.0, 1.0)}
+    on.write(2, moved)
+    assert on.run(2) == 0
+    assert on.named(2, moved) == ids
+    shifts = {c["id"]: c for c in on.drift(2)["components"]}
+    assert shifts[ids["a"]]["mean_shift"] == pytest.approx([0.8, 0.0], abs=0.2)
+    assert shifts[ids["a"]]["mahalanobis"] == pytest.approx(0.8, abs=0.2)
+    assert shifts[ids["b"]]["mahalanobis"] < 0.2
+    for component in shifts.values():
+        assert component["volume_ratio"] == pytest.approx(1, abs=0.2)
+        assert abs(component["weight"] - component["weight_before"]) < 0.05
+
+    split = {**moved, "c": (-2.6, 12.0, 1.0), "d": (2.6, 12.0, 1.0)}
+    on.write(3, split)
+    assert on.run(3) == 0
+    third = on.named(3, split)
+    assert {third["c"], third["d"]} == {ids["c"], 3}
+    (born,) = on.drift(3)["born"]
+    assert (born["id"], born["nearest"]) == (3, ids["c"])
+
+    without = {name: split[name] for name in "acd"}
+    on.write(4, without)
+    assert on.run(4) == 0
+    assert on.named(4, without) == {name: third[name] for name in "acd"}
+    assert [dead["id"] for dead in on.drift(4)["dead"]] == [ids["b"]]
+
+    wide = {**without, "a": (0.8, 0.0, 2.0), "e": B}
+    on.write(5, wide)
+    assert on.run(5) == 0
+    fifth = on.named(5, wide)
+    assert fifth == {**on.named(4, without), "e": 4}  # where b was, but b is dead
+    (spread,) = [c for c in on.drift(5)["components"] if c["id"] == ids["a"]]
+    assert spread["volume_ratio"] == pytest.approx(4, abs=0.6)
+    assert spread["shape_change"] < 0.2
+    densities = on.drift(5)["densities"]
+    assert densities["mean_tonight"] > densities["mean_before"] + 1
+    assert sum(densities["histogram"]["tonight"]) == pytest.approx(1, abs=0.01)
+
+    table = nights.rows(wide, 400, seed=6)
+    texts = pa.array([str(y) for y in table["y"].to_pylist()])
+    nights.write_night(on.lake, night(6), table.set_column(1, "y", texts))
+    assert on.run(6) == 3
+    assert on.registry.latest() == night(5)
+    assert "'y' is gone" in on.gate(6)["reasons"][0]
+
+    on.write(7, {**wide, "f": (-12.0, 0.0, 1.0)})
+    assert on.run(7, "--k", "4..6") == 0
+    assert on.lineage(7).night_before == night(5)
+    assert on.lineage(7).born == (5,)
+    before = on.lineage(7)
+    assert on.run(7, "--k", "4..6") == 0  # again: nothing happens
+    assert on.lineage(7) == before
+
+    on.write(6, {**wide, "g": (-12.0, 12.0, 1.0)})  # mended, and late
+    assert on.run(6, "--k", "4..6") == 0
+    assert on.registry.latest() == night(7)
+    assert on.lineage(6).night_before == night(5)
+    assert on.lineage(6).born == (6,)
+
+    on.write(8, {"a": wide["a"]}, n=300)
+    assert on.run(8, "--k", "1..2") == 3
+    (reason,) = on.gate(8)["reasons"]
+    assert "300 rows are too few, at least 1,000" in reason
+    assert on.run(9) == 3  # no rows at all
+    assert "no rows match the filter" in on.gate(9)["reasons"][0]
+    assert on.registry.latest() == night(7)
+
+    on.write(10, {**wide, "f": (-12.0, 0.0, 1.0), "h": (12.0, 12.0, 1.0)})
+    assert on.run(10, "--k", "5..7", "--keep-models", "3") == 0
+    assert on.lineage(10).night_before == night(7)
+    assert on.lineage(10).born == (7,)  # not 6, which the late night was given
+    assert on.registry.latest() == night(10)
+    assert on.registry.nights() == [night(6), night(7), night(10)]
+
+
+def test_ids_over_four_nights_of_which_one_comes_late(local: Nights) -> None:
+    """The short form of `ten_nights`, whose reports take half a minute to draw."""
+    second = {"a": (0.8, 0.0, 1.0), "c": C, "e": (12.0, 12.0, 1.0)}
+    for day, clusters in ((1, FIRST), (2, second), (4, {**second, "f": (-12.0, 0.0, 1.0)})):
+        local.write(day, clusters)
+        assert local.run(day, "--k", str(len(clusters))) == 0
+    ids = local.named(1, FIRST)
+    local.write(3, {**second, "g": (-12.0, 12.0, 1.0)})
+    assert local.run(3, "--k", "4", "--keep-models", "3") == 0
+    assert local.named(2, second) == {"a": ids["a"], "c": ids["c"], "e": 3}
+    assert (local.lineage(4).born, local.lineage(4).night_before) == ((4,), night(2))
+    assert (local.lineage(3).born, local.lineage(3).night_before) == ((5,), night(2))
+    assert (local.registry.latest(), local.registry.new_ids(0)) == (night(4), 6)
+    (shifted,) = [c for c in local.drift(2)["components"] if c["id"] == ids["a"]]
+    assert shifted["mean_shift"] == pytest.approx([0.8, 0.0], abs=0.2)
+    assert [dead["id"] for dead in local.drift(2)["dead"]] == [ids["b"]]
+    assert local.registry.nights() == [night(2), night(3), night(4)]
+
+
+@pytest.mark.faults
+def test_ten_nights(tmp_path: Path, in_process: None) -> None:
+    ten_nights(Nights(tmp_path / "lake", str(tmp_path / "reg")))
+
+
+@pytest.mark.faults  # ten times Ray's workers: a minute
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_ten_nights_on_a_cluster(
+    kind: str, tmp_path: Path, ray_address: str, s3_lake: S3Server
+) -> None:
+    url = f"{s3_lake.url}/reg" if kind == "s3" else str(tmp_path / "reg")
+    common = ["--address", ray_address, "--num-workers", "2"]
+    on = Nights(tmp_path / "lake", url, *common)
+    if kind == "s3":
+        on = _Uploaded(tmp_path / "lake", url, f"{s3_lake.url}/lake", s3_lake, *common)
+    ten_nights(on)
+
+
+class _Uploaded(Nights):
+    """Nights whose lake is a copy on S3."""
+
+    def __init__(self, lake: Path, registry: str, data: str, s3: S3Server, *common: str) -> None:
+        super().__init__(lake, registry, *common)
+        self.data, self._s3 = data, s3
+
+    def run(self, day: int, *options: str) -> int:
+        lakes.upload(self.lake, self._s3.file_system(), self.data)
+        return super().run(day, *options)
+
+
+def test_a_night_on_a_cluster_with_the_registry_on_s3(
+    tmp_path: Path, ray_address: str, s3_lake: S3Server, capsys: Errors
+) -> None:
+    on = Nights(tmp_path / "lake", f"{s3_lake.url}/reg", "--address", ray_address)
+    on.write(1, FIRST)
+    one_worker = ["--num-workers", "1", "--columns", "y", "x", "--k", "3"]
+    one_worker += ["--scores", f"{s3_lake.url}/scores", "--keep", "id"]
+    assert on.run(1, *one_worker) == 0
+    assert "scored 1,200 rows of 1 files by k=3" in capsys.readouterr().out
+    assert on.run(1, *one_worker) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-3].endswith("published before")
+    assert "has committed before" in said[-2]
+    assert (
+        said[-1] == f"model of {night(1)} in {on.url}/models/{night(1)}; the latest is {night(1)}"
+    )
+    model = gmm_dist.load(f"{on.url}/models/{night(1)}")
+    assert (model.component_ids, model.feature_names) == ((0, 1, 2), ("y", "x"))
+    assert on.lineage(1).ids == (0, 1, 2)
+
+
+def test_scored_rows_carry_the_ids() -> None:
+    model = mixtures.parameters("full", 3, 2, spread=30)
+    scoring = Scoring(model, pa.schema([]), ids=(7, 2, 11))
+    X = model.means.numpy()[[2, 0, 1, 0]].T.copy()
+    X[0, 3] = np.nan
+    table = Scorer(scoring).table(pa.table({"n": range(4)}).select([]), X)
+    assert table["component"].to_pylist() == [11, 7, 2, None]
+    counts = scored._Counts((7, 2, 11))
+    counts.add(table)
+    assert counts.components.tolist() == [1, 1, 1]
+    counts.add(table.slice(0, 1))
+    assert counts.components.tolist() == [1, 1, 2]
+
+
+# ------------------------------------------------------------------------- the warm start
+
+
+def test_last_nights_model_takes_part_and_the_order_of_columns_is_its(
+    local: Nights, capsys: Errors, caplog: pytest.LogCaptureFixture
+) -> None:
+    local.write(1, FIRST)
+    local.write(2, FIRST)
+    assert local.run(1, "--k", "3") == 0
+    local.common = ("--columns", "y", "x")
+    caplog.clear()
+    assert local.run(2, "--k", "3") == 0
+    assert f"warm start from {night(1)}, k=3 full" in caplog.text
+    assert gmm_dist.load(local.registry.model_url(night(2))).feature_names == ("x", "y")
+    assert local.lineage(2).born == local.lineage(2).dead == ()
+
+
+def test_days_and_the_users_filter_choose_the_rows(local: Nights) -> None:
+    for day in (1, 2, 3):
+        local.write(day, FIRST)
+    assert local.run(3, "--days", "2", "--where", "id < 1000", "--k", "3") == 0
+    report = artifacts.read_report(local.registry.model_url(night(3)))
+    assert report["n_rows"] + report["n_held_out"] == 2000
+    assert report["n_held_out"] > 100
+
+
+@pytest.mark.parametrize("type_", [pa.date32(), pa.timestamp("us", tz="UTC"), pa.string()])
+def test_the_night_may_be_a_column_of_dates_times_or_texts(
+    tmp_path: Path, in_process: None, type_: pa.DataType
+) -> None:
+    table = nights.rows(FIRST, 500, seed=1)
+    days = [f"2026-11-{20 + i % 3}" for i in range(len(table))]
+    column = pa.array(days).cast(pa.timestamp("us")).cast(type_)
+    if pa.types.is_timestamp(type_):
+        column = pa.array(days).cast(pa.timestamp("us")).cast(type_)
+    nights.write_night(tmp_path / "lake", "x", table.append_column("at", column))
+    on = Nights(tmp_path / "lake", str(tmp_path / "reg"), "--columns", "x", "y")
+    on.run(21, "--partition", "at", "--k", "3", "--min-rows", "500")
+    assert on.lineage(21).n_rows == 500
+
+
+# ------------------------------------------------------------------------- the gate
+
+
+def test_a_model_that_scores_held_out_rows_far_worse_is_kept_back(
+    local: Nights, capsys: Errors
+) -> None:
+    local.write(1, FIRST)
+    local.write(2, FIRST)
+    assert local.run(1, "--k", "3") == 0
+    assert local.run(2, "--k", "2") == 3
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"kept back {night(2)}: tonight's model scores the held-out rows 0.")
+    assert said.endswith(f"the latest is {night(1)}")
+    verdict = local.gate(2)
+    assert (verdict["published"], verdict["night_before"]) == (False, night(1))
+    assert not (Path(local.url) / "models" / night(2)).exists()
+    assert local.registry.new_ids(0) == 3  # none was given to it
+    (candidate,) = (Path(local.url) / "candidates" / night(2)).iterdir()
+    drift = json.loads((candidate / "drift.json").read_text())
+    assert all(born["id"] is None for born in drift["born"])
+    assert gmm_dist.load(str(candidate)).n_components == 2
+    assert local.run(2, "--k", "2", "--max-drop", "5") == 0
+    assert local.registry.latest() == night(2)
+
+
+def test_another_try_takes_the_place_of_the_candidate(local: Nights) -> None:
+    local.write(1, {"a": A}, n=100)
+    for _ in range(2):
+        assert local.run(1, "--k", "1") == 3
+    assert len(list((Path(local.url) / "candidates" / night(1)).iterdir())) == 1
+    assert local.run(1, "--k", "1", "--min-rows", "50") == 0
+
+
+def test_fewer_rows_than_components_and_candidates_of_no_rank_are_kept_back(
+    local: Nights, capsys: Errors
+) -> None:
+    local.write(1, {"a": A}, n=3)
+    assert local.run(1, "--k", "4", "--min-rows", "1") == 3
+    assert "--k asks for 4 components, but there are 3 rows" in capsys.readouterr().out
+    local.write(2, {"a": A}, n=6)
+    assert local.run(2, "--k", "4", "--min-rows", "1") == 3
+    assert "none of the 1 candidates could be ranked" in capsys.readouterr().out
+    assert local.registry.latest() is None
+
+
+# ------------------------------------------------------------------------- interrupted
+
+
+def test_a_crash_between_the_commit_and_the_pointer_is_mended_by_the_next_run(
+    local: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.write(1, FIRST)
+    with monkeypatch.context() as crash:
+
+        def fall(self: Registry, night: str) -> bool:
+            raise KeyboardInterrupt
+
+        crash.setattr(Registry, "point_to", fall)
+        with pytest.raises(KeyboardInterrupt):
+            local.run(1, "--k", "3")
+    assert local.registry.latest() is None
+    lineage = local.lineage(1)
+    assert local.run(1, "--k", "3") == 0
+    assert local.registry.latest() == night(1)
+    assert local.lineage(1) == lineage
+
+
+def test_a_night_that_died_goes_on_with_resume(
+    local: Nights, capsys: Errors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.write(1, FIRST)
+    whole = Nights(local.lake, f"{local.url}-whole", *local.common)
+    assert whole.run(1, "--k", "4") == 0
+    with monkeypatch.context() as crash:
+
+        def fall(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        crash.setattr(fitting, "training_quantiles", fall)
+        with pytest.raises(KeyboardInterrupt):
+            local.run(1, "--k", "4")
+    assert local.run(1, "--k", "4") == 2
+    assert "pass --resume to go on with it" in capsys.readouterr().err
+    assert local.run(1, "--k", "4", "--resume") == 0
+    one, other = (
+        (Path(on.url) / "models" / night(1) / "model" / "model.safetensors").read_bytes()
+        for on in (local, whole)
+    )
+    assert one == other
+
+
+def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
+    local.write(1, FIRST)
+    with runs.claim(local.registry.model_url(night(1)), lease_seconds=0.5):
+        assert local.run(1, "--k", "3") == 2
+    assert "another driver is at work on this run" in capsys.readouterr().err
+    assert local.run(1, "--k", "3") == 0
+
+
+# ------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--night", "today"], "'today' is not a night: give a date such as 2026-11-21"),
+        (["--holdout", "0"], "give a --holdout above 0; see nightly.py --help"),
+        (["--days", "0"], "--days is 1 or more"),
+        (["--max-drop", "-1"], "--max-drop is -1: give a number of nats >= 0"),
+        (["--min-rows", "-1"], "--min-rows is -1: give a whole number >= 0"),
+        (["--where", "x > 1 or x < 0"], "'or' is not supported"),
+        (["--partition", "dt"], "no column 'dt'"),
+        (["--partition", "id"], "column 'id' has type int64"),
+        (["--columns", "x", "z"], "'z'"),
+    ],
+)
+def test_a_bad_option_is_one_line(
+    local: Nights, capfd: Errors, options: list[str], message: str
+) -> None:
+    local.write(1, FIRST)
+    assert local.run(1, *options) == 2
+    (line,) = [text for text in capfd.readouterr().err.splitlines() if "error: " in text]
+    assert message in line
+    assert not Path(local.url).exists()
+
+
+def test_a_damaged_file_is_one_line_and_the_pointer_stays(local: Nights, capfd: Errors) -> None:
+    local.write(1, FIRST)
+    local.write(2, FIRST)
+    assert local.run(1, "--k", "3") == 0
+    lakes.truncate(local.lake / f"ds={night(2)}" / "part.parquet", 500)
+    assert local.run(2, "--k", "3") == 2
+    assert "part.parquet: cannot be read as Parquet" in capfd.readouterr().err
+    assert local.registry.latest() == night(1)
+
+
+def test_the_filter_is_a_half_open_range_beside_the_users() -> None:
+    options = argparse.Namespace(night="2026-03-01", own_where="0 < x <= 5", partition="the day")
+    assert nightly._rows_of(options, days=2).text == (
+        "col('the day') < '2026-03-02' and col('the day') >= '2026-02-28' and x <= 5 and x > 0"
+    )

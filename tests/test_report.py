@@ -1,0 +1,225 @@
+"""The report is one well-formed page that needs nothing else, whatever it is told."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pages
+import pytest
+from pages import Page, candidate, clusters, content, sample
+
+from gmm_dist import drift as drift_module
+from gmm_dist.em import Status
+from gmm_dist.report import render
+
+SWEEP = [candidate(k, rank) for k, rank in ((2, 2), (3, 1), (4, 3))]
+FAILED = candidate(9, None, status=Status.DEGENERATE.value, converged=False, bic=1.0)
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def page(*args, **options) -> tuple[str, Page]:
+    """Render, and assert what holds of every report."""
+    html = render(*args, **options)
+    found = Page(html)
+    assert found.wrong == []
+    assert found.open == []
+    assert len(found.ids) == len(set(found.ids))
+    referred = {word for _, a in found.tags for word in (a.get("aria-labelledby") or "").split()}
+    referred |= set(re.findall(r"url\(#([^)]+)\)", html)) | set(
+        re.findall(r'href="#([^"]+)"', html)
+    )
+    assert referred <= set(found.ids)
+    # Nothing is loaded: no address but pictures within the page, no script, and the page says so.
+    addresses = [a[key] for _, a in found.tags for key in ("src", "href", "xlink:href") if key in a]
+    assert all(re.match(r"#|data:image/png;base64,", str(a)) for a in addresses)
+    assert not re.search(r"https?:|[\"'(]//|@import", html)
+    assert found.named("script") == []
+    policy = {m.get("http-equiv"): m["content"] for m in found.named("meta") if "content" in m}
+    assert policy["Content-Security-Policy"].startswith("default-src 'none'")
+    for svg in found.named("svg"):
+        assert svg["role"] == "img"
+        assert svg["viewbox"]
+    assert len(found.named("svg")) == len(found.named("title")) - 1 == len(found.named("desc"))
+    return html, found
+
+
+def test_every_candidate_is_in_the_table_and_the_choice_is_explained():
+    html, found = page(content([*SWEEP, FAILED], 4), clusters(3, 4), sample(3, 4))
+    ranks = [(row[0], row[1]) for row in found.rows if len(row) == 11][1:]
+    assert ranks == [("1", "3"), ("2", "2"), ("3", "4"), ("–", "9")]
+    assert "K = 3 full has the lowest BIC of 4 candidates, 1,234 nats ahead of the next" in html
+    assert "AIC would choose K = 4 full; ICL would choose K = 2 full." in html
+    assert f"K = 9 full: {Status.DEGENERATE.value}." in html
+    assert "20,000,000.0" in html
+    for drawing in ("by-bic", "by-aic", "by-icl", "heat-map", "picture", "climb", "approach"):
+        assert f"{drawing}-title" in found.ids
+    assert "by-holdout-title" not in found.ids
+
+
+def test_counts_settings_and_versions_are_told():
+    html, found = page(content(SWEEP, 4), clusters(3, 4), sample(3, 4))
+    assert ["rows read", "1,250,000", "100.0\u202f%"] in found.rows
+    assert ["dropped for a missing value (--missing drop)", "10", "< 0.01\u202f%"] in found.rows
+    assert ["fitted", "1,000,000", "80.0\u202f%"] in found.rows
+    assert ["missing values put in (--missing mean)", "7 values", ""] in found.rows
+    assert ["em.tol", "1e-05"] in found.rows
+    assert ["s3fs", "–"] in found.rows
+    assert "column &#39;flat&#39; is constant" in html
+    assert "1 h 2 min" in html
+
+
+def test_means_are_in_data_units_beside_their_spread():
+    found = clusters(3, 4)
+    means = found.means * [1, 1e-3, 1e4, 1e7] + [0, 5, 0, 1e8]
+    scale = [1, 1e-3, 1e4, 1e7]
+    covariances = found.covariances * [[a * b for a in scale] for b in scale]
+    _, read = page(content(SWEEP, 4), replace(found, means=means, covariances=covariances))
+    table = next(i for i, row in enumerate(read.rows) if row[1:] == list(found.feature_names))
+    largest = int(found.weights.argmax())
+    cells = read.rows[table + 1]
+    assert cells[0] == str(largest)
+    for j, cell in enumerate(cells[1:]):
+        mean, spread = (
+            (float(text.replace(",", "").replace("\u2212", "-")) for text in cell.split("± "))
+            if "± " in cell
+            else (math.nan, math.nan)
+        )
+        exact = math.sqrt(covariances[largest, j, j])
+        assert spread == pytest.approx(exact, rel=0.05)
+        assert mean == pytest.approx(means[largest, j], abs=0.05 * exact)
+
+
+def test_equal_input_gives_equal_bytes():
+    given = content(SWEEP, 4), clusters(3, 4), sample(3, 4)
+    assert render(*given) == render(*given)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["</title><script>alert(1)</script>", '"><img src=x>', "$a_b$ {{ 7 }} 年齢 a\x00\ud800b"],
+)
+def test_hostile_names_are_text(name):
+    names = (name, *(f"x{j}" for j in range(3)))
+    told = content(SWEEP, 4, feature_names=list(names), data=f"/tmp/{name}", warnings=[name])
+    nightly = {"night": name, "published": False, "reasons": [name]}
+    nightly["drift"] = pages.drift((0, 1), names)
+    found = replace(clusters(3, 4), feature_names=names)
+    html, read = page(told, found, sample(3, 4), nightly)
+    assert read.named("img") == []
+    shown = name.replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
+    assert any(row[1:2] == [shown] for row in read.rows)
+    assert html.encode()
+
+
+@pytest.mark.parametrize(
+    ("k", "d", "kind"),
+    [
+        (1, 1, "full"),
+        (3, 1, "diag"),
+        (1, 7, "spherical"),
+        (2, 3, "tied"),
+        (2, 2, "full"),
+        (5, 2, "diag"),
+    ],
+)
+def test_few_components_and_features_make_a_page(k, d, kind):
+    told = content([candidate(k, 1, covariance_type=kind)], d)
+    html, found = page(told, clusters(k, d, kind), sample(k, d))
+    assert "One candidate was fitted" in html
+    assert "by-bic-title" not in found.ids
+    assert "picture-title" in found.ids
+
+
+def test_sixty_components_of_sixty_features_stay_small():
+    told = content([candidate(k, 61 - k if k > 1 else 60) for k in range(1, 61)], 60)
+    html, found = page(told, clusters(60, 60), sample(60, 60, 5000))
+    assert len(html.encode()) < 1_500_000
+    assert len([row for row in found.rows if len(row) == 61]) == 61
+    assert len([a for a in found.named("use") if str(a["href"]).startswith("#picture")]) < 2100
+
+
+def test_of_very_many_components_and_features_the_telling_ones_are_shown():
+    told = content([candidate(150, 1)], 90)
+    html, _ = page(told, clusters(150, 90, "diag"), None)
+    assert "the 100 largest of 150 components and the 60 of 90 features that tell them best" in html
+    assert len(html.encode()) < 1_500_000
+
+
+def test_numbers_that_are_absent_or_not_finite_are_dashes():
+    odd = [
+        candidate(2, 2, bic=math.inf, aic=None, icl=math.nan, seconds=None),
+        candidate(3, 1),
+        candidate(4, None, log_likelihood=math.nan, bic=None, lower_bounds=[], converged=False),
+    ]
+    _, found = page(content(odd, 4), clusters(3, 4), sample(3, 4))
+    assert not re.search(r"\b(nan|inf|None)\b", " ".join(found.text))
+    assert next(row for row in found.rows if row[:2] == ["2", "2"])[4:7] == ["–"] * 3
+
+
+def test_held_out_rows_rank_from_the_highest():
+    ranked = [candidate(k, rank, holdout=-9.0 - rank) for k, rank in ((2, 2), (3, 1), (4, 3))]
+    html, found = page(content(ranked, 4, criterion="holdout"), clusters(3, 4), sample(3, 4))
+    assert "K = 3 full has the highest held-out log-likelihood of 3 candidates, 1.000 nats" in html
+    assert "−10.0000 nats per row" in html
+    assert "by-holdout-title" in found.ids
+
+
+def test_nothing_ranked_shows_the_table_alone():
+    html, found = page(content([FAILED, FAILED | {"k": 8}], 4))
+    assert "None of the 2 candidates could be ranked" in html
+    assert found.named("svg") == []
+
+
+def test_a_night_tells_what_has_changed():
+    names = clusters(3, 4).feature_names
+    mixture = replace(clusters(3, 4), numbers=("4", "9", "new"))
+    nightly = {"night": "2026-11-21", "published": True, "reasons": []}
+    html, found = page(content(SWEEP, 4), mixture, sample(3, 4), nightly)
+    assert "There is no model of an earlier night" in html
+    nightly["drift"] = pages.drift((4, 9), names)
+    html, found = page(content(SWEEP, 4), mixture, sample(3, 4), nightly)
+    assert "Published. 2 components stayed, 1 born, 1 died." in html
+    assert ["new", "born", "3.0\u202f%", "4", "0.01"] in found.rows
+    assert ["77", "died", "3.0\u202f%", "4", "0.01"] in found.rows
+    assert ["rows fitted", "−10.500000", "−10.250000", "+0.250000"] in found.rows
+    assert ["rows held out", "–", "–", "–"] in found.rows
+    # Nine overlaps less than four with what it was.
+    changed = [row[0] for row in found.rows if len(row) == 9 and row[5] == "× 1.50"]
+    assert changed == ["9", "4"]
+
+
+def test_the_drift_that_is_shown_has_the_fields_of_the_one_that_is_computed():
+    told = pages.drift((1,), ("x",))
+    for key, kind in (
+        ("components", drift_module.ComponentDrift),
+        ("born", drift_module.Unmatched),
+    ):
+        assert set(told[key][0]) == set(kind.__dataclass_fields__)
+    assert set(told) == set(drift_module.Drift.__dataclass_fields__)
+    assert set(told["densities"]) == set(drift_module.Densities.__dataclass_fields__)
+    bins = drift_module.DensityHistogram((0.0, 1.0), (1.0,), (1.0,))
+    assert set(told["densities"]["histogram"]) == set(asdict(bins))
+
+
+def test_a_night_that_was_not_fitted_says_why():
+    nightly = {"night": "2026-11-21", "published": False, "reasons": ["12 rows are too few"]}
+    html, _ = page(None, nightly=nightly)
+    assert "Night of 2026-11-21: no model" in html
+    assert "Kept back: the last published model stays." in html
+    assert "12 rows are too few" in html
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_a_browser_draws_it(tmp_path: Path):
+    (tmp_path / "page.html").write_text(render(content(SWEEP, 4), clusters(3, 4), sample(3, 4)))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    flags += " --disable-background-networking --disable-component-update --window-size=390,844"
+    where = [f"--user-data-dir={tmp_path / 'user'}", f"--screenshot={tmp_path / 'page.png'}"]
+    url = (tmp_path / "page.html").as_uri()
+    subprocess.run([CHROMIUM, *flags.split(), *where, url], check=True, capture_output=True)
+    assert (tmp_path / "page.png").stat().st_size > 10_000

@@ -1,0 +1,177 @@
+"""A scored file is written once, whole, and trusted only with its record."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import lakes
+import mixtures
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import S3Server
+
+from gmm_dist import lake, scored, streaming
+from gmm_dist.checkpoint import RunIdentity
+from gmm_dist.errors import UserError
+from gmm_dist.mixture import Mixture
+from gmm_dist.scored import Scored, ScoreFiles, collect, spread
+from gmm_dist.scoring import Scoring
+from gmm_dist.storage import open_url
+
+MIXTURE = mixtures.parameters("full", 3, 2)
+RECORD = "_scored/_checkpoints/files"
+
+
+def days(folder: Path) -> Path:
+    """Write three files of 100, 300 and 500 rows, under hive keys."""
+    for i, day in enumerate(("2026-11-01", "2026-11-02", "2026-11-03")):
+        n = 100 + 200 * i
+        x, y = lakes.numbers(n, i), lakes.numbers(n, i + 10)
+        x[:i] = np.nan
+        columns = {"x": x, "y": y, "id": np.arange(n) + 1000 * i}
+        lakes.write(folder / f"ds={day}" / "a.parquet", columns, rows_per_group=70)
+    return folder
+
+
+def loader_of(
+    data: object, output: object, *, where: str | None = None, key: str = "", attempt: str = "one"
+) -> ScoreFiles:
+    plan = lake.plan(str(data), columns=["x", "y"], missing="mean", keep=["id"], where=where)
+    scoring = Scoring(MIXTURE, pa.schema([("id", pa.int64())]), threshold=-6.0)
+    return ScoreFiles(plan, scoring, str(output), RunIdentity(plan.hash, (), {"k": key}), attempt)
+
+
+def score(loader: ScoreFiles, n: int = 3) -> Scored:
+    parts = [collect(loader(shard)) for shard in range(n)]
+    return parts[0] + parts[1] + parts[2] if n == 3 else parts[0]
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(output)): p.read_bytes() for p in output.rglob("*.parquet")}
+
+
+def test_every_file_has_its_rows_in_its_place(tmp_path: Path) -> None:
+    data, out = days(tmp_path / "lake"), tmp_path / "out"
+    found = score(loader_of(data, out))
+    assert contents(out).keys() == found.files.keys() == contents(data).keys()
+    assert (found.rows, found.missing) == (900, 3)
+    for path, file in found.files.items():
+        before = pq.ParquetFile(data / path).read()
+        after = pq.ParquetFile(out / path).read()
+        assert after["id"].equals(before["id"])
+        X = np.stack([before["x"], before["y"]], axis=1)
+        whole = ~np.isnan(X).any(1)
+        expected = Mixture(MIXTURE).score_samples(X[whole])
+        np.testing.assert_allclose(after["log_density"].drop_null(), expected, rtol=1e-12)
+        assert file.rows == after.num_rows == before.num_rows
+        assert file.missing == after["component"].null_count
+        assert file.outliers == (expected < -6).sum() > 0
+        counts = np.bincount(Mixture(MIXTURE).predict(X[whole]), minlength=3)
+        assert file.components == tuple(counts)
+    totals = found.totals()
+    assert sum(totals["components"]) == 897
+    assert totals["filtered"] == 0
+
+
+def test_a_loader_counts_as_many_rows_as_it_scored(tmp_path: Path) -> None:
+    data = days(tmp_path / "lake")
+    loader = loader_of(data, tmp_path / "out")
+    assert sorted(loader(shard).n_rows for shard in range(3)) == [100, 300, 500]
+
+
+def test_filtered_rows_are_not_written(tmp_path: Path) -> None:
+    data, out = days(tmp_path / "lake"), tmp_path / "out"
+    found = score(loader_of(data, out, where="id >= 1290"))
+    assert [file.rows for _, file in sorted(found.files.items())] == [0, 10, 500]
+    assert [file.filtered for _, file in sorted(found.files.items())] == [100, 290, 0]
+    empty = pq.read_table(out / "ds=2026-11-01" / "a.parquet", partitioning=None)
+    assert empty.num_rows == 0
+    assert empty.schema.names == ["id", "component", "probability", "log_density", "outlier"]
+
+
+def test_the_bytes_are_the_same_each_time_and_in_any_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = days(tmp_path / "lake")
+    score(loader_of(data, tmp_path / "a"))
+    score(loader_of(data, tmp_path / "b", attempt="two"))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    monkeypatch.setattr(scored, "_GROUP_BYTES", 1000)
+    monkeypatch.setattr(streaming, "BATCH_ROWS", 10)
+    found = score(loader_of(data, tmp_path / "c"))
+    path = "ds=2026-11-03/a.parquet"
+    assert pq.read_metadata(tmp_path / "c" / path).num_row_groups > 5
+    assert pq.read_table(tmp_path / "c" / path)["id"].to_pylist() == list(range(2000, 2500))
+    assert found.rows == 900
+
+
+def test_a_file_with_its_record_is_left_as_it_is(tmp_path: Path) -> None:
+    data, out = days(tmp_path / "lake"), tmp_path / "out"
+    loader = loader_of(data, out)
+    first = score(loader)
+    stamps = {path: (out / path).stat().st_mtime_ns for path in first.files}
+    assert score(loader_of(data, out, attempt="two")) == first
+    assert {path: (out / path).stat().st_mtime_ns for path in first.files} == stamps
+
+
+@pytest.mark.parametrize("spoil", ["no record", "torn record", "other run", "no file", "cut file"])
+def test_without_a_sound_record_a_file_is_written_again(tmp_path: Path, spoil: str) -> None:
+    data, out = days(tmp_path / "lake"), tmp_path / "out"
+    first, before = score(loader_of(data, out)), contents(out)
+    path = "ds=2026-11-02/a.parquet"
+    record = out / RECORD / f"{path}.json"
+    os.utime(out / path, ns=(0, 0))
+    match spoil:
+        case "no record":
+            record.unlink()
+        case "torn record":
+            lakes.truncate(record, 30)
+        case "other run":
+            record.write_text(json.dumps(json.loads(record.read_text()) | {"key": "other"}))
+        case "no file":
+            (out / path).unlink()
+        case "cut file":
+            lakes.truncate(out / path, 100)
+    assert score(loader_of(data, out)) == first
+    assert contents(out) == before
+    assert (out / path).stat().st_mtime_ns > 0
+
+
+def test_what_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
+    data, out = days(tmp_path / "lake"), tmp_path / "out"
+    x = lakes.numbers(500)
+    x[450] = np.inf
+    lakes.write(data / "ds=2026-11-03" / "a.parquet", {"x": x, "y": x, "id": range(500)})
+    loader = loader_of(data, out)
+    with pytest.raises(UserError, match="row 450: column 'x' is inf"):
+        score(loader)
+    assert "ds=2026-11-03/a.parquet" not in contents(out)
+    assert not [path for path in out.rglob("*") if path.name.endswith(".part")]
+
+
+def test_on_s3_it_is_the_same(tmp_path: Path, s3_lake: S3Server) -> None:
+    data = days(tmp_path / "lake")
+    url = lakes.upload(data, s3_lake.file_system(), f"{s3_lake.url}/lake")
+    here = score(loader_of(data, tmp_path / "out"))
+    there = score(loader_of(url, f"{s3_lake.url}/out"))
+    assert there == here
+    fs, root = open_url(f"{s3_lake.url}/out")
+    found = {path: fs.cat_file(f"{root}/{path}") for path in there.files}
+    assert found == contents(tmp_path / "out")
+    assert score(loader_of(url, f"{s3_lake.url}/out")) == here
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 40, 101])
+def test_ranges_of_files_are_of_like_size(n: int) -> None:
+    sizes = [(i + 1) ** 2 for i in range(n)]
+    order = spread(sizes)
+    assert sorted(order) == list(range(n))
+    if n == 101:
+        edges = [0, 25, 50, 75, 101]
+        shares = [sum(sizes[i] for i in order[a:b]) for a, b in itertools.pairwise(edges)]
+        assert max(shares) < 1.4 * min(shares)

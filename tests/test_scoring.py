@@ -1,0 +1,105 @@
+"""What is written of a row equals what scikit-learn says of it."""
+
+from __future__ import annotations
+
+import mixtures
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn.mixture import GaussianMixture
+
+from gmm_dist.errors import UserError
+from gmm_dist.families import FAMILIES
+from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.scoring import Scorer, Scoring
+
+NONE = pa.schema([])
+K, D = 5, 4
+
+
+def reference(mixture: Parameters) -> GaussianMixture:
+    """Return scikit-learn's mixture of the same parameters."""
+    model = GaussianMixture(mixture.n_components, covariance_type=mixture.covariance_type)
+    model.weights_, model.means_ = mixture.weights.numpy(), mixture.means.numpy()
+    model.covariances_ = mixture.covariances.numpy()
+    factors, _ = FAMILIES[mixture.covariance_type].precisions_cholesky(mixture.covariances)
+    model.precisions_cholesky_ = factors.numpy()
+    return model
+
+
+def scored(X, mixture: Parameters, kept: pa.Table | None = None, **options) -> pa.Table:
+    kept = pa.table({}) if kept is None else kept
+    scorer = Scorer(Scoring(mixture, kept.schema, **options))
+    return scorer.table(kept, np.ascontiguousarray(np.asarray(X, dtype=np.float64).T))
+
+
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_it_says_what_scikit_learn_says(kind, shift):
+    mixture = mixtures.parameters(kind, K, D).shifted(shift * mixtures.normal_rows(1, D)[0])
+    X = mixtures.normal_rows(5000, D, seed=1).numpy() * 3 + mixture.means.numpy().mean(0)
+    found, expected = scored(X, mixture, probabilities=True), reference(mixture)
+    resp = expected.predict_proba(X)
+    assert found["component"].to_pylist() == expected.predict(X).tolist()
+    np.testing.assert_allclose(found["probability"], resp.max(1), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found["log_density"], expected.score_samples(X), atol=1e-6)
+    written = np.stack(found["probabilities"].to_numpy())
+    np.testing.assert_allclose(written, resp, rtol=0, atol=1e-6)
+    assert found.schema.field("component").type == pa.int32()
+    assert found.schema.field("probabilities").type == pa.list_(pa.float64(), K)
+
+
+def test_a_row_with_a_hole_keeps_its_place_with_nulls():
+    X = mixtures.normal_rows(3000, D).numpy().copy()
+    X[[0, 17, 2999], [1, 0, 3]] = np.nan
+    mixture = mixtures.parameters("full", K, D)
+    table = scored(X, mixture, probabilities=True, threshold=-7.0)
+    whole = np.ones(3000, dtype=bool)
+    whole[[0, 17, 2999]] = False
+    for column in table.columns:
+        assert column.is_valid().to_pylist() == whole.tolist()
+    others = scored(X[whole], mixture, probabilities=True, threshold=-7.0)
+    assert table.filter(pa.array(whole)).equals(others)
+
+
+def test_outliers_lie_below_the_threshold():
+    X, mixture = mixtures.normal_rows(1000, D), mixtures.parameters("diag", K, D)
+    table = scored(X, mixture, threshold=-8.0)
+    low = table["log_density"].to_numpy() < -8
+    assert 0 < low.sum() < 1000
+    assert table["outlier"].to_pylist() == low.tolist()
+
+
+def test_kept_columns_come_first_and_dictionaries_are_spelt_out():
+    names = pa.array(["a", None, "a"]).dictionary_encode()
+    kept = pa.table({"name": names, "id": [3, 1, 2]}).replace_schema_metadata({"pandas": "x"})
+    table = scored(mixtures.normal_rows(3, D), mixtures.parameters("full", 2, D), kept)
+    assert table.column_names == ["name", "id", "component", "probability", "log_density"]
+    assert table.schema.field("name").type == pa.string()
+    assert table.schema.metadata is None
+    assert table["name"].to_pylist() == ["a", None, "a"]
+
+
+def test_the_name_of_a_written_column_cannot_be_kept():
+    kept = pa.schema([("outlier", pa.bool_())])
+    mixture = mixtures.parameters("full", 2, D)
+    assert Scoring(mixture, kept).schema.names[0] == "outlier"
+    with pytest.raises(UserError, match="--keep outlier would stand beside the column of that nam"):
+        Scoring(mixture, kept, threshold=0.0)
+
+
+def test_rows_beyond_all_distances_have_finite_scores():
+    X = np.array([[1e200] * D, [-1e160] * D, [0.0] * D])
+    table = scored(X, mixtures.parameters("full", K, D), probabilities=True)
+    assert np.isfinite(table["log_density"]).all()
+    assert table["log_density"].to_numpy()[:2].max() < -1e299
+    np.testing.assert_allclose(np.stack(table["probabilities"].to_numpy()).sum(1), 1)
+
+
+def test_any_cut_into_batches_gives_the_same_rows():
+    X, mixture = mixtures.normal_rows(5000, D), mixtures.parameters("full", K, D)
+    whole = scored(X, mixture)
+    parts = pa.concat_tables([scored(X[a : a + 1700], mixture) for a in range(0, 5000, 1700)])
+    assert parts["component"].equals(whole["component"])
+    np.testing.assert_allclose(parts["log_density"], whole["log_density"], rtol=1e-14)
+    assert scored(X[:0], mixture, probabilities=True).num_rows == 0

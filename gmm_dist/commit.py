@@ -293,8 +293,11 @@ def remove_superseded(place: Place, winner: str) -> None:
     """
     for name in sorted(place.below(ATTEMPTS).names() - {winner, LEASE}):
         data = place.read(ATTEMPTS, name, WHO)
+        if data is None:  # begun a moment ago, or by a process that was killed in that moment
+            place.remove_abandoned(ATTEMPTS, name)
+            continue
         with suppress(ValueError):
-            if data is not None and json.loads(data).get("leased"):
+            if json.loads(data).get("leased"):
                 place.remove(ATTEMPTS, name)
 
 

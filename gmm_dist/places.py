@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from gmm_dist.storage import join, open_url, patiently, redacted
 
 _PART = ".part"
+_ABANDONED = 300.0  # seconds after which a step that takes milliseconds is not under way any more
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,18 @@ class Place:
             raise
         if durable:
             sync(final.parent)
+
+    def remove_abandoned(self, *parts: str) -> None:
+        """Remove a file or folder that a process on this disk was killed over, long ago."""
+        with suppress(FileNotFoundError):
+            age = time.time() - Path(self.at(*parts)).stat().st_mtime if self.is_local else 0.0
+            if age > _ABANDONED:
+                self.remove(*parts)
+
+    def remove_abandoned_parts(self) -> None:
+        """Remove the beginnings of files in this folder whose writer was killed, long ago."""
+        for part in Path(self.path).glob(f".*{_PART}") if self.is_local else ():
+            self.remove_abandoned(part.name)
 
     @contextmanager
     def writing(self, *parts: str, scratch: Place) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from functools import partial
 
 from gmm_dist import commit
 from gmm_dist.checkpoint import CHECKPOINTS, CheckpointStore, RunIdentity, checkpoint_names
-from gmm_dist.commit import ATTEMPTS, LEASE, MANIFEST, Attempt, Result
+from gmm_dist.commit import ATTEMPTS, LEASE, MANIFEST, MODEL, Attempt, Result
 from gmm_dist.errors import UserError
 from gmm_dist.lease import SECONDS, Cell, Lease, Terms, acquire, cell_at
 from gmm_dist.places import Place
@@ -154,6 +154,8 @@ def _tidy(place: Place, winner: str, cell: Cell | None = None) -> None:
     try:
         place.remove(CHECKPOINTS)
         commit.remove_superseded(place, winner)
+        for folder in (place, place.below(MODEL)):
+            folder.remove_abandoned_parts()
         if cell is not None and (stale := cell.read()) is not None:
             cell.remove(stale)
     except Exception as error:

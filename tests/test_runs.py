@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -353,6 +354,30 @@ def test_attempts_without_a_lease_are_left_alone(local: str) -> None:
         other.write("sweep.json", b"{}")
         winner = commit(local)
         assert attempts(local) == {other.id, winner}
+
+
+def test_what_a_kill_left_in_the_middle_of_a_step_goes_once_it_is_old(local: str) -> None:
+    """A lease or an attempt that was being made, and a copy that was being written."""
+    commit(local)
+    root = Path(local)
+    left = ["_attempts/lease-00c0ffee/x", "_attempts/1/scratch/x", ".sweep.json.1a2b.part"]
+    left += ["model/.model.json.1a2b.part"]
+    for name in left:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with claim(local, resume=True) as run:
+        assert run.committed
+    assert everything(local) >= set(left)  # somebody may be at it
+    hour_ago = time.time() - 3600
+    for name in left:
+        path = root / name
+        for part in (path, *list(path.parents)[: len(Path(name).parents) - 1]):
+            os.utime(part, (hour_ago, hour_ago))
+    with claim(local, resume=True) as run:
+        assert run.committed
+    assert not everything(local) & set(left)
+    assert load(local).n_components
 
 
 def test_an_outage_longer_than_the_lease_is_outlived(

@@ -21,7 +21,7 @@ from gmm_dist.errors import UserError
 from gmm_dist.failures import FaultConfig
 from gmm_dist.placement import Placement, ranges
 from gmm_dist.shards import Loader, S, Task, TreeSum
-from gmm_dist.workers import ShardActor, Source, Worker
+from gmm_dist.workers import ShardActor, Source, Work, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class RayShards:
         when too much fails.
         """
         n_rows = 0
-        for done, reply in enumerate(self._dispatcher.gather(self._source), start=1):
+        for done, reply in enumerate(self._dispatcher.gather(Work(self._source)), start=1):
             n_rows += reply.value.n_rows
             watch(done, n_rows)
         self._n_rows = n_rows
@@ -167,7 +167,7 @@ class RayShards:
         Raises RunFailed when too much fails.
         """
         tree: TreeSum[S] = TreeSum(self._n_shards)
-        for reply in self._dispatcher.gather(self._source, ray.put(task)):
+        for reply in self._dispatcher.gather(Work(self._source, task)):
             for partial in reply.value:
                 tree.push(partial)
         return tree.total(self._n_rows)

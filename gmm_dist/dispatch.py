@@ -15,7 +15,7 @@ import ray
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.failures import Budget, FaultConfig, Verdict, judge, reason
 from gmm_dist.placement import Placement, shares
-from gmm_dist.workers import Call, Loaded, Reply, Source, State, Ticket, Worker
+from gmm_dist.workers import Call, Loaded, Reply, Request, Source, State, Ticket, Work, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ class Dispatcher:
         self._attempts = itertools.count()
         self._iteration = 0
         self._source: Source | None = None
-        self._task: Any = None
+        self._is_loading = True
+        self._asked: Any = None  # the pass's Work, in the object store
         self._todo: set[int] = set()
         self._work: list[set[int]] = [set() for _ in workers]  # what each should do in this pass
         self._sizes: dict[int, Loaded] = {}
@@ -57,9 +58,9 @@ class Dispatcher:
         self._joined = time.monotonic()  # when a worker came up last
         self._listened = self._replied = self._reported = self._joined
 
-    def gather(self, source: Source, task: Any = None) -> Iterator[Reply]:
-        """Yield the replies that answer for all shards, each once; without a task, load them."""
-        yield from self._begin(source, task)
+    def gather(self, work: Work) -> Iterator[Reply]:
+        """Yield the replies that answer for all shards, each once."""
+        yield from self._begin(work)
         while self._todo:
             self._hand_out(time.monotonic())
             for worker, ref in self._ready():
@@ -85,12 +86,13 @@ class Dispatcher:
         for worker in self._workers:
             worker.abandon(time.monotonic())
 
-    def _begin(self, source: Source, task: Any) -> Iterator[Reply]:
+    def _begin(self, work: Work) -> Iterator[Reply]:
+        source, self._is_loading, self._asked = work.source, work.task is None, ray.put(work)
         if self._source is None or source.number != self._source.number:
             self._sizes, self._load_seconds = {}, []
             for worker in self._workers:
                 worker.held = set()
-        self._source, self._task, self._run_seconds = source, task, []
+        self._source, self._run_seconds = source, []
         self._iteration += 1
         self._todo = {shard for w in self._workers for shard in self._placement.owned(w.index)}
         for worker in self._workers:
@@ -99,7 +101,7 @@ class Dispatcher:
         self._listened = self._replied = self._reported = time.monotonic()
         for worker in self._workers:
             worker.heard = self._listened  # nobody has listened since the last pass
-            for shard in sorted(worker.held & self._work[worker.index]) if task is None else ():
+            for shard in sorted(worker.held & self._work[worker.index]) if self._is_loading else ():
                 self._todo.discard(shard)
                 ticket = self._ticket([shard])
                 yield Reply(ticket, self._sizes[shard])
@@ -136,27 +138,25 @@ class Dispatcher:
             # In the shade of the others' pass: what it will get back.
             away = self._placement.away(worker.index)
             missing = set(away) - worker.held
-            if missing and self._task is not None:
+            if missing and not self._is_loading:
                 self._send(worker, [min(missing)], now, is_load=True)
 
     def _send(self, worker: Worker, shards: Sequence[int], now: float, *, is_load: bool) -> None:
         forget = self._spare(worker)
         worker.held.difference_update(forget)
         ticket = self._ticket(shards)
-        if is_load:
-            ref = worker.actor.load.remote(ticket, self._source, forget)
-        else:
-            ref = worker.actor.run.remote(ticket, self._source, forget, self._task)
+        method = worker.actor.load if is_load else worker.actor.run
+        ref = method.remote(Request(ticket, forget).packed(), self._asked)
         worker.call = Call(ref, ticket, is_load, now)
         worker.heard = now
 
-    def _spare(self, worker: Worker) -> list[int]:
+    def _spare(self, worker: Worker) -> tuple[int, ...]:
         """Return the shards that a worker holds and has no need of any more."""
         owned = self._placement.owned(worker.index)
         if worker.held <= owned:
-            return []
+            return ()
         away = self._placement.away(worker.index)
-        return sorted(worker.held - owned - self._work[worker.index] - set(away))
+        return tuple(sorted(worker.held - owned - self._work[worker.index] - set(away)))
 
     def _ticket(self, shards: Sequence[int]) -> Ticket:
         assert self._source is not None
@@ -230,7 +230,7 @@ class Dispatcher:
             known = self._sizes.setdefault(shard, reply.value)
             assert known.n_rows == reply.value.n_rows, f"shard {shard} has other rows than before"
             self._require_room(worker)
-            if self._task is not None or shard not in self._todo:
+            if not self._is_loading or shard not in self._todo:
                 return
         self._todo.difference_update(shards)
         self._keep(worker, shards)

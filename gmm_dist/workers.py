@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import pickle
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import torch
 
-from gmm_dist.shards import Loader, Partial, S, ShardRows, Task, run_on
+from gmm_dist.shards import Loader, ShardRows, run_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,29 @@ class Ticket:
     iteration: int
     source: int
     shards: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a pass asks of all workers: rows from a source, and a task (None: to load them).
+
+    It is put into the object store once, and every call refers to it there.
+    """
+
+    source: Source
+    task: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one call asks of its worker: the ticket's shards, held or not, and which to let go."""
+
+    ticket: Ticket
+    forget: tuple[int, ...]
+
+    def packed(self) -> bytes:
+        """Return bytes: Ray takes three times as long over an argument that it has to pickle."""
+        return pickle.dumps(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,32 +114,32 @@ class ShardActor:
         """Say which attempt is under way; answered at once, beside it."""
         return self._under_way
 
-    def load(self, ticket: Ticket, source: Source, forget: Sequence[int]) -> Reply:
-        """Hold the shards of the ticket, and no rows of earlier sources."""
-        with self._working(ticket, source, forget):
+    def load(self, packed: bytes, work: Work) -> Reply:
+        """Hold the one shard of the request, and no rows of earlier sources."""
+        with self._working(packed, work.source) as ticket:
             (shard,) = ticket.shards
-            rows = self._held(source, shard)
+            rows = self._held(work.source, shard)
             return Reply(ticket, Loaded(rows.n_rows, _n_bytes(rows)))
 
-    def run(self, ticket: Ticket, source: Source, forget: Sequence[int], task: Task[S]) -> Reply:
-        """Return the sums over the complete subtrees of the ticket's shards."""
-        with self._working(ticket, source, forget):
-            held = (self._held(source, shard) for shard in ticket.shards)
-            partials: list[Partial[S]] = run_on(task, held, self._n_shards)
-            return Reply(ticket, partials)
+    def run(self, packed: bytes, work: Work) -> Reply:
+        """Return the task's sums over the complete subtrees of the request's shards."""
+        with self._working(packed, work.source) as ticket:
+            held = (self._held(work.source, shard) for shard in ticket.shards)
+            return Reply(ticket, run_on(work.task, held, self._n_shards))
 
     @contextlib.contextmanager
-    def _working(self, ticket: Ticket, source: Source, forget: Sequence[int]) -> Any:
+    def _working(self, packed: bytes, source: Source) -> Iterator[Ticket]:
+        request: Request = pickle.loads(packed)
         # One thread per process, one process per core; the setting is the calling thread's own.
         torch.set_num_threads(1)
-        self._under_way = ticket.attempt
+        self._under_way = request.ticket.attempt
         self._rows = {
             (number, shard): rows
             for (number, shard), rows in self._rows.items()
-            if number == source.number and shard not in forget
+            if number == source.number and shard not in request.forget
         }
         try:
-            yield
+            yield request.ticket
         finally:
             self._under_way = None
 

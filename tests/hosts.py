@@ -340,6 +340,17 @@ class Hosts:
             self.start_s3()
         for host in self.workers:
             self.network.heal(host)
+        # Ray may give up a host that was cut off just after it is back: look again, then.
+        for last in (False, False, True):
+            self._rejoin_dead()
+            try:
+                self.wait_for_hosts(len(self.workers), seconds=120 if last else 45)
+                break
+            except RuntimeError:
+                if last:
+                    raise
+
+    def _rejoin_dead(self) -> None:
         alive = self.python(_ALIVE, self.address).split()
         dead = [host for host in self.workers if host.ip not in alive or not host.pids()]
         for host in dead:
@@ -349,7 +360,6 @@ class Hosts:
         self.wait_for_hosts(len(self.workers) - len(dead))
         for host in dead:
             self.join(host)
-        self.wait_for_hosts(len(self.workers))
 
     # --- faults
 

@@ -45,10 +45,14 @@ def connected(address: str | None, scaling: ScalingConfig) -> Iterator[None]:
     """Connect to a Ray cluster, or start one here, and leave it again.
 
     `address` None: the cluster that the job runs in (RAY_ADDRESS), else an embedded one, with
-    as many CPUs as this machine or as `num_workers` asks for.
+    as many CPUs as this machine or as `num_workers` asks for. A process that is connected
+    already, such as a notebook, stays so; no other cluster can be had there.
 
     Raises UserError when there is no cluster at the address.
     """
+    if ray.is_initialized():
+        yield
+        return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {}
     if address == "local":

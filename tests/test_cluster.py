@@ -150,6 +150,16 @@ def test_no_cluster_at_the_address_is_one_line() -> None:
         pass
 
 
+def test_a_process_that_is_connected_stays_so(ray_address: str) -> None:
+    ray.init(ray_address, log_to_driver=False)
+    try:
+        with on_ray("127.0.0.1:1", 1) as shards:
+            assert shards.load() == sum(300 + 50 * shard for shard in range(N_SHARDS))
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+
+
 def test_no_workers_are_refused() -> None:
     with pytest.raises(UserError, match="num_workers is 0"):
         ScalingConfig(num_workers=0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -48,21 +49,8 @@ def sweep_lake(
 
     Raises UserError as `lake.plan`, `cluster.connected` and `sweep.sweep` do.
     """
-    plan = lake.plan(
-        opened.url,
-        columns=opened.columns,
-        weight_column=opened.weight_column,
-        where=opened.where,
-        missing=opened.missing,
-        holdout=opened.holdout,
-    )
-    require_rows(candidates, plan.n_rows)
-    loader = loader_for(plan)
-    centre = torch.from_numpy(loader.centre)
-    scaling = ScalingConfig(opened.num_workers, opened.use_gpu)
-    with connected(opened.address, scaling):
-        shards = start_workers(loader, candidates, scaling)
-        load_rows(shards, loader)
+    plan = plan_of(opened)
+    with resident_lake(opened, plan, candidates) as (shards, centre):
         result = sweep(
             shards,
             candidates,
@@ -73,8 +61,38 @@ def sweep_lake(
             holdout=plan.holdout > 0,
             given=None if given is None else [given.shifted(-centre)],
         )
-        shards.close()
     return LakeSweep(result, centre, plan.feature_names)
+
+
+def plan_of(opened: Lake) -> Plan:
+    """Return which rows a lake's name stands for; reads no row. Raises as `lake.plan` does."""
+    return lake.plan(
+        opened.url,
+        columns=opened.columns,
+        weight_column=opened.weight_column,
+        where=opened.where,
+        missing=opened.missing,
+        holdout=opened.holdout,
+    )
+
+
+@contextmanager
+def resident_lake(
+    opened: Lake, plan: Plan, candidates: Sequence[Candidate]
+) -> Iterator[tuple[RayShards, Float64[Tensor, " d"]]]:
+    """Hold a lake's rows in Ray's workers until the block ends, for passes with such candidates.
+
+    Yields the shards, and their rows' shared centre (d,) in feature units. Raises UserError as
+    `cluster.connected` does, and where rows or memory are too few.
+    """
+    require_rows(candidates, plan.n_rows)
+    loader = loader_for(plan)
+    scaling = ScalingConfig(opened.num_workers, opened.use_gpu)
+    with connected(opened.address, scaling):
+        shards = start_workers(loader, candidates, scaling)
+        load_rows(shards, loader)
+        yield shards, torch.from_numpy(loader.centre)
+        shards.close()
 
 
 def start_workers(

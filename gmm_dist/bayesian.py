@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar, Self
 
@@ -11,14 +13,34 @@ import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
-from gmm_dist.estimator import BaseMixture, exchanged, publish
+from gmm_dist.config import EMConfig
+from gmm_dist.estimator import BaseMixture, CentredRows, exchanged, publish, ranked, start_of
 from gmm_dist.families import FAMILIES, Moments
 from gmm_dist.inputs import Rows, Space, array_of, checked_start, tensor_of
+from gmm_dist.kernel import Total
+from gmm_dist.opened import Lake
 from gmm_dist.parameters import Parameters
-from gmm_dist.resident import Resident
-from gmm_dist.variational import WEIGHT_PRIORS, Posterior, Prior, m_step
+from gmm_dist.resident import Resident, one_thread
+from gmm_dist.search import search
+from gmm_dist.selection import Candidate
+from gmm_dist.shards import Shards
+from gmm_dist.statistics import TotalMoments
+from gmm_dist.sweep import require_rows
+from gmm_dist.trials import Trial
+from gmm_dist.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
 
 _POSITIVE = Interval(Real, 0.0, None, closed="neither")
+_SIZES = 12  # numbers of components that starts on a lake have, at the most
+_FIRST, _KEPT = 3, 2  # passes over a lake for all starts, and how many go on
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LakeRows:
+    """A lake's rows in Ray's workers, about `centre` (d,), and their moments."""
+
+    centre: Tensor
+    shards: Shards
+    total: TotalMoments
 
 
 class BayesianGaussianMixture(BaseMixture):
@@ -29,6 +51,11 @@ class BayesianGaussianMixture(BaseMixture):
     Passes are float64. As in scikit-learn `tol` is the change of the whole lower bound (nats),
     not of its mean over rows, so many rows want a larger one. Beliefs that are
     not given are those of scikit-learn: a covariance prior is that of all rows, n - 1 for n.
+
+    A lake (`gmm_dist.open_lake`) is fitted on Ray, also in float64. A search on a sample
+    (`n_init` seeded starts by `init_params`; 16 where `n_init` is 1) finds mixtures of several
+    numbers of components up to `n_components`; each, with empty components beside it, is a
+    start, and those that lead after a few passes over all rows are followed to the end.
 
     Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
     `precisions_cholesky_` as in `GaussianMixture`, `weight_concentration_` (k,), or two of them
@@ -121,7 +148,10 @@ class BayesianGaussianMixture(BaseMixture):
         return made
 
     def _check_parameters(self, rows: Rows) -> None:
-        d, nu = rows.shape[1], self.degrees_of_freedom_prior
+        self._check_beliefs(rows.shape[1])
+
+    def _check_beliefs(self, d: int) -> None:
+        nu = self.degrees_of_freedom_prior
         if nu is not None and nu <= d - 1:
             raise ValueError(
                 "The parameter 'degrees_of_freedom_prior' should be greater than "
@@ -134,10 +164,50 @@ class BayesianGaussianMixture(BaseMixture):
         assert moments is not None
         return m_step(self._prior(rows), moments)
 
-    def _fitted_model(self, rows: Resident) -> Posterior:
+    def _fitted_model(self, rows: CentredRows) -> Posterior:
         return self._posterior(self._prior(rows).shifted(rows.centre)).shifted(-rows.centre)
 
-    def _publish(self, model: Posterior, rows: Resident, space: Space) -> None:
+    def _fit_lake(self, opened: Lake) -> None:
+        # Only here are Ray and pyarrow needed: they would be most of the time of an import.
+        from gmm_dist.assembly import plan_of, resident_lake
+
+        self._validate_params()
+        plan = plan_of(opened)
+        self._check_beliefs(plan.n_features)
+        # Lanes of the first passes: each start has all the components.
+        candidates = [
+            Candidate(self.n_components, self.covariance_type) for _ in _sizes(self.n_components)
+        ]
+        with one_thread(), resident_lake(opened, plan, candidates) as (shards, centre):
+            rows = _LakeRows(centre, shards, shards.run(Total(plan.n_features)))
+            require_rows(candidates, rows.total.n_rows)
+            best = self._best_of(self._lake_trials(rows), rows)
+        self._publish(best.model, rows, Space(torch.float64))
+        self.n_features_in_ = plan.n_features
+        self.feature_names_in_ = np.array(plan.feature_names, dtype=object)
+        self._conclude(best)
+
+    def _lake_trials(self, rows: CentredRows) -> list[Trial]:
+        """Return the trials that lead after a few passes, of starts of every size.
+
+        Likelihood takes all components that it gets, and the bound climbs slowly out of where
+        that ends: mixtures of k components are hardly ever the best start for a posterior of k.
+        """
+        if self.warm_start and hasattr(self, "converged_"):
+            return [Trial(self._fitted_model(rows), last_bound=self.lower_bound_)]
+        prior, k, n = self._prior(rows), self.n_components, rows.total.n_samples
+        pairs = [(size, self.covariance_type) for size in _sizes(k)]
+        # The search's tol is of the mean over rows, unlike our own.
+        config = EMConfig(reg_covar=float(self.reg_covar))
+        start, threads = replace(start_of(self), finalists=1), os.cpu_count() or 1
+        found = search(rows.shards, pairs, config, start, rows.total, n_threads=threads)
+        # The largest first: it is the one that is left where no pass is asked for.
+        mixtures = [_filled(best, k) for (best,) in reversed(found)]
+        trials = [Trial(updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]
+        self._iterate(trials, rows, min(_FIRST, self.max_iter))
+        return ranked(trials)[:_KEPT]
+
+    def _publish(self, model: Any, rows: CentredRows, space: Space) -> None:
         posterior = model.shifted(rows.centre)
         self._publish_prior(posterior.prior, space)
         concentration = posterior.weight_concentration
@@ -190,7 +260,7 @@ class BayesianGaussianMixture(BaseMixture):
             tensor_of(self.covariances_),
         )
 
-    def _prior(self, rows: Resident) -> Prior:
+    def _prior(self, rows: CentredRows) -> Prior:
         """Return what is believed, about the rows' shared centre."""
         d, concentration = len(rows.centre), self.weight_concentration_prior
         mean, covariance = self._given_mean(d), self._given_covariance(d)
@@ -206,12 +276,12 @@ class BayesianGaussianMixture(BaseMixture):
             float(self.reg_covar),
         )
 
-    def _covariance_of(self, rows: Resident) -> Tensor:
+    def _covariance_of(self, rows: CentredRows) -> Tensor:
         """Return the covariance of all rows: unbiased where weights count rows."""
         n = rows.total.n_samples
         if n <= 1:
             raise ValueError(
-                f"sample_weight sums to {n:g}: the covariance of all rows, which is the default "
+                f"the rows' weights sum to {n:g}: the covariance of all rows, which is the default "
                 "for covariance_prior, takes more than one row; give covariance_prior, or "
                 "weights that count rows"
             )
@@ -241,6 +311,28 @@ class BayesianGaussianMixture(BaseMixture):
             wanted = "symmetric, positive-definite" if covariance.ndim == 2 else "positive"
             raise ValueError(f"'{kind} covariance_prior' should be {wanted}")
         return covariance
+
+
+def _sizes(k: int) -> list[int]:
+    """Return numbers of components from one to k: all, or some at equal distances."""
+    n = min(k, _SIZES)
+    return [-(-k * i // n) for i in range(1, n + 1)]
+
+
+def _filled(mixture: Parameters, k: int) -> Parameters:
+    """Return the mixture with empty components, k in all; the largest come first.
+
+    A broken stick expects them in that order.
+    """
+    size = mixture.n_components
+    order = mixture.weights.argsort(descending=True)
+    # Without rows, their means and covariances have no part in a posterior.
+    order = torch.cat([order, order[:1].expand(k - size)])
+    weights = mixture.weights[order]
+    weights[size:] = 0.0
+    tied = mixture.covariance_type == "tied"
+    covariances = mixture.covariances if tied else mixture.covariances[order]
+    return replace(mixture, weights=weights, means=mixture.means[order], covariances=covariances)
 
 
 def _detached(made: Any) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import sklearn.mixture
@@ -47,13 +47,16 @@ from gmm_dist.opened import Lake
 from gmm_dist.parameters import Parameters
 from gmm_dist.resident import Resident, one_thread
 from gmm_dist.selection import Candidate
+from gmm_dist.shards import Shards
 from gmm_dist.shares import INIT_PARAMS, shares_of
+from gmm_dist.statistics import TotalMoments
 from gmm_dist.trials import (
     MaximumLikelihood,
     Model,
     Rules,
     SingularCovarianceError,
     Trial,
+    Watch,
     maximised,
     moments_of_shares,
     run,
@@ -72,12 +75,26 @@ _FEW_VALUES = 1 << 17
 _ARRAY_API_INITS = ("random", "random_from_data")
 
 
+class CentredRows(Protocol):
+    """Rows in shards, about `centre` (d,) and wherever they are, and their moments."""
+
+    @property
+    def centre(self) -> Tensor: ...
+
+    @property
+    def shards(self) -> Shards: ...
+
+    @property
+    def total(self) -> TotalMoments: ...
+
+
 class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     """What both estimators share: inputs, the loop over trials, and the use of a mixture.
 
     A subclass says what its models are, all about the rows' shared centre: `_first_model` of
     what an M-step reads of rows that were shared out (None where `_needs_shares` said no),
     `_fitted_model` of its own attributes; `_publish` sets the attributes of the best.
+    `_fit_lake` does the same for rows that are elsewhere.
     `_check_parameters` raises ValueError for what rows of so many features cannot bear;
     `_parameters`, in feature units, are what densities are taken of.
     """
@@ -194,10 +211,13 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _first_model(self, moments: Moments | None, rows: Resident) -> Model:
         raise NotImplementedError
 
-    def _fitted_model(self, rows: Resident) -> Model:
+    def _fitted_model(self, rows: CentredRows) -> Model:
         raise NotImplementedError
 
-    def _publish(self, model: Any, rows: Resident, space: Space) -> None:
+    def _publish(self, model: Any, rows: CentredRows, space: Space) -> None:
+        raise NotImplementedError
+
+    def _fit_lake(self, opened: Lake) -> None:
         raise NotImplementedError
 
     def _parameters(self) -> Parameters:
@@ -205,11 +225,6 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         means = tensor_of(self.means_)
         parts = (tensor_of(self.weights_), means, tensor_of(self.covariances_))
         return Parameters(*parts, self.covariance_type)
-
-    def _fit_lake(self, opened: Lake) -> None:
-        raise TypeError(
-            f"{type(self).__name__} takes rows in memory; GaussianMixture and select take lakes"
-        )
 
     # What they share.
 
@@ -221,11 +236,15 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
             resident = self._resident(rows, weight)
             best = self._best_trial(rows, weight, resident)
             self._publish(best.model, resident, space_of(X, rows))
+        self._conclude(best)
+
+    def _conclude(self, best: Trial) -> None:
+        """Say how the best trial went; to be called by what `fit` calls."""
         self.converged_, self.n_iter_ = best.converged, best.n_iter
         self.lower_bound_, self.lower_bounds_ = best.lower_bound, best.lower_bounds
         if not best.converged and self.max_iter > 0:
             warnings.warn(
-                f"{_NOT_CONVERGED} ({Status.MAX_ITER.value})", ConvergenceWarning, stacklevel=3
+                f"{_NOT_CONVERGED} ({Status.MAX_ITER.value})", ConvergenceWarning, stacklevel=4
             )
 
     def _checked_rows(self, X: Any, sample_weight: Any) -> tuple[Rows, Tensor | None]:
@@ -258,14 +277,28 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
             trials = [Trial(self._fitted_model(resident), last_bound=self.lower_bound_)]
         else:
             trials = [Trial(model) for model in self._models(rows, weight, resident)]
-        rules = Rules(self.tol, self.max_iter, self.precision or "float64")
+        return self._best_of(trials, resident)
+
+    def _best_of(self, trials: Sequence[Trial], rows: CentredRows) -> Trial:
+        """Iterate the trials and return the best."""
         teller = _Teller(trials, self.verbose, self.verbose_interval)
+        self._iterate(trials, rows, self.max_iter, watch=teller.stepped)
+        teller.ended()
+        return ranked(trials)[0]
+
+    def _iterate(
+        self,
+        trials: Sequence[Trial],
+        rows: CentredRows,
+        max_iter: int,
+        *,
+        watch: Watch = lambda trial, change: None,
+    ) -> None:
+        rules = Rules(self.tol, max_iter, self.precision or "float64")
         try:
-            run(resident.shards, trials, rules, resident.total, watch=teller.stepped)
+            run(rows.shards, trials, rules, rows.total, watch=watch)
         except SingularCovarianceError:
             raise ValueError(_SINGULAR) from None
-        teller.ended()
-        return max(trials, key=lambda trial: _or_least(trial.lower_bound))
 
     def _models(self, rows: Rows, weight: Tensor | None, resident: Resident) -> list[Model]:
         random_state = check_random_state(self.random_state)
@@ -445,7 +478,7 @@ class GaussianMixture(BaseMixture):
         estimated = replace(estimated, weights=estimated.weights * shared)
         return MaximumLikelihood(replace(estimated, **given), self.reg_covar)
 
-    def _fitted_model(self, rows: Resident) -> Model:
+    def _fitted_model(self, rows: CentredRows) -> Model:
         return MaximumLikelihood(self._parameters().shifted(-rows.centre), self.reg_covar)
 
     def _fit_lake(self, opened: Lake) -> None:
@@ -456,13 +489,8 @@ class GaussianMixture(BaseMixture):
         given = self._given_start(opened)
         candidate = Candidate(self.n_components, self.covariance_type)
         config = EMConfig(self.tol, self.max_iter, self.reg_covar, self.precision or "auto")
-        start = StartConfig(
-            self.n_init if self.n_init > 1 else StartConfig().n_init,
-            self.init_params,
-            random_state=_seed(self.random_state),
-        )
         with one_thread():
-            found = sweep_lake(opened, [candidate], config, start, given=given)
+            found = sweep_lake(opened, [candidate], config, start_of(self), given=given)
         fit, space = found.result.scored[0].fit, Space(torch.float64)
         adopt(self, fit, found.centre, found.feature_names, space)
 
@@ -481,7 +509,7 @@ class GaussianMixture(BaseMixture):
         covariances = self._covariances_init(means.shape[1])
         return Parameters(tensor_of(self.weights_init), means, covariances, self.covariance_type)
 
-    def _publish(self, model: MaximumLikelihood, rows: Resident, space: Space) -> None:
+    def _publish(self, model: MaximumLikelihood, rows: CentredRows, space: Space) -> None:
         publish(self, model.parameters.shifted(rows.centre), space)
 
 
@@ -497,6 +525,20 @@ def publish(estimator: BaseMixture, learned: Parameters, space: Space) -> None:
     estimator.covariances_ = space.of(learned.covariances)
     estimator.precisions_cholesky_ = space.of(factors[0] if tied else factors)
     estimator.precisions_ = space.of(precisions[0] if tied else precisions)
+
+
+def ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials, of the largest lower bound first; NaN comes last."""
+    return sorted(trials, key=lambda trial: _or_least(trial.lower_bound), reverse=True)
+
+
+def start_of(estimator: BaseMixture) -> StartConfig:
+    """Return how a search on a sample is to look for an estimator's starts."""
+    return StartConfig(
+        estimator.n_init if estimator.n_init > 1 else StartConfig().n_init,
+        estimator.init_params,
+        random_state=_seed(estimator.random_state),
+    )
 
 
 def adopt(

@@ -52,7 +52,10 @@ def library_versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 
 def dump(mixture: Mixture, provenance: Provenance) -> dict[str, bytes]:
-    """Return the files of a model folder; equal parameters give an equal model.safetensors."""
+    """Return the files of a model folder; equal parameters give an equal model.safetensors.
+
+    Raises UserError for a posterior's mixture, whose `log_weights` have no place there.
+    """
     tensors = _tensor_bytes(mixture.parameters)
     card = to_json(_card(mixture, provenance, FileEntry.of(tensors)))
     return {TENSORS: tensors, CARD: card}
@@ -81,6 +84,12 @@ def parse_model(card: bytes, tensors: bytes, url: str) -> Mixture:
 
 
 def _tensor_bytes(parameters: Parameters) -> bytes:
+    if parameters.log_weights is not None:
+        raise UserError(
+            f"a posterior's mixture of {parameters.n_components} components has expected "
+            "log-weights, which model.safetensors does not hold: save a plain mixture of its "
+            "weights, means and covariances"
+        )
     tensors = {
         "weights": parameters.weights,
         "means": parameters.means,

@@ -34,7 +34,7 @@ def open_lake(
     num_workers: int | None = None,
     use_gpu: bool | None = None,
 ) -> Lake:
-    """Name a lake for `GaussianMixture.fit` and `select`; its rows are read by Ray's workers.
+    """Name a lake for the estimators' `fit` and for `select`; its rows are read by Ray's workers.
 
     `url` is a local path or any fsspec URL. `columns`: numeric columns, or one fixed-size-list
     column (default: every floating-point column). `where`: comparisons joined by `and`, on any

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 
+import lakes
 import mixtures
 import numpy as np
+import pandas as pd
 import pytest
 import sklearn.mixture
 import torch
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from gmm_dist import open_lake
 from gmm_dist.bayesian import BayesianGaussianMixture
+from gmm_dist.errors import UserError
+from gmm_dist.model_files import model_sha256
 from gmm_dist.parameters import COVARIANCE_TYPES
 from gmm_dist.shares import INIT_PARAMS
 from gmm_dist.variational import WEIGHT_PRIORS
@@ -185,7 +190,7 @@ def test_a_weight_of_two_is_a_row_twice(kind, weight_prior):
 def test_weights_that_do_not_count_rows_need_a_covariance_of_ones_own():
     X = rows()
     weight = np.full(240, 1e-3)
-    with pytest.raises(ValueError, match=r"sample_weight sums to 0\.24: .*give covariance_prior"):
+    with pytest.raises(ValueError, match=r"weights sum to 0\.24: .*give covariance_prior"):
         BayesianGaussianMixture(random_state=0).fit(X, sample_weight=weight)
     given = BayesianGaussianMixture(covariance_prior=np.eye(3), random_state=0)
     assert given.fit(X, sample_weight=weight).converged_
@@ -294,3 +299,71 @@ def test_a_singular_belief_is_an_error():
     X[:, 1] = 4.0
     with pytest.raises(ValueError, match="ill-defined empirical covariance"):
         BayesianGaussianMixture(n_components=2, reg_covar=0, random_state=0).fit(X)
+
+
+# ---- lakes -----------------------------------------------------------------------------------
+
+
+def lake_of(folder, X, weight, ray_address):
+    """Write rows in two files with others that a filter leaves out; return the lake."""
+    for part in range(2):
+        kept, own = X[part::2], weight[part::2]
+        columns = {f"x{j}": np.append(kept[:, j], [1e6, -1e6]) for j in range(X.shape[1])}
+        columns |= {"w": np.append(own, [1.0, 1.0]), "t": np.append(np.ones(len(kept)), [0, 0])}
+        lakes.write(folder / f"{part}.parquet", columns, rows_per_group=50)
+    names = [f"x{j}" for j in range(X.shape[1])]
+    return open_lake(
+        str(folder),
+        columns=names,
+        weight_column="w",
+        where="t > 0",
+        address=ray_address,
+        num_workers=2,
+    )
+
+
+def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
+    X, weight = rows(), np.arange(240) % 3 + 0.5
+    lake = lake_of(tmp_path / "lake", X, weight, ray_address)
+    settings = {"n_components": 4, "tol": 1e-3, "max_iter": 500, "random_state": 0}
+    model = BayesianGaussianMixture(**settings).fit(lake)
+    assert model.feature_names_in_.tolist() == ["x0", "x1", "x2"]
+    assert model.n_features_in_ == 3
+    assert model.converged_
+    near = BayesianGaussianMixture(**settings, n_init=5).fit(X, sample_weight=weight)
+    assert model.lower_bound_ > near.lower_bound_ - 0.1
+    np.testing.assert_allclose(model.mean_prior_, near.mean_prior_, rtol=1e-9)
+    np.testing.assert_allclose(model.covariance_prior_, near.covariance_prior_, rtol=1e-9)
+    resp = model.predict_proba(pd.DataFrame(X, columns=["x0", "x1", "x2"])) * weight[:, None]
+    pulled = resp.T @ X + model.mean_precision_prior_ * model.mean_prior_
+    means = pulled / (resp.sum(0) + model.mean_precision_prior_)[:, None]
+    np.testing.assert_allclose(model.means_, means, atol=0.01)
+
+
+def test_from_the_same_start_a_lake_leads_where_memory_does(tmp_path, ray_address):
+    X, weight = rows(), np.arange(240) % 3 + 0.5
+    lake = lake_of(tmp_path / "lake", X, weight, ray_address)
+    start = BayesianGaussianMixture(n_components=4, max_iter=0, random_state=0)
+    start.fit(X, sample_weight=weight).set_params(max_iter=300, warm_start=True)
+    here, there = copy.deepcopy(start), copy.deepcopy(start)
+    assert_same(there.fit(lake), here.fit(X, sample_weight=weight))
+    assert there.n_iter_ > 3
+    assert there.lower_bound_ == pytest.approx(here.lower_bound_, rel=1e-9)
+
+
+def test_what_a_lake_does_not_take(tmp_path):
+    columns = {"x": np.arange(9.0), "y": np.arange(9.0) ** 2}
+    lakes.write(tmp_path / "lake" / "a.parquet", columns)
+    lake = open_lake(str(tmp_path / "lake"))
+    with pytest.raises(ValueError, match="weight_column"):
+        BayesianGaussianMixture().fit(lake, sample_weight=[1])
+    with pytest.raises(ValueError, match=r"should have the shape of \(2,\), but got \(3,\)"):
+        BayesianGaussianMixture(mean_prior=np.zeros(3)).fit(lake)
+    with pytest.raises(ValueError, match="10 components, but there are 9 rows"):
+        BayesianGaussianMixture(n_components=10).fit(lake)
+
+
+def test_a_posteriors_mixture_is_not_saved_as_if_it_were_plain():
+    model = BayesianGaussianMixture(n_components=2, random_state=0).fit(rows())
+    with pytest.raises(UserError, match="mixture of 2 components has expected log-weights"):
+        model_sha256(model._parameters())

@@ -115,12 +115,14 @@ MAY_IMPORT = {
     | {"parameters", "selection", "sweep"},
     "estimator": {"numpy", "sklearn", "torch"}
     | {"assembly", "config", "em", "families", "inputs", "mixture", "opened", "parameters"}
-    | {"resident", "selection", "shares", "trials"},
+    | {"resident", "selection", "shards", "shares", "statistics", "trials"},
     "grid": {"matplotlib", "pandas", "torch"}
     | {"assembly", "config", "errors", "estimator", "families", "inputs", "opened", "resident"}
     | {"selection", "sweep"},
     "bayesian": {"numpy", "sklearn", "torch"}
-    | {"estimator", "families", "inputs", "parameters", "resident", "variational"},
+    | {"assembly", "config", "estimator", "families", "inputs", "kernel", "opened", "parameters"}
+    | {"resident", "search", "selection", "shards", "statistics", "sweep", "trials"}
+    | {"variational"},
     "__init__": {"artifacts", "bayesian", "errors", "estimator", "grid", "mixture", "opened"}
     | {"parameters"},
 }

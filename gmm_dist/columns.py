@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from gmm_dist import storage
-from gmm_dist.errors import UserError
+from gmm_dist.errors import SchemaError, UserError
 from gmm_dist.listing import LakeFile, name_of
 from gmm_dist.where import Where
 
@@ -95,7 +95,9 @@ class Columns:
         which some files may lack. `remedy` says what helps when a feature is missing.
 
         Raises:
-            UserError: a column is missing from a file, duplicate, or of a wrong type.
+            SchemaError: a feature or the weight is missing from a file, duplicate, or of a wrong
+                type.
+            UserError: the same of any other column, or it is named twice.
         """
         features = self._features(columns, weight, remedy)
         self._check_weight(weight, features)
@@ -149,7 +151,7 @@ class Columns:
         lists = tuple(name for name in free if self._is_ever(name, is_embedding))
         if floating or len(lists) == 1:
             return floating or lists
-        raise UserError(
+        raise SchemaError(
             f"{storage.redacted(self.root)}: no floating-point column and {len(lists)} "
             f"fixed-size-list columns among {_quoted(self.types)}; name the feature columns "
             "with --columns"
@@ -160,15 +162,15 @@ class Columns:
 
     def _check_present(self, name: str, remedy: str) -> None:
         if name in self.problems:
-            raise UserError(f"{self.problems[name]}; mend the files or leave the column out")
+            raise SchemaError(f"{self.problems[name]}; mend the files or leave the column out")
         if name not in self.types and name in self.keys.names:
-            raise UserError(
+            raise SchemaError(
                 f"{storage.redacted(self.root)}: {name!r} is a hive key of the path, not a column "
                 "of the files; use it in --where"
             )
         for schema, file in self.schemas.items():
             if name not in schema.names:
-                raise UserError(
+                raise SchemaError(
                     f"{name_of(self.root, file)}: no column {name!r} among "
                     f"{_quoted(schema.names)}; {remedy}"
                 )
@@ -183,7 +185,7 @@ class Columns:
                 remedy = "write it as a fixed-size list, such as pyarrow.list_(pa.float32(), 64)"
             fields = ((schema.field(name), file) for schema, file in self.schemas.items())
             file = next(file for field, file in fields if not _is_numeric(field.type))
-            raise UserError(
+            raise SchemaError(
                 f"{name_of(self.root, file)}: feature column {name!r} has type {type_}; {remedy}"
             )
 
@@ -195,7 +197,7 @@ class Columns:
         if weight in features:
             raise UserError(f"column {weight!r} is a feature and the weight; name it once")
         if not _is_numeric(self.types[weight]):
-            raise UserError(
+            raise SchemaError(
                 f"{storage.redacted(self.root)}: weight column {weight!r} has type "
                 f"{self.types[weight]}; name a numeric column"
             )

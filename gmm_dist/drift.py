@@ -38,15 +38,12 @@ class ComponentDrift:
     id: int
     weight_before: float
     weight: float
+    weight_change: float
     mean_shift: tuple[float, ...]
     mahalanobis: float
     volume_ratio: float
     shape_change: float
     overlap: float
-
-    @property
-    def weight_change(self) -> float:
-        return self.weight - self.weight_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +134,7 @@ def drift(
                 id=known,
                 weight_before=float(old.weights[i]),
                 weight=float(new.weights[j]),
+                weight_change=float(new.weights[j] - old.weights[i]),
                 mean_shift=tuple((shift / old_covariances[i].diagonal().sqrt()).tolist()),
                 mahalanobis=_mahalanobis(shift, old_covariances[i]),
                 volume_ratio=volume,
@@ -159,20 +157,24 @@ def spread_change(
     before: Float64[Tensor, "d d"], after: Float64[Tensor, "d d"]
 ) -> tuple[float, float]:
     """Return the volume ratio and the change of shape, see `ComponentDrift`."""
-    unit = before.diagonal().rsqrt()
-    scale = unit[:, None] * unit
-    lower = torch.linalg.cholesky(before * scale)
-    half = torch.linalg.solve_triangular(lower, after * scale, upper=False)
-    whole = torch.linalg.solve_triangular(lower, half.T, upper=False)
+    whole = _whitened(before, _whitened(before, after).T)
     logs = torch.linalg.eigvalsh((whole + whole.T) / 2).clamp_min(1e-300).log()
     return math.exp(float(logs.mean())), float(logs.std(correction=0))
 
 
 def _mahalanobis(shift: Float64[Tensor, " d"], covariance: Float64[Tensor, "d d"]) -> float:
+    return float(_whitened(covariance, shift[:, None]).square().sum().sqrt())
+
+
+def _whitened(
+    covariance: Float64[Tensor, "d d"], vectors: Float64[Tensor, "d m"]
+) -> Float64[Tensor, "d m"]:
+    """Return the columns of `vectors` in units in which `covariance` is the identity."""
+    # Variances scaled to one first: features may be 1e12 apart in their squares.
     unit = covariance.diagonal().rsqrt()
     lower = torch.linalg.cholesky(covariance * unit[:, None] * unit)
-    solved = torch.linalg.solve_triangular(lower, (shift * unit)[:, None], upper=False)
-    return float(solved.square().sum().sqrt())
+    solved: Tensor = torch.linalg.solve_triangular(lower, vectors * unit[:, None], upper=False)
+    return solved
 
 
 def _unmatched(

@@ -13,6 +13,14 @@ class TooFewRows(UserError):  # noqa: N818 - it says what is wrong
     """Report that no rows are left, or fewer than a fit needs."""
 
 
+class NoRows(TooFewRows):
+    """Report that a filter leaves no rows of a lake, as its files' paths and footers tell."""
+
+
+class SchemaError(UserError):
+    """Report a column to be fitted that some file lacks, or has in a type that is of no use."""
+
+
 class RunFailed(RuntimeError):  # noqa: N818 - a run that failed is not an error of ours
     """Report in one line that machines or storage failed too often, or for too long.
 

@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 
 from gmm_dist import listing, storage
 from gmm_dist.columns import Columns
-from gmm_dist.errors import TooFewRows, UserError
+from gmm_dist.errors import NoRows, UserError
 from gmm_dist.listing import LakeFile, Listing
 from gmm_dist.where import Where, parse
 
@@ -192,8 +192,8 @@ def _matching_files(found: Listing, condition: Where | None) -> Sequence[LakeFil
     return [file for file, match in zip(found.files, matches, strict=True) if match]
 
 
-def _nothing_matches(root: str, condition: Where, what: str) -> TooFewRows:
-    return TooFewRows(
+def _nothing_matches(root: str, condition: Where, what: str) -> NoRows:
+    return NoRows(
         f"{storage.redacted(root)}: no rows match the filter {condition.text}, by {what}; "
         "widen the filter"
     )

@@ -15,7 +15,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from gmm_dist.storage import join, open_url, patiently, redacted
+from gmm_dist.storage import join, open_url, patiently, redacted, version
 
 _PART = ".part"
 _ABANDONED = 300.0  # seconds after which a step that takes milliseconds is not under way any more
@@ -128,13 +128,13 @@ class Place:
             yield growing
             patiently(lambda: self.fs.put_file(str(growing), final), self.url)
 
-    def size(self, *parts: str) -> int | None:
-        """Return a file's size in bytes, or None where there is no such file."""
+    def stamp(self, *parts: str) -> list[object] | None:
+        """Return a file's size and ETag (or time, see `storage.version`), None without a file."""
         try:
             info = patiently(lambda: self.fs.info(self.at(*parts)), self.url)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return int(info["size"]) if info["type"] == "file" else None
+        return [info["size"], version(self.fs, info)] if info["type"] == "file" else None
 
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of every file in the folder, at any depth, by its path in it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 from gmm_dist import runs
 from gmm_dist.checkpoint import CHECKPOINTS, RunIdentity
 from gmm_dist.commit import ATTEMPTS, Result, refuse_taken
-from gmm_dist.errors import UserError
+from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.lake import Plan
+from gmm_dist.lease import LeaseLost
 from gmm_dist.places import Place, sync
 from gmm_dist.records import FORMAT_VERSION
 from gmm_dist.runs import Run
-from gmm_dist.scored import HOME, SCRATCH, Scored, home_of, records_of
+from gmm_dist.scored import HOME, SCRATCH, Scored, home_of
 from gmm_dist.storage import absolute, explained, redacted
 
 REPORT = "scored.json"
@@ -41,18 +42,26 @@ def claim(url: str, plan: Plan, identity: RunIdentity, *, resume: bool = False) 
     with explained(place.url):
         committed = _refuse_other(place, identity, resume)
     with runs.claim(f"{absolute(url)}/{HOME}", resume=resume or committed) as run:
-        if run.committed:
-            yield run
-            return
-        checkpoints = home_of(place).below(CHECKPOINTS)
         with explained(place.url):
-            checkpoints.write(identity.canonical, _RUN, durable=True)
+            _refuse_other(place, identity, resume)  # who may have been at work while we waited
+            if not run.committed:
+                home_of(place).write(identity.canonical, CHECKPOINTS, _RUN, durable=True)
         try:
             yield run
-        except BaseException:
-            if not records_of(place).names():  # nothing to go on from
-                checkpoints.remove()
+        except LeaseLost:
             raise
+        except BaseException:
+            if not run.committed:
+                _forget_unbegun(place, run)
+            raise
+
+
+def _forget_unbegun(place: Place, run: Run) -> None:
+    """Remove what tells of a run that has written no file, if it still is this driver's."""
+    with suppress(OSError, UserError, RunFailed):  # never in place of the error that ended the run
+        run.check()
+        if place.names() <= {HOME}:
+            home_of(place).remove(CHECKPOINTS)
 
 
 def _refuse_inside(plan: Plan, place: Place, output: str) -> None:
@@ -97,8 +106,8 @@ def commit(
     with explained(place.url):
         _require_files(place, scored)
         home_of(place).remove(ATTEMPTS, run.attempt.id, SCRATCH)
-    files = {path: asdict(file) for path, file in sorted(scored.files.items())}
-    report = {"format_version": FORMAT_VERSION, **scored.totals(), **more, "files": files}
+    files = {path: file.entry for path, file in sorted(scored.files.items())}
+    report = {"format_version": FORMAT_VERSION, **asdict(scored.counts), **more, "files": files}
     run.attempt.write(_RUN, identity.canonical)
     run.attempt.write_json(REPORT, report)
     run.attempt.commit()

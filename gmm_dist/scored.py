@@ -7,8 +7,9 @@
     OUT/_scored/_checkpoints/files/<path>.json the record of a file that is finished
 
 What tells of the run lies under one name with an underscore, which readers of Parquet folders pass
-over. The same run writes the same bytes, so it does no harm when two workers, or one that was
-given up for lost, write the same file; the record, which names the run, follows the file.
+over. The same run writes the same bytes on the same kind of processor, so it does no harm when two
+workers, or one that was given up for lost, write the same file. The record follows the file: it
+names the run, the kind of processor, and what the file is to be known by.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,9 @@ import torch
 
 from gmm_dist.checkpoint import CHECKPOINTS, RunIdentity
 from gmm_dist.commit import ATTEMPTS
+from gmm_dist.errors import RunFailed
 from gmm_dist.lake import Plan
+from gmm_dist.listing import name_of
 from gmm_dist.places import Place
 from gmm_dist.records import FORMAT_VERSION, to_json
 from gmm_dist.scoring import (
@@ -41,6 +46,7 @@ from gmm_dist.scoring import (
     PROBABILITY,
     Scorer,
     Scoring,
+    device,
 )
 from gmm_dist.shards import Block, ShardRows
 from gmm_dist.storage import absolute, explained
@@ -53,26 +59,54 @@ _GROUP_BYTES = 1 << 26  # of a row group that is written, in memory
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredFile:
-    """Identify a scored file, and count its rows.
+class Counts:
+    """Count the rows of scored files.
 
     `rows` were written; `filtered` did not pass the filter; `missing` of those written lack a
     feature; `outliers` are marked (0 where none are asked for); `components` (k,) counts the rows
     of each.
     """
 
-    sha256: str
-    size: int
     rows: int
     filtered: int
     missing: int
     outliers: int
     components: tuple[int, ...]
 
+    def __add__(self, other: Counts) -> Counts:
+        components = zip(self.components, other.components, strict=True)
+        return Counts(
+            self.rows + other.rows,
+            self.filtered + other.filtered,
+            self.missing + other.missing,
+            self.outliers + other.outliers,
+            tuple(map(sum, components)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredFile:
+    """Identify a scored file, and count its rows."""
+
+    sha256: str
+    size: int
+    counts: Counts
+
+    @classmethod
+    def parse(cls, entry: Mapping[str, Any]) -> ScoredFile:
+        """Return what `entry` was made of; TypeError or KeyError where it was not."""
+        counts = {**entry, "components": tuple(entry["components"])}
+        return cls(counts.pop("sha256"), counts.pop("size"), Counts(**counts))
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """All of it, as plain JSON values."""
+        return {"sha256": self.sha256, "size": self.size, **asdict(self.counts)}
+
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The files that were scored, by their paths; a Summary."""
+    """The files that were scored, one at least, by their paths; a Summary."""
 
     files: Mapping[str, ScoredFile]
 
@@ -81,28 +115,9 @@ class Scored:
         return Scored({**self.files, **other.files})
 
     @property
-    def rows(self) -> int:
-        return sum(file.rows for file in self.files.values())
-
-    @property
-    def missing(self) -> int:
-        return sum(file.missing for file in self.files.values())
-
-    @property
-    def filtered(self) -> int:
-        return sum(file.filtered for file in self.files.values())
-
-    @property
-    def outliers(self) -> int:
-        return sum(file.outliers for file in self.files.values())
-
-    def totals(self) -> dict[str, Any]:
-        """Return the counts over all files, as plain JSON values."""
-        files = self.files.values()
-        names = ("rows", "filtered", "missing", "outliers")
-        counts = {name: getattr(self, name) for name in names}
-        components = [sum(own) for own in zip(*(file.components for file in files), strict=True)]
-        return {**counts, "components": components}
+    def counts(self) -> Counts:
+        """The counts over all files."""
+        return reduce(add, (file.counts for file in self.files.values()))
 
 
 def collect(rows: ShardRows) -> Scored:
@@ -125,7 +140,7 @@ class ScoreFiles:
     """The loader that scores a file and writes it, and holds its counts in place of its rows.
 
     Shard i is one file; neighbours are of all sizes, so that ranges of shards are alike. It may be
-    called again, and elsewhere: a file that has this run's record is left as it is.
+    called again, and elsewhere: a file that this run has finished on such a processor stays.
 
     Peak memory: see `streaming.stream`; and a row group of the written file, 64 MB.
     """
@@ -145,16 +160,16 @@ class ScoreFiles:
         with explained(place.url):
             file = self._recorded(place, path) or self._score(place, index)
         # Rows without features: they take no memory, and are counted like any others.
-        return ShardRows(shard, [Block(torch.empty(0, file.rows))], Scored({path: file}))
+        return ShardRows(shard, [Block(torch.empty(0, file.counts.rows))], Scored({path: file}))
 
     def _recorded(self, place: Place, path: str) -> ScoredFile | None:
         """Return the record of a file that this run has finished."""
         data = records_of(place).read(f"{path}.json")
         with suppress(ValueError, TypeError, KeyError):
             record = json.loads(data or b"")
-            file = ScoredFile(**record["file"])
-            if record["key"] == self._key and place.size(path) == file.size:
-                return replace(file, components=tuple(file.components))
+            is_ours = (record["key"], record["device"]) == (self._key, device().type)
+            if is_ours and record["stamp"] and record["stamp"] == _stamp(place, path):
+                return ScoredFile.parse(record["file"])
         return None
 
     def _score(self, place: Place, index: int) -> ScoredFile:
@@ -162,7 +177,13 @@ class ScoreFiles:
         scratch = home_of(place).below(ATTEMPTS, self._attempt, SCRATCH)
         with place.writing(path, scratch=scratch) as growing:
             file = self._write(growing, index)
-        record = {"format_version": FORMAT_VERSION, "key": self._key, "file": asdict(file)}
+        record = {
+            "format_version": FORMAT_VERSION,
+            "key": self._key,
+            "device": device().type,
+            "stamp": [file.size, file.sha256] if place.is_local else _stamp(place, path),
+            "file": file.entry,
+        }
         records_of(place).write(to_json(record), f"{path}.json", durable=True)
         return file
 
@@ -172,7 +193,8 @@ class ScoreFiles:
         counts = _Counts(self._scoring.ids or range(mixture.n_components))
         with _writer(path, self._scoring) as writer:
             pending: list[pa.Table] = []
-            for kept, X in stream(plan, index, self._groups[index]):
+            beside = 8 * mixture.n_components if self._scoring.probabilities else 0
+            for kept, X in stream(plan, index, self._groups[index], beside=beside):
                 table = scorer.table(kept, X)
                 counts.add(table)
                 pending.append(table)
@@ -181,20 +203,23 @@ class ScoreFiles:
                     pending = []
             if pending:
                 writer.write_table(pa.concat_tables(pending))
-        n_read = sum(plan.files[index].rows)
+        n_read = sum(plan.files[index].rows)  # `stream` has seen them, or raised
         n_written = pq.read_metadata(path).num_rows
-        assert counts.rows == n_written, f"{counts.rows} rows scored, {n_written} written"
-        assert counts.rows == n_read or plan.row_filter, f"{n_read} rows, {n_written} written"
-        with path.open("rb") as source:
-            sha256 = hashlib.file_digest(source, "sha256").hexdigest()
+        if counts.rows != n_written or not (counts.rows == n_read or plan.row_filter):
+            raise RunFailed(
+                f"{name_of(plan.url, plan.files[index])}: {n_read:,} rows, {counts.rows:,} scored, "
+                f"{n_written:,} found in the file written: check the disk, and run again"
+            )
         return ScoredFile(
-            sha256,
+            _sha256(path),
             path.stat().st_size,
-            counts.rows,
-            n_read - counts.rows,
-            counts.missing,
-            counts.outliers,
-            tuple(counts.components.tolist()),
+            Counts(
+                counts.rows,
+                n_read - counts.rows,
+                counts.missing,
+                counts.outliers,
+                tuple(counts.components.tolist()),
+            ),
         )
 
 
@@ -216,6 +241,19 @@ class _Counts:
         self.components += np.bincount(places, minlength=len(self.components))
         if OUTLIER in table.column_names:
             self.outliers += pc.sum(table.column(OUTLIER)).as_py() or 0
+
+
+def _stamp(place: Place, path: str) -> list[object] | None:
+    """Return a file's size and sha256 or, in a store that would have to send it, its ETag."""
+    if not place.is_local:
+        return place.stamp(path)
+    whole = Path(place.at(path))
+    return [whole.stat().st_size, _sha256(whole)] if whole.is_file() else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
 
 
 def _writer(path: Path, scoring: Scoring) -> pq.ParquetWriter:

@@ -85,6 +85,11 @@ class Scores:
     resp: npt.NDArray[np.float64] | None
 
 
+def device() -> torch.device:
+    """Return where this process scores: on a GPU if it may see one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Scorer:
     """Scores batches of rows; holds the factors of the mixture between them.
 
@@ -94,7 +99,7 @@ class Scorer:
 
     def __init__(self, scoring: Scoring) -> None:
         self._scoring, self._schema = scoring, scoring.schema
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device()
         ids = scoring.ids or range(scoring.mixture.n_components)
         self._numbers = np.array(ids, dtype=np.int32)
         self._densities = Densities(Stack.of([scoring.mixture]), self._device)

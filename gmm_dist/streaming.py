@@ -13,10 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gmm_dist import reading, storage
+from gmm_dist.errors import UserError
 from gmm_dist.lake import Plan, RowRange
 from gmm_dist.listing import name_of, opened
 
-BATCH_ROWS = 1 << 16
+BATCH_ROWS = 1 << 16  # at most
+BATCH_BYTES = 1 << 25
+_LEAST_ROWS = 1024
 _WHOLE_BYTES = 1 << 27  # up to here a row group is fetched at once
 _BUFFER_BYTES = 1 << 22  # of each column, of a larger one
 
@@ -30,20 +33,22 @@ def row_groups(plan: Plan) -> tuple[tuple[int, ...], ...]:
 
 
 def stream(
-    plan: Plan, index: int, groups: Sequence[int]
+    plan: Plan, index: int, groups: Sequence[int], *, beside: int = 0
 ) -> Iterator[tuple[pa.Table, npt.NDArray[np.float64]]]:
     """Yield the rows of some row groups of `plan.files[index]` that pass the filter, in order.
 
     Each time a table of the plan's kept columns, in the plan's types (null where the file lacks
-    one), and the features (d, n), missing values as NaN. Peak memory: a row group's bytes as they
-    are stored, 128 MB at most, and a decoded batch of 65,536 rows.
+    one), and the features (d, n), missing values as NaN. `beside` are the bytes that the caller
+    makes of each row. Peak memory: a row group's bytes as they are stored, 128 MB at most, and a
+    few times a decoded batch, of 32 MB by the footer's account: 65,536 rows or, of wide ones,
+    fewer, 1024 at least.
 
     Raises:
-        UserError: an infinite value, a file that changed since the plan was made, is corrupt or
-            cannot be reached.
+        UserError: an infinite value, a file that changed since the plan was made, has other rows
+            than its footer says, is corrupt or cannot be reached.
     """
     types = pa.schema([plan.schema.field(name) for name in plan.kept])
-    with _Batches(plan, index) as batches:
+    with _Batches(plan, index, beside) as batches:
         for group in groups:
             start = 0
             while (batch := batches.after(group, start)) is not None:
@@ -68,8 +73,9 @@ def _kept(table: pa.Table, types: pa.Schema) -> pa.Table:
 class _Batches:
     """Keeps a file and a place in it open, and finds the place again after an outage."""
 
-    def __init__(self, plan: Plan, index: int) -> None:
+    def __init__(self, plan: Plan, index: int, beside: int) -> None:
         self._plan, self._file = plan, plan.files[index]
+        self._beside = beside
         self._fs, self._root = storage.open_url(plan.url)
         self._name = name_of(plan.url, self._file)
         self._stack = ExitStack()
@@ -85,7 +91,7 @@ class _Batches:
 
     def after(self, group: int, start: int) -> pa.Table | None:
         """Return the rows of a row group from `start` on, a batch of them; None after the last."""
-        if start >= self._file.rows[group]:
+        if start == self._file.rows[group]:
             return None
         return storage.patiently(lambda: self._read(group, start), self._name)
 
@@ -96,7 +102,12 @@ class _Batches:
         try:
             if self._at != (group, start):
                 self._seek(group, start)
-            batch = next(self._batches)
+            batch = next(self._batches, None)
+            if batch is None:
+                raise UserError(
+                    f"{self._name}, row group {group}: {start:,} rows where the footer has "
+                    f"{self._file.rows[group]:,}; write the file again or move it away"
+                )
         except BaseException:
             self._source, self._at = None, (-1, 0)
             with self._stack.pop_all():  # `opened` explains the error
@@ -109,7 +120,9 @@ class _Batches:
         wanted = {*self._plan.read_columns, *self._plan.kept} & set(
             metadata.schema.to_arrow_schema().names
         )
-        whole = _stored_bytes(metadata.row_group(group), wanted) <= _WHOLE_BYTES
+        stored = metadata.row_group(group)
+        size = sum(chunk.total_compressed_size for chunk in _chunks(stored, wanted))
+        whole = size <= _WHOLE_BYTES
         parquet = pq.ParquetFile(
             self._source,
             metadata=metadata,
@@ -117,17 +130,42 @@ class _Batches:
             buffer_size=0 if whole else _BUFFER_BYTES,
         )
         self._batches = parquet.iter_batches(
-            BATCH_ROWS, row_groups=[group], columns=sorted(wanted), use_threads=False
+            self._batch_rows(stored), row_groups=[group], columns=sorted(wanted), use_threads=False
         )
         row = 0
         while row < start:
             row += next(self._batches).num_rows
 
+    def _batch_rows(self, group: pq.RowGroupMetaData) -> int:
+        """Return how many rows make up a batch; the file and the plan alone decide it."""
+        plan = self._plan
+        others = {*plan.read_columns, *plan.kept} - {*plan.columns}
+        width = 8 * plan.n_features + self._beside
+        width += sum(_value_bytes(group, plan.schema.field(name)) for name in others)
+        return min(max(BATCH_BYTES // width, _LEAST_ROWS), BATCH_ROWS)
 
-def _stored_bytes(group: pq.RowGroupMetaData, wanted: Collection[str]) -> int:
-    columns = (group.column(i) for i in range(group.num_columns))
-    return sum(
-        column.total_compressed_size
-        for column in columns
-        if column.path_in_schema.partition(".")[0] in wanted
-    )
+
+def _chunks(group: pq.RowGroupMetaData, names: Collection[str]) -> list[pq.ColumnChunkMetaData]:
+    """Return what a row group stores of columns: a name may have dots, and nested ones add more."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    nested = tuple(f"{name}." for name in names)
+    return [
+        chunk
+        for chunk in chunks
+        if chunk.path_in_schema in names or chunk.path_in_schema.startswith(nested)
+    ]
+
+
+def _value_bytes(group: pq.RowGroupMetaData, field: pa.Field) -> int:
+    """Return about how many bytes a column's value takes when it is decoded."""
+    chunks = _chunks(group, [field.name])
+    stored: int = sum(chunk.total_uncompressed_size for chunk in chunks) // max(group.num_rows, 1)
+    # A dictionary stores once what is decoded many times: then the type or the extremes tell.
+    texts = [
+        chunk.statistics
+        for chunk in chunks
+        if chunk.physical_type == "BYTE_ARRAY" and chunk.statistics and chunk.statistics.has_min_max
+    ]
+    longest = sum(max(len(found.min_raw), len(found.max_raw)) for found in texts)
+    fixed = field.type.bit_width // 8 if pa.types.is_primitive(field.type) else 0
+    return max(stored, longest, fixed)

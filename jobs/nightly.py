@@ -12,7 +12,8 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from typing import Any
@@ -20,23 +21,25 @@ from typing import Any
 import reporting
 import results
 import torch
-from fitting import Job, none_ranked, plan_rows, said_how_to_resume
+from fitting import Job, none_ranked, said_how_to_resume
 from options import KEPT_BACK, Again, Parser, add_common, parse_k, run
 from results import Fitted, mixture_of, print_table, spell_best
 from score import score_lake
 
-from gmm_dist import commit, gate, registry, runs
+from gmm_dist import artifacts, commit, gate, lake, registry, runs, score_runs, scored
 from gmm_dist.drift import Densities, Drift, Numbered, compare_densities, drift
-from gmm_dist.errors import TooFewRows
+from gmm_dist.errors import NoRows, SchemaError, TooFewRows, UserError
 from gmm_dist.gate import Gate
-from gmm_dist.lake import Plan
+from gmm_dist.lake import Missing, Plan
 from gmm_dist.matching import Matching, match
 from gmm_dist.mixture import Mixture
+from gmm_dist.quantiles import SMALLEST
+from gmm_dist.records import FORMAT_VERSION
 from gmm_dist.registry import Lineage, Published, Registry
 from gmm_dist.runs import Run
 from gmm_dist.selection import CRITERIA, SweepResult
 from gmm_dist.shards import Shards
-from gmm_dist.storage import join
+from gmm_dist.storage import absolute, join, redacted
 from gmm_dist.where import Where, parse
 
 logger = logging.getLogger("gmm_dist.nightly")
@@ -48,26 +51,71 @@ def nightly(argv: Sequence[str]) -> int:
     torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
     night, place = options.night, Registry(options.registry)
     checks = Gate(options.min_rows, options.max_drop)
-    if place.is_published(night):
-        print(f"{options.output}: published before")
-    else:
-        with (
-            said_how_to_resume(again),
-            runs.claim(options.output, resume=options.resume) as run,
-        ):
-            if not run.committed:
-                work = _Night(options, place, checks, place.newest_before(night))
-                if reasons := work.run(run):
-                    print(f"what there is of {night} is kept in {work.candidate(run)}")
-                    print(f"kept back {night}: {'; '.join(reasons)}; {_latest(place)}")
-                    return KEPT_BACK
-    place.point_to(night)
+    with said_how_to_resume(again):
+        if place.is_pruned(night):
+            print(f"{options.output}: published and pruned, nothing is left to do")
+            return 0
+        if place.is_published(night):
+            print(f"{options.output}: published before")
+        elif not _publish(options, place, checks):
+            return KEPT_BACK
+        place.point_to(night)
     if options.scores is not None:
-        _score(options, again)
-    if options.keep_models:
-        place.prune(options.keep_models, night=night)
-    print(f"model of {night} in {options.output}; {_latest(place)}")
+        with _telling_of("--scores"):
+            _score(options, again)
+    with said_how_to_resume(again):
+        if options.keep_models:
+            place.prune(options.keep_models, night=night)
+        print(f"model of {night} in {options.output}; {_latest(place)}")
     return 0
+
+
+def _publish(options: argparse.Namespace, place: Registry, checks: Gate) -> bool:
+    """Do the night's work, if nobody has done it; say whether the gate let it pass."""
+    if options.scores is not None:
+        _check_scores(options)
+    with (
+        _telling_of("--registry"),
+        runs.claim(options.output, resume=options.resume) as run,
+    ):
+        if run.committed:
+            return True
+        if place.is_pruned(options.night):
+            raise UserError(
+                f"{options.output} was published and pruned while this run waited for it: nothing "
+                "is left to do"
+            )
+        work = _Night(options, place, checks, place.newest_before(options.night))
+        if reasons := work.run(run):
+            print(f"what there is of {options.night} is kept in {work.candidate(run)}")
+            print(f"kept back {options.night}: {'; '.join(reasons)}; {_latest(place)}")
+        return not reasons
+
+
+@contextmanager
+def _telling_of(option: str) -> Iterator[None]:
+    """Name the option that says where a run's output is: this job has no --output."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for words in ("another --output", "an --output"):
+            text = text.replace(words, words.replace("an --", "a --").replace("--output", option))
+        raise UserError(text) from error
+
+
+def _check_scores(options: argparse.Namespace) -> None:
+    """Refuse before any fitting what the scoring would refuse after it."""
+    try:
+        plan = _plan(options, days=1, missing="mean", keep=options.keep)
+    except (TooFewRows, SchemaError):
+        return  # for the gate to tell
+    output = absolute(join(options.scores, options.night))
+    if f"{output}/".startswith(f"{plan.url.rstrip('/')}/"):
+        raise UserError(
+            f"{redacted(output)} lies inside the lake, whose rows would double: give --scores "
+            f"outside {redacted(plan.url)}"
+        )
 
 
 def _score(options: argparse.Namespace, again: Again) -> None:
@@ -78,7 +126,24 @@ def _score(options: argparse.Namespace, again: Again) -> None:
         probabilities=False,
     )
     scoring.output, scoring.resume = join(options.scores, options.night), True
-    score_lake(scoring, again)
+    try:
+        score_lake(scoring, again)
+    except UserError as error:
+        if not _is_scored(scoring):
+            raise
+        logger.info("%s", error)
+        print(f"{scoring.output}: scored before; the lake's files have changed since")
+
+
+def _is_scored(scoring: argparse.Namespace) -> bool:
+    """Say whether a run of these very options has committed its scores, of whatever files."""
+    try:
+        config = artifacts.read_report(join(scoring.output, scored.HOME), score_runs.REPORT)[
+            "config"
+        ]
+    except UserError:
+        return False
+    return all(config.get(name) == getattr(scoring, name) for name in ("keep", "where", "outliers"))
 
 
 def _latest(place: Registry) -> str:
@@ -99,6 +164,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("the gate compares two models on held-out rows: give a --holdout above 0")
     if options.days < 1 or options.keep_models < 0:
         parser.error("--days is 1 or more, --keep-models 0 or more")
+    if options.scores is None and (options.keep or options.outliers is not None):
+        parser.error("--keep and --outliers are for --scores: give that too, or leave them out")
+    if options.outliers is not None and not SMALLEST <= options.outliers < 1:
+        parser.error(
+            f"--outliers is {options.outliers:g}: give a share from {SMALLEST:g} to below 1"
+        )
     options.night = registry.night_of(options.night)
     options.output = Registry(options.registry).model_url(options.night)
     options.own_where = options.where
@@ -169,6 +240,37 @@ def _rows_of(options: argparse.Namespace, *, days: int) -> Where:
     return Where(tuple(sorted(clauses, key=lambda c: (c[0], c[1], repr(c[2])))))
 
 
+def _plan(
+    options: argparse.Namespace, *, days: int, missing: Missing, keep: Sequence[str] = ()
+) -> Plan:
+    """Plan the rows of so many days; what is wrong with the night's column is told of that."""
+    try:
+        return lake.plan(
+            options.data,
+            columns=options.columns,
+            weight_column=options.weight_column,
+            where=_rows_of(options, days=days).text,
+            missing=missing,
+            holdout=options.holdout,
+            keep=keep,
+        )
+    except NoRows as error:
+        also = f" that match --where {options.own_where!r}" if options.own_where else ""
+        raise NoRows(
+            f"no rows of {options.night} ({options.partition}){also} yet: run again when they have "
+            "arrived"
+        ) from error
+    except UserError as error:
+        unknown = f"filter: no column {options.partition!r}; "
+        if not str(error).startswith(unknown):
+            raise
+        found = str(error).removeprefix(unknown).removesuffix("; correct the filter")
+        raise UserError(
+            f"--partition {options.partition!r} is no column; {found}; name the one that tells the "
+            "night"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Night:
     """One night's work, between the claim of its output and its commit."""
@@ -191,7 +293,9 @@ class _Night:
         began = time.monotonic()
         try:
             work = self._fit(run)
-        except TooFewRows as error:
+        except (TooFewRows, SchemaError) as error:
+            if self.before is None and isinstance(error, SchemaError):
+                raise  # nothing to differ from: the command line or the lake is wrong
             self._keep_back(run, [str(error)])
             return [str(error)]
         more = {"warnings": work.warnings, "seconds": time.monotonic() - began}
@@ -220,15 +324,18 @@ class _Night:
 
     def _plan(self) -> tuple[Plan, list[str]]:
         """Plan the rows, their columns in last night's order; say how they differ from them."""
-        plan = plan_rows(self.options)
+        plan = self._rows()
         if self.before is None:
             return plan, []
         columns = self.before.lineage.columns
         reasons = gate.on_columns(gate.kinds(plan.schema, plan.columns), columns)
         if not reasons and plan.columns != tuple(columns):
             self.options.columns = list(columns)
-            plan = plan_rows(self.options)
+            plan = self._rows()
         return plan, reasons
+
+    def _rows(self) -> Plan:
+        return _plan(self.options, days=self.options.days, missing=self.options.missing)
 
     def _reasons(self, job: Job, fitted: Fitted, densities: Densities | None) -> list[str]:
         before = None if self.before is None else self.before.lineage.n_rows
@@ -280,6 +387,7 @@ class _Night:
                 changes = self._drift(work.mixture, matching, numbers, work.densities)
             self._write(attempt, reasons, work, more or {}, changes, numbers)
             attempt.commit()
+        run.check()  # drawing the report takes time: whoever has taken over keeps theirs
         self.place.forget_candidates(self.options.night, but=run.attempt.id)
         run.forget()
 
@@ -302,11 +410,11 @@ class _Night:
             "n_rows": work and work.fitted.n_rows,
             **asdict(self.gate),
         }
-        attempt.write_json(registry.GATE, verdict)
+        attempt.write_json(registry.GATE, {"format_version": FORMAT_VERSION, **verdict})
         told = {**verdict, "drift": None}
         if changes is not None:
             told["drift"] = asdict(changes)
-            attempt.write_json(registry.DRIFT, told["drift"])
+            attempt.write_json(registry.DRIFT, {"format_version": FORMAT_VERSION, **told["drift"]})
         if work is None:
             reporting.write(attempt, None, nightly=told)
             return

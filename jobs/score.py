@@ -6,6 +6,7 @@ python jobs/score.py s3://lake/points --model s3://models/points --output s3://l
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 import time
@@ -32,6 +33,8 @@ from gmm_dist.runs import Run
 from gmm_dist.scored import Scored, ScoreFiles, collect
 from gmm_dist.scoring import Scoring
 from gmm_dist.storage import redacted
+
+logger = logging.getLogger("gmm_dist.score")
 
 
 def score(argv: Sequence[str]) -> None:
@@ -79,17 +82,16 @@ def add_score(parser: argparse.ArgumentParser) -> None:
 def score_lake(options: argparse.Namespace, again: Again) -> None:
     """Plan, claim the output, score what is not scored yet, and commit; say what was done."""
     began = time.monotonic()
-    job = _Job.of(options)
-    with (
-        said_how_to_resume(again),
-        score_runs.claim(options.output, job.plan, job.identity, resume=options.resume) as run,
-    ):
-        if run.committed:
-            print(f"{options.output}: the run has committed before, nothing is left to do")
-            return
-        scored = job.score(run)
-        more = {**job.facts, "seconds": time.monotonic() - began}
-        score_runs.commit(options.output, run, job.identity, scored, more)
+    with said_how_to_resume(again):
+        job = _Job.of(options)
+        claim = score_runs.claim(options.output, job.plan, job.identity, resume=options.resume)
+        with claim as run:
+            if run.committed:
+                print(f"{options.output}: the run has committed before, nothing is left to do")
+                return
+            scored = job.score(run)
+            more = {**job.facts, "seconds": time.monotonic() - began}
+            score_runs.commit(options.output, run, job.identity, scored, more)
     print(job.sentence(scored))
 
 
@@ -125,6 +127,9 @@ class _Job:
                 f"of --model {', '.join(mixture.feature_names)}: score the columns that it was "
                 "fitted to"
             )
+        for key in dict.fromkeys(options.keep):
+            if key not in plan.kept:
+                logger.info("--keep %s: a hive key, which the path has; no column is written", key)
         kept = pa.schema([plan.schema.field(name) for name in plan.kept])
         scoring = Scoring(mixture.parameters, kept, options.probabilities, threshold, mixture.ids)
         return cls(options, mixture, plan, scoring)
@@ -192,14 +197,14 @@ class _Job:
 
     def sentence(self, scored: Scored) -> str:
         """Say in one line what was done."""
-        options, k = self.options, self.mixture.n_components
-        parts = [f"scored {scored.rows:,} rows of {len(scored.files):,} files by k={k}"]
+        options, k, counts = self.options, self.mixture.n_components, scored.counts
+        parts = [f"scored {counts.rows:,} rows of {len(scored.files):,} files by k={k}"]
         if options.where is not None:
-            parts.append(f"{scored.filtered:,} others in them did not pass --where")
-        if scored.missing:
-            parts.append(f"{scored.missing:,} rows miss a feature")
+            parts.append(f"{counts.filtered:,} others in them did not pass --where")
+        if counts.missing:
+            parts.append(f"{counts.missing:,} rows miss a feature")
         if options.outliers is not None:
-            parts.append(f"{scored.outliers:,} outliers")
+            parts.append(f"{counts.outliers:,} outliers")
         return f"{'; '.join(parts)}; in {options.output.rstrip('/')}"
 
 
@@ -213,7 +218,10 @@ def _threshold(mixture: Mixture, options: argparse.Namespace) -> float | None:
             "log-density, as models of older versions do not: fit it again (fit.py --start "
             "goes on from it), or leave out --outliers"
         )
-    return mixture.log_density_quantiles.at(options.outliers)
+    try:
+        return mixture.log_density_quantiles.at(options.outliers)
+    except UserError as error:
+        raise UserError(f"--outliers: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -103,6 +103,9 @@ def test_it_is_json_of_plain_numbers() -> None:
     before, after = parameters("diag", 3, 4), parameters("spherical", 2, 4, seed=1)
     found = between(before, after)
     content = json.loads(to_json(asdict(found)))
+    for component in content["components"]:
+        change = component["weight"] - component["weight_before"]
+        assert component["weight_change"] == pytest.approx(change, abs=1e-15)
     assert content["feature_names"] == ["x0", "x1", "x2", "x3"]
     assert len(content["components"]) + len(content["born"]) == 2
     assert len(content["components"]) + len(content["dead"]) == 3

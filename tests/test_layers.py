@@ -69,7 +69,7 @@ MAY_IMPORT = {
     "columns": {"pyarrow", "errors", "listing", "storage", "where"},
     "lake": {"numpy", "pyarrow", "columns", "errors", "listing", "storage", "where"},
     "reading": {"numpy", "pyarrow", "columns", "errors", "lake", "listing", "storage"},
-    "streaming": {"numpy", "pyarrow", "lake", "listing", "reading", "storage"},
+    "streaming": {"numpy", "pyarrow", "errors", "lake", "listing", "reading", "storage"},
     # A lake's rows become resident blocks: the one place where the two meet.
     "loading": {"numpy", "torch", "lake", "reading", "shards"},
     # The cluster: neither files, nor EM.
@@ -89,14 +89,14 @@ MAY_IMPORT = {
     "checkpoint": {"safetensors", "torch", "errors", "model_files", "places", "records"},
     "scoring": {"numpy", "pyarrow", "torch", "errors", "families", "parameters"},
     "scored": {"numpy", "pyarrow", "torch", "checkpoint", "commit", "lake", "places"}
-    | {"records", "scoring", "shards", "storage", "streaming"},
+    | {"errors", "listing", "records", "scoring", "shards", "storage", "streaming"},
     "runs": {"checkpoint", "commit", "errors", "lease", "places", "storage"},
     "score_runs": {"checkpoint", "commit", "errors", "lake", "places", "records", "runs"}
-    | {"scored", "storage"},
+    | {"lease", "scored", "storage"},
     "artifacts": {"commit", "errors", "mixture", "model_files", "places", "records", "storage"},
     "gate": {"pyarrow", "errors"},
-    "registry": {"artifacts", "commit", "conditional", "errors", "mixture", "places"}
-    | {"records", "storage"},
+    "registry": {"artifacts", "checkpoint", "commit", "conditional", "errors", "mixture"}
+    | {"places", "records", "storage"},
     # What people look at: neither torch, nor Ray, nor files.
     "formats": set(),
     "planes": {"numpy"},

@@ -23,6 +23,9 @@ from progress import Progress
 
 import gmm_dist
 from gmm_dist import artifacts, runs, scored
+from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.gate import Gate
+from gmm_dist.lease import LeaseLost
 from gmm_dist.loading import Counted, count_rows
 from gmm_dist.registry import DRIFT, GATE, Lineage, Registry
 from gmm_dist.scoring import Scorer, Scoring
@@ -170,7 +173,7 @@ def ten_nights(on: Nights) -> None:
     (reason,) = on.gate(8)["reasons"]
     assert "300 rows are too few, at least 1,000" in reason
     assert on.run(9) == 3  # no rows at all
-    assert "no rows match the filter" in on.gate(9)["reasons"][0]
+    assert on.gate(9)["reasons"][0].startswith(f"no rows of {night(9)} (ds) yet: run again")
     assert on.registry.latest() == night(7)
 
     on.write(10, {**wide, "f": (-12.0, 0.0, 1.0), "h": (12.0, 12.0, 1.0)})
@@ -325,6 +328,7 @@ def test_a_model_that_scores_held_out_rows_far_worse_is_kept_back(
     assert local.registry.new_ids(0) == 3  # none was given to it
     (candidate,) = (Path(local.url) / "candidates" / night(2)).iterdir()
     drift = json.loads((candidate / "drift.json").read_text())
+    assert drift["format_version"] == 1
     assert all(born["id"] is None for born in drift["born"])
     assert gmm_dist.load(str(candidate)).n_components == 2
     assert local.run(2, "--k", "2", "--max-drop", "5") == 0
@@ -349,6 +353,89 @@ def test_fewer_rows_than_components_and_candidates_of_no_rank_are_kept_back(
     assert local.run(2, "--k", "4", "--min-rows", "1") == 3
     assert "none of the 1 candidates could be ranked" in capsys.readouterr().out
     assert local.registry.latest() is None
+
+
+@pytest.mark.parametrize("columns", [("--columns", "x", "y"), ()])
+@pytest.mark.parametrize("spoilt", ["text", "missing"])
+@pytest.mark.parametrize("files", ["one", "all"])
+def test_a_feature_that_is_text_or_missing_is_kept_back(
+    tmp_path: Path, in_process: None, columns: tuple[str, ...], spoilt: str, files: str
+) -> None:
+    on = Nights(tmp_path / "lake", str(tmp_path / "reg"), *columns)
+    on.write(1, FIRST)
+    assert on.run(1, "--k", "3", "--n-init", "1") == 0
+    table = nights.rows(FIRST, 400, seed=2)
+    bad = table.drop_columns("y")
+    if spoilt == "text":
+        bad = bad.append_column("y", table["y"].cast(pa.string()))
+    for name, part in (("a", bad), ("b", table if files == "one" else bad)):
+        nights.write_night(on.lake, night(2), part).rename(
+            on.lake / f"ds={night(2)}" / f"{name}.parquet"
+        )
+    assert on.run(2, "--k", "3", "--n-init", "1") == 3
+    assert "'y'" in on.gate(2)["reasons"][0]
+    assert on.registry.latest() == night(1)
+
+
+def test_a_feature_that_is_missing_on_the_first_night_is_the_users_to_mend(
+    local: Nights, capsys: Errors
+) -> None:
+    nights.write_night(local.lake, night(1), nights.rows(FIRST, 9, seed=1).drop_columns("y"))
+    assert local.run(1) == 2
+    assert "no column 'y' among" in capsys.readouterr().err
+
+
+def test_a_night_that_has_not_arrived_is_kept_back(local: Nights, capsys: Errors) -> None:
+    local.write(1, FIRST)
+    assert local.run(9) == 3
+    assert local.run(9, "--where", "x > 0") == 3
+    said = [line for line in capsys.readouterr().out.splitlines() if "kept back" in line]
+    assert f"no rows of {night(9)} (ds) yet: run again when they have arrived" in said[0]
+    assert f"no rows of {night(9)} (ds) that match --where 'x > 0' yet" in said[1]
+    assert local.gate(9)["format_version"] == 1
+
+
+# ------------------------------------------------------------------------- pruned, scored
+
+
+def test_a_pruned_night_is_not_fitted_again(local: Nights, capsys: Errors) -> None:
+    for day in (1, 2):
+        local.write(day, FIRST)
+        assert local.run(day, "--k", "3", "--n-init", "1", "--keep-models", "1") == 0
+    assert local.registry.nights() == [night(2)]
+    capsys.readouterr()
+    assert local.run(1, "--k", "3") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(f"models/{night(1)}: published and pruned, nothing is left to do")
+    assert not (Path(local.url) / "models" / night(1)).exists()
+    assert local.registry.new_ids(0) == 3
+    argv = [local.data, "--registry", local.url, "--night", night(1), "--partition", "ds"]
+    with pytest.raises(UserError, match=r"was published and pruned while this run waited"):
+        nightly._publish(nightly._parse([*argv, "--k", "3"]), local.registry, Gate())
+
+
+def test_scores_inside_the_lake_are_refused_before_any_fitting(
+    local: Nights, capsys: Errors
+) -> None:
+    local.write(1, FIRST)
+    assert local.run(1, "--scores", str(local.lake / "scores")) == 2
+    assert "lies inside the lake, whose rows would double: give --scores" in capsys.readouterr().err
+    assert not Path(local.url).exists()
+
+
+def test_scores_of_files_that_have_changed_since_stay(
+    local: Nights, tmp_path: Path, ray_address: str, capsys: Errors
+) -> None:
+    scores = ["--scores", str(tmp_path / "scores"), "--address", ray_address, "--num-workers", "1"]
+    local.write(1, FIRST)
+    assert local.run(1, "--k", "3", "--n-init", "1", *scores) == 0
+    local.write(1, FIRST, n=401)
+    capsys.readouterr()
+    assert local.run(1, "--k", "3", *scores) == 0
+    said = capsys.readouterr().out
+    assert f"{night(1)}: scored before; the lake's files have changed since" in said
+    assert local.run(1, "--k", "3", *scores, "--keep", "id") == 2
+    assert "or pass another --scores" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------- interrupted
@@ -397,6 +484,48 @@ def test_a_night_that_died_goes_on_with_resume(
     assert one == other
 
 
+def test_what_the_world_does_to_the_pointer_and_to_pruning_tells_how_to_go_on(
+    local: Nights, capsys: Errors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.write(1, FIRST)
+
+    def fall(*_: object, **__: object) -> None:
+        raise RunFailed("the store is out of order")
+
+    for name in ("point_to", "prune"):
+        with monkeypatch.context() as crash:
+            crash.setattr(Registry, name, fall)
+            assert local.run(1, "--k", "3", "--n-init", "1", "--keep-models", "1") == 1
+        assert "out of order; go on with: python" in capsys.readouterr().err
+
+
+def test_who_has_lost_the_night_removes_no_candidate_of_others(
+    local: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.write(1, {"a": A}, n=20)
+    assert local.run(1, "--k", "1") == 3
+    candidates, check = Path(local.url) / "candidates" / night(1), runs.Run.check
+    (first,) = candidates.iterdir()
+
+    def lost(self: runs.Run) -> None:
+        check(self)
+        if len(list(candidates.glob("*/manifest.json"))) == 2:
+            raise LeaseLost("another driver has taken over")
+
+    monkeypatch.setattr(runs.Run, "check", lost)
+    assert local.run(1, "--k", "1") == 1
+    assert first.exists()
+
+
+def test_an_output_that_is_taken_is_told_of_the_registry(local: Nights, capsys: Errors) -> None:
+    local.write(1, FIRST)
+    taken = Path(local.registry.model_url(night(1)))
+    taken.mkdir(parents=True)
+    (taken / "mine").touch()
+    assert local.run(1) == 2
+    assert "pass another --registry, or delete it first" in capsys.readouterr().err
+
+
 def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
     local.write(1, FIRST)
     with runs.claim(local.registry.model_url(night(1)), lease_seconds=0.5):
@@ -417,7 +546,11 @@ def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
         (["--max-drop", "-1"], "--max-drop is -1: give a number of nats >= 0"),
         (["--min-rows", "-1"], "--min-rows is -1: give a whole number >= 0"),
         (["--where", "x > 1 or x < 0"], "'or' is not supported"),
-        (["--partition", "dt"], "no column 'dt'"),
+        (["--partition", "dt"], "--partition 'dt' is no column; columns are x, y"),
+        (["--keep", "id"], "--keep and --outliers are for --scores"),
+        (["--outliers", "0.1"], "--keep and --outliers are for --scores"),
+        (["--scores", "s", "--outliers", "2"], "--outliers is 2: give a share from 1e-06 to"),
+        (["--scores", "s", "--keep", "idd"], "--keep 'idd' is no column among 'x', 'y', 'id'"),
         (["--partition", "id"], "column 'id' has type int64"),
         (["--columns", "x", "z"], "'z'"),
     ],

@@ -19,6 +19,7 @@ from test_artifacts import PROVENANCE, race_model
 
 import gmm_dist
 from gmm_dist import commit, conditional, runs
+from gmm_dist.checkpoint import CHECKPOINTS
 from gmm_dist.errors import UserError
 from gmm_dist.places import Place
 from gmm_dist.registry import LINEAGE, Lineage, Registry, night_of
@@ -35,14 +36,14 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "reg")
 
 
-def lineage(night: str, ids: tuple[int, ...] = (0, 1)) -> Lineage:
-    return Lineage(night, None, ids, ids, (), 1000, {"y": "floating", "x": "integer"})
+def lineage(night: str, ids: tuple[int, ...] = (0, 1), dead: tuple[int, ...] = ()) -> Lineage:
+    return Lineage(night, None, ids, ids, dead, 1000, {"y": "floating", "x": "integer"})
 
 
-def publish(url: str, night: str, number: int = 1) -> None:
+def publish(url: str, night: str, number: int = 1, who: Lineage | None = None) -> None:
     with commit.claim(Registry(url).model_url(night)) as attempt:
         attempt.write_model(race_model(number), PROVENANCE)
-        attempt.write_json(LINEAGE, lineage(night).to_json())
+        attempt.write_json(LINEAGE, (who or lineage(night)).to_json())
         attempt.commit()
 
 
@@ -99,6 +100,22 @@ def test_a_lost_counter_goes_on_above_the_ids_in_use(url: str) -> None:
     place = Registry(url)
     assert place.new_ids(2, above=(3, 17, 4)) == 18
     assert place.new_ids(1, above=(3,)) == 20
+
+
+def test_a_lost_counter_goes_on_above_all_nights_and_those_that_were_pruned(url: str) -> None:
+    place = Registry(url)
+    publish(url, NIGHTS[0], who=lineage(NIGHTS[0], (40, 3)))
+    publish(url, NIGHTS[1], who=lineage(NIGHTS[1], (0, 2), dead=(7,)))
+    assert place.new_ids(0) == 41
+    assert place.prune(1, night=NIGHTS[1]) == [NIGHTS[0]]
+    assert place.new_ids(0) == 41
+    Place.of(url).remove("pruned.json")
+    assert place.new_ids(0) == 8
+    place.new_ids(60)
+    publish(url, NIGHTS[2])
+    place.prune(1, night=NIGHTS[2])
+    Place.of(url).remove("ids.json")
+    assert place.new_ids(1) == 68  # what a late night took and nobody published, too
 
 
 # ------------------------------------------------------------------------- nights
@@ -175,6 +192,36 @@ def test_pruning_keeps_the_newest_and_leaves_nothing_of_the_others(url: str) -> 
     assert not [name for name in everything(url) if any(n in name for n in NIGHTS[:3])]
     assert gmm_dist.load(place.model_url(NIGHTS[3])).n_components == 2
     assert place.prune(2, night=NIGHTS[4]) == []
+    assert [place.is_pruned(n) for n in NIGHTS[:5]] == [True] * 3 + [False] * 2
+    assert place.newest_before(NIGHTS[3]) is None
+    assert place.prune(1, night=NIGHTS[4]) == [NIGHTS[3]]
+    assert all(place.is_pruned(n) for n in NIGHTS[:4])
+
+
+def test_a_removal_that_was_cut_off_at_its_beginning_leaves_no_night_to_start_from(
+    url: str,
+) -> None:
+    place = Registry(url)
+    publish(url, NIGHTS[0])
+    publish(url, NIGHTS[2])
+    place._bury([NIGHTS[0]])
+    assert not place.is_published(NIGHTS[0])
+    assert place.nights() == [NIGHTS[2]]
+    assert place.newest_before(NIGHTS[1]) is None
+    assert place.prune(5, night=NIGHTS[2]) == []
+    assert not [name for name in everything(url) if NIGHTS[0] in name]
+
+
+def test_pruning_spares_what_a_night_can_be_resumed_from(tmp_path: Path) -> None:
+    url = str(tmp_path / "reg")
+    place = Registry(url)
+    for night in (NIGHTS[0], NIGHTS[1], NIGHTS[3], NIGHTS[4]):
+        publish(url, night)
+    saved = Place.of(url).below("models", NIGHTS[2], CHECKPOINTS)
+    saved.write(b"{}", f"00000001-{'0' * 64}.safetensors")
+    assert place.prune(1, night=NIGHTS[4]) == [NIGHTS[0], NIGHTS[3]]
+    saved.remove()
+    assert place.prune(1, night=NIGHTS[4]) == [NIGHTS[1]]
 
 
 def test_pruning_spares_the_pointed_to_and_what_a_run_at_work_started_from(url: str) -> None:
@@ -228,7 +275,11 @@ def test_a_night_is_a_date(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "call"),
-    [("latest.json", lambda r: r.latest()), ("ids.json", lambda r: r.new_ids(1))],
+    [
+        ("latest.json", lambda r: r.latest()),
+        ("ids.json", lambda r: r.new_ids(1)),
+        ("pruned.json", lambda r: r.nights()),
+    ],
 )
 def test_a_damaged_pointer_or_counter_is_one_line(
     tmp_path: Path, name: str, call: Callable[[Registry], object]

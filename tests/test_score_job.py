@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import score as score_job
-from conftest import S3Server
+from conftest import S3Server, forget_connections, free_ports
 from test_artifacts import PROVENANCE
 from test_scoring import reference
 
@@ -29,7 +29,7 @@ from gmm_dist.artifacts import read_report
 from gmm_dist.histogram import training_quantiles
 from gmm_dist.mixture import Mixture
 from gmm_dist.shards import LocalShards
-from gmm_dist.storage import open_url
+from gmm_dist.storage import Patience, open_url
 
 ROOT = Path(__file__).parent.parent
 MIXTURE = mixtures.parameters("full", 4, 2)
@@ -92,6 +92,8 @@ def test_every_row_is_scored_in_its_place_and_a_second_time_there_is_nothing_to_
         f"{report['outliers']} outliers; in {out}"
     )
     assert "scored 3 of 3 files, 1,200 rows" in caplog.text
+    assert "--keep ds: a hive key, which the path has; no column is written" in caplog.text
+    assert "--keep id" not in caplog.text
     assert {path: entry["sha256"] for path, entry in report["files"].items()} == hashes(out)
     assert hashes(out).keys() == hashes(data).keys()
 
@@ -182,7 +184,10 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, capfd: Errors) -> None:
     model = model_at(str(tmp_path / "model"))
     argv = [data, "--model", model, "--output", out]
     for more, message in (
-        (["--outliers", "0"], "the quantile at 0: give a share from 1e-06 to below 1"),
+        (
+            ["--outliers", "1.5"],
+            "error: --outliers: the quantile at 1.5: give a share from 1e-06 to below 1",
+        ),
         (["--keep", "idd"], "--keep 'idd' is no column among 'y', 'id', 'x'; name one of them"),
         (["--where", "ds > '2027-01-01'"], "no rows match the filter ds > '2027-01-01'"),
         (["--model", data], "holds no result, neither manifest.json nor model.json"),
@@ -197,6 +202,24 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, capfd: Errors) -> None:
     named = model_at(str(tmp_path / "named"), feature_names=())
     assert "keeps no names of its features" in refused(capfd, *argv, "--model", named)
     assert not out.exists()
+
+
+def test_a_lake_that_is_out_of_reach_is_one_line_with_the_command_that_goes_on(
+    tmp_path: Path, s3_lake: S3Server, capfd: Errors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_at(str(tmp_path / "model"))
+    (port,) = free_ports(1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("gmm_dist.storage.PATIENCE", Patience(0.05, first_pause=0.01))
+    forget_connections()
+    argv = [f"{s3_lake.url}/lake", "--model", model, "--output", str(tmp_path / "out")]
+    assert score_job.main(argv) == 1
+    forget_connections()
+    (line,) = [li for li in capfd.readouterr().err.splitlines() if li.startswith("error: ")]
+    assert "the storage failed for 0 s" in line
+    assert line.endswith("/out --resume")
+    assert "; go on with: python " in line
 
 
 def test_an_infinite_value_ends_the_run_and_another_model_cannot_go_on_with_it(

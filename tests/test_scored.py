@@ -59,7 +59,7 @@ def test_every_file_has_its_rows_in_its_place(tmp_path: Path) -> None:
     data, out = days(tmp_path / "lake"), tmp_path / "out"
     found = score(loader_of(data, out))
     assert contents(out).keys() == found.files.keys() == contents(data).keys()
-    assert (found.rows, found.missing) == (900, 3)
+    assert (found.counts.rows, found.counts.missing) == (900, 3)
     for path, file in found.files.items():
         before = pq.ParquetFile(data / path).read()
         after = pq.ParquetFile(out / path).read()
@@ -68,14 +68,13 @@ def test_every_file_has_its_rows_in_its_place(tmp_path: Path) -> None:
         whole = ~np.isnan(X).any(1)
         expected = Mixture(MIXTURE).score_samples(X[whole])
         np.testing.assert_allclose(after["log_density"].drop_null(), expected, rtol=1e-12)
-        assert file.rows == after.num_rows == before.num_rows
-        assert file.missing == after["component"].null_count
-        assert file.outliers == (expected < -6).sum() > 0
+        assert file.counts.rows == after.num_rows == before.num_rows
+        assert file.counts.missing == after["component"].null_count
+        assert file.counts.outliers == (expected < -6).sum() > 0
         counts = np.bincount(Mixture(MIXTURE).predict(X[whole]), minlength=3)
-        assert file.components == tuple(counts)
-    totals = found.totals()
-    assert sum(totals["components"]) == 897
-    assert totals["filtered"] == 0
+        assert file.counts.components == tuple(counts)
+    assert sum(found.counts.components) == 897
+    assert found.counts.filtered == 0
 
 
 def test_a_loader_counts_as_many_rows_as_it_scored(tmp_path: Path) -> None:
@@ -87,8 +86,8 @@ def test_a_loader_counts_as_many_rows_as_it_scored(tmp_path: Path) -> None:
 def test_filtered_rows_are_not_written(tmp_path: Path) -> None:
     data, out = days(tmp_path / "lake"), tmp_path / "out"
     found = score(loader_of(data, out, where="id >= 1290"))
-    assert [file.rows for _, file in sorted(found.files.items())] == [0, 10, 500]
-    assert [file.filtered for _, file in sorted(found.files.items())] == [100, 290, 0]
+    assert [file.counts.rows for _, file in sorted(found.files.items())] == [0, 10, 500]
+    assert [file.counts.filtered for _, file in sorted(found.files.items())] == [100, 290, 0]
     empty = pq.read_table(out / "ds=2026-11-01" / "a.parquet", partitioning=None)
     assert empty.num_rows == 0
     assert empty.schema.names == ["id", "component", "probability", "log_density", "outlier"]
@@ -107,7 +106,7 @@ def test_the_bytes_are_the_same_each_time_and_in_any_batches(
     path = "ds=2026-11-03/a.parquet"
     assert pq.read_metadata(tmp_path / "c" / path).num_row_groups > 5
     assert pq.read_table(tmp_path / "c" / path)["id"].to_pylist() == list(range(2000, 2500))
-    assert found.rows == 900
+    assert found.counts.rows == 900
 
 
 def test_a_file_with_its_record_is_left_as_it_is(tmp_path: Path) -> None:
@@ -119,7 +118,10 @@ def test_a_file_with_its_record_is_left_as_it_is(tmp_path: Path) -> None:
     assert {path: (out / path).stat().st_mtime_ns for path in first.files} == stamps
 
 
-@pytest.mark.parametrize("spoil", ["no record", "torn record", "other run", "no file", "cut file"])
+@pytest.mark.parametrize(
+    "spoil",
+    ["no record", "torn record", "other run", "other device", "no file", "cut file", "other bytes"],
+)
 def test_without_a_sound_record_a_file_is_written_again(tmp_path: Path, spoil: str) -> None:
     data, out = days(tmp_path / "lake"), tmp_path / "out"
     first, before = score(loader_of(data, out)), contents(out)
@@ -133,10 +135,15 @@ def test_without_a_sound_record_a_file_is_written_again(tmp_path: Path, spoil: s
             lakes.truncate(record, 30)
         case "other run":
             record.write_text(json.dumps(json.loads(record.read_text()) | {"key": "other"}))
+        case "other device":
+            record.write_text(json.dumps(json.loads(record.read_text()) | {"device": "abacus"}))
         case "no file":
             (out / path).unlink()
         case "cut file":
             lakes.truncate(out / path, 100)
+        case "other bytes":
+            lakes.corrupt(out / path, start=200, length=8)
+            os.utime(out / path, ns=(0, 0))
     assert score(loader_of(data, out)) == first
     assert contents(out) == before
     assert (out / path).stat().st_mtime_ns > 0
@@ -163,7 +170,15 @@ def test_on_s3_it_is_the_same(tmp_path: Path, s3_lake: S3Server) -> None:
     fs, root = open_url(f"{s3_lake.url}/out")
     found = {path: fs.cat_file(f"{root}/{path}") for path in there.files}
     assert found == contents(tmp_path / "out")
+    path = "ds=2026-11-02/a.parquet"
+    fs.pipe_file(f"{root}/{path}", b"x" * len(found[path]))
+    untouched = {
+        other: fs.info(f"{root}/{other}")["LastModified"] for other in found.keys() - {path}
+    }
     assert score(loader_of(url, f"{s3_lake.url}/out")) == here
+    assert fs.cat_file(f"{root}/{path}") == found[path]
+    for other, modified in untouched.items():
+        assert fs.info(f"{root}/{other}")["LastModified"] == modified
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 40, 101])

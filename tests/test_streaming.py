@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import lakes
@@ -104,6 +105,70 @@ def test_an_infinite_value_is_named_by_its_row(tmp_path: Path) -> None:
     lakes.write(tmp_path / "a.parquet", columns() | {"x": x}, rows_per_group=500)
     with pytest.raises(UserError, match=r"a.parquet, row group 1, row 277: column 'x' is -inf"):
         rows_of(plan_of(tmp_path))
+
+
+def test_batches_of_wide_rows_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "BATCH_ROWS", 1 << 16)
+    n, d = 20_000, 512
+    X = pa.array(np.zeros(n * d, np.float32))
+    text = [f"{i:2000}" for i in range(n)]
+    columns = {"e": pa.FixedSizeListArray.from_arrays(X, d), "x": lakes.numbers(n), "text": text}
+    lakes.write(tmp_path / "a.parquet", columns)
+
+    def batches(beside: int = 0, **options: object) -> list[int]:
+        plan, before = plan_of(tmp_path, **options), pa.total_allocated_bytes()
+        parts = stream(plan, 0, row_groups(plan)[0], beside=beside)
+        sizes, most = [], 0
+        for kept, X in parts:
+            sizes.append(X.shape[1])
+            assert X.nbytes + kept.nbytes <= 1.1 * streaming.BATCH_BYTES
+            most = max(most, pa.total_allocated_bytes() - before)
+        assert most < 4 * streaming.BATCH_BYTES + (1 << 20)
+        assert sum(sizes) == n
+        return sizes
+
+    assert batches(columns=["e"]) == [8192, 8192, 3616]
+    assert 10_000 < batches(columns=["x"], keep=["text"])[0] < 17_000
+    assert batches(columns=["x"]) == [n]
+    assert batches(columns=["x"], beside=8 * 10_000)[0] == 1024
+
+
+def test_a_column_with_a_dot_is_counted_as_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "BATCH_BYTES", 1 << 18)
+    monkeypatch.setattr(streaming, "BATCH_ROWS", 1 << 16)
+    n = 10_000
+    text = [f"{i:200}" for i in range(n)]
+    table = {"x": lakes.numbers(n), "a.b": text, "s": [{"t": name} for name in text]}
+    lakes.write(tmp_path / "a.parquet", table)
+    for name in ("a.b", "s"):  # their values are all different
+        kept, _, sizes = rows_of(plan_of(tmp_path, columns=["x"], keep=[name]))
+        assert max(sizes) < 1300
+        assert kept[name].to_pylist() == table[name]
+
+
+def test_what_a_dictionary_stores_once_counts_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "BATCH_BYTES", 1 << 18)
+    monkeypatch.setattr(streaming, "BATCH_ROWS", 1 << 16)
+    n = 10_000
+    flags = {f"flag{i}": np.arange(n) % 2 for i in range(15)}
+    table = {"x": lakes.numbers(n), "text": [f"{i % 3:120}" for i in range(n)], **flags}
+    lakes.write(tmp_path / "a.parquet", table)
+    for keep in (["text"], list(flags)):
+        _, _, sizes = rows_of(plan_of(tmp_path, columns=["x"], keep=keep))
+        assert sizes[0] == (1 << 18) // 128
+
+
+@pytest.mark.parametrize("n", [N - 1, N + 1])
+def test_rows_that_are_not_as_many_as_planned_are_an_error(tmp_path: Path, n: int) -> None:
+    lakes.write(tmp_path / "a.parquet", columns())
+    plan = plan_of(tmp_path, where="id >= 500")
+    lying = replace(plan, files=(replace(plan.files[0], rows=(n,)),))
+    with pytest.raises(UserError, match=rf"a.parquet, row group 0: 1,000 rows where .* has {n:,}"):
+        rows_of(lying)
 
 
 def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gmm_dist import lake
 from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.errors import TooFewRows
+from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.failures import FaultConfig
 from gmm_dist.lake import Plan
 from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
@@ -50,6 +50,11 @@ def sweep_lake(
     Raises UserError as `lake.plan`, `cluster.connected` and `sweep.sweep` do.
     """
     plan = plan_of(opened)
+    if given is not None and given.n_features != plan.n_features:
+        raise UserError(
+            f"the start has {given.n_features} features, but {opened.url} has {plan.n_features} "
+            f"({', '.join(plan.feature_names)}): give a start of as many, or choose columns"
+        )
     with resident_lake(opened, plan, candidates) as (shards, centre):
         result = sweep(
             shards,

@@ -14,7 +14,16 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
 from gmm_dist.config import EMConfig
-from gmm_dist.estimator import BaseMixture, CentredRows, exchanged, publish, ranked, start_of
+from gmm_dist.estimator import (
+    BaseMixture,
+    CentredRows,
+    exchanged,
+    in_python,
+    publish,
+    ranked,
+    require_class,
+    start_of,
+)
 from gmm_dist.families import FAMILIES, Moments
 from gmm_dist.inputs import Rows, Space, array_of, checked_start, tensor_of
 from gmm_dist.kernel import Total
@@ -139,7 +148,11 @@ class BayesianGaussianMixture(BaseMixture):
 
     @classmethod
     def from_sklearn(cls, fitted: Any) -> Self:
-        """Return our face on one of scikit-learn's, fitted or not; numbers are the same."""
+        """Return our face on one of scikit-learn's, fitted or not; numbers are the same.
+
+        Raises TypeError for any other class.
+        """
+        require_class(fitted, sklearn.mixture.BayesianGaussianMixture)
         made: Self = _detached(exchanged(fitted, cls()))
         if hasattr(made, "lower_bound_"):
             # Theirs have an axis or two of length one where covariances are tied.
@@ -172,13 +185,17 @@ class BayesianGaussianMixture(BaseMixture):
         from gmm_dist.assembly import plan_of, resident_lake
 
         self._validate_params()
-        plan = plan_of(opened)
+        with in_python():
+            plan = plan_of(opened)
         self._check_beliefs(plan.n_features)
+        if self.warm_start and hasattr(self, "converged_"):
+            self._require_warm(plan.n_features)
         # Lanes of the first passes: each start has all the components.
         candidates = [
             Candidate(self.n_components, self.covariance_type) for _ in _sizes(self.n_components)
         ]
-        with one_thread(), resident_lake(opened, plan, candidates) as (shards, centre):
+        lake = resident_lake(opened, plan, candidates)
+        with one_thread(), in_python(), lake as (shards, centre):
             rows = _LakeRows(centre, shards, shards.run(Total(plan.n_features)))
             require_rows(candidates, rows.total.n_rows)
             best = self._best_of(self._lake_trials(rows), rows)
@@ -257,7 +274,7 @@ class BayesianGaussianMixture(BaseMixture):
             tensor_of(self.mean_precision_),
             tensor_of(self.means_),
             tensor_of(self.degrees_of_freedom_),
-            tensor_of(self.covariances_),
+            self._covariances(),
         )
 
     def _prior(self, rows: CentredRows) -> Prior:

@@ -8,10 +8,12 @@ to the same result. All arithmetic is float64, unless `precision` says otherwise
 from __future__ import annotations
 
 import math
+import os
+import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, Self
@@ -30,6 +32,7 @@ from torch.utils.dlpack import from_dlpack
 
 from gmm_dist.config import PRECISIONS, EMConfig, StartConfig
 from gmm_dist.em import FitResult, Status
+from gmm_dist.errors import UserError
 from gmm_dist.families import FAMILIES, Moments, n_parameters
 from gmm_dist.inputs import (
     Array,
@@ -38,9 +41,12 @@ from gmm_dist.inputs import (
     array_of,
     checked,
     checked_start,
+    device_of,
     is_foreign,
+    mean_of,
     space_of,
     tensor_of,
+    viewed,
 )
 from gmm_dist.mixture import Mixture, aic, bic, icl
 from gmm_dist.opened import Lake
@@ -58,6 +64,7 @@ from gmm_dist.trials import (
     Trial,
     Watch,
     maximised,
+    mean_weight,
     moments_of_shares,
     run,
 )
@@ -151,18 +158,18 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         Raises ValueError for bad parameters or rows, and for a singular covariance; warns with
         ConvergenceWarning where the best of the trials did not converge.
         """
-        if not isinstance(X, Lake):
-            self._fit(X, sample_weight)
-        elif sample_weight is None:
+        if isinstance(X, Lake):
+            require_lake_settings(sample_weight, self.device, self.shards)
             self._fit_lake(X)
         else:
-            raise ValueError("sample_weight is for rows in memory: open_lake(..., weight_column=)")
+            self._fit(X, sample_weight)
         return self
 
     def fit_predict(self, X: Any, y: object = None, sample_weight: Any = None) -> Any:
         """Fit the mixture and return the labels of its rows in memory, (n,)."""
         _require_memory_rows(X)
-        return self.fit(X, y, sample_weight).predict(X)
+        self._fit(X, sample_weight)
+        return self.predict(X)
 
     def predict(self, X: Any) -> Any:
         """Return the component of largest responsibility for each row, (n,) int64."""
@@ -178,7 +185,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def score(self, X: Any, y: object = None) -> float:
         """Return the mean log-density (nats) of the rows; `y` is ignored."""
-        return float(self.score_samples(X).mean())
+        return mean_of(self.score_samples(X))
 
     def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
         """Return rows (n, d), float64, drawn from the mixture, and their components (n,).
@@ -191,7 +198,9 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 f"Invalid value for 'n_samples': {n_samples} . The sampling requires at least "
                 "one sample."
             )
-        X, y = _drawn(self._parameters(), n_samples, check_random_state(self.random_state))
+        # The covariances as they are published: scikit-learn draws from those.
+        mixture = replace(self._parameters(), covariances=tensor_of(self.covariances_))
+        X, y = _drawn(mixture, n_samples, check_random_state(self.random_state))
         space = replace(self._space(), dtype=torch.float64)
         return space.of(torch.from_numpy(X)), space.of(torch.from_numpy(y))
 
@@ -223,12 +232,37 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _parameters(self) -> Parameters:
         """Return the learned mixture, of which densities are taken."""
         means = tensor_of(self.means_)
-        parts = (tensor_of(self.weights_), means, tensor_of(self.covariances_))
-        return Parameters(*parts, self.covariance_type)
+        return Parameters(
+            tensor_of(self.weights_), means, self._covariances(), self.covariance_type
+        )
 
     # What they share.
 
+    def _covariances(self) -> Tensor:
+        """Return the covariances of `precisions_cholesky_`, in float64.
+
+        Published as float32, covariances lose what tells them from singular ones, factors do
+        not. Where `covariances_` have these very factors they are taken as they are.
+        """
+        kind, (k, d) = self.covariance_type, tensor_of(self.means_).shape
+        factors = tensor_of(self.precisions_cholesky_)
+        shape = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[kind]
+        if factors.shape != shape:
+            raise ValueError(
+                f"precisions_cholesky_ has shape {tuple(factors.shape)}, not {shape}, that of "
+                f"{k} {kind} covariances of {d} features: fit anew, without warm_start"
+            )
+        factors = factors[None] if kind == "tied" else factors
+        if hasattr(self, "covariances_"):
+            covariances = tensor_of(self.covariances_)
+            if covariances.shape == shape and _have_factors(
+                kind, covariances.view(factors.shape), factors
+            ):
+                return covariances
+        return _covariances_of(kind, factors).view(shape)
+
     def _fit(self, X: Any, sample_weight: Any) -> None:
+        require_rows_or_lake(X)
         self._validate_params()
         with one_thread():
             rows, weight = self._checked_rows(X, sample_weight)
@@ -267,17 +301,27 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return rows, weight
 
     def _resident(self, rows: Rows, weight: Tensor | None) -> Resident:
-        X = rows if isinstance(rows, Tensor) else tensor_of(rows)
-        device = X.device if self.device is None else torch.device(self.device)
+        X = viewed(rows)
+        device = X.device if self.device is None else device_of(self.device)
         X = X.to(device, torch.float64)
         return Resident.of(X, None if weight is None else weight.to(device), self.shards)
 
     def _best_trial(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Trial:
         if self.warm_start and hasattr(self, "converged_"):
+            self._require_warm(rows.shape[1])
             trials = [Trial(self._fitted_model(resident), last_bound=self.lower_bound_)]
         else:
             trials = [Trial(model) for model in self._models(rows, weight, resident)]
+            # Where none is iterated, scikit-learn keeps the last.
+            trials = trials if self.max_iter > 0 else trials[-1:]
         return self._best_of(trials, resident)
+
+    def _require_warm(self, n_features: int) -> None:
+        if (fitted := tensor_of(self.means_).shape[1]) != n_features:
+            raise ValueError(
+                f"warm_start goes on from a fit to {fitted} features, but X has {n_features}: "
+                "give rows of the same features, or a new estimator"
+            )
 
     def _best_of(self, trials: Sequence[Trial], rows: CentredRows) -> Trial:
         """Iterate the trials and return the best."""
@@ -321,7 +365,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         _require_memory_rows(X)
         rows = checked(self, X, reset=False)
-        tensor = rows if isinstance(rows, Tensor) else tensor_of(rows)
+        tensor = viewed(rows)
         mixture = Mixture(self._parameters())
         # To wake other threads costs more than a few rows do.
         with one_thread() if tensor.numel() < _FEW_VALUES else nullcontext():
@@ -344,7 +388,7 @@ class GaussianMixture(BaseMixture):
     A lake (`gmm_dist.open_lake`) is fitted on Ray, from the best starts that a search on a
     sample finds (`n_init` seeded ones by `init_params`; 16 where `n_init` is 1), leaping ahead
     of EM where that raises the likelihood; it stops where it has scored, a step before
-    scikit-learn would.
+    scikit-learn would. `verbose` tells nothing of it, and `device` and `shards` are refused.
 
     Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
     `precisions_cholesky_` (full (k, d, d), tied (d, d), diag (k, d), spherical (k,)),
@@ -400,13 +444,13 @@ class GaussianMixture(BaseMixture):
 
     def bic(self, X: Any) -> float:
         """Return the Bayesian information criterion on rows X; lower is better."""
-        n = len(scores := self.score_samples(X))
-        return bic(float(scores.mean()) * n, self._n_parameters(), n)
+        n = _n_rows(scores := self.score_samples(X))
+        return bic(mean_of(scores) * n, self._n_parameters(), n)
 
     def aic(self, X: Any) -> float:
         """Return Akaike's information criterion on rows X; lower is better."""
         scores = self.score_samples(X)
-        return aic(float(scores.mean()) * len(scores), self._n_parameters())
+        return aic(mean_of(scores) * _n_rows(scores), self._n_parameters())
 
     def icl(self, X: Any) -> float:
         """Return the BIC plus twice the soft entropy of the labels; lower is better."""
@@ -422,7 +466,11 @@ class GaussianMixture(BaseMixture):
 
     @classmethod
     def from_sklearn(cls, fitted: Any) -> Self:
-        """Return our face on one of scikit-learn's, fitted or not; numbers are the same."""
+        """Return our face on one of scikit-learn's, fitted or not; numbers are the same.
+
+        Raises TypeError for any other class.
+        """
+        require_class(fitted, sklearn.mixture.GaussianMixture)
         made: Self = exchanged(fitted, cls())
         return made
 
@@ -470,16 +518,19 @@ class GaussianMixture(BaseMixture):
             given["means"] = tensor_of(self.means_init) - rows.centre
         if self.precisions_init is not None:
             given["covariances"] = self._covariances_init(d)
+        weight = mean_weight(rows.total)
         if moments is None:
-            return MaximumLikelihood(Parameters(**given, covariance_type=kind), self.reg_covar)
-        estimated = maximised(kind, moments, self.reg_covar)
+            start = Parameters(**given, covariance_type=kind)
+            return MaximumLikelihood(start, self.reg_covar, weight)
+        estimated = maximised(kind, moments, self.reg_covar, weight)
         # Of all rows, as in scikit-learn: where seeds share out k rows only, they sum to k / n.
         shared = float(moments.nk.sum()) / rows.total.n_samples
         estimated = replace(estimated, weights=estimated.weights * shared)
-        return MaximumLikelihood(replace(estimated, **given), self.reg_covar)
+        return MaximumLikelihood(replace(estimated, **given), self.reg_covar, weight)
 
     def _fitted_model(self, rows: CentredRows) -> Model:
-        return MaximumLikelihood(self._parameters().shifted(-rows.centre), self.reg_covar)
+        fitted = self._parameters().shifted(-rows.centre)
+        return MaximumLikelihood(fitted, self.reg_covar, mean_weight(rows.total))
 
     def _fit_lake(self, opened: Lake) -> None:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.
@@ -489,7 +540,7 @@ class GaussianMixture(BaseMixture):
         given = self._given_start(opened)
         candidate = Candidate(self.n_components, self.covariance_type)
         config = EMConfig(self.tol, self.max_iter, self.reg_covar, self.precision or "auto")
-        with one_thread():
+        with one_thread(), in_python():
             found = sweep_lake(opened, [candidate], config, start_of(self), given=given)
         fit, space = found.result.scored[0].fit, Space(torch.float64)
         adopt(self, fit, found.centre, found.feature_names, space)
@@ -511,6 +562,41 @@ class GaussianMixture(BaseMixture):
 
     def _publish(self, model: MaximumLikelihood, rows: CentredRows, space: Space) -> None:
         publish(self, model.parameters.shifted(rows.centre), space)
+
+
+@contextmanager
+def in_python() -> Iterator[None]:
+    """Have a UserError name arguments: commands and estimators share what raises it."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(of_arguments(str(error))) from error
+
+
+def of_arguments(text: str) -> str:
+    """Return a text with arguments for the commands' options: num_workers for --num-workers."""
+    return re.sub(r"(?<!\S)--([a-z][a-z-]*)", lambda found: found[1].replace("-", "_"), text)
+
+
+def require_lake_settings(
+    sample_weight: Any, device: str | torch.device | None, shards: int | None
+) -> None:
+    """Raise ValueError where a lake is to be fitted with what is for rows in memory."""
+    if sample_weight is not None:
+        raise ValueError("sample_weight is for rows in memory: open_lake(..., weight_column=)")
+    if device is not None:
+        raise ValueError(f"device={str(device)!r} is for rows in memory: open_lake(..., use_gpu=)")
+    if shards is not None:
+        raise ValueError(
+            f"shards={shards} is for rows in memory: a lake's are planned from its files"
+        )
+
+
+def require_class(fitted: Any, wanted: type) -> None:
+    """Raise TypeError unless `fitted` is an estimator of scikit-learn's class."""
+    if not isinstance(fitted, wanted):
+        given = f"{type(fitted).__module__}.{type(fitted).__qualname__}"
+        raise TypeError(f"from_sklearn takes a sklearn.mixture.{wanted.__name__}, not a {given}")
 
 
 def publish(estimator: BaseMixture, learned: Parameters, space: Space) -> None:
@@ -537,7 +623,7 @@ def start_of(estimator: BaseMixture) -> StartConfig:
     return StartConfig(
         estimator.n_init if estimator.n_init > 1 else StartConfig().n_init,
         estimator.init_params,
-        random_state=_seed(estimator.random_state),
+        random_state=seed_of(estimator.random_state),
     )
 
 
@@ -577,7 +663,7 @@ def exchanged(source: Any, target: Any) -> Any:
     return target
 
 
-def _seed(random_state: Any) -> int:
+def seed_of(random_state: Any) -> int:
     """Return an int as it is, and one drawn from anything else."""
     if isinstance(random_state, Integral):
         return int(random_state)
@@ -587,6 +673,46 @@ def _seed(random_state: Any) -> int:
 def _require_memory_rows(X: Any) -> None:
     if isinstance(X, Lake):
         raise TypeError("give rows in memory: a lake can be fitted only")
+    require_rows_or_lake(X)
+
+
+def require_rows_or_lake(X: Any) -> None:
+    """Raise TypeError for a path, which is neither."""
+    if isinstance(X, str | os.PathLike):
+        raise TypeError(
+            f"X is {str(X)!r}, a place and no rows: gmm_dist.open_lake(...) names those that lie "
+            "there, for fit and select"
+        )
+
+
+def _have_factors(kind: str, covariances: Tensor, factors: Tensor) -> bool:
+    """Say whether these are the factors of the covariances' precisions, up to rounding."""
+    own, failed = FAMILIES[kind].precisions_cholesky(covariances)
+    atol = 1e-9 * float(factors.abs().max())
+    return not bool(failed.any()) and torch.allclose(own, factors, rtol=1e-9, atol=atol)
+
+
+def _covariances_of(kind: str, factors: Tensor) -> Tensor:
+    """Return the inverses of U Uᵀ, or of 1/σ squared."""
+    if kind in ("full", "tied"):
+        eye = torch.eye(factors.shape[-1], dtype=factors.dtype)
+        lower = torch.linalg.solve_triangular(factors.mT, eye.expand_as(factors), upper=False)
+        covariances: Tensor = lower @ lower.mT
+    else:
+        covariances = factors.square().reciprocal()
+    _, failed = FAMILIES[kind].precisions_cholesky(covariances)
+    if bool(failed.any()):
+        raise ValueError(
+            "precisions_cholesky_ are not the factors of positive-definite precisions, or so "
+            "near to singular that float64 does not hold their inverses: raise reg_covar, or "
+            "scale the features"
+        )
+    return covariances
+
+
+def _n_rows(scores: Any) -> int:
+    n: int = scores.shape[0]
+    return n
 
 
 def _plain(value: Any) -> Any:

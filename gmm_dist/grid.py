@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import UserError
-from gmm_dist.estimator import GaussianMixture, adopt
+from gmm_dist.estimator import (
+    GaussianMixture,
+    adopt,
+    in_python,
+    of_arguments,
+    require_lake_settings,
+    require_rows_or_lake,
+    seed_of,
+)
 from gmm_dist.families import FAMILIES
 from gmm_dist.inputs import Space, space_of
 from gmm_dist.opened import Lake
@@ -49,7 +58,8 @@ class Selection:
         """Return what a reader of the table should know, each with what to do."""
         d = self.best.n_features_in_
         names = self.feature_names or tuple(f"x{j}" for j in range(d))
-        return self.result.warnings(names, lambda k: f"select again with k from {k}")
+        found = self.result.warnings(names, lambda k: f"select again with k from {k}")
+        return [of_arguments(text) for text in found]
 
     def to_frame(self) -> Any:
         """Return `rows` as a pandas DataFrame. Raises ImportError without pandas."""
@@ -100,7 +110,7 @@ def select(
     reg_covar: float = 1e-6,
     n_init: int = 16,
     init_params: str = "k-means++",
-    random_state: int = 0,
+    random_state: Any = 0,
     precision: str = "auto",
     device: str | torch.device | None = None,
     shards: int | None = None,
@@ -110,23 +120,34 @@ def select(
     `X` is what `GaussianMixture.fit` takes: rows in memory (n, d), with `sample_weight` (n,),
     `device` and `shards` as there, or a lake. Starts come from a search on a sample, `n_init`
     seeded by `init_params` and then moved about. `criterion`: "bic", "aic", "icl" (lower is
-    better), or "holdout", the mean log-likelihood of a lake's held-out rows.
+    better), or "holdout", the mean log-likelihood of a lake's held-out rows. `random_state` is
+    what scikit-learn takes.
 
-    Raises UserError, a ValueError, for settings out of range, and when no candidate is ranked.
+    Raises TypeError for a path, of which `open_lake` makes a lake; UserError, a ValueError, for
+    settings out of range, and when no candidate is ranked.
     """
     candidates = _candidates(k, covariance_types)
     if criterion not in CRITERIA:
         raise UserError(f"criterion is {criterion!r}: give one of {', '.join(CRITERIA)}")
     config = EMConfig(tol, max_iter, reg_covar, precision)
-    start = StartConfig(n_init, init_params, random_state=random_state)
+    start = StartConfig(n_init, init_params, random_state=seed_of(random_state))
     best = GaussianMixture(
-        tol=tol, max_iter=max_iter, reg_covar=reg_covar, device=device, shards=shards
+        tol=tol,
+        max_iter=max_iter,
+        reg_covar=reg_covar,
+        random_state=random_state,
+        precision=precision,
+        device=device,
+        shards=shards,
     )
-    with one_thread():
+    best._validate_params()
+    require_rows_or_lake(X)
+    with one_thread(), in_python():
         if isinstance(X, Lake):
             # Ray and pyarrow are needed only here.
             from gmm_dist.assembly import sweep_lake
 
+            require_lake_settings(sample_weight, device, shards)
             lake = sweep_lake(X, candidates, config, start, criterion=criterion)
             return _selected(
                 best, lake.result, lake.centre, lake.feature_names, Space(torch.float64)
@@ -144,7 +165,9 @@ def select(
 
 
 def _candidates(k: int | Iterable[int], kinds: str | Sequence[str]) -> list[Candidate]:
-    ks = [k] if isinstance(k, int) else list(k)
+    ks = [k] if isinstance(k, Integral) or not isinstance(k, Iterable) else list(k)
+    if wrong := [size for size in ks if not isinstance(size, Integral) or isinstance(size, bool)]:
+        raise UserError(f"k has {wrong[0]!r}: give a whole number >= 1, or several")
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     if unknown := [kind for kind in kinds if kind not in FAMILIES]:
         raise UserError(f"covariance type {unknown[0]!r}: give some of {', '.join(FAMILIES)}")

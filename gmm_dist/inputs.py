@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,15 @@ Rows = Array | Tensor
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Where results belong: NumPy (`device` None), torch on a device, or another namespace."""
+    """Where results belong: NumPy (`device` None), torch on a device, or another namespace.
+
+    `elsewhere` is that namespace's own name of the rows' device, which torch need not know.
+    """
 
     dtype: torch.dtype
     device: torch.device | None = None
     namespace: Any = None
+    elsewhere: Any = None
 
     def of(self, value: Tensor) -> Any:
         """Return a tensor as an array of this kind; real numbers take the rows' dtype."""
@@ -32,7 +37,10 @@ class Space:
         if self.device is None:
             return value.cpu().numpy()
         value = value.to(self.device)
-        return value if self.namespace is None else self.namespace.from_dlpack(value)
+        if self.namespace is None:
+            return value
+        made = self.namespace.from_dlpack(value)
+        return made if self.elsewhere is None else made.to_device(self.elsewhere)
 
 
 def checked(estimator: BaseEstimator, X: Any, *, reset: bool, n_min: int = 1) -> Rows:
@@ -45,6 +53,9 @@ def checked(estimator: BaseEstimator, X: Any, *, reset: bool, n_min: int = 1) ->
         X = from_dlpack(X)
     if isinstance(X, Tensor):
         return _checked_tensor(estimator, X, reset, n_min)
+    pa = sys.modules.get("pyarrow")
+    if pa is not None and isinstance(X, pa.RecordBatch):
+        X = pa.Table.from_batches([X])  # whose names scikit-learn reads
     rows: Array = validate_data(
         estimator, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=n_min
     )
@@ -59,8 +70,10 @@ def is_foreign(X: Any) -> bool:
 def space_of(X: Any, rows: Rows) -> Space:
     """Return the kind of X, of which `rows` were made."""
     if isinstance(rows, Tensor):
-        namespace = None if isinstance(X, Tensor) else X.__array_namespace__()
-        return Space(rows.dtype, rows.device, namespace)
+        if isinstance(X, Tensor):
+            return Space(rows.dtype, rows.device)
+        elsewhere = getattr(X, "device", None)
+        return Space(rows.dtype, rows.device, X.__array_namespace__(), elsewhere)
     return Space(torch.float32 if rows.dtype == np.float32 else torch.float64)
 
 
@@ -71,6 +84,33 @@ def tensor_of(value: Any) -> Tensor:
     if is_foreign(value):
         return from_dlpack(value).to("cpu", torch.float64)
     return torch.from_numpy(np.array(value, dtype=np.float64, order="C"))
+
+
+def viewed(rows: Rows) -> Tensor:
+    """Return checked rows as a tensor, without a copy where they lie in order; only to be read."""
+    if isinstance(rows, Tensor):
+        return rows
+    in_order = rows.flags.c_contiguous and rows.flags.writeable
+    return torch.from_numpy(rows) if in_order else tensor_of(rows)
+
+
+def mean_of(values: Any) -> float:
+    """Return the mean of one of our results, of whichever kind it is."""
+    return float(from_dlpack(values).mean() if is_foreign(values) else values.mean())
+
+
+def device_of(setting: str | torch.device) -> torch.device:
+    """Return the device that a user names; raise ValueError where it cannot hold float64 rows."""
+    try:
+        device = torch.device(setting)
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device is {str(setting)!r}, where torch can work on no float64 rows ({reason}): "
+            "give another, or None for where the rows are"
+        ) from None
+    return device
 
 
 def array_of(value: Any) -> Array:
@@ -96,6 +136,8 @@ def checked_start(value: Any, shape: tuple[int, ...], name: str) -> Tensor:
 
 
 def _checked_tensor(estimator: BaseEstimator, X: Tensor, reset: bool, n_min: int) -> Tensor:
+    if X.layout is not torch.strided:
+        raise ValueError(f"X is a sparse tensor ({X.layout}): give a dense one, X.to_dense()")
     if X.ndim != 2:
         raise ValueError(f"Expected 2D array, got {X.ndim}D array instead: give rows (n, d)")
     if X.is_complex():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -50,22 +50,35 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MaximumLikelihood:
-    """The plain mixture; `reg_covar`, squared feature units, is added to its variances."""
+    """The plain mixture; `reg_covar`, squared feature units, is added to its variances.
+
+    `mean_weight` is what a row counts for.
+    """
 
     parameters: Parameters
     reg_covar: float
+    mean_weight: float = 1.0
 
     def step(self, moments: Moments) -> MaximumLikelihood:
         kind = self.parameters.covariance_type
-        return MaximumLikelihood(maximised(kind, moments, self.reg_covar), self.reg_covar)
+        stepped = maximised(kind, moments, self.reg_covar, self.mean_weight)
+        return replace(self, parameters=stepped)
 
     def lower_bound(self, log_likelihood: float, entropy: float, n_samples: float) -> float:
         return log_likelihood / n_samples
 
 
-def maximised(kind: str, moments: Moments, reg_covar: float) -> Parameters:
+def mean_weight(total: TotalMoments) -> float:
+    """Return what a row of positive weight counts for; 1 where there are no weights."""
+    return total.n_samples / total.n_rows
+
+
+def maximised(
+    kind: str, moments: Moments, reg_covar: float, mean_weight: float = 1.0
+) -> Parameters:
     """Return the maximum-likelihood parameters of one mixture, as scikit-learn floors them."""
-    floored = Moments(moments.nk + _EMPTY, moments.sum_x, moments.sum_xx, moments.about)
+    empty = _EMPTY * mean_weight
+    floored = Moments(moments.nk + empty, moments.sum_x, moments.sum_xx, moments.about)
     reg = torch.full_like(moments.sum_x, reg_covar)
     return maximise(kind, floored, (len(reg),), reg).lanes()[0]
 
@@ -86,12 +99,12 @@ def moments_of_shares(
     sum_x = share.T @ X
     if kind == "tied":
         return _tied_moments(nk.cpu(), sum_x.cpu(), total, centre)
-    means = sum_x / (nk + _EMPTY)[:, None]
-    apart = [(X - mean, part) for mean, part in zip(means, share.T, strict=True)]
-    if kind == "full":
-        sum_xx = torch.stack([(x.T * part) @ x for x, part in apart])
-    else:
-        sum_xx = torch.stack([part @ x.square() for x, part in apart])
+    means = sum_x / (nk + _EMPTY * mean_weight(total))[:, None]
+    second = []
+    for mean, part in zip(means, share.T, strict=True):
+        x = X - mean  # one component's at a time: each is as large as the rows are
+        second.append((x.T * part) @ x if kind == "full" else part @ x.square())
+    sum_xx = torch.stack(second)
     if kind == "spherical":
         sum_xx = sum_xx.sum(1)
     # What is left of Σ r (x - mean) is rounding.

@@ -21,14 +21,28 @@ from sklearn.mixture import tests as their_tests
 
 import gmm_dist
 
-FILES = ("test_gaussian_mixture", "test_bayesian_mixture")
+FILES = {
+    "test_gaussian_mixture": "GaussianMixture",
+    "test_bayesian_mixture": "BayesianGaussianMixture",
+}
+"""Their files, and the class that each is about."""
 
+_FUNCTION = "tests {} of scikit-learn's module, a function that we do not have"
 PRIVATE = {
     "test_gaussian_mixture_precisions_init": "calls _set_parameters and _initialize",
     "test_gaussian_mixture_all_init_does_not_estimate_gaussian_parameters": (
         "counts calls of scikit-learn's own _estimate_gaussian_parameters"
     ),
     "test_compare_covar_type": "calls _initialize_parameters and _m_step",
+    "test_suffstat_sk_full": _FUNCTION.format("_estimate_gaussian_covariances_full"),
+    "test_suffstat_sk_tied": _FUNCTION.format("_estimate_gaussian_covariances_tied"),
+    "test_suffstat_sk_diag": _FUNCTION.format("_estimate_gaussian_covariances_diag"),
+    "test_gaussian_suffstat_sk_spherical": _FUNCTION.format(
+        "_estimate_gaussian_covariances_spherical"
+    ),
+    "test_compute_log_det_cholesky": _FUNCTION.format("_compute_log_det_cholesky"),
+    "test_log_dirichlet_norm": _FUNCTION.format("_log_dirichlet_norm"),
+    "test_log_wishart_norm": _FUNCTION.format("_log_wishart_norm"),
 }
 """Tests that are not of public behaviour, by name, and why."""
 
@@ -36,12 +50,18 @@ PRIVATE = {
 class Replaced:
     """The plugin that puts our classes in place of theirs, and leaves out what is private."""
 
+    @pytest.hookimpl(tryfirst=True)  # before options deselect
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for module in {item.module for item in items}:
+            tested = FILES[module.__name__.rpartition(".")[2]]
+            if not hasattr(module, tested):
+                raise pytest.UsageError(f"{module.__name__} names no {tested} to replace")
+            for name in FILES.values():
+                if hasattr(module, name):
+                    setattr(module, name, getattr(gmm_dist, name))
+        if stale := set(PRIVATE) - {item.originalname for item in items}:
+            raise pytest.UsageError(f"PRIVATE names tests that are gone: {sorted(stale)}")
         for item in items:
-            assert item.module.__name__.rpartition(".")[2] in FILES
-            for name in ("GaussianMixture", "BayesianGaussianMixture"):
-                if hasattr(item.module, name):
-                    setattr(item.module, name, getattr(gmm_dist, name))
             if reason := PRIVATE.get(item.originalname):
                 item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -57,8 +57,14 @@ def assert_same(one, other, *, rtol=1e-7) -> None:
     assert one.converged_ == other.converged_
 
 
-# check_array_api_input skips itself where SCIPY_ARRAY_API was not set before SciPy's import.
-@parametrize_with_checks([BayesianGaussianMixture()])
+# Of a start that is drawn row by row, a weight is no repetition: see test_estimator.py.
+BY_ROW = {"check_sample_weight_equivalence_on_dense_data": "starts are drawn row by row"}
+
+
+@parametrize_with_checks(
+    [BayesianGaussianMixture(), BayesianGaussianMixture(n_components=2)],
+    expected_failed_checks=lambda estimator: {} if estimator.n_components == 1 else BY_ROW,
+)
 def test_it_is_an_estimator(estimator, check):
     check(estimator)
 
@@ -264,6 +270,32 @@ def test_what_is_learned_of_a_tensor_is_tensors(weight_prior):
     parts = concentration if weight_prior == "dirichlet_process" else (concentration,)
     assert all(isinstance(part, torch.Tensor) for part in parts)
     assert model.fit(X).predict(X).unique().tolist() == [0, 1]
+
+
+def test_float32_rows_are_scored_as_scikit_learn_scores_them():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(500, 1)) * 100
+    X = np.hstack([z, 2 * z + rng.normal(size=(500, 1)) * 1e-4, rng.normal(size=(500, 1))])
+    settings = {"n_components": 2, "covariance_prior": 1e-6 * np.eye(3), "random_state": 0}
+    model = BayesianGaussianMixture(**settings, max_iter=500).fit(X.astype(np.float32))
+    assert model.covariances_.dtype == np.float32
+    theirs = model.to_sklearn()
+    rows = X[:50].astype(np.float32).astype(np.float64)
+    theirs.means_ = theirs.means_.astype(np.float64)
+    theirs.precisions_cholesky_ = theirs.precisions_cholesky_.astype(np.float64)
+    np.testing.assert_allclose(model.score_samples(rows), theirs.score_samples(rows), rtol=1e-4)
+
+
+def test_settings_that_it_cannot_take():
+    lake = open_lake("nowhere")
+    for options, message in [({"device": "cpu"}, "use_gpu="), ({"shards": 2}, "planned from its")]:
+        with pytest.raises(ValueError, match=message):
+            BayesianGaussianMixture(**options).fit(lake)
+    with pytest.raises(TypeError, match=r"takes a sklearn\.mixture\.BayesianGaussianMixture"):
+        BayesianGaussianMixture.from_sklearn(sklearn.mixture.GaussianMixture())
+    model = BayesianGaussianMixture(warm_start=True).fit(rows())
+    with pytest.raises(ValueError, match="fit to 3 features, but X has 2"):
+        model.fit(rows(d=2))
 
 
 def test_it_says_when_it_is_not_fitted():

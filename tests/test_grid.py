@@ -10,7 +10,8 @@ import pytest
 from sklearn.datasets import make_blobs
 
 import gmm_dist
-from gmm_dist import UserError, select
+from gmm_dist import UserError, open_lake, select
+from gmm_dist.estimator import of_arguments
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,51 @@ def test_weights_count(X):
         ({"covariance_types": ["round"]}, "covariance type 'round'"),
         ({"k": []}, "at least one of each"),
         ({"k": 0}, "k >= 1"),
-        ({"k": 601}, "n_samples|600 rows"),
+        ({"k": 601}, "^k asks for 601 components, but there are 600 rows"),
+        ({"k": "3"}, "k has '3': give a whole number"),
+        ({"k": [2.5]}, r"k has 2\.5: give a whole number"),
+        ({"k": None}, "k has None"),
+        ({"k": [True]}, "k has True"),
     ],
 )
 def test_what_it_does_not_take(X, options, message):
     with pytest.raises(UserError, match=message):
         select(X, **options)
+
+
+def test_settings_are_checked_as_the_estimators(X):
+    with pytest.raises(ValueError, match="'shards' parameter of GaussianMixture"):
+        select(X, k=2, shards=0)
+    with pytest.raises(ValueError, match="cannot be used to seed"):
+        select(X, k=2, random_state="seed")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sample_weight": [1.0]}, "weight_column="),
+        ({"device": "cpu"}, "use_gpu="),
+        ({"shards": 2}, "planned from its files"),
+    ],
+)
+def test_a_lake_takes_no_settings_of_rows_in_memory(options, message):
+    with pytest.raises(ValueError, match=message):
+        select(open_lake("nowhere"), **options)
+
+
+def test_numpys_numbers_and_scikit_learns_seeds(X):
+    options = {"k": np.int64(3), "covariance_types": "diag", "n_init": 2}
+    seed = int(np.random.RandomState(7).randint(2**31 - 1))
+    state = np.random.RandomState(7)
+    one = select(X, random_state=np.int64(seed), precision="float64", **options)
+    two = select(X, random_state=state, precision="float64", **options)
+    np.testing.assert_array_equal(one.best.means_, two.best.means_)
+    assert one.best.random_state == seed
+    assert two.best.random_state is state
+    assert one.best.precision == "float64"
+    assert select(X, random_state=None, **options).best.random_state is None
+
+
+def test_options_become_arguments_and_paths_stay():
+    told = of_arguments("use --k 3 or --num-workers 2 for s3://a--b/--c")
+    assert told == "use k 3 or num_workers 2 for s3://a--b/--c"

@@ -114,8 +114,8 @@ MAY_IMPORT = {
     | {"cluster", "config", "errors", "failures", "lake", "limits", "loading", "opened"}
     | {"parameters", "selection", "sweep"},
     "estimator": {"numpy", "sklearn", "torch"}
-    | {"assembly", "config", "em", "families", "inputs", "mixture", "opened", "parameters"}
-    | {"resident", "selection", "shards", "shares", "statistics", "trials"},
+    | {"assembly", "config", "em", "errors", "families", "inputs", "mixture", "opened"}
+    | {"parameters", "resident", "selection", "shards", "shares", "statistics", "trials"},
     "grid": {"matplotlib", "pandas", "torch"}
     | {"assembly", "config", "errors", "estimator", "families", "inputs", "opened", "resident"}
     | {"selection", "sweep"},

@@ -3,9 +3,10 @@
 python benchmarks/estimator.py --json estimator.jsonl
 python benchmarks/estimator.py --shapes 1000:4:3 --rounds 3
 
-Each shape is fitted twice: as most people call it (k-means, default tol), and from a given start
-for a fixed number of iterations. Both contenders fit float64 rows in interleaved rounds; medians
-count. Run nothing else on the machine meanwhile.
+Each shape is fitted three times: as most people call it (k-means, default tol), from a given start
+for a fixed number of iterations, and in a process of its own, from the start of Python over the
+import to the labels (`--no-processes` leaves that out). Both contenders fit float64 rows in
+interleaved rounds; medians count. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -86,6 +88,31 @@ def race(shape: str, rounds: int, iterations: int) -> list[dict[str, Any]]:
     return results
 
 
+_PROCESS = """
+import sys
+from {module} import GaussianMixture
+from sklearn.datasets import make_blobs
+n, d, k = map(int, sys.argv[1:])
+X = make_blobs(n, d, centers=k, cluster_std=3.0, random_state=0)[0]
+GaussianMixture(k, random_state=0).fit(X).predict(X)
+"""
+
+
+def in_processes(shape: str, rounds: int) -> dict[str, Any]:
+    """Fit one shape in processes of their own, in turn; return one result."""
+    n, d, k = (int(part) for part in shape.split(":"))
+    laps: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for _ in range(rounds + 1):
+        for name, module in (("ours", "gmm_dist"), ("sklearn", "sklearn.mixture")):
+            code, began = _PROCESS.format(module=module), time.perf_counter()
+            subprocess.run([sys.executable, "-c", code, *shape.split(":")], check=True)
+            laps[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(own[1:]) for name, own in laps.items()}
+    own = {"n": n, "d": d, "k": k, "start": "process", "seconds": medians}
+    ratio = medians["sklearn"] / medians["ours"]
+    return {"benchmark": "estimator", **own, "laps": laps, "times_faster": ratio}
+
+
 def main(arguments: list[str]) -> int:
     """Run all shapes and print a JSON line for each result."""
     parser = argparse.ArgumentParser(
@@ -94,12 +121,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="N:D:K, e.g. 1000:4:3")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved, after one to warm up")
     parser.add_argument("--iterations", type=int, default=20, help="from the given start")
+    parser.add_argument("--processes", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, metavar="FILE", help="append results to this file")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
     about = machine.description()
     for shape in options.shapes:
-        for result in race(shape, options.rounds, options.iterations):
+        results = race(shape, options.rounds, options.iterations)
+        if options.processes:
+            results.append(in_processes(shape, options.rounds))
+        for result in results:
             whole = result | {"machine": about}
             print(json.dumps(whole), flush=True)
             if options.json is not None:

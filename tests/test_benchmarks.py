@@ -168,6 +168,7 @@ def test_aims_are_judged_where_the_peer_is_not_degenerate() -> None:
 def test_the_estimator_is_timed_beside_scikit_learns(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     quick = ["--shapes", "400:2:2", "--rounds", "1", "--iterations", "3", "--json", str(path)]
+    quick += ["--no-processes"]
     printed = parsed(run("estimator.py", *quick))
     assert printed == parsed(path.read_text())
     assert [result["start"] for result in printed] == ["k-means", "given start"]

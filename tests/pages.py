@@ -131,6 +131,7 @@ def drift(ids: tuple[int, ...], names: tuple[str, ...]) -> dict[str, Any]:
             "id": i,
             "weight_before": 0.25,
             "weight": 0.125 + 0.01 * i,
+            "weight_change": -0.125 + 0.01 * i,
             "mean_shift": [0.1 * i] * len(names),
             "mahalanobis": 0.3 * i,
             "volume_ratio": 1.5,

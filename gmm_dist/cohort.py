@@ -31,7 +31,7 @@ _NEXT = {Precision.FLOAT32: Precision.FLOAT64, Precision.FLOAT64: Precision.CENT
 # 2^-24 · 1.7e3 = 1e-4 of a covariance, 2^-53 · 1e7 = 1e-9.
 MAX_CONDITION = {Precision.FLOAT32: 1.7e3, Precision.FLOAT64: 1e7, Precision.CENTRED: math.inf}
 # float32's error of the mean log-likelihood may be a tenth of tol, or of this where tol is less.
-_SMALLEST_TOL = 1e-5
+SMALLEST_TOL = 1e-5
 # Iterations before a lane is compared with its rivals, and the gains that it may still hope for.
 _WARM_UP, _CATCH_UP = 3, 10.0
 _LADDER = [0.0] + [10.0**rung for rung in range(-10, -3)]
@@ -121,12 +121,8 @@ def task_of(groups: Sequence[Sequence[Lane]]) -> EStep:
 
 
 def _packed(group: Sequence[Lane]) -> LaneGroup:
-    kind, precision = group[0].parameters.covariance_type, group[0].precision
-    sizes = tuple(lane.parameters.n_components for lane in group)
-    if precision is Precision.CENTRED:
-        stack = Stack.of([lane.parameters for lane in group])
-        return LaneGroup(kind, precision, sizes, stack=stack)
-    return LaneGroup(kind, precision, sizes, theta=torch.cat([lane.theta for lane in group]))
+    lanes, thetas = [lane.parameters for lane in group], [lane.theta for lane in group]
+    return LaneGroup.of(lanes, thetas, group[0].precision)
 
 
 def advance(
@@ -185,7 +181,7 @@ def shared_quadratic(parameters: Parameters, precision: Precision, total: TotalM
 def _needs_float64(lane: Lane, log_likelihood: float, error: float, config: EMConfig) -> bool:
     if lane.precision is not Precision.FLOAT32 or config.precision != "auto":
         return False
-    harmless = error <= max(config.tol, _SMALLEST_TOL) / 10
+    harmless = error <= max(config.tol, SMALLEST_TOL) / 10
     return not (harmless and math.isfinite(log_likelihood))
 
 
@@ -217,7 +213,7 @@ def _score(lane: Lane, log_likelihood: float, n_samples: float, config: EMConfig
 def _tol(lane: Lane, config: EMConfig) -> float:
     """Return the gain that ends a lane's passes; smaller ones drown in float32's rounding."""
     if lane.precision is Precision.FLOAT32 and config.precision == "auto":
-        return max(config.tol, _SMALLEST_TOL)
+        return max(config.tol, SMALLEST_TOL)
     return config.tol
 
 

@@ -82,6 +82,11 @@ class Plan:
         return len(self.shards)
 
     @property
+    def versions(self) -> tuple[tuple[str, int, str], ...]:
+        """Each file's path, size (bytes) and version, by which a change is noticed."""
+        return tuple((file.path, file.size, file.version) for file in self.files)
+
+    @property
     def row_filter(self) -> Where | None:
         """Return what is left of `where` to test row by row: files were chosen by hive keys."""
         return self.where.restricted(self.schema.names) if self.where else None

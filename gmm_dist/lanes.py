@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.parameters import Stack
+from gmm_dist.parameters import Parameters, Stack
 
 
 class Precision(Enum):
@@ -37,6 +38,20 @@ class LaneGroup:
     sizes: tuple[int, ...]
     theta: Float64[Tensor, "K P"] | None = None
     stack: Stack | None = None
+
+    @classmethod
+    def of(
+        cls,
+        lanes: Sequence[Parameters],
+        thetas: Sequence[Float64[Tensor, "_ P"]],
+        precision: Precision,
+    ) -> LaneGroup:
+        """Pack mixtures of one covariance type, and their natural parameters."""
+        kind, sizes = lanes[0].covariance_type, tuple(lane.n_components for lane in lanes)
+        if precision is Precision.CENTRED:
+            return cls(kind, precision, sizes, stack=Stack.of(lanes))
+        theta = thetas[0] if len(thetas) == 1 else torch.cat(list(thetas))
+        return cls(kind, precision, sizes, theta=theta)
 
     @property
     def layout(self) -> tuple[str, Precision, tuple[int, ...]]:

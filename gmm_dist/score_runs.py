@@ -38,7 +38,11 @@ def claim(url: str, plan: Plan, identity: RunIdentity, *, resume: bool = False) 
             run, or without `resume` those of an unfinished one; another driver is at work.
     """
     place = Place.of(url)
-    _refuse_inside(plan, place, absolute(url))
+    if lies_inside(plan, url):
+        raise UserError(
+            f"{place.url} lies inside the lake, whose rows would double: pass an --output outside "
+            f"{redacted(plan.url)}"
+        )
     with explained(place.url):
         committed = _refuse_other(place, identity, resume)
     with runs.claim(f"{absolute(url)}/{HOME}", resume=resume or committed) as run:
@@ -64,12 +68,9 @@ def _forget_unbegun(place: Place, run: Run) -> None:
             home_of(place).remove(CHECKPOINTS)
 
 
-def _refuse_inside(plan: Plan, place: Place, output: str) -> None:
-    if f"{output}/".startswith(f"{plan.url.rstrip('/')}/"):
-        raise UserError(
-            f"{place.url} lies inside the lake, whose rows would double: pass an --output outside "
-            f"{redacted(plan.url)}"
-        )
+def lies_inside(plan: Plan, url: str) -> bool:
+    """Say whether an output lies within the lake, which would read it as more rows."""
+    return f"{absolute(url)}/".startswith(f"{plan.url.rstrip('/')}/")
 
 
 def _refuse_other(place: Place, identity: RunIdentity, resume: bool) -> bool:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.cohort import MAX_CONDITION, moments_of, shared_quadratic
+from gmm_dist.cohort import MAX_CONDITION, SMALLEST_TOL, moments_of, shared_quadratic
 from gmm_dist.families import Moments, maximise, natural
 from gmm_dist.kernel import EStep
 from gmm_dist.lanes import LaneGroup, Precision
@@ -26,7 +26,6 @@ from gmm_dist.shards import Shards
 from gmm_dist.statistics import SufficientStatistics, TotalMoments
 
 _FORMS = (Precision.FLOAT32, Precision.FLOAT64, Precision.CENTRED)
-_SMALLEST_TOL = 1e-5  # what float32 can tell apart
 _EMPTY = 10 * 2.0**-52  # scikit-learn's: rows added to each component, so that none has zero
 
 
@@ -256,7 +255,7 @@ def _is_unsure(trial: Trial, found: _Pass, bound: float, rules: Rules) -> bool:
     """Say whether float64 has to repeat a float32 pass: its error counts, or it is the last."""
     if rules.precision == "float32":
         return False
-    tol = max(rules.tol, _SMALLEST_TOL)
+    tol = max(rules.tol, SMALLEST_TOL)
     harmless = found.float32_error <= tol / 10 and math.isfinite(bound)
     change = abs(bound - trial.last_bound)
     return not harmless or change < tol or trial.n_iter + 1 == rules.max_iter
@@ -286,11 +285,5 @@ def _grouped(trials: Sequence[Trial]) -> list[list[Trial]]:
 
 
 def _packed(group: Sequence[Trial]) -> LaneGroup:
-    kind, precision = group[0].parameters.covariance_type, group[0].precision
-    sizes = tuple(trial.parameters.n_components for trial in group)
-    if precision is Precision.CENTRED:
-        stack = Stack.of([trial.parameters for trial in group])
-        return LaneGroup(kind, precision, sizes, stack=stack)
     thetas = [trial.theta for trial in group if trial.theta is not None]
-    theta = thetas[0] if len(thetas) == 1 else torch.cat(thetas)
-    return LaneGroup(kind, precision, sizes, theta=theta)
+    return LaneGroup.of([trial.parameters for trial in group], thetas, group[0].precision)

@@ -153,8 +153,7 @@ class Job:
         }
         if self.warm:
             settings["warm_start"] = _digest(self.warm)
-        files = tuple((file.path, file.size, file.version) for file in self.plan.files)
-        return RunIdentity(self.plan.hash, files, settings, environment())
+        return RunIdentity(self.plan.hash, self.plan.versions, settings, environment())
 
     def fit(self, run: Run, look: Look = lambda shards, result: None) -> Fitted:
         """Load the rows and fit, from the last checkpoint where there is one.

@@ -111,7 +111,7 @@ def _check_scores(options: argparse.Namespace) -> None:
     except (TooFewRows, SchemaError):
         return  # for the gate to tell
     output = absolute(join(options.scores, options.night))
-    if f"{output}/".startswith(f"{plan.url.rstrip('/')}/"):
+    if score_runs.lies_inside(plan, output):
         raise UserError(
             f"{redacted(output)} lies inside the lake, whose rows would double: give --scores "
             f"outside {redacted(plan.url)}"

@@ -150,8 +150,7 @@ class _Job:
     @property
     def identity(self) -> RunIdentity:
         """All that decides the files' bytes."""
-        files = tuple((file.path, file.size, file.version) for file in self.plan.files)
-        return RunIdentity(self.plan.hash, files, self._settings, environment())
+        return RunIdentity(self.plan.hash, self.plan.versions, self._settings, environment())
 
     @property
     def _settings(self) -> dict[str, Any]:

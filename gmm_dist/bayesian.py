@@ -13,7 +13,7 @@ import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
-from gmm_dist.config import EMConfig
+from gmm_dist.config import ABSOLUTE, EMConfig
 from gmm_dist.estimator import (
     BaseMixture,
     CentredRows,
@@ -215,7 +215,7 @@ class BayesianGaussianMixture(BaseMixture):
         prior, k, n = self._prior(rows), self.n_components, rows.total.n_samples
         pairs = [(size, self.covariance_type) for size in _sizes(k)]
         # The search's tol is of the mean over rows, unlike our own.
-        config = EMConfig(reg_covar=float(self.reg_covar))
+        config = EMConfig(reg_covar=float(self.reg_covar), reg_unit=ABSOLUTE)
         start, threads = replace(start_of(self), finalists=1), os.cpu_count() or 1
         found = search(rows.shards, pairs, config, start, rows.total, n_threads=threads)
         # The largest first: it is the one that is left where no pass is asked for.

@@ -30,7 +30,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from gmm_dist.config import PRECISIONS, EMConfig, StartConfig
+from gmm_dist.config import ABSOLUTE, PRECISIONS, EMConfig, StartConfig
 from gmm_dist.em import FitResult, Status
 from gmm_dist.errors import UserError
 from gmm_dist.families import FAMILIES, Moments, n_parameters
@@ -68,6 +68,7 @@ from gmm_dist.trials import (
     moments_of_shares,
     run,
 )
+from gmm_dist.weighting import unit_of
 
 _SINGULAR = (
     "Fitting the mixture model failed because some components have ill-defined empirical "
@@ -214,6 +215,10 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _check_parameters(self, rows: Rows) -> None:
         raise NotImplementedError
 
+    def _in_unit(self, weight: Tensor | None) -> Tensor | None:
+        """Return weights as passes take them: as they are, where they count rows."""
+        return weight
+
     def _needs_shares(self) -> bool:
         return True
 
@@ -267,6 +272,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         with one_thread():
             rows, weight = self._checked_rows(X, sample_weight)
             self._check_parameters(rows)
+            weight = self._in_unit(weight)
             resident = self._resident(rows, weight)
             best = self._best_trial(rows, weight, resident)
             self._publish(best.model, resident, space_of(X, rows))
@@ -492,6 +498,9 @@ class GaussianMixture(BaseMixture):
         if self.precisions_init is not None:
             self._covariances_init(d)
 
+    def _in_unit(self, weight: Tensor | None) -> Tensor | None:
+        return None if weight is None else weight * unit_of(float(weight.max()))
+
     def _covariances_init(self, d: int) -> Tensor:
         """Return the inverses of `precisions_init`."""
         kind, k = self.covariance_type, self.n_components
@@ -539,7 +548,8 @@ class GaussianMixture(BaseMixture):
         self._validate_params()
         given = self._given_start(opened)
         candidate = Candidate(self.n_components, self.covariance_type)
-        config = EMConfig(self.tol, self.max_iter, self.reg_covar, self.precision or "auto")
+        precision = self.precision or "auto"
+        config = EMConfig(self.tol, self.max_iter, self.reg_covar, precision, reg_unit=ABSOLUTE)
         with one_thread(), in_python():
             found = sweep_lake(opened, [candidate], config, start_of(self), given=given)
         fit, space = found.result.scored[0].fit, Space(torch.float64)

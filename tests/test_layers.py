@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "limits": {"errors", "families", "parameters"},
     "sample": TENSORS | {"kernel", "shards", "statistics"},
     "seeding": TENSORS | {"families", "kernel", "parameters", "sample", "shards", "statistics"},
-    "moves": TENSORS | {"parameters", "seeding"},
+    "moves": TENSORS | {"families", "parameters", "seeding"},
     "search": TENSORS
     | {"config", "em", "families", "kernel", "limits", "moves", "parameters", "sample"}
     | {"seeding", "shards", "statistics"},
@@ -45,7 +45,9 @@ MAY_IMPORT = {
     "mixture": TENSORS | {"numpy", "errors", "families", "parameters", "quantiles"},
     "holdout": TENSORS | {"families", "kernel", "parameters", "shards"},
     "histogram": TENSORS | {"families", "kernel", "parameters", "quantiles", "shards"},
-    "selection": {"em", "families", "mixture", "statistics"},
+    "spikes": TENSORS | {"sample", "shards", "statistics"},
+    "weighting": {"shards", "statistics"},
+    "selection": {"torch", "em", "families", "mixture", "spikes", "statistics", "weighting"},
     "matching": TENSORS | {"scipy", "parameters"},
     "drift": TENSORS | {"histogram", "holdout", "matching", "parameters", "shards"},
     "sweep": {
@@ -60,7 +62,10 @@ MAY_IMPORT = {
         "selection",
         "shards",
         "snapshot",
+        "spikes",
         "statistics",
+        "torch",
+        "weighting",
     },
     # The lake: neither EM, nor torch, nor Ray.
     "storage": {"fsspec", "errors"},
@@ -115,7 +120,8 @@ MAY_IMPORT = {
     | {"parameters", "selection", "sweep"},
     "estimator": {"numpy", "sklearn", "torch"}
     | {"assembly", "config", "em", "errors", "families", "inputs", "mixture", "opened"}
-    | {"parameters", "resident", "selection", "shards", "shares", "statistics", "trials"},
+    | {"parameters", "resident", "selection", "shards", "shares", "statistics", "trials"}
+    | {"weighting"},
     "grid": {"matplotlib", "pandas", "torch"}
     | {"assembly", "config", "errors", "estimator", "families", "inputs", "opened", "resident"}
     | {"selection", "sweep"},

@@ -274,6 +274,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
             self._check_parameters(rows)
             weight = self._in_unit(weight)
             resident = self._resident(rows, weight)
+            _require_range(resident.total, getattr(self, "feature_names_in_", ()))
             best = self._best_trial(rows, weight, resident)
             self._publish(best.model, resident, space_of(X, rows))
         self._conclude(best)
@@ -554,6 +555,7 @@ class GaussianMixture(BaseMixture):
             found = sweep_lake(opened, [candidate], config, start_of(self), given=given)
         fit, space = found.result.scored[0].fit, Space(torch.float64)
         adopt(self, fit, found.centre, found.feature_names, space)
+        _warn_if_drowned(fit.parameters, found.result.total, self.reg_covar, found.feature_names)
 
     def _given_start(self, opened: Lake) -> Parameters | None:
         """Return the one start that the parameters give, if they do."""
@@ -572,6 +574,8 @@ class GaussianMixture(BaseMixture):
 
     def _publish(self, model: MaximumLikelihood, rows: CentredRows, space: Space) -> None:
         publish(self, model.parameters.shifted(rows.centre), space)
+        names = getattr(self, "feature_names_in_", ())
+        _warn_if_drowned(model.parameters, rows.total, self.reg_covar, names)
 
 
 @contextmanager
@@ -678,6 +682,40 @@ def seed_of(random_state: Any) -> int:
     if isinstance(random_state, Integral):
         return int(random_state)
     return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def _require_range(total: TotalMoments, names: Sequence[str]) -> None:
+    """Raise ValueError for a feature whose squares float64 does not hold."""
+    if features := total.overflowing_features():
+        raise ValueError(
+            f"feature {_name(features[0], names)} has values too large for their squares to be "
+            "float64 numbers: divide it by a power of ten first"
+        )
+
+
+def _warn_if_drowned(
+    learned: Parameters, total: TotalMoments, reg_covar: float, names: Sequence[str]
+) -> None:
+    """Warn of a feature whose variances are mostly reg_covar, which does not know its unit."""
+    own = (learned.variances() - reg_covar).amax(0)
+    variances = total.covariance.diagonal()
+    # All components on one value each are no matter of units.
+    drowned = (variances < reg_covar) | ((own < reg_covar) & (own > 1e-9 * reg_covar))
+    drowned[list(total.constant_features())] = False
+    if not bool(drowned.any()):
+        return
+    j = int(drowned.nonzero()[0])
+    warnings.warn(
+        f"reg_covar={reg_covar:g} is more than the variance of feature {_name(j, names)} in any "
+        f"component, so that the components hardly differ in it: scale the feature, or set "
+        f"reg_covar far below {float(variances[j]):.2g}, its variance over all rows",
+        UserWarning,
+        stacklevel=5,
+    )
+
+
+def _name(feature: int, names: Sequence[str]) -> str:
+    return repr(str(names[feature])) if len(names) else f"{feature}"
 
 
 def _require_memory_rows(X: Any) -> None:

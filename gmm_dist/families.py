@@ -87,9 +87,9 @@ class Family(Protocol):
         """Return the number of free parameters in the covariances."""
 
     def least_rows(self, n_features: int) -> int:
-        """Return how many rows a component needs, so that its variances can be positive.
+        """Return how many rows a component needs to be more than an outlier.
 
-        A tied component takes its shape from all rows (`least_rows_in_all`): one row will do.
+        That many give it positive variances, but for a tied one: `least_rows_in_all`.
         """
 
     def least_rows_in_all(self, n_features: int) -> int:
@@ -248,7 +248,7 @@ class Tied(Full):
         return n_features * (n_features + 1) // 2
 
     def least_rows(self, n_features: int) -> int:
-        return 1
+        return 2
 
     def moments(self, sums: Tensor, scatter: Tensor) -> Moments:
         nk, sum_x, about = _linear_moments(sums, len(scatter), 0)

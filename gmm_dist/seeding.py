@@ -141,7 +141,7 @@ def start_of(
 
     `assignment` is labels (m,) or responsibilities (m, k); rows are in data units. Each
     component counts as many more rows than it has as its family needs at least (full d + 1,
-    diag and spherical 2, tied 1), of its own rows' mean weight, spread like the whole sample
+    others 2), of its own rows' mean weight, spread like the whole sample
     about its mean: one of few rows does not start singular, however much each row of a coreset
     weighs.
     """

@@ -349,7 +349,7 @@ def test_two_float32_rows_far_apart_have_the_variance_of_the_floor(kind, precisi
     """scikit-learn finds 112 instead of 0.1 (its issue 30382)."""
     X = torch.tensor([[9999.0], [0.0]], dtype=torch.float32)
     centred = mixtures.shards(X - X.double().mean(0).float())
-    config = EMConfig(reg_covar=0.1, precision=precision)
+    config = EMConfig(reg_covar=0.1, precision=precision, reg_unit=ABSOLUTE)
     found = sweep(centred, [Candidate(2, kind)], config, StartConfig(), n_features=1)
     fit = found.scored[0].fit
     expected = torch.full_like(fit.parameters.covariances, 0.1)

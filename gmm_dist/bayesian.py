@@ -302,10 +302,9 @@ class BayesianGaussianMixture(BaseMixture):
                 "for covariance_prior, takes more than one row; give covariance_prior, or "
                 "weights that count rows"
             )
-        covariance = rows.total.covariance * (n / (n - 1))
         if self.covariance_type in ("full", "tied"):
-            return covariance
-        variances: Tensor = covariance.diagonal().clone()
+            return rows.total.covariance * (n / (n - 1))
+        variances: Tensor = rows.total.variances * (n / (n - 1))
         return variances if self.covariance_type == "diag" else variances.mean()
 
     def _given_mean(self, n_features: int) -> Tensor | None:

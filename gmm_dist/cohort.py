@@ -415,7 +415,7 @@ def degenerate_components(lane: Lane, total: TotalMoments) -> Bool[Tensor, " k"]
         allowed = _n_below(total.covariance[None], reg)
     else:
         flat = (FAMILIES[kind].variances(stack.covariances, d) < 2 * reg).sum(-1)
-        allowed = (total.covariance.diagonal() < reg).sum()
+        allowed = (total.variances < reg).sum()
     return few | (flat > allowed + _n_on_spikes(lane, reg, total))
 
 

@@ -308,10 +308,12 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return rows, weight
 
     def _resident(self, rows: Rows, weight: Tensor | None) -> Resident:
+        whole = self.covariance_type in ("full", "tied")
         X = viewed(rows)
         device = X.device if self.device is None else device_of(self.device)
         X = X.to(device, torch.float64)
-        return Resident.of(X, None if weight is None else weight.to(device), self.shards)
+        weight = None if weight is None else weight.to(device)
+        return Resident.of(X, weight, self.shards, whole=whole)
 
     def _best_trial(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Trial:
         if self.warm_start and hasattr(self, "converged_"):
@@ -698,7 +700,7 @@ def _warn_if_drowned(
 ) -> None:
     """Warn of a feature whose variances are mostly reg_covar, which does not know its unit."""
     own = (learned.variances() - reg_covar).amax(0)
-    variances = total.covariance.diagonal()
+    variances = total.variances
     # All components on one value each are no matter of units.
     drowned = (variances < reg_covar) | ((own < reg_covar) & (own > 1e-9 * reg_covar))
     drowned[list(total.constant_features())] = False

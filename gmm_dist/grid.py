@@ -141,6 +141,7 @@ def select(
         precision=precision,
         device=device,
         shards=shards,
+        covariance_type=candidates[0].covariance_type,
     )
     best._validate_params()
     require_rows_or_lake(X)

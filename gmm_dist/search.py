@@ -84,7 +84,8 @@ class _Rows:
         X, weight = sample.X, sample.sample_weight
         n_shards = min(_SHARDS, max(1, len(X) // _SHARD_ROWS))
         local = LocalShards.of(X, weight, n_shards=n_shards, n_threads=n_threads)
-        total = replace(local.run(Total(X.shape[1])), spikes=whole.spikes)
+        total = local.run(Total(X.shape[1], whole.is_whole))
+        total = replace(total, spikes=whole.spikes)
         return cls(sample, local, total)
 
     def run(self, lanes: Lanes, config: EMConfig) -> list[tuple[Pair, em.FitResult]]:
@@ -254,8 +255,8 @@ class _Seeds:
         Whitened ones see clusters along a direction in which all rows together vary little;
         merely scaled ones see those far apart in many dimensions, which whitening draws close.
         """
-        scaled = Whitening(self.total.mean, self.total.scale.reciprocal().diag())
-        return [scaled, whitening(self.total)]
+        scaled = Whitening(self.total.mean, self.total.scale.reciprocal())
+        return [scaled, whitening(self.total)] if self.total.is_whole else [scaled]
 
     def _assignments(
         self, sample: Coreset, sizes: Sequence[int], to: Whitening, generator: torch.Generator

@@ -184,7 +184,9 @@ class SweepResult:
         """
         lines = [self._constant(j, feature_names[j]) for j in self.total.constant_features()]
         lines += self._shape_notes(feature_names)
-        if dependent := self.total.dependent_features():
+        kinds = {s.candidate.covariance_type for s in self.scored}
+        read = bool(kinds & {"full", "tied"})
+        if read and (dependent := self.total.dependent_features()):
             lines.append(
                 f"{dependent} of {len(feature_names)} columns are duplicates or sums of others, so "
                 "full covariances rest on --reg-covar: leave them out with --columns"

@@ -102,7 +102,8 @@ class TotalMoments:
     """Moments of all rows together, about the shared centre: a constant of the data.
 
     `n_samples` is the sum of the weights, `sum_x` (d,) and `sum_xx` (d, d) the weighted sums of
-    x and x xᵀ; `n_rows` counts rows of positive weight. `sum_ww` sums the squared weights, and
+    x and x xᵀ; where all covariances are diagonal and rows wide, `sum_xx` (d,) is the diagonal
+    alone. `n_rows` counts rows of positive weight. `sum_ww` sums the squared weights, and
     `max_weight` is the largest; 0 where that is not known. `spikes` are known of all rows only
     (`spikes`): a sum has none.
     """
@@ -110,7 +111,7 @@ class TotalMoments:
     n_samples: float
     n_rows: int
     sum_x: Float64[Tensor, " d"]
-    sum_xx: Float64[Tensor, "d d"]
+    sum_xx: Float64[Tensor, ...]
     sum_ww: float = 0.0
     max_weight: float = 0.0
     spikes: tuple[Spike, ...] = ()
@@ -137,25 +138,37 @@ class TotalMoments:
         return self.sum_x / self.n_samples
 
     @property
+    def is_whole(self) -> bool:
+        """Whether products of two features are known."""
+        return self.sum_xx.ndim == 2
+
+    @property
+    def second(self) -> Float64[Tensor, " d"]:
+        """The mean square of each feature, about the centre."""
+        return (self.sum_xx.diagonal() if self.is_whole else self.sum_xx) / self.n_samples
+
+    @property
+    def variances(self) -> Float64[Tensor, " d"]:
+        return self.second - self.mean.square()
+
+    @property
     def covariance(self) -> Float64[Tensor, "d d"]:
         return self.sum_xx / self.n_samples - self.mean[:, None] * self.mean
 
     def overflowing_features(self) -> tuple[int, ...]:
         """Return the features whose squares float64 does not hold, or hardly."""
-        second = self.sum_xx.diagonal() / self.n_samples
-        return tuple(int(j) for j in (~(second < 1e280)).nonzero().flatten())
+        return tuple(int(j) for j in (~(self.second < 1e280)).nonzero().flatten())
 
     @property
     def scale(self) -> Float64[Tensor, " d"]:
         """The spread of each feature over all rows; of the widest, where a feature has none."""
-        variances = self.covariance.diagonal().clamp_min(0).clone()
+        variances = self.variances.clamp_min(0)
         variances[list(self.constant_features())] = variances.max()
         return torch.where(variances > 0, variances, 1.0).sqrt()
 
     def constant_features(self) -> tuple[int, ...]:
         """Return the features that have one value in all rows, up to rounding."""
-        second = self.sum_xx.diagonal() / self.n_samples
-        flat = self.covariance.diagonal() <= CONSTANT * second
+        flat = self.variances <= CONSTANT * self.second
         return tuple(int(j) for j in flat.nonzero().flatten())
 
     def dependent_features(self) -> int:

@@ -38,6 +38,9 @@ class Standing:
     precision: str
 
 
+# Up to so many features their correlations cost nothing, and seeds are better for them.
+_WIDE = 128
+
 Watch = Callable[[Sequence[Standing]], None]
 Keep = Callable[[int, Callable[[], Snapshot]], None]
 
@@ -72,11 +75,12 @@ def sweep(
     numbers beyond float64's range once they are squared.
     """
     began = time.monotonic()
-    total = shards.run(Total(n_features))
+    moments = Total(n_features, n_features <= _WIDE or _read_products(candidates))
+    total = shards.run(moments)
     scale = unit_of(total.max_weight)
     if scale != 1:
         shards = ReweightedShards(shards, scale)
-        total = shards.run(Total(n_features))
+        total = shards.run(moments)
     require_rows(candidates, total.n_rows)
     names = feature_names or [f"x{j}" for j in range(n_features)]
     _require_range(total.overflowing_features(), names, "large")
@@ -112,6 +116,10 @@ def sweep(
     ]
     given_total = as_given(total, scale)
     return SweepResult(tuple(scored), criterion, given_total, race.n_passes, seen, centre)
+
+
+def _read_products(candidates: Sequence[Candidate]) -> bool:
+    return any(c.covariance_type in ("full", "tied") for c in candidates)
 
 
 class _Race:

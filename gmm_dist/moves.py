@@ -24,6 +24,7 @@ _NEIGHBOURS = 6  # pairs are looked for among a component's nearest so many
 _LLOYD, _TRIALS = 10, 4
 _TINY = 1e-300  # in place of a mixing weight of zero
 _FLAT = 1e-12  # of a feature's variance: directions below it are no directions
+_WIDE = 128  # features, beyond which diagonal covariances are moved without d x d matrices
 _TIED = 1e-3  # of a tied covariance is left at least, however much a split explains
 _ROWS = 4  # times the least of its family that a component needs to be split in two sound ones
 
@@ -80,7 +81,9 @@ def _split(
     """Return the best of a few splits: across two humps, and by k-means, whose optima differ."""
     spread = X.std(0, correction=0)
     Z = X / torch.where(spread > 0, spread, 1.0)
-    trials = [_humps(Z, weight)]
+    is_diagonal = parameters.covariance_type in ("diag", "spherical")
+    # d³ of work for a direction, where components know of none.
+    trials = [] if is_diagonal and X.shape[1] > _WIDE else [_humps(Z, weight)]
     for _ in range(_TRIALS):
         seeds = seeding.k_means_plus_plus(Z, weight, 2, generator)
         trials.append(seeding.nearest(Z, seeding.lloyd(Z, weight, Z[seeds], _LLOYD)))
@@ -195,12 +198,10 @@ def _merged(parameters: Parameters, i: int, j: int) -> Part:
         return Part(weight, mean, parameters.covariances)
     shift = parameters.means[pair] - mean
     within = torch.tensordot(share, parameters.covariances[pair], 1)
-    between = (shift.T * share) @ shift
     if kind == "full":
-        return Part(weight, mean, within + between)
-    if kind == "diag":
-        return Part(weight, mean, within + between.diagonal())
-    return Part(weight, mean, within + between.trace() / len(mean))
+        return Part(weight, mean, within + (shift.T * share) @ shift)
+    between = share @ shift.square()
+    return Part(weight, mean, within + (between if kind == "diag" else between.mean()))
 
 
 def apply(

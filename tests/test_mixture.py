@@ -166,3 +166,18 @@ def test_a_component_without_weight_gets_no_rows():
     resp = Mixture(empty).predict_proba(X)
     assert not resp[:, 1].any()
     torch.testing.assert_close(resp.sum(1), torch.ones(len(X), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+@pytest.mark.parametrize("far", [1e20, 1e160, -1.7e308])
+def test_rows_beyond_every_component_have_one_component(kind, far):
+    """Distances that overflow, or have no digits left for what sets components apart."""
+    mixture = Mixture(mixtures.parameters(kind, 3, 2, seed=2))
+    X = torch.full((2, 2), far, dtype=torch.float64)
+    X[1] = 0.0
+    resp = mixture.predict_proba(X)
+    assert resp[0].max() == 1
+    assert resp[0].sum() == 1
+    assert int(mixture.predict(X)[0]) == int(resp[0].argmax())
+    torch.testing.assert_close(resp[1:], mixture.predict_proba(X[1:]))
+    assert not bool(mixture.score_samples(X).isnan().any())

@@ -145,7 +145,7 @@ def test_options_become_arguments_and_paths_stay():
 
 
 def test_a_small_cluster_of_many_features_is_found():
-    """40 rows of 64 features, 30 sigma away: fewer than a full covariance needs, not a round one."""
+    """40 rows of 64 features, 30 sigma away: too few for a full covariance."""
     rng = np.random.default_rng(0)
     centres, sizes = rng.normal(0, 3, (5, 64)), [400, 400, 400, 400, 40]
     X = np.vstack([c + rng.normal(size=(n, 64)) for c, n in zip(centres, sizes, strict=True)])

@@ -57,6 +57,8 @@ MAY_IMPORT = {
         "errors",
         "holdout",
         "kernel",
+        "lanes",
+        "moves",
         "parameters",
         "search",
         "selection",

@@ -135,9 +135,10 @@ def load_rows(
     if n_rows == 0:
         filters = f" after --where {str(plan.where)!r}" if plan.where else ""
         smaller = ", or give a smaller --holdout" if plan.holdout else ""
+        weighing = f", and weights {plan.weight_column!r} above 0" if plan.weight_column else ""
         raise TooFewRows(
             f"{plan.url}: no rows are left of {plan.n_rows:,}{filters}: "
-            f"loosen --where or choose another --missing{smaller}"
+            f"loosen --where or choose another --missing{smaller}{weighing}"
         )
     if plan.missing == "mean":
         fill = column_means(shards, loader)

@@ -198,7 +198,7 @@ class BayesianGaussianMixture(BaseMixture):
         with one_thread(), in_python(), lake as (shards, centre):
             rows = _LakeRows(centre, shards, shards.run(Total(plan.n_features)))
             require_rows(candidates, rows.total.n_rows)
-            best = self._best_of(self._lake_trials(rows), rows)
+            best = self._best_of([self._lake_trials(rows)], rows)
         self._publish(best.model, rows, Space(torch.float64))
         self.n_features_in_ = plan.n_features
         self.feature_names_in_ = np.array(plan.feature_names, dtype=object)

@@ -7,6 +7,7 @@ to the same result. All arithmetic is float64, unless `precision` says otherwise
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -79,6 +80,7 @@ _NOT_CONVERGED = (
     "increase max_iter, tol, or check for degenerate data."
 )
 _FEW_VALUES = 1 << 17
+_ROUNDING = 1e-10  # of a lower bound: what the iterations of a fit may have rounded away
 _ARRAY_API_INITS = ("random", "random_from_data")
 
 
@@ -298,7 +300,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 f"Expected n_samples >= n_components but got n_components = {self.n_components}, "
                 f"n_samples = {n_samples}"
             )
-        return rows, weight
+        return (rows, None) if weight is None else _present(rows, weight)
 
     def _resident(self, rows: Rows, weight: Tensor | None) -> Resident:
         X = viewed(rows)
@@ -314,7 +316,9 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
             trials = [Trial(model) for model in self._models(rows, weight, resident)]
             # Where none is iterated, scikit-learn keeps the last.
             trials = trials if self.max_iter > 0 else trials[-1:]
-        return self._best_of(trials, resident)
+        # The first goes alone, in the very arithmetic of a fit of one start: so more starts never
+        # end below it by a rounding. The others share their passes.
+        return self._best_of((trials[:1], trials[1:]), resident)
 
     def _require_warm(self, n_features: int) -> None:
         if (fitted := tensor_of(self.means_).shape[1]) != n_features:
@@ -323,10 +327,12 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 "give rows of the same features, or a new estimator"
             )
 
-    def _best_of(self, trials: Sequence[Trial], rows: CentredRows) -> Trial:
-        """Iterate the trials and return the best."""
+    def _best_of(self, batches: Sequence[Sequence[Trial]], rows: CentredRows) -> Trial:
+        """Iterate the trials, those of a batch in the same passes, and return the best."""
+        trials = list(itertools.chain.from_iterable(batches))
         teller = _Teller(trials, self.verbose, self.verbose_interval)
-        self._iterate(trials, rows, self.max_iter, watch=teller.stepped)
+        for batch in batches:
+            self._iterate(batch, rows, self.max_iter, watch=teller.stepped)
         teller.ended()
         return ranked(trials)[0]
 
@@ -613,9 +619,30 @@ def publish(estimator: BaseMixture, learned: Parameters, space: Space) -> None:
     estimator.precisions_ = space.of(precisions[0] if tied else precisions)
 
 
+def _present(rows: Rows, weight: Tensor) -> tuple[Rows, Tensor]:
+    """Leave out rows of zero weight: they are no rows, and must not change a draw or a rounding."""
+    there = weight > 0
+    if bool(there.all()):
+        return rows, weight
+    mask = there.to(rows.device) if isinstance(rows, Tensor) else there.numpy()
+    return rows[mask], weight[there]
+
+
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials, of the largest lower bound first; NaN comes last."""
-    return sorted(trials, key=lambda trial: _or_least(trial.lower_bound), reverse=True)
+    """Return the trials, of the largest lower bound first; NaN comes last.
+
+    Of those that rounding alone may have put above one another, the first comes first: which of
+    two starts that mirror each other wins must not depend on the processor.
+    """
+    left = sorted(trials, key=lambda trial: _or_least(trial.lower_bound), reverse=True)
+    order: list[Trial] = []
+    while left:
+        most = _or_least(left[0].lower_bound)
+        level = most - _ROUNDING * max(1.0, abs(most)) if math.isfinite(most) else most
+        tied = [trial for trial in left if _or_least(trial.lower_bound) >= level]
+        order += sorted(tied, key=trials.index)
+        left = left[len(tied) :]
+    return order
 
 
 def start_of(estimator: BaseMixture) -> StartConfig:

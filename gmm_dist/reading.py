@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmm_dist import storage
@@ -30,11 +31,11 @@ _CACHED_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class RowCounts:
-    """Count what happened to rows: read = filtered + dropped + held_out + rows to be fitted.
+    """Count what happened to rows: read = filtered + dropped + absent + held_out + to be fitted.
 
     `filtered`: rows that did not pass `where`; `dropped`: rows with a missing value under
-    missing="drop"; `imputed`: *cells* (not rows) missing under missing="mean"; `held_out`: rows
-    that are left of those that the plan holds out.
+    missing="drop"; `imputed`: *cells* (not rows) missing under missing="mean"; `absent`: rows of
+    weight 0; `held_out`: rows that are left of those that the plan holds out.
     """
 
     read: int = 0
@@ -42,6 +43,7 @@ class RowCounts:
     dropped: int = 0
     imputed: int = 0
     held_out: int = 0
+    absent: int = 0
 
     def __add__(self, other: RowCounts) -> RowCounts:
         return RowCounts(
@@ -50,6 +52,7 @@ class RowCounts:
             self.dropped + other.dropped,
             self.imputed + other.imputed,
             self.held_out + other.held_out,
+            self.absent + other.absent,
         )
 
 
@@ -58,8 +61,8 @@ class Rows:
     """Hold the rows of one row range.
 
     `X` (n, d) in Fortran order (X.T is C-contiguous), feature units, float32 when the plan's
-    `float64_source` is False, else float64; `sample_weight` (n,) float64 or None; `held_out` (n,)
-    marks the rows that nothing is fitted to (None: the plan holds none out).
+    `float64_source` is False, else float64; `sample_weight` (n,) positive, float64, or None;
+    `held_out` (n,) marks the rows that nothing is fitted to (None: the plan holds none out).
     """
 
     X: npt.NDArray[Float]
@@ -73,8 +76,9 @@ def read(plan: Plan, shard: int, *, fill: npt.NDArray[np.float64] | None = None)
 
     The filter comes first, then missing values (null, NaN, a null list or list element): an
     error, or the row is dropped, or the cell becomes `fill[j]` (d,) and, without `fill`, stays
-    NaN for a first pass that computes the means. Infinite values are always an error. Peak
-    memory: one decoded row group (its read columns) and twice the row range's X.
+    NaN for a first pass that computes the means. Infinite values are always an error. Rows of
+    weight 0 are left out last: they must not change as much as a rounding. Peak memory: one
+    decoded row group (its read columns) and twice the row range's X.
 
     Raises:
         UserError: a bad value (the row in the message counts from 0 within its row group), a
@@ -245,8 +249,10 @@ class _Sampler:
 
 
 def _good_rows(plan: Plan, batch: pa.RecordBatch) -> npt.NDArray[np.float64]:
-    """Return the complete, finite rows that pass the filter."""
+    """Return the complete, finite rows that pass the filter, less those of weight 0."""
     table, _ = _filtered(plan, pa.Table.from_batches([batch]))
+    if plan.weight_column is not None:
+        table = table.filter(pc.not_equal(table.column(plan.weight_column), 0))
     X = _columns(plan, table).T
     return X[np.isfinite(X).all(axis=1)].astype(np.float64)
 
@@ -308,7 +314,7 @@ class _Extract:
         if held_out is not None and positions is not None:
             held_out = held_out[positions]
         columns = _columns(self.plan, table)
-        dropped = imputed = 0
+        dropped = imputed = absent = 0
         if not np.isfinite(columns).all():
             self.check(columns, table, positions)
             missing = np.isnan(columns)
@@ -322,12 +328,18 @@ class _Extract:
                 imputed = int(np.count_nonzero(missing))
                 if fill is not None:
                     columns[missing] = np.broadcast_to(fill[:, None], columns.shape)[missing]
+        if weight is not None and not weight.all():
+            absent = int(np.count_nonzero(weight == 0))
+            columns = np.ascontiguousarray(columns[:, weight > 0])
+            held_out = None if held_out is None else held_out[weight > 0]
+            weight = weight[weight > 0]
         counts = RowCounts(
             read=decoded.num_rows,
             filtered=decoded.num_rows - table.num_rows,
             dropped=dropped,
             imputed=imputed,
             held_out=0 if held_out is None else int(np.count_nonzero(held_out)),
+            absent=absent,
         )
         return Rows(columns.T, weight, counts, held_out)
 

@@ -46,6 +46,7 @@ _ROWS = (
     ("filtered", "left out by --where", ""),
     ("dropped", "dropped for a missing value", "--missing drop"),
     ("held_out", "held out of the fit", "--holdout"),
+    ("absent", "of weight 0", "--weight-column"),
 )
 
 Json = Mapping[str, Any]
@@ -455,7 +456,8 @@ def _rows(content: Json) -> list[tuple[str, str, str]]:
     lines = []
     for key, what, option in _ROWS:
         told = f"{what} ({option})" if option else what
-        lines.append((told, count(counts[key]), share(counts[key] / read if read else None)))
+        n = counts.get(key, 0)
+        lines.append((told, count(n), share(n / read if read else None)))
     fitted = content["n_rows"]
     lines.append(("fitted", count(fitted), share(fitted / read if read else None)))
     if content["n_samples"] != fitted:

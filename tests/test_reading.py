@@ -134,6 +134,21 @@ def test_held_out_rows_are_marked_after_the_filter_and_the_dropped(tmp_path):
     assert next(reading.read(lake.plan(url, **options, missing="mean"), 0)).held_out is None
 
 
+def test_rows_of_zero_weight_are_left_out_and_counted(tmp_path):
+    x = np.arange(10.0)
+    weight = np.array([1, 0, 2, 0, 0, 1, 1, 1, 1, 0])
+    far = np.where(weight == 0, 1e9, x)
+    url = str(lakes.write(tmp_path / "a.parquet", {"x": far, "w": weight}, rows_per_group=4))
+    plan = lake.plan(url, weight_column="w", columns=["x"], n_shards=2, holdout=0.4)
+    X, left, counts = lakes.read_all(plan)
+    assert X[:, 0].tolist() == x[weight > 0].tolist()
+    assert left.tolist() == weight[weight > 0].tolist()
+    held = [plan.held_out(part) for shard in plan.shards for part in shard]
+    expected = int((np.concatenate(held) & (weight > 0)).sum())
+    assert counts == RowCounts(read=10, absent=4, held_out=expected)
+    assert reading.probe(plan).max() == x[weight > 0].max()
+
+
 @pytest.mark.parametrize("missing", ["error", "drop", "mean"])
 @pytest.mark.parametrize(("value", "text"), [(INF, "inf"), (-INF, "-inf")])
 def test_an_infinite_value_is_always_an_error(tmp_path, missing, value, text):

@@ -19,6 +19,7 @@ from gmm_dist.model_files import library_versions as library_versions
 from gmm_dist.places import Place
 from gmm_dist.records import parse, whole
 from gmm_dist.storage import explained
+from gmm_dist.urls import split_query
 
 REPORT = "sweep.json"
 LATEST = "latest.json"
@@ -59,8 +60,9 @@ def _model_reader(place: Place) -> Callable[[str], bytes]:
         )
     if (result := Result.find(place)) is not None:
         return lambda name: result.read(f"{MODEL}/{name}")
-    parent, _, folder = place.path.rpartition("/")
-    above = Result.find(replace(place, path=parent)) if parent else None
+    head, query = split_query(place.path)
+    parent, _, folder = head.rpartition("/")
+    above = Result.find(replace(place, path=parent + query)) if parent else None
     if above is not None and f"{folder}/{CARD}" in above.files:
         return lambda name: above.read(f"{folder}/{name}")
     if (latest := place.read(LATEST)) is not None:

@@ -28,6 +28,7 @@ from gmm_dist.errors import UserError
 from gmm_dist.model_files import library_versions
 from gmm_dist.places import Place
 from gmm_dist.records import FORMAT_VERSION, require_readable
+from gmm_dist.storage import line_of
 
 logger = logging.getLogger(__name__)
 
@@ -272,7 +273,7 @@ class CheckpointStore:
             except Exception as error:
                 logger.warning(
                     "%s: checkpoint %d was not written, the run goes on: %s",
-                    *(self._place.url, checkpoint.number, " ".join(str(error).split())),
+                    *(self._place.url, checkpoint.number, line_of(error)),
                 )
 
     def _write(self, checkpoint: Checkpoint) -> None:

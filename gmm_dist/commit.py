@@ -36,7 +36,7 @@ from gmm_dist.mixture import Mixture
 from gmm_dist.model_files import Provenance
 from gmm_dist.places import Place, sync
 from gmm_dist.records import FORMAT_VERSION, FileEntry, parse, to_json, whole
-from gmm_dist.storage import explained
+from gmm_dist.storage import explained, line_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def can_hold_results(place: Place) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = " ".join(str(error).split())
+        reason = line_of(error)
         raise UserError(
             f"{place.url} cannot hold results ({reason}): pass another --output"
         ) from error
@@ -251,7 +251,9 @@ class Attempt:
             self._home.remove()
         except Exception as error:
             # Never in place of the error that ended the run.
-            logger.warning("%s: %s was not removed: %s", self._place.url, self._home.path, error)
+            logger.warning(
+                "%s: %s was not removed: %s", self._place.url, self._home.path, line_of(error)
+            )
         for folder in self._made:
             with suppress(OSError):
                 folder.rmdir()
@@ -320,7 +322,7 @@ def copy_for_people(place: Place) -> None:
     try:
         _make_copies(Result.at(place))
     except Exception as error:
-        logger.warning("%s: no copies for people were made: %s", place.url, error)
+        logger.warning("%s: no copies for people were made: %s", place.url, line_of(error))
 
 
 def _make_copies(result: Result) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from gmm_dist import listing, storage
 from gmm_dist.columns import Columns
 from gmm_dist.errors import NoRows, UserError
 from gmm_dist.listing import LakeFile, Listing
+from gmm_dist.urls import Url
 from gmm_dist.where import Where, parse
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Plan:
     hash: str = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "url", Url(self.url))
         object.__setattr__(self, "hash", _hash(self))
 
     @property

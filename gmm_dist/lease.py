@@ -28,7 +28,7 @@ from fsspec import AbstractFileSystem
 from gmm_dist.conditional import S3Object
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.places import Place
-from gmm_dist.storage import patiently
+from gmm_dist.storage import line_of, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -406,7 +406,7 @@ class Lease:
             self._cell.remove(self._stored)
         except Exception as error:
             # Never in place of the error that ended the run; whoever comes next waits it out.
-            logger.warning("%s: the lease was not released: %s", self._terms.url, _line(error))
+            logger.warning("%s: the lease was not released: %s", self._terms.url, line_of(error))
 
     def _renew_all(self) -> None:
         while not self._stop.wait(self._terms.seconds / 3):
@@ -423,7 +423,7 @@ class Lease:
                 logger.warning("%s", error)
                 self._stop.set()
             except Exception as error:
-                logger.warning("%s: the lease was not renewed: %s", self._terms.url, _line(error))
+                logger.warning("%s: the lease was not renewed: %s", self._terms.url, line_of(error))
             else:
                 self._until = sent + 0.8 * self._terms.seconds
 
@@ -451,7 +451,3 @@ class Lease:
             f"{self._terms.url}: the lease of this run (attempt {self._stored.held.attempt}) has "
             f"passed to another driver ({holder}): this one stops"
         )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

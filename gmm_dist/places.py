@@ -15,7 +15,8 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from gmm_dist.storage import join, open_url, patiently, redacted, version
+from gmm_dist.storage import join, open_url, patiently, version
+from gmm_dist.urls import Url
 
 _PART = ".part"
 _ABANDONED = 300.0  # seconds after which a step that takes milliseconds is not under way any more
@@ -23,20 +24,20 @@ _ABANDONED = 300.0  # seconds after which a step that takes milliseconds is not 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder to write to or read from; `url` is fit for messages.
+    """A folder to write to or read from; `url` prints itself without credentials.
 
     Stores that are out of order are waited for, see `storage.patiently`.
     """
 
     fs: AbstractFileSystem
     path: str
-    url: str
+    url: Url
 
     @classmethod
     def of(cls, url: str) -> Place:
         """Open `url`; nothing is asked of the store yet."""
         fs, path = open_url(url)
-        return cls(fs, path.rstrip("/") or path, redacted(url))
+        return cls(fs, path.rstrip("/") or path, Url(url))
 
     @property
     def is_local(self) -> bool:

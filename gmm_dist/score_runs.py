@@ -19,7 +19,7 @@ from gmm_dist.places import Place, sync
 from gmm_dist.records import FORMAT_VERSION
 from gmm_dist.runs import Run
 from gmm_dist.scored import HOME, SCRATCH, Scored, home_of
-from gmm_dist.storage import absolute, explained, redacted
+from gmm_dist.storage import absolute, explained, join, redacted
 
 REPORT = "scored.json"
 _RUN = "run.json"
@@ -45,7 +45,7 @@ def claim(url: str, plan: Plan, identity: RunIdentity, *, resume: bool = False) 
         )
     with explained(place.url):
         committed = _refuse_other(place, identity, resume)
-    with runs.claim(f"{absolute(url)}/{HOME}", resume=resume or committed) as run:
+    with runs.claim(join(absolute(url), HOME), resume=resume or committed) as run:
         with explained(place.url):
             _refuse_other(place, identity, resume)  # who may have been at work while we waited
             if not run.committed:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.urls import Url, reveal, split_query, without_secrets
+from gmm_dist.urls import redacted as redacted
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ T = TypeVar("T")
 
 _LOG_SECONDS = 10.0  # between two lines that say what is being tried again
 _REREADS = 2  # of a file that seems damaged
+_CHAINING = {"simplecache", "filecache", "blockcache", "cached", "zip", "tar", "libarchive", "dir"}
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or an instance role"
 
 
@@ -36,14 +38,37 @@ def open_url(url: str) -> tuple[AbstractFileSystem, str]:
     and carry no secret. Opens no connection.
 
     Raises:
-        UserError: the protocol is unknown or its package is not installed.
+        UserError: the protocol is unknown or its package is not installed; an s3 URL with
+            credentials in it.
     """
-    options = _s3_options() if url.startswith(("s3://", "s3a://")) else {}
+    url = Url(url)
+    if is_s3 := url.startswith(("s3://", "s3a://")):
+        _refuse_credentials(url)
     with explained(url):
-        fs, path = fsspec.core.url_to_fs(url, **options)
+        fs, path = _opened(reveal(url), _s3_options() if is_s3 else {})
     # Instances are shared within a process, and others write to the lake while we run.
     fs.invalidate_cache()
     return fs, path
+
+
+def _opened(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]:
+    protocol = fsspec.core.split_protocol(url)[0] or "file"
+    if url.partition("::")[0].partition("://")[0] in _CHAINING:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+        return fs, path
+    # Names may hold `::`, which url_to_fs would take for a chain.
+    cls = fsspec.get_filesystem_class(protocol)
+    options = {**cls._get_kwargs_from_urls(url), **options}
+    return fsspec.filesystem(protocol, **options), cls._strip_protocol(url)
+
+
+def _refuse_credentials(url: Url) -> None:
+    # They would be taken for parts of the bucket's or the object's name, and go into messages.
+    if url.is_secret:
+        raise UserError(
+            f"{url}: an s3 URL holds a bucket and a key, and no credentials: leave them out; "
+            f"{_CREDENTIALS}"
+        )
 
 
 def _s3_options() -> dict[str, Any]:
@@ -123,7 +148,7 @@ class _Trouble:
         self._began = now if self._began is None else self._began
         lasted, budget = now - self._began, self._patience.seconds
         root = _root(error)
-        reason = " ".join(str(root).split()) or type(root).__name__
+        reason = line_of(root)
         if lasted + self._pause > budget:
             raise StorageFailed(
                 f"{self._url}: the storage failed for {lasted:.0f} s ({reason}); check the network "
@@ -140,32 +165,34 @@ class _Trouble:
         self._pause = min(2 * self._pause, self._patience.longest_pause)
 
 
-def absolute(url: str) -> str:
+def absolute(url: str) -> Url:
     """Return `url` such that it means the same in another working directory.
 
     A local path or file:// URL becomes an absolute path; any other URL stays as it is, less
     trailing slashes.
     """
     fs, path = open_url(url)
-    return path if isinstance(fs, LocalFileSystem) else url.rstrip("/")
+    if isinstance(fs, LocalFileSystem):
+        return Url(path)
+    head, query = split_query(reveal(url))
+    return Url(head.rstrip("/") + query)
 
 
 def join(url: str, *parts: str) -> str:
-    """Append path parts to `url`, with one slash between any two."""
-    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+    """Append path parts to `url`, with one slash between any two; http's query stays last.
+
+    Of a `Url` it is one again.
+    """
+    head, query = split_query(reveal(url))
+    joined = "/".join([head.rstrip("/"), *(part.strip("/") for part in parts)]) + query
+    return Url(joined) if isinstance(url, Url) else joined
 
 
-def redacted(url: str) -> str:
-    """Return `url` without user, password and query, fit for messages and reports."""
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    # Object keys may hold `?` and `#`; only http's query is one, and may hold a signature.
-    if parts.scheme not in ("http", "https"):
-        head, _, tail = url.partition("://")
-        host, slash, path = tail.partition("/")
-        return f"{head}://{host.rpartition('@')[2]}{slash}{path}"
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def parent_and_name(url: Url) -> tuple[Url, str]:
+    """Return the folder of a file's URL, and the file's name."""
+    head, query = split_query(reveal(url))
+    parent, _, name = head.rpartition("/")
+    return Url((parent or "/") + query), name
 
 
 def version(fs: AbstractFileSystem, info: Mapping[str, Any]) -> str:
@@ -213,6 +240,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
+def line_of(error: BaseException) -> str:
+    """Return an error's text in one line, without credentials: libraries quote whole URLs."""
+    return without_secrets(" ".join(str(error).split())) or type(error).__name__
+
+
 def _root(error: BaseException) -> BaseException:
     *_, root = _causes(error)
     return root
@@ -240,7 +272,7 @@ def explained(url: str) -> Iterator[None]:
 
 
 def _explanation(error: Exception) -> str | None:
-    reason = " ".join(str(error).split())
+    reason = line_of(error)
     # Names instead of classes: botocore is imported only when a URL needs it.
     names = {cls.__name__ for cls in type(error).__mro__}
     if "NoCredentialsError" in names or "PartialCredentialsError" in names:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,9 +45,14 @@ def open_url(url: str) -> tuple[AbstractFileSystem, str]:
     """
     url = Url(url)
     if is_s3 := url.startswith(("s3://", "s3a://")):
-        _refuse_credentials(url)
+        _refuse_no_bucket(url)
     with explained(url):
-        fs, path = _opened(reveal(url), _s3_options() if is_s3 else {})
+        try:
+            fs, path = _opened(reveal(url), _s3_options() if is_s3 else {})
+        except ValueError as error:
+            if "://" not in url or "Protocol not known" in str(error):
+                raise
+            raise UserError(f"{url}: no URL ({line_of(error)}); check its spelling") from error
     # Instances are shared within a process, and others write to the lake while we run.
     fs.invalidate_cache()
     return fs, path
@@ -62,13 +69,16 @@ def _opened(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]
     return fsspec.filesystem(protocol, **options), cls._strip_protocol(url)
 
 
-def _refuse_credentials(url: Url) -> None:
-    # They would be taken for parts of the bucket's or the object's name, and go into messages.
+def _refuse_no_bucket(url: Url) -> None:
+    # Credentials would be taken for parts of names, and go into messages.
     if url.is_secret:
         raise UserError(
             f"{url}: an s3 URL holds a bucket and a key, and no credentials: leave them out; "
             f"{_CREDENTIALS}"
         )
+    bucket = url.partition("://")[2].partition("/")[0]
+    if not re.fullmatch(r"[\w.-]+|arn:[\w.:-]+", bucket, re.ASCII):
+        raise UserError(f"{url}: no bucket has the name {bucket!r}; check the URL")
 
 
 def _s3_options() -> dict[str, Any]:
@@ -225,6 +235,8 @@ def _is_outage(error: BaseException) -> bool:
     names = {cls.__name__ for cls in type(error).__mro__}
     if "SSLError" in names:
         return False
+    if "ClientResponseError" in names:  # aiohttp
+        return getattr(error, "status", None) in _BUSY_STATUS
     answer = getattr(error, "response", None)
     if isinstance(answer, dict):
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -250,6 +262,20 @@ def _root(error: BaseException) -> BaseException:
     return root
 
 
+_NO_ROOM = {
+    errno.ENOSPC: "no space is left on the device: make room, and run again",
+    errno.EDQUOT: "the disk quota is used up: make room, and run again",
+}
+_HOPELESS = {
+    errno.EROFS: "the file system is read-only: pass a place that can be written to",
+    errno.ENAMETOOLONG: "a name is too long for this file system: use shorter names, or an "
+    "object store",
+    errno.ELOOP: "links lead round in a circle: give the folder itself",
+    errno.EISDIR: "a folder, where a file should be; check the path",
+    errno.EFBIG: "a file is too large for this file system: pass another place",
+}
+
+
 @contextmanager
 def explained(url: str) -> Iterator[None]:
     """Turn errors of the storage at `url` that a user can mend into a UserError.
@@ -260,15 +286,27 @@ def explained(url: str) -> Iterator[None]:
 
     Raises:
         UserError: what is wrong, where, and the remedy. Other errors pass unchanged.
+        StorageFailed: there is no room left, which no repetition mends.
     """
     try:
         yield
-    except UserError:
+    except (UserError, RunFailed):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise StorageFailed(f"{_where(error, url)}: {_NO_ROOM[error.errno]}") from error
         if (message := _explanation(error)) is None:
             raise
         raise UserError(f"{redacted(url)}: {message}") from error
+
+
+def _where(error: OSError, url: str) -> str:
+    """Name the place that an error is about: a large file may grow elsewhere than in `url`."""
+    shown = redacted(url)
+    name = error.filename
+    if isinstance(name, str) and name.startswith("/") and not name.startswith(f"{shown}/"):
+        return f"{shown} (at {name})"
+    return shown
 
 
 def _explanation(error: Exception) -> str | None:
@@ -281,6 +319,16 @@ def _explanation(error: Exception) -> str | None:
         return f"no connection ({reason}); check the network and AWS_ENDPOINT_URL"
     if isinstance(error, ConnectionError):
         return f"no connection ({reason}); check the network and the endpoint"
+    if isinstance(error, OSError) and error.errno in _HOPELESS:
+        return _HOPELESS[error.errno]
+    if isinstance(error, UnicodeError):
+        return "a name is no UTF-8, which this store asks for: rename it"
+    if "ParamValidationError" in names:
+        return f"no bucket or key can have such a name ({reason}); check the URL"
+    if "ClientResponseError" in names:  # aiohttp
+        return f"the server answers {getattr(error, 'status', '?')}; check the URL and the rights"
+    if "InvalidURL" in names:
+        return "no URL that can be opened; check its spelling"
     if isinstance(error, PermissionError):
         return f"access denied ({reason}); check the permissions and the credentials"
     response = getattr(error.__cause__, "response", None) or {}

@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "dispatch": {"ray", "errors", "failures", "placement", "workers"},
     "cluster": {"ray", "dispatch", "errors", "failures", "placement", "shards", "workers"},
     # What is left behind.
-    "places": {"fsspec", "storage", "urls"},
+    "places": {"fsspec", "errors", "storage", "urls"},
     "records": {"errors"},
     "model_files": {"safetensors", "torch", "errors", "mixture", "parameters"}
     | {"quantiles", "records"},

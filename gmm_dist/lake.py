@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -293,7 +294,7 @@ def _row_hashes(path: str, first: int, stop: int) -> npt.NDArray[np.uint64]:
     SplitMix64 (Steele, Lea, Flood 2014), whose n-th number can be had without those before it,
     seeded by the path; arithmetic modulo 2^64.
     """
-    seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little")
+    seed = int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "little")
     z = np.arange(first + 1, stop + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z += np.uint64(seed)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -19,7 +19,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.urls import Url, reveal, split_query, without_secrets
+from gmm_dist.urls import Url, links_of, reveal, split_query, without_secrets
 from gmm_dist.urls import redacted as redacted
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,10 @@ def open_url(url: str) -> tuple[AbstractFileSystem, str]:
             credentials in it.
     """
     url = Url(url)
-    if is_s3 := url.startswith(("s3://", "s3a://")):
-        _refuse_no_bucket(url)
+    is_s3 = url.startswith(("s3://", "s3a://"))
+    for link in links_of(reveal(url)):
+        if link.startswith(("s3://", "s3a://")):
+            _refuse_no_bucket(Url(link))
     with explained(url):
         try:
             fs, path = _opened(reveal(url), _s3_options() if is_s3 else {})

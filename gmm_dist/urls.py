@@ -6,7 +6,9 @@ import re
 from typing import Self
 from urllib.parse import quote, unquote
 
-_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<rest>.*)", re.DOTALL)
+# `::` stands in IPv6 addresses and in names too.
+_CHAIN = re.compile(r"::(?=[A-Za-z][\w+.-]*://)")
+_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][\w+.:-]*)://(?P<rest>.*)", re.DOTALL)
 # Whatever stands before `@`: a password may hold slashes and question marks (AWS's secret keys do).
 _PASSWORD = re.compile(r"(?!arn:)([^/@:?]*:(?!\d+(?:[/?#]|$))[^@]*)@")
 _USER = re.compile(r"([^/@?#]*)@(?=[^/@]*(?:/|$))")
@@ -18,7 +20,7 @@ _SECRET_NAME = (
     r"access_?key|secret_?key|secret_?access_?key|api_?key|(?:aws_?access_?)?key_?id)"
 )
 _SECRET_QUERY = re.compile(
-    rf"(?:\?|%3f)(?:[^/?#]*?(?:[&;]|%26|%3b))?{_SECRET_NAME}(?:=|%3d)", re.IGNORECASE
+    rf"(?:\?|;|%3f|%3b)(?:[^/?#]*?(?:[&;]|%26|%3b))?{_SECRET_NAME}(?:=|%3d)", re.IGNORECASE
 )
 _PAIR = re.compile(rf"(?:^|[?#&;]|%26|%3f){_SECRET_NAME}(?:=|%3d)(?P<value>[^&;#]+)", re.IGNORECASE)
 _IN_TEXT = re.compile(r"""(?:\w+::)*[A-Za-z][\w+.-]*://[^\s'"<>|]+""")
@@ -74,29 +76,29 @@ def without_secrets(text: str) -> str:
     URLs in it are redacted, and what was part of a `Url` of this process is left out wherever
     it stands.
     """
+    text = _IN_TEXT.sub(_shown, text)
     # The longest first: one may be part of another.
     for secret in sorted(_known, key=len, reverse=True):
-        if secret in text:
-            text = text.replace(secret, "***")
-    return _IN_TEXT.sub(_shown, text)
+        text = text.replace(secret, "***")
+    return text
 
 
 def split_query(url: str) -> tuple[str, str]:
     """Return what stands before http's query or fragment, and these; ("...", "") without."""
-    if not re.search(r"(^|::)https?://", url):
-        return url, ""
-    start = url.rfind("http")
-    found = re.search(r"[?#]", url[start:])
-    if found is None:
+    *_, start = (0, *(match.end() for match in _CHAIN.finditer(url)))
+    if not re.match("https?://", url[start:], re.IGNORECASE):
         return url, ""
     # A question mark in a password is none of the query's.
-    password = _PASSWORD.match(url, url.find("://", start) + 3)
-    if password is not None and start + found.start() < password.end():
-        found = re.search(r"[?#]", url[password.end() :])
-        cut = len(url) if found is None else password.end() + found.start()
-    else:
-        cut = start + found.start()
-    return url[:cut], url[cut:]
+    after = url.index("://", start) + 3
+    password = _PASSWORD.match(url, after)
+    after = after if password is None else password.end()
+    found = _earlier(re.compile(r"[?#]").search(url, after), _SECRET_QUERY.search(url, after))
+    return (url, "") if found is None else (url[: found.start()], url[found.start() :])
+
+
+def links_of(url: str) -> list[str]:
+    """Return the URLs of a chain such as zip://a.parquet::s3://bucket/x.zip."""
+    return _CHAIN.split(url)
 
 
 def _shown(match: re.Match[str]) -> str:
@@ -107,7 +109,7 @@ def _shown(match: re.Match[str]) -> str:
 
 def _parted(url: str) -> tuple[str, list[str]]:
     """Return what may be shown of a URL (of each in a chain), and what may not."""
-    links = [_link(link) for link in url.split("::")]
+    links = [_link(link) for link in links_of(url)]
     return "::".join(shown for shown, _ in links), [s for _, secrets in links for s in secrets]
 
 
@@ -121,8 +123,10 @@ def _link(url: str) -> tuple[str, list[str]]:
         user, _, password = found[1].partition(":")
         secrets += [found[1], password, *([user] if len(user) >= 16 else [])]
         rest = rest[found.end() :]
-    elif scheme.lower() not in _NAMED and (found := _USER.match(rest)):
-        secrets += [found[1]] if len(found[1]) >= 16 else []  # else more likely a user's name
+    # A password that holds `@` itself leaves some of it.
+    while scheme.lower() not in _NAMED and (found := _USER.match(rest)):
+        # A short one is more likely a user's name, which may be any word of a text.
+        secrets += [found[1]] if len(found[1]) >= 16 else []
         rest = rest[found.end() :]
     is_http = scheme.lower() in ("http", "https")
     found = _earlier(re.search(r"[?#]", rest) if is_http else None, _SECRET_QUERY.search(rest))

@@ -40,6 +40,13 @@ SHOWN = [
     ("simplecache::https://u:pw@h/x?sig=1", "simplecache::https://h/x"),
     ("zip://a.parquet::s3://k:s@b/z", "zip://a.parquet::s3://b/z"),
     ("https://[broken?sig=1", "https://[broken"),
+    ("http://u:p@[::1]:80/x?sig=1", "http://[::1]:80/x"),
+    ("https://h/a::b?sig=1", "https://h/a::b"),
+    ("https://user:p@ss@h/x", "https://h/x"),
+    ("https://user:p/w@ss@h/x", "https://h/x"),
+    ("https://h/x?next=http://y", "https://h/x"),
+    ("https://h/x;token=abcdef", "https://h/x"),
+    ("jdbc:postgresql://u:p@h/db?password=x", "jdbc:postgresql://h/db"),
 ]
 
 
@@ -80,7 +87,12 @@ def test_parts_go_before_the_query():
     assert reveal(joined) == "https://user:a?b@host/x/y/z.parquet?sig=1"
     parent, name = storage.parent_and_name(Url("https://user:pw@host/x/y.parquet?sig=1"))
     assert (parent, name) == ("https://host/x", "y.parquet")
+    for query in (";token=abc", "%3Ftoken%3Dabc", "#token=abc"):
+        assert storage.parent_and_name(Url(f"https://host/y.parquet{query}"))[1] == "y.parquet"
     assert reveal(parent) == "https://user:pw@host/x?sig=1"
+    for whole in ("http://u:p@[::1]:80/x?sig=1", "https://h/x?next=http://y", "https://h/a::x#b"):
+        head, mark, query = whole.partition("#" if "#" in whole else "?")
+        assert reveal(storage.join(Url(whole), "z")) == f"{head}/z{mark}{query}"
     assert reveal(storage.absolute("https://host/x/?sig=1")) == "https://host/x?sig=1"
 
 
@@ -105,7 +117,9 @@ def test_the_texts_of_others_lose_credentials():
     assert without_secrets(text) == "403, url='https://host/x', s3://b/y, (https://h). ***"
 
 
-@pytest.mark.parametrize("url", ["s3://key:hidden@lake/x", "s3a://lake/x?token=hidden"])
+@pytest.mark.parametrize(
+    "url", ["s3://key:hidden@lake/x", "s3a://lake/x?token=hidden", "zip://a::s3://key:hidden@b/x"]
+)
 def test_s3_takes_its_credentials_from_elsewhere(url):
     with pytest.raises(UserError, match="holds a bucket and a key, and no credentials") as raised:
         storage.open_url(url)

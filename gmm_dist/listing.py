@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from gmm_dist import storage
 from gmm_dist.errors import UserError
+from gmm_dist.urls import Url
 
 _SMALL_BYTES = 2**21
 _SUFFIXES = (".parquet", ".parq", ".pq")
@@ -41,7 +42,7 @@ class LakeFile:
 class Listing:
     """Hold the data files under `root`, an absolute URL, by name; `keys` types their hive keys."""
 
-    root: str
+    root: Url
     files: tuple[LakeFile, ...]
     keys: pa.Schema
 
@@ -61,8 +62,8 @@ def find(url: str) -> Listing:
     fs, path = storage.open_url(root)
     found = _found(fs, path, root)
     if path in found:
-        parent, _, name = root.rpartition("/")
-        return _partitioned(parent or "/", [_listed(fs, name, found[path])])
+        parent, name = storage.parent_and_name(root)
+        return _partitioned(parent, [_listed(fs, name, found[path])])
     relative = {name.removeprefix(path).lstrip("/"): info for name, info in found.items()}
     _refuse_table_formats(root, relative)
     _refuse_linked_folders(root, relative)
@@ -137,7 +138,7 @@ def _partition(name: str) -> tuple[tuple[str, str | int | None], ...]:
     return tuple((key, None if value == null else value) for key, value in values.items())
 
 
-def _partitioned(root: str, files: list[LakeFile]) -> Listing:
+def _partitioned(root: Url, files: list[LakeFile]) -> Listing:
     """Type the hive keys over all files."""
     values: dict[str, set[str]] = {}
     for file in files:
@@ -198,7 +199,7 @@ def opened(
             raise changed from error
         if isinstance(error, OSError) and (error.errno is not None or storage.is_transient(error)):
             raise
-        reason = " ".join(str(error).split())
+        reason = storage.line_of(error)
         # What the disk holds does not change on the way here.
         kind = UserError if isinstance(fs, LocalFileSystem) else storage.DamagedError
         raise kind(

@@ -1,12 +1,20 @@
 """Errors that are told in one line: those that a user can mend, and those of the world."""
 
+from __future__ import annotations
+
+from gmm_dist.urls import without_secrets
+
 
 class UserError(ValueError):
     """Report bad input in one line: what is wrong with its numbers, where, and the remedy.
 
     Jobs print the message on stderr and end with status 2. Anything else that is raised is
-    either the world's failure or ours, and keeps its traceback.
+    either the world's failure or ours, and keeps its traceback. URLs in a message lose their
+    credentials here, whoever wrote it.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 class TooFewRows(UserError):  # noqa: N818 - it says what is wrong
@@ -27,3 +35,6 @@ class RunFailed(RuntimeError):  # noqa: N818 - a run that failed is not an error
     Nothing is wrong with the input: the run can be resumed. Jobs print the message on stderr
     and end with status 1.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 from dataclasses import dataclass, field
 
 from ray.exceptions import (
@@ -60,6 +61,12 @@ class FaultConfig:
         return float(min(self.max_backoff, self.backoff * 2.0 ** min(failures - 1, 60)))
 
 
+# A full or read-only disk, a forbidden or impossible name: no repetition helps.
+_PERMANENT = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+}
+
+
 class Verdict(enum.Enum):
     """What is to be done about a failed call."""
 
@@ -76,6 +83,8 @@ def judge(error: Exception) -> Verdict:
         # A file, a network, memory: not a value in a row, nor a bug, nor a storage that has
         # been asked for long enough.
         outside = isinstance(error.cause, OSError | EOFError | MemoryError)
+        if isinstance(error.cause, OSError) and error.cause.errno in _PERMANENT:
+            return Verdict.HOPELESS
         return Verdict.OUTSIDE if outside else Verdict.HOPELESS
     if isinstance(error, ActorUnavailableError):
         return Verdict.REPEAT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from gmm_dist.columns import Columns
 from gmm_dist.decoding import FORMAT
 from gmm_dist.errors import NoRows, UserError
 from gmm_dist.listing import LakeFile, Listing
+from gmm_dist.urls import Url
 from gmm_dist.where import Where, parse
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class Plan:
     hash: str = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "url", Url(self.url))
         object.__setattr__(self, "hash", _hash(self))
 
     @property
@@ -300,7 +303,7 @@ def _row_hashes(path: str, first: int, stop: int) -> npt.NDArray[np.uint64]:
     SplitMix64 (Steele, Lea, Flood 2014), whose n-th number can be had without those before it,
     seeded by the path; arithmetic modulo 2^64.
     """
-    seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little")
+    seed = int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "little")
     z = np.arange(first + 1, stop + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z += np.uint64(seed)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from gmm_dist import data_files, storage, table_formats
 from gmm_dist.errors import UserError
+from gmm_dist.urls import Url
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class LakeFile:
 class Listing:
     """Hold the data files under `root`, an absolute URL, by name; `keys` types their hive keys."""
 
-    root: str
+    root: Url
     files: tuple[LakeFile, ...]
     keys: pa.Schema
 
@@ -72,9 +73,9 @@ def find(url: str) -> Listing:
     fs, path = storage.open_url(root)
     found = _found(fs, path, root)
     if path in found:
-        parent, _, name = root.rpartition("/")
+        parent, name = storage.parent_and_name(root)
         table_formats.refuse_around(fs, path.rpartition("/")[0], root)
-        return _partitioned(parent or "/", [_listed(fs, name, found[path])])
+        return _partitioned(parent, [_listed(fs, name, found[path])])
     relative = {name.removeprefix(path).lstrip("/"): info for name, info in found.items()}
     table_formats.refuse_within(root, relative)
     table_formats.refuse_around(fs, path, root)
@@ -209,7 +210,7 @@ def _partition(name: str) -> tuple[tuple[str, str | int | None], ...]:
     return tuple((key, None if value == null else value) for key, value in values.items())
 
 
-def _partitioned(root: str, files: list[LakeFile]) -> Listing:
+def _partitioned(root: Url, files: list[LakeFile]) -> Listing:
     """Type the hive keys over all files."""
     values: dict[str, set[str]] = {}
     for file in files:
@@ -261,17 +262,16 @@ def opened(
                 raise changed
             yield source if isinstance(source, pa.NativeFile) else _Exact(source, file.size)
     except UserError as error:
-        cause = error.__cause__
-        if isinstance(cause, FileNotFoundError) and not storage.is_transient(error):
+        is_gone = isinstance(error.__cause__, FileNotFoundError)
+        if (is_gone and not storage.is_transient(error)) or _is_refused_as_other(error):
             raise changed from error
         raise
     except Exception as error:
-        # s3fs: the store answered 412. A web server: it is gone, or no longer what we asked for.
-        if type(error).__name__ == "FileExpired" or storage.http_status(error) in (404, 410, 412):
+        if type(error).__name__ == "FileExpired":  # s3fs: the store answered 412
             raise changed from error
         if storage.is_transient(error) or not _is_about_the_file(fs, error):
             raise
-        reason = " ".join(str(error).split())
+        reason = storage.line_of(error)
         # What the disk holds does not change on the way here.
         kind = UserError if isinstance(fs, LocalFileSystem) else storage.DamagedError
         raise kind(
@@ -284,6 +284,11 @@ def _is_other(fs: AbstractFileSystem, info: Mapping[str, Any], file: LakeFile) -
     if (info["size"], storage.version(fs, info)) != (file.size, file.version):
         return True
     return storage.is_replaced(file.identity, storage.identity(fs, info))
+
+
+def _is_refused_as_other(error: Exception) -> bool:
+    """Say whether a web server answers that the file is gone, or not what was asked for."""
+    return storage.http_status(error) in (404, 410, 412)
 
 
 def _is_about_the_file(fs: AbstractFileSystem, error: Exception) -> bool:

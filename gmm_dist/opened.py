@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from gmm_dist.urls import Url
+
 
 @dataclass(frozen=True, slots=True)
 class Lake:
@@ -20,6 +22,9 @@ class Lake:
     address: str | None = None
     num_workers: int | None = None
     use_gpu: bool | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", Url(self.url))
 
 
 def open_lake(

@@ -36,6 +36,7 @@ from gmm_dist.mixture import Mixture
 from gmm_dist.places import Place
 from gmm_dist.records import FORMAT_VERSION, parse, to_json, whole
 from gmm_dist.storage import explained, join
+from gmm_dist.urls import Url
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Registry:
     """The registry at `url`, a folder on a local disk or S3. Nights are dates, YYYY-MM-DD."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._place = url, Place.of(url)
+        self._url, self._place = Url(url), Place.of(url)
 
     def model_url(self, night: str) -> str:
         """Where a night's model is published: the output of its run."""

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from fitting import fit_lake
 from options import Again, Parser, add_common, parse_k, run
 
+from gmm_dist.urls import Url
+
 
 def fit(argv: Sequence[str]) -> None:
     """Parse the command line and run the fit."""
@@ -22,7 +24,9 @@ def fit(argv: Sequence[str]) -> None:
     )
     add_common(parser)
     parser.add_argument("--k", type=parse_k, help="number of components (default: --start's)")
-    parser.add_argument("--start", metavar="MODEL", help="go on from this model's parameters")
+    parser.add_argument(
+        "--start", type=Url, metavar="MODEL", help="go on from this model's parameters"
+    )
     options = parser.parse_args(argv)
     if options.start is None and options.k is None:
         parser.error("one of --k and --start is required")

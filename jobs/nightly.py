@@ -39,7 +39,8 @@ from gmm_dist.registry import Lineage, Published, Registry
 from gmm_dist.runs import Run
 from gmm_dist.selection import CRITERIA, SweepResult
 from gmm_dist.shards import Shards
-from gmm_dist.storage import absolute, join, redacted
+from gmm_dist.storage import absolute, join
+from gmm_dist.urls import Url, redacted
 from gmm_dist.where import Where, parse
 
 logger = logging.getLogger("gmm_dist.nightly")
@@ -181,7 +182,11 @@ def _add_own(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--k", required=True, type=parse_k, help="8, 4,8,16 or 2..20 (inclusive)")
     group.add_argument("--criterion", choices=CRITERIA, default="bic", help="(default: bic)")
     group.add_argument(
-        "--registry", required=True, metavar="REG", help="folder or URL of the nights' models"
+        "--registry",
+        required=True,
+        type=Url,
+        metavar="REG",
+        help="folder or URL of the nights' models",
     )
     group.add_argument("--night", required=True, metavar="DATE", help="e.g. 2026-11-21")
     group.add_argument(
@@ -209,6 +214,7 @@ def _add_own(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--scores",
+        type=Url,
         metavar="URL",
         help="once published, score the night's rows as score.py does, into URL/DATE",
     )

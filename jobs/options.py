@@ -16,14 +16,13 @@ from gmm_dist.config import INITS, PRECISIONS, EMConfig, StartConfig
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.failures import FaultConfig
 from gmm_dist.parameters import COVARIANCE_TYPES
-from gmm_dist.storage import redacted
+from gmm_dist.urls import Url, redacted, without_secrets
 
 FAILED = 1
 USER_CAN_MEND = 2
 KEPT_BACK = 3  # nightly: the gate kept the latest model
 _EM, _START = EMConfig(), StartConfig()  # the defaults
 _MAX_K = 100_000
-_URL = re.compile(r"(--\w+=)?[\w+.-]+://")
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,9 +51,13 @@ def parse_k(text: str) -> list[int]:
 
 def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
     """Add the options that every fitting job has; `output` where it is the user's to say."""
-    parser.add_argument("data", metavar="DATA", help="folder or file of Parquet, local or any URL")
+    parser.add_argument(
+        "data", type=Url, metavar="DATA", help="folder or file of Parquet, local or any URL"
+    )
     if output:
-        parser.add_argument("--output", required=True, metavar="OUT", help="a new folder or URL")
+        parser.add_argument(
+            "--output", required=True, type=Url, metavar="OUT", help="a new folder or URL"
+        )
     _add_rows(parser.add_argument_group("rows"))
     _add_fit(parser.add_argument_group("fit"))
     add_cluster(parser.add_argument_group("cluster"))
@@ -209,8 +212,14 @@ class Again:
         return self._spelt([*(word for word in self.argv if word != "--resume"), "--resume"])
 
     def _spelt(self, words: Sequence[str]) -> str:
-        shown = [redacted(word) if _URL.match(word) else word for word in words]
-        return shlex.join(["python", os.path.relpath(self.script), *shown])
+        shown = [_without_secrets(word) for word in words]
+        hint = "" if shown == words else " (with the credentials, which are left out here)"
+        return shlex.join(["python", os.path.relpath(self.script), *shown]) + hint
+
+
+def _without_secrets(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + without_secrets(redacted(value))
 
 
 def _renamed(output: str, k: str) -> str:
@@ -219,12 +228,26 @@ def _renamed(output: str, k: str) -> str:
     return f"{stem}-k{ks[0]}-{ks[-1]}"
 
 
+class _Redacting(logging.Formatter):
+    """Leaves credentials of URLs out of a formatter's lines, whoever logged them."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self._formatter = formatter
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(self._formatter.format(record))
+
+
 def run(job: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a job and return its exit status: its own, 2 what the user can mend, 1 the world's."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
     logging.getLogger("gmm_dist").setLevel(logging.INFO)
+    for handler in logging.getLogger().handlers:
+        if handler.formatter is not None:
+            handler.setFormatter(_Redacting(handler.formatter))
     try:
         return job(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:

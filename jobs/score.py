@@ -32,7 +32,7 @@ from gmm_dist.model_files import model_sha256
 from gmm_dist.runs import Run
 from gmm_dist.scored import Scored, ScoreFiles, collect
 from gmm_dist.scoring import Scoring
-from gmm_dist.storage import redacted
+from gmm_dist.urls import Url, redacted
 
 logger = logging.getLogger("gmm_dist.score")
 
@@ -50,9 +50,15 @@ def score(argv: Sequence[str]) -> None:
 
 def add_score(parser: argparse.ArgumentParser) -> None:
     """Add the options of scoring."""
-    parser.add_argument("data", metavar="DATA", help="folder or file of Parquet, local or any URL")
-    parser.add_argument("--model", required=True, help="a fit's output, or its model folder")
-    parser.add_argument("--output", required=True, metavar="OUT", help="a new folder or URL")
+    parser.add_argument(
+        "data", type=Url, metavar="DATA", help="folder or file of Parquet, local or any URL"
+    )
+    parser.add_argument(
+        "--model", required=True, type=Url, help="a fit's output, or its model folder"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Url, metavar="OUT", help="a new folder or URL"
+    )
     rows = parser.add_argument_group("rows")
     rows.add_argument(
         "--keep",

@@ -25,6 +25,7 @@ from gmm_dist.artifacts import Attempt, Provenance, claim, load, read_report, re
 from gmm_dist.errors import UserError
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.places import Place
 from gmm_dist.quantiles import Quantiles
 from gmm_dist.records import FileEntry
 from gmm_dist.storage import Patience, open_url
@@ -449,8 +450,7 @@ def test_copies_are_repaired(out: str) -> None:
 
 def test_equal_copies_stand_in_for_a_removed_attempt(out: str) -> None:
     commit(out)
-    fs, path = open_url(out)
-    fs.rm(f"{path}/_attempts", recursive=True)
+    Place.of(out).remove("_attempts")
     assert same(load(out), mixture())
     assert read_report(out)["criterion"] == "bic"
 

@@ -216,8 +216,7 @@ def test_workers_do_not_change_a_bit_and_neither_does_s3(
     tmp_path: Path, ray_address: str, s3_lake: S3Server
 ) -> None:
     data = lake(tmp_path / "lake")
-    fs = s3_lake.file_system()
-    fs.put(data, s3_lake.url, recursive=True)
+    lakes.upload(Path(data), s3_lake.file_system(), s3_lake.url)
     hashes = set()
     places = [(data, "1"), (data, "2"), (data, "4"), (s3_lake.url, "2")]
     for i, (place, workers) in enumerate(places):

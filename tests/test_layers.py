@@ -15,7 +15,8 @@ TENSORS = {"torch", "jaxtyping"}
 
 MAY_IMPORT = {
     # Errors a user can cause; frozen, validated settings.
-    "errors": set(),
+    "urls": set(),
+    "errors": {"urls"},
     "config": {"errors"},
     # The mathematics: neither where rows are, nor Ray, nor files.
     "parameters": TENSORS,
@@ -63,14 +64,15 @@ MAY_IMPORT = {
         "statistics",
     },
     # The lake: neither EM, nor torch, nor Ray.
-    "storage": {"fsspec", "errors"},
+    "storage": {"fsspec", "errors", "urls"},
     "where": {"numpy", "pyarrow", "errors"},
     "decoding": {"pyarrow", "errors"},
     "table_formats": {"fsspec", "errors", "storage"},
     "data_files": {"fsspec", "errors", "storage"},
-    "listing": {"fsspec", "pyarrow", "data_files", "errors", "storage", "table_formats"},
+    "listing": {"fsspec", "pyarrow", "data_files", "errors", "storage", "table_formats"} | {"urls"},
     "columns": {"pyarrow", "errors", "listing", "storage", "where"},
-    "lake": {"numpy", "pyarrow", "columns", "decoding", "errors", "listing", "storage", "where"},
+    "lake": {"numpy", "pyarrow", "columns", "decoding", "errors", "listing", "storage", "urls"}
+    | {"where"},
     "reading": {"numpy", "pyarrow", "columns", "decoding", "errors", "lake", "listing", "storage"},
     "streaming": {"numpy", "pyarrow", "decoding", "lake", "listing", "reading", "storage"},
     # A lake's rows become resident blocks: the one place where the two meet.
@@ -82,24 +84,26 @@ MAY_IMPORT = {
     "dispatch": {"ray", "errors", "failures", "placement", "workers"},
     "cluster": {"ray", "dispatch", "errors", "failures", "placement", "shards", "workers"},
     # What is left behind.
-    "places": {"fsspec", "storage"},
+    "places": {"fsspec", "errors", "storage", "urls"},
     "records": {"errors"},
     "model_files": {"safetensors", "torch", "errors", "mixture", "parameters"}
     | {"quantiles", "records"},
     "conditional": {"fsspec", "errors", "places", "storage"},
     "lease": {"fsspec", "conditional", "errors", "places", "storage"},
     "commit": {"errors", "lease", "mixture", "model_files", "places", "records", "storage"},
-    "checkpoint": {"safetensors", "torch", "errors", "model_files", "places", "records"},
+    "checkpoint": {"safetensors", "torch", "errors", "model_files", "places", "records"}
+    | {"storage"},
     "scoring": {"numpy", "pyarrow", "torch", "errors", "families", "parameters"},
     "scored": {"numpy", "pyarrow", "torch", "checkpoint", "commit", "lake", "places"}
     | {"errors", "listing", "records", "scoring", "shards", "storage", "streaming"},
     "runs": {"checkpoint", "commit", "errors", "lease", "places", "storage"},
     "score_runs": {"checkpoint", "commit", "errors", "lake", "places", "records", "runs"}
     | {"lease", "scored", "storage"},
-    "artifacts": {"commit", "errors", "mixture", "model_files", "places", "records", "storage"},
+    "artifacts": {"commit", "errors", "mixture", "model_files", "places", "records", "storage"}
+    | {"urls"},
     "gate": {"pyarrow", "errors"},
     "registry": {"artifacts", "checkpoint", "commit", "conditional", "errors", "mixture"}
-    | {"places", "records", "storage"},
+    | {"places", "records", "storage", "urls"},
     # What people look at: neither torch, nor Ray, nor files.
     "formats": set(),
     "planes": {"numpy"},
@@ -107,7 +111,7 @@ MAY_IMPORT = {
     "figures": {"matplotlib", "numpy", "formats", "planes", "svg"},
     "report": {"jinja2", "markupsafe", "numpy", "figures", "formats", "planes", "svg"},
     # scikit-learn's face; a lake's rows are fitted where the cluster is.
-    "opened": set(),
+    "opened": {"urls"},
     "trials": TENSORS
     | {"cohort", "families", "kernel", "lanes", "parameters", "shards", "statistics"},
     "resident": TENSORS | {"kernel", "shards", "statistics"},

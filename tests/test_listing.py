@@ -102,7 +102,7 @@ def test_a_link_to_itself_is_refused(two_files):
     (two_files / "b.parquet").symlink_to("b.parquet")
     with pytest.raises(UserError, match=r"/b\.parquet: a link to b\.parquet, which is not there"):
         listing.find(str(two_files))
-    with pytest.raises(UserError, match=r"/b\.parquet: no such file or folder"):
+    with pytest.raises(UserError, match=r"/b\.parquet.*: links lead round"):
         listing.find(str(two_files / "b.parquet"))
 
 
@@ -127,7 +127,7 @@ def test_a_data_file_whose_name_is_not_utf8_is_refused(two_files, name):
 
 @pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "a\0b"])
 def test_a_name_that_no_disk_can_hold_is_not_there(tmp_path, name):
-    with pytest.raises(UserError, match="no such file or folder"):
+    with pytest.raises(UserError, match=r"no such file or folder|a name is too long"):
         listing.find(f"{tmp_path}/{name}")
 
 
@@ -296,7 +296,9 @@ def test_keys_are_no_patterns(tmp_path, s3_lake, name):
 def test_a_long_key_is_read(tmp_path, s3_lake):
     path = lakes.write(tmp_path / "a.parquet", {"x": [1.0]})
     fs = s3_lake.file_system()
-    fs.pipe_file(f"{s3_lake.url}/{'x' * 200}/{'y' * 200}.parquet".removeprefix("s3://"), path.read_bytes())
+    fs.pipe_file(
+        f"{s3_lake.url}/{'x' * 200}/{'y' * 200}.parquet".removeprefix("s3://"), path.read_bytes()
+    )
     assert lakes.read_all(lake.plan(s3_lake.url))[0].ravel().tolist() == [1.0]
 
 

@@ -73,6 +73,10 @@ def find(url: str) -> Listing:
     fs, path = storage.open_url(root)
     found = _found(fs, path, root)
     if path in found:
+        if isinstance(fs, LocalFileSystem) and not Path(path).is_file():
+            raise UserError(
+                f"{root}: neither a file nor a folder (a pipe or a device); check the path"
+            )
         parent, name = storage.parent_and_name(root)
         table_formats.refuse_around(fs, path.rpartition("/")[0], root)
         return _partitioned(parent, [_listed(fs, name, found[path])])

@@ -109,6 +109,9 @@ def test_a_link_to_itself_is_refused(two_files):
 def test_a_pipe_is_passed_over_and_never_opened(two_files):
     os.mkfifo(two_files / "b.parquet")
     assert len(listing.find(str(two_files)).files) == 2
+    for path in (two_files / "b.parquet", "/dev/null"):
+        with pytest.raises(UserError, match=f"^{path}: neither a file nor a folder"):
+            listing.find(str(path))
 
 
 @pytest.mark.parametrize("name", [b"\xff.parquet", b"00000\xff"])

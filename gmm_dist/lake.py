@@ -18,6 +18,7 @@ import pyarrow.dataset as ds
 
 from gmm_dist import listing, storage
 from gmm_dist.columns import Columns
+from gmm_dist.decoding import FORMAT
 from gmm_dist.errors import NoRows, UserError
 from gmm_dist.listing import LakeFile, Listing
 from gmm_dist.urls import Url
@@ -160,7 +161,9 @@ def plan(
     tested = _tested_by_row(condition, found.keys)
     files = _matching_files(found, condition)
     footers = _read_footers(found.root, files, keep_fragments=tested is not None)
-    schemas = ((footer.schema, footer.file) for footer in footers)
+    # Writers leave files without rows or even columns: these say nothing about the lake's.
+    filled = [footer for footer in footers if any(footer.file.rows)] or footers
+    schemas = ((footer.schema, footer.file) for footer in filled)
     known = Columns.unify(found.root, schemas, found.keys)
     chosen = known.choose(columns, weight_column, tested, keep, remedy=remedy)
     groups = _row_groups(found.root, footers, tested, chosen.schema)
@@ -212,9 +215,15 @@ def _read_footers(root: str, files: Sequence[LakeFile], *, keep_fragments: bool)
 
     def read(file: LakeFile) -> _Footer:
         with listing.opened(fs, path, root, file, footer=True) as source:
-            fragment = ds.ParquetFileFormat().make_fragment(source)
+            fragment = FORMAT.make_fragment(source)
             fragment.ensure_complete_metadata()
             rows = tuple(group.num_rows for group in fragment.row_groups)
+            if fragment.metadata.num_rows != sum(rows):
+                raise UserError(
+                    f"{listing.name_of(root, file)}: the footer promises "
+                    f"{fragment.metadata.num_rows:,} rows, its row groups {sum(rows):,}; write the "
+                    "file again or move it away"
+                )
             schema = fragment.physical_schema.remove_metadata()
         return _Footer(replace(file, rows=rows), schema, fragment if keep_fragments else None)
 
@@ -240,7 +249,7 @@ def _row_groups(
             groups.append(RowRange(index, group, 0, rows[group]))
     groups = [group for group in groups if group.stop > 0]
     if not any(sum(footer.file.rows) for footer in footers):
-        raise UserError(
+        raise NoRows(
             f"{storage.redacted(root)}: no rows in {len(footers)} Parquet files; check the path"
         )
     if condition is not None and not groups:
@@ -249,7 +258,7 @@ def _row_groups(
 
 
 def _kept(footer: _Footer, condition: Where, schema: pa.Schema) -> list[int]:
-    if set(condition.columns) - set(footer.schema.names):
+    if set(condition.columns) - set(footer.schema.names) or not any(footer.file.rows):
         return []  # an added column: null in this file, and null never matches
     assert footer.fragment is not None
     tested = pa.schema([schema.field(name) for name in condition.columns])

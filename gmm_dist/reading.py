@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from gmm_dist import storage
 from gmm_dist.columns import is_embedding
+from gmm_dist.decoding import parquet_file, wrong_rows
 from gmm_dist.errors import UserError
 from gmm_dist.lake import Plan, RowRange
 from gmm_dist.listing import LakeFile, name_of, opened
@@ -210,8 +210,12 @@ def _decoded(plan: Plan, source: Any, part: RowRange) -> pa.Table:
     table = _last_decoded.get(key)
     if table is None:
         _last_decoded.forget()  # before the next is decoded, not after
-        parquet = pq.ParquetFile(source, pre_buffer=True)
+        parquet = parquet_file(source, pre_buffer=True)
         table = parquet.read_row_group(part.row_group, columns=list(columns))
+        promised = file.rows[part.row_group]
+        if table.num_rows != promised:
+            name = name_of(plan.url, file)
+            raise wrong_rows(name, part.row_group, table.num_rows, promised)
     if part.stop < file.rows[part.row_group]:
         _last_decoded.put(key, table)
     else:
@@ -231,7 +235,7 @@ class _Sampler:
         """Return up to n complete, finite rows that pass the filter."""
         step = max(1, self.reach // self.places)
         size = min(step, max(self.n // self.places, _MIN_BATCH))
-        batches = pq.ParquetFile(source, pre_buffer=True).iter_batches(
+        batches = parquet_file(source, pre_buffer=True).iter_batches(
             batch_size=size, row_groups=[row_group], columns=list(plan.read_columns)
         )
         found = np.empty((0, plan.n_features))

@@ -6,12 +6,15 @@ import errno
 import logging
 import math
 import os
+import platform
 import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -207,14 +210,62 @@ def parent_and_name(url: Url) -> tuple[Url, str]:
     return Url((parent or "/") + query), name
 
 
+# For a web server: a range of a compressed answer has other bytes than the file.
+UNCOMPRESSED = {"Accept-Encoding": "identity"}
+
+
+def is_http(fs: AbstractFileSystem) -> bool:
+    """Say whether files lie behind a plain web server."""
+    return bool({"http", "https"} & {fs.protocol, *fs.protocol})
+
+
+_VERSIONS = (
+    *("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created"),
+    *("Content-MD5", "Digest", "modified", "modify", "modificationTime", "last_write_time"),
+)
+
+
 def version(fs: AbstractFileSystem, info: Mapping[str, Any]) -> str:
-    """Return what changes when the file that `info` describes changes: its ETag, else its mtime."""
+    """Return what changes when the file that `info` describes changes: its ETag, else its mtime.
+
+    "" where the store tells neither.
+    """
     if isinstance(fs, LocalFileSystem):
         return str(os.stat(info["name"]).st_mtime_ns)  # noqa: PTH116 - of a link's target
-    for key in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created"):
-        if info.get(key) is not None:
-            return str(info[key]).strip('"')
+    for key in _VERSIONS:
+        if info.get(key):
+            # Of a weak ETag (W/"...") too the opaque part alone is to be compared.
+            return str(info[key]).removeprefix("W/").strip('"')
     return ""
+
+
+def identity(fs: AbstractFileSystem, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what else changes when a local file is replaced, though its mtime is set back.
+
+    To be compared within a run alone: a copy of the lake differs, and so may another host's view
+    of it. Hence the first part says where it was seen (this boot of a kernel, the device), and
+    only what was seen at the same place compares: see `is_replaced`. Empty for other stores.
+    """
+    if not isinstance(fs, LocalFileSystem):
+        return ()
+    found = os.stat(info["name"])  # noqa: PTH116 - of a link's target
+    # Network and user-space file systems (no device of their own: major 0) may number a file anew
+    # while it stays the same.
+    inode = found.st_ino if os.major(found.st_dev) else 0
+    return (f"{_boot_id()} {found.st_dev}", f"{found.st_ctime_ns} {inode}")
+
+
+def is_replaced(then: tuple[str, ...], now: tuple[str, ...]) -> bool:
+    """Say whether two identities of a path are of two files, or of one that was written to."""
+    return then[:1] == now[:1] and then != now
+
+
+@cache
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return platform.node()
 
 
 # Names instead of classes: botocore and aiohttp are imported only when a URL needs them.
@@ -244,6 +295,12 @@ def _is_outage(error: BaseException) -> bool:
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return status in _BUSY_STATUS or answer.get("Error", {}).get("Code") in _BUSY_CODES
     return bool(names & _OUTAGES) or isinstance(error, ConnectionError | TimeoutError)
+
+
+def http_status(error: BaseException) -> int | None:
+    """Return the status with which a web server refused, None when it is not about that."""
+    found = (getattr(cause, "status", None) for cause in _causes(error))
+    return next((status for status in found if isinstance(status, int)), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -329,15 +386,19 @@ def _explanation(error: Exception) -> str | None:
         return f"no bucket or key can have such a name ({reason}); check the URL"
     if "ClientResponseError" in names:  # aiohttp
         return f"the server answers {getattr(error, 'status', '?')}; check the URL and the rights"
-    if "InvalidURL" in names:
+    if "InvalidURL" in names or (isinstance(error, ValueError) and "IPv6" in reason):
         return "no URL that can be opened; check its spelling"
     if isinstance(error, PermissionError):
         return f"access denied ({reason}); check the permissions and the credentials"
     response = getattr(error.__cause__, "response", None) or {}
     if response.get("Error", {}).get("Code") == "NoSuchBucket":
         return "the bucket does not exist; check its name and AWS_ENDPOINT_URL"
+    if (status := http_status(error)) in (401, 403):
+        return f"access denied (HTTP status {status}); check the permissions and the address"
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "no such file or folder; check the path"
+    if isinstance(error, ValueError) and reason == "embedded null byte":
+        return "no such file or folder, for no name holds a null byte; check the path"
     if isinstance(error, ValueError) and reason.startswith("Protocol not known"):
         return "unknown protocol; use a local path or a URL such as s3://bucket/path"
     if isinstance(error, ImportError):

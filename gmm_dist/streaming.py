@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gmm_dist import reading, storage
-from gmm_dist.errors import UserError
+from gmm_dist.decoding import parquet_file, wrong_rows
 from gmm_dist.lake import Plan, RowRange
 from gmm_dist.listing import name_of, opened
 
@@ -104,10 +104,7 @@ class _Batches:
                 self._seek(group, start)
             batch = next(self._batches, None)
             if batch is None:
-                raise UserError(
-                    f"{self._name}, row group {group}: {start:,} rows where the footer has "
-                    f"{self._file.rows[group]:,}; write the file again or move it away"
-                )
+                raise wrong_rows(self._name, group, start, self._file.rows[group])
         except BaseException:
             self._source, self._at = None, (-1, 0)
             with self._stack.pop_all():  # `opened` explains the error
@@ -123,7 +120,7 @@ class _Batches:
         stored = metadata.row_group(group)
         size = sum(chunk.total_compressed_size for chunk in _chunks(stored, wanted))
         whole = size <= _WHOLE_BYTES
-        parquet = pq.ParquetFile(
+        parquet = parquet_file(
             self._source,
             metadata=metadata,
             pre_buffer=whole,

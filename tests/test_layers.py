@@ -66,11 +66,15 @@ MAY_IMPORT = {
     # The lake: neither EM, nor torch, nor Ray.
     "storage": {"fsspec", "errors", "urls"},
     "where": {"numpy", "pyarrow", "errors"},
-    "listing": {"fsspec", "pyarrow", "errors", "storage", "urls"},
+    "decoding": {"pyarrow", "errors"},
+    "table_formats": {"fsspec", "errors", "storage"},
+    "data_files": {"fsspec", "errors", "storage"},
+    "listing": {"fsspec", "pyarrow", "data_files", "errors", "storage", "table_formats"} | {"urls"},
     "columns": {"pyarrow", "errors", "listing", "storage", "where"},
-    "lake": {"numpy", "pyarrow", "columns", "errors", "listing", "storage", "urls", "where"},
-    "reading": {"numpy", "pyarrow", "columns", "errors", "lake", "listing", "storage"},
-    "streaming": {"numpy", "pyarrow", "errors", "lake", "listing", "reading", "storage"},
+    "lake": {"numpy", "pyarrow", "columns", "decoding", "errors", "listing", "storage", "urls"}
+    | {"where"},
+    "reading": {"numpy", "pyarrow", "columns", "decoding", "errors", "lake", "listing", "storage"},
+    "streaming": {"numpy", "pyarrow", "decoding", "lake", "listing", "reading", "storage"},
     # A lake's rows become resident blocks: the one place where the two meet.
     "loading": {"numpy", "torch", "lake", "reading", "shards"},
     # The cluster: neither files, nor EM.

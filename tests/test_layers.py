@@ -64,12 +64,18 @@ MAY_IMPORT = {
     },
     # The lake: neither EM, nor torch, nor Ray.
     "storage": {"fsspec", "errors"},
-    "where": {"numpy", "pyarrow", "errors"},
+    "comparing": {"numpy", "pyarrow"},
+    "where": {"numpy", "pyarrow", "comparing", "errors"},
     "listing": {"fsspec", "pyarrow", "errors", "storage"},
-    "columns": {"pyarrow", "errors", "listing", "storage", "where"},
-    "lake": {"numpy", "pyarrow", "columns", "errors", "listing", "storage", "where"},
-    "reading": {"numpy", "pyarrow", "columns", "errors", "lake", "listing", "storage"},
-    "streaming": {"numpy", "pyarrow", "errors", "lake", "listing", "reading", "storage"},
+    "column_types": {"pyarrow", "comparing"},
+    "columns": {"pyarrow", "column_types", "errors", "listing", "storage", "where"},
+    "footers": {"pyarrow", "column_types", "comparing"},
+    "lake": {"numpy", "pyarrow", "columns", "comparing", "errors", "footers", "listing"}
+    | {"storage", "where"},
+    "reading": {"numpy", "pyarrow", "column_types", "comparing", "errors", "lake", "listing"}
+    | {"storage"},
+    "streaming": {"numpy", "pyarrow", "comparing", "errors", "lake", "listing", "reading"}
+    | {"storage"},
     # A lake's rows become resident blocks: the one place where the two meet.
     "loading": {"numpy", "torch", "lake", "reading", "shards"},
     # The cluster: neither files, nor EM.

@@ -70,7 +70,7 @@ def sweep_lake(
 
 
 def plan_of(opened: Lake) -> Plan:
-    """Return which rows a lake's name stands for; reads one list at most. Raises as `lake.plan` does."""
+    """Return which rows a lake's name stands for, as `lake.plan` does, and raise as it does."""
     return lake.plan(
         opened.url,
         columns=opened.columns,

@@ -162,7 +162,7 @@ def _is_same_unit(type_: pa.DataType, logical: Any) -> bool:
     """Say whether a footer counts time in the unit that Arrow reads."""
     if not (pa.types.is_timestamp(type_) or pa.types.is_time(type_)):
         return True
-    return f'"timeUnit": "{_UNITS[type_.unit]}"' in logical.to_json()
+    return f'"timeUnit":"{_UNITS[type_.unit]}"' in logical.to_json().replace(" ", "")
 
 
 def _is_bytes(type_: pa.DataType) -> bool:

@@ -159,7 +159,8 @@ class Columns:
         features = _some([_short(name) for name in chosen.feature_names])
         weights = "" if weight is None else f"; weights: {_short(weight)}"
         others = f"; numeric columns left out: {_some(left)}" if left else ""
-        return f"{len(chosen.feature_names)} features: {features}{weights}{others}"
+        n = len(chosen.feature_names)
+        return f"{n} feature{'' if n == 1 else 's'}: {features}{weights}{others}"
 
     def _features(
         self, columns: Sequence[str] | None, weight: str | None, remedy: str

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from gmm_dist import footers, listing, storage
 from gmm_dist.columns import Chosen, Columns
 from gmm_dist.comparing import stored
-from gmm_dist.errors import NoRows, UserError
+from gmm_dist.errors import NoRows, TooFewRows, UserError
 from gmm_dist.footers import Extent
 from gmm_dist.listing import LakeFile, Listing
 from gmm_dist.where import Where, parse
@@ -247,9 +247,14 @@ def plan(
         kept=chosen.kept,
         first_list=first_list,
     )
-    logger.info("%s: %d files, %d rows", storage.redacted(result.url), len(files), result.n_rows)
+    what = f"{_counted(len(files), 'file')}, {_counted(result.n_rows, 'row')}"
+    logger.info("%s: %s", storage.redacted(result.url), what)
     logger.info("%s", known.described(chosen, weight_column))
     return result
+
+
+def _counted(n: int, thing: str) -> str:
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
 def _tested_by_row(condition: Where | None, keys: pa.Schema) -> Where | None:
@@ -381,8 +386,9 @@ def _first_list(
         first = storage.patiently(read, where)
         if first is not None:
             return first[1], f"{where}, row group {part.row_group}, row {first[0]}"
-    raise UserError(
-        f"{storage.redacted(root)}: column {name!r} has no list that is not null in "
+    matching, error = ("", UserError) if tested is None else (" in rows that match", TooFewRows)
+    raise error(
+        f"{storage.redacted(root)}: column {name!r} has no list that is not null{matching}, in "
         f"{len(told)} Parquet files; name other feature columns with --columns"
     )
 

@@ -87,6 +87,8 @@ def nulls(
     Of columns that could be features and are `among` (None: all) these; `most` is how many
     column chunks are looked at. Of lists both null lists and null elements count.
     """
+    if among is not None and not among:
+        return {}
     wanted = [
         (name, place.start)
         for name, place, type_ in zip(schema.names, leaves(schema), schema.types, strict=True)

@@ -28,7 +28,7 @@ def is_list(type_: pa.DataType) -> bool:
 
 def is_embedding(type_: pa.DataType) -> bool:
     """Say whether a column of this type may hold all features of a row: a list of numbers."""
-    return is_list(type_) and is_numeric(value_type(type_).value_type)
+    return is_list(type_) and is_numeric(value_type(type_).value_type) and width(type_) != 0
 
 
 def width(type_: pa.DataType) -> int | None:

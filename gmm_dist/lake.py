@@ -388,8 +388,8 @@ def _first_list(
             return first[1], f"{where}, row group {part.row_group}, row {first[0]}"
     matching, error = ("", UserError) if tested is None else (" in rows that match", TooFewRows)
     raise error(
-        f"{storage.redacted(root)}: column {name!r} has no list that is not null{matching}, in "
-        f"{len(told)} Parquet files; name other feature columns with --columns"
+        f"{storage.redacted(root)}: column {name!r} has no list that is not null or empty"
+        f"{matching}, in {len(told)} Parquet files; name other feature columns with --columns"
     )
 
 
@@ -403,7 +403,7 @@ def _first_length(
     for batch in _batches(parquet, group, names):
         column = batch.column(name)
         lengths = pc.list_value_length(stored(column)).to_numpy()
-        fits = ~np.isnan(lengths.astype(np.float64))
+        fits = np.nan_to_num(lengths.astype(np.float64)) > 0  # neither null nor empty
         if tested is not None:
             fits &= tested.mask(batch)
         if fits.any():

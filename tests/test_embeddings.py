@@ -108,7 +108,9 @@ def test_the_first_list_that_matches_tells_the_length(tmp_path: Path) -> None:
     plan = lake.plan(str(tmp_path), where="model == 'b'", missing="drop")
     assert plan.first_list == f"{tmp_path}/a.parquet, row group 1, row 0"
     assert lakes.read_all(plan)[0].tolist() == [[1, 2, 3], [4, 5, 6]]
-    with pytest.raises(TooFewRows, match="no list that is not null in rows that match, in 1 Par"):
+    with pytest.raises(
+        TooFewRows, match="no list that is not null or empty in rows that match, in 1 Par"
+    ):
         lake.plan(str(tmp_path), where="model == 'ab'", missing="drop", columns=["emb"])
 
 
@@ -146,7 +148,9 @@ def test_what_is_chosen_among_lists(tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match="no floating-point column and 2 columns of lists of"):
         lake.plan(str(tmp_path))
     lakes.write(tmp_path / "a.parquet", {"e": pa.array([None, None], pa.list_(pa.float32()))})
-    with pytest.raises(UserError, match="column 'e' has no list that is not null, in 1 Parquet"):
+    with pytest.raises(
+        UserError, match="column 'e' has no list that is not null or empty, in 1 Parquet"
+    ):
         lake.plan(str(tmp_path), missing="drop")
 
 
@@ -169,3 +173,16 @@ def test_on_s3_one_list_is_read_and_not_the_file(tmp_path: Path, s3_lake: S3Serv
     np.testing.assert_array_equal(
         lakes.read_all(plan)[0], lakes.read_all(lake.plan(str(tmp_path)))[0]
     )
+
+
+def test_empty_lists_are_no_features(tmp_path: Path) -> None:
+    columns = {"emb": pa.array([[], [1.0], [2.0]], pa.list_(pa.float32()))}
+    lakes.write(tmp_path / "a.parquet", columns)
+    plan = lake.plan(str(tmp_path), missing="drop")
+    assert plan.n_features == 1
+    with pytest.raises(UserError, match="row 0: the list in column 'emb' has 0 numbers, but 1 in"):
+        lakes.read_all(plan)
+    nothing = {"emb": pa.array([[]], pa.list_(pa.float32(), 0)), "row": [1]}
+    lakes.write(tmp_path / "a.parquet", nothing)
+    with pytest.raises(SchemaError, match=r"column 'emb' has type fixed_size_list.*; name numeric"):
+        lake.plan(str(tmp_path), columns=["emb"], missing="drop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from gmm_dist.opened import Lake
 from gmm_dist.parameters import Parameters
 from gmm_dist.selection import Candidate, SweepResult
 from gmm_dist.sweep import require_rows, sweep
+
+logger = logging.getLogger(__name__)
 
 Loaded = Callable[[int, int], None]
 """Told of the shards and the rows that have been loaded."""
@@ -70,7 +73,7 @@ def sweep_lake(
 
 
 def plan_of(opened: Lake) -> Plan:
-    """Return which rows a lake's name stands for; reads no row. Raises as `lake.plan` does."""
+    """Return which rows a lake's name stands for, as `lake.plan` does, and raise as it does."""
     return lake.plan(
         opened.url,
         columns=opened.columns,
@@ -144,7 +147,10 @@ def load_rows(
         fill = column_means(shards, loader)
         shards.replace(LakeLoader(plan, loader.centre, loader.dtype, fill))
         shards.load(watch)
-    return shards.run(count_rows)
+    counted = shards.run(count_rows)
+    if counted.counts.dropped:
+        logger.info("missing=drop left out %s rows", f"{counted.counts.dropped:,}")
+    return counted
 
 
 def _rows_need(plan: Plan, loader: LakeLoader) -> RowsNeed:

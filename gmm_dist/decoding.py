@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from gmm_dist.errors import UserError
@@ -13,12 +12,9 @@ from gmm_dist.errors import UserError
 # bits cannot hold: Arrow's default wraps 9999-12-31 to 1816. Microseconds hold all of it.
 _INT96_UNIT = "us"
 
-FORMAT = ds.ParquetFileFormat(coerce_int96_timestamp_unit=_INT96_UNIT)
-"""With which footers are read, so that a plan has the types that `parquet_file` decodes."""
-
 
 def parquet_file(source: Any, **options: Any) -> pq.ParquetFile:
-    """Open a Parquet file to read its rows; a page whose checksum is wrong raises OSError."""
+    """Open a Parquet file; a page whose checksum is wrong raises OSError."""
     return pq.ParquetFile(
         source,
         coerce_int96_timestamp_unit=_INT96_UNIT,

@@ -58,6 +58,7 @@ def fit_lake(options: argparse.Namespace, again: Again) -> None:
         fitted = job.fit(run)
         result = fitted.result
         warnings = result.warnings(job.plan.feature_names, lambda k: f"next run: {again.for_k(k)}")
+        warnings = [*fitted.incomplete, *warnings]
         print_table(result, warnings)
         if result.best is None:
             run.forget()

@@ -469,7 +469,8 @@ class _Work:
     @property
     def warnings(self) -> list[str]:
         names = self.job.plan.feature_names
-        return self.fitted.result.warnings(names, lambda k: f"give --k {k} from the next night on")
+        found = self.fitted.result.warnings(names, lambda k: f"give --k {k} from the next night on")
+        return [*self.fitted.incomplete, *found]
 
 
 def _shape(warm: Mixture, options: argparse.Namespace) -> str:

@@ -69,7 +69,7 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         "--columns",
         nargs="+",
         metavar="COLUMN",
-        help="numeric columns, or one fixed-size-list column (default: all float columns)",
+        help="numeric columns, or one column of lists of one length (default: all float columns)",
     )
     group.add_argument("--weight-column", metavar="COLUMN", help="sample weights, not negative")
     group.add_argument(

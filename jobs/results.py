@@ -40,6 +40,18 @@ class Fitted:
         """The rows that were fitted or held out."""
         return self.counted.n_rows + self.counted.counts.held_out
 
+    @property
+    def incomplete(self) -> list[str]:
+        """Say how many rows, or values, --missing has left out or filled: no line or one."""
+        counts = self.counted.counts
+        n_rows = counts.read - counts.filtered
+        if counts.dropped:
+            return [f"--missing drop left out {counts.dropped:,} of {n_rows:,} rows"]
+        if counts.imputed:
+            values = "1 value" if counts.imputed == 1 else f"{counts.imputed:,} values"
+            return [f"--missing mean filled {values} in {n_rows:,} rows"]
+        return []
+
 
 def write(
     attempt: Attempt,

@@ -101,9 +101,13 @@ def test_sweep_leaves_a_model_a_report_and_a_manifest(
 
 
 def test_rows_columns_weights_and_missing_values_are_what_was_asked_for(
-    tmp_path: Path, ray_address: str
+    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = lake(tmp_path / "lake", replaced("x", 7, None))
+    told = {
+        "drop": "--missing drop left out 1 of 360 rows",
+        "mean": "--missing mean filled 1 value in 360 rows",
+    }
     for missing, n_rows, counted in (("drop", 359, "dropped"), ("mean", 360, "imputed")):
         out = tmp_path / missing
         argv = [data, "--columns", "y", "x", "--k", "3", "--output", str(out)]
@@ -114,7 +118,19 @@ def test_rows_columns_weights_and_missing_values_are_what_was_asked_for(
         assert report["n_rows"] == n_rows
         assert report["rows"]["filtered"] == 240
         assert report["rows"][counted] == 1
+        assert report["warnings"][0] == told[missing]
+        assert f"warning: {told[missing]}" in capsys.readouterr().out
         assert report["n_samples"] != n_rows
+
+
+def test_nulls_are_told_before_ray_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = lake(tmp_path / "lake", replaced("x", 7, None))
+    argv = [data, "--columns", "x", "y", "--k", "2", "--output", str(tmp_path / "out")]
+    assert fit_job.main([*argv, "--address", "127.0.0.1:1"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"error: .*, row group 0: column 'x' has 1 null; pass --missing drop or", said)
 
 
 def test_held_out_rows_rank_and_are_told_of(

@@ -41,7 +41,9 @@ def two_files(tmp_path):
     groups=st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=4),
     n_shards=st.integers(1, 40),
 )
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_number_of_shards_reads_the_rows_that_arrow_reads(tmp_path, groups, n_shards):
     shutil.rmtree(tmp_path / "lake", ignore_errors=True)
     first = 0

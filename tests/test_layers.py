@@ -65,16 +65,21 @@ MAY_IMPORT = {
     },
     # The lake: neither EM, nor torch, nor Ray.
     "storage": {"fsspec", "errors", "urls"},
-    "where": {"numpy", "pyarrow", "errors"},
+    "comparing": {"numpy", "pyarrow"},
+    "where": {"numpy", "pyarrow", "comparing", "errors"},
     "decoding": {"pyarrow", "errors"},
     "table_formats": {"fsspec", "errors", "storage"},
     "data_files": {"fsspec", "errors", "storage"},
     "listing": {"fsspec", "pyarrow", "data_files", "errors", "storage", "table_formats"} | {"urls"},
-    "columns": {"pyarrow", "errors", "listing", "storage", "where"},
-    "lake": {"numpy", "pyarrow", "columns", "decoding", "errors", "listing", "storage", "urls"}
-    | {"where"},
-    "reading": {"numpy", "pyarrow", "columns", "decoding", "errors", "lake", "listing", "storage"},
-    "streaming": {"numpy", "pyarrow", "decoding", "lake", "listing", "reading", "storage"},
+    "column_types": {"pyarrow", "comparing"},
+    "columns": {"pyarrow", "column_types", "errors", "listing", "storage", "where"},
+    "footers": {"pyarrow", "column_types", "comparing"},
+    "lake": {"numpy", "pyarrow", "columns", "comparing", "decoding", "errors", "footers"}
+    | {"listing", "storage", "urls", "where"},
+    "reading": {"numpy", "pyarrow", "column_types", "comparing", "decoding", "errors", "lake"}
+    | {"listing", "storage"},
+    "streaming": {"numpy", "pyarrow", "comparing", "decoding", "errors", "lake", "listing"}
+    | {"reading", "storage"},
     # A lake's rows become resident blocks: the one place where the two meet.
     "loading": {"numpy", "torch", "lake", "reading", "shards"},
     # The cluster: neither files, nor EM.

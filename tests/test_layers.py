@@ -15,7 +15,8 @@ TENSORS = {"torch", "jaxtyping"}
 
 MAY_IMPORT = {
     # Errors a user can cause; frozen, validated settings.
-    "errors": set(),
+    "formats": set(),
+    "errors": {"formats"},
     "config": {"errors"},
     # The mathematics: neither where rows are, nor Ray, nor files.
     "parameters": TENSORS,
@@ -73,11 +74,12 @@ MAY_IMPORT = {
     # A lake's rows become resident blocks: the one place where the two meet.
     "loading": {"numpy", "torch", "lake", "reading", "shards"},
     # The cluster: neither files, nor EM.
-    "failures": {"ray", "errors"},
+    "failures": {"ray", "errors", "formats"},
     "placement": set(),
     "workers": {"ray", "torch", "shards"},
-    "dispatch": {"ray", "errors", "failures", "placement", "workers"},
-    "cluster": {"ray", "dispatch", "errors", "failures", "placement", "shards", "workers"},
+    "dispatch": {"ray", "errors", "failures", "formats", "placement", "workers"},
+    "cluster": {"grpc", "ray", "dispatch", "errors", "failures", "formats", "placement", "shards"}
+    | {"workers"},
     # What is left behind.
     "places": {"fsspec", "storage"},
     "records": {"errors"},
@@ -98,7 +100,6 @@ MAY_IMPORT = {
     "registry": {"artifacts", "checkpoint", "commit", "conditional", "errors", "mixture"}
     | {"places", "records", "storage"},
     # What people look at: neither torch, nor Ray, nor files.
-    "formats": set(),
     "planes": {"numpy"},
     "svg": {"matplotlib"},
     "figures": {"matplotlib", "numpy", "formats", "planes", "svg"},

@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import early  # noqa: F401 - first: signals while the rest is loaded
 import pyarrow as pa
 import torch
-from fitting import said_how_to_resume
-from options import Again, Parser, add_cluster, run
+from ending import run, said_how_to_resume
+from options import Again, Parser, add_cluster
 from progress import Progress
-from rich.console import Console
+from stopping import finish
+from talking import say, screen
 
 from gmm_dist import artifacts, lake, score_runs
 from gmm_dist.checkpoint import RunIdentity, environment
@@ -87,12 +89,13 @@ def score_lake(options: argparse.Namespace, again: Again) -> None:
         claim = score_runs.claim(options.output, job.plan, job.identity, resume=options.resume)
         with claim as run:
             if run.committed:
-                print(f"{options.output}: the run has committed before, nothing is left to do")
+                say(f"{options.output}: the run has committed before, nothing is left to do")
                 return
             scored = job.score(run)
             more = {**job.facts, "seconds": time.monotonic() - began}
+            finish()  # what is left takes a moment, and is not to be told of as broken off
             score_runs.commit(options.output, run, job.identity, scored, more)
-    print(job.sentence(scored))
+    say(job.sentence(scored))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,7 +170,7 @@ class _Job:
         """Have the workers score all files that are not scored yet."""
         options, n_files = self.options, len(self.plan.files)
         loader = ScoreFiles(self.plan, self.scoring, options.output, self.identity, run.attempt.id)
-        progress = Progress(Console(stderr=True))
+        progress = Progress(screen(stderr=True))
         scaling = ScalingConfig(options.num_workers, options.use_gpu)
 
         def watch(done: int, n_rows: int) -> None:

@@ -177,7 +177,7 @@ def _cells(s: Scored, rank: str, result: SweepResult) -> dict[str, str]:
 
 def _natural_width(columns: Sequence[str], rows: _Rows) -> int:
     widths = [max(len(name), *(len(cells[name]) for cells, _ in rows)) for name in columns]
-    return sum(widths) + len(widths) - 1
+    return sum(widths) + 2 * len(widths)  # two spaces after each
 
 
 def _table(columns: Sequence[str], rows: _Rows) -> Table:

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from gmm_dist.dispatch import Dispatcher
+from gmm_dist.dispatch import Dispatcher, machines
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.failures import FaultConfig
 from gmm_dist.formats import counted
@@ -198,20 +198,20 @@ def _require_places(scaling: ScalingConfig) -> None:
         now = time.monotonic()
         if kind == "GPU":
             raise UserError(
-                f"a GPU for each worker is asked for (--use-gpu), and {_machines()}: leave out "
+                f"a GPU for each worker is asked for (--use-gpu), and {machines()}: leave out "
                 "--use-gpu, or use a cluster whose machines have GPUs"
             )
         if now - began > _PLACES_SECONDS:
             raise UserError(
-                f"{_machines()} after {now - began:.0f} s, and workers need one CPU each: add "
+                f"after {now - began:.0f} s {machines()}, and workers need one CPU each: add "
                 "machines (`ray start --address=...`), or start the head with --num-cpus"
             )
         if now == began or now - reported > 10:
             reported = now
-            logger.info("waiting for machines: %s", _machines())
+            logger.info("waiting for machines: %s", machines())
         time.sleep(min(1.0, _PLACES_SECONDS / 10))
     if not _has(kind):
-        logger.info("asking for machines, which may take minutes: %s", _machines())
+        logger.info("asking for machines, which may take minutes: %s", machines())
 
 
 def _has(kind: str) -> bool:
@@ -221,12 +221,6 @@ def _has(kind: str) -> bool:
 def _may_grow() -> bool:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     return any("ray.io/node-group" in node.get("Labels", {}) for node in nodes)
-
-
-def _machines() -> str:
-    has, nodes = ray.cluster_resources(), [node for node in ray.nodes() if node["Alive"]]
-    what = f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs"
-    return f"the cluster ({counted(len(nodes), 'machine')}) has {what}"
 
 
 class RayShards:

@@ -83,7 +83,7 @@ class Dispatcher:
                 self._require_hope(worker, now)
             if now - self._reported > _PATIENCE:
                 self._reported = now
-                logger.info("waiting for a worker for %.0f s; %s", now - self._joined, _machines())
+                logger.info("waiting for a worker for %.0f s; %s", now - self._joined, machines())
 
     def close(self) -> None:
         """End the actors; their rows go with them."""
@@ -392,7 +392,7 @@ class Dispatcher:
             return
         n_up = sum(w.state is State.UP for w in self._workers)
         if not n_up:
-            raise RunFailed(f"no worker has come up for {away:.0f} s; {_machines()}: add machines")
+            raise RunFailed(f"no worker has come up for {away:.0f} s; {machines()}: add machines")
         shards = counted(len(self._placement.owned(worker.index)), "shard")
         raise RunFailed(
             f"no worker for {shards} in {away:.0f} s, and no room where one is up "
@@ -431,13 +431,13 @@ class Dispatcher:
             now - self._replied,
             sum(w.state is State.UP for w in self._workers),
             counted(len(self._workers), "worker"),
-            _machines(),
+            machines(),
         )
 
 
-def _machines() -> str:
-    """Say what the cluster has, and what of it nobody uses."""
+def machines() -> str:
+    """Say what the cluster has, and how much of it nobody uses."""
     total, free = ray.cluster_resources(), ray.available_resources()
-    kinds = [kind for kind in ("CPU", "GPU") if kind == "CPU" or kind in total]
-    has = ", ".join(f"{counted(total.get(k, 0), k)} ({free.get(k, 0):g} free)" for k in kinds)
-    return f"the cluster has {has}"
+    has = [f"{counted(total.get(k, 0), k)} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU")]
+    n_machines = sum(node["Alive"] for node in ray.nodes())
+    return f"the cluster has {' and '.join(has)} on {counted(n_machines, 'machine')}"

@@ -18,6 +18,7 @@ import pyarrow.dataset as ds
 from gmm_dist import listing, storage
 from gmm_dist.columns import Columns
 from gmm_dist.errors import NoRows, UserError
+from gmm_dist.formats import counted
 from gmm_dist.listing import LakeFile, Listing
 from gmm_dist.where import Where, parse
 
@@ -175,7 +176,8 @@ def plan(
         holdout=holdout,
         kept=chosen.kept,
     )
-    logger.info("%s: %d files, %d rows", storage.redacted(result.url), len(files), result.n_rows)
+    what = counted(len(files), "file"), counted(result.n_rows, "row")
+    logger.info("%s: %s, %s", storage.redacted(result.url), *what)
     return result
 
 

@@ -29,6 +29,7 @@ from gmm_dist.cluster import ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import UserError
 from gmm_dist.failures import FaultConfig
+from gmm_dist.formats import counted
 from gmm_dist.histogram import training_quantiles
 from gmm_dist.lake import Plan
 from gmm_dist.loading import Counted, LakeLoader, loader_for
@@ -78,8 +79,9 @@ def fit_lake(options: argparse.Namespace, again: Again) -> None:
 
 def none_ranked(n_candidates: int) -> str:
     """Say that there is no model, and what to do."""
+    none = f"none of the {n_candidates:,} candidates" if n_candidates > 1 else "the one candidate"
     return (
-        f"none of the {n_candidates} candidates could be ranked, see the table: "
+        f"{none} could{'' if n_candidates > 1 else ' not'} be ranked, see the table: "
         "use smaller --k, more rows, or leave out constant and duplicated columns"
     )
 
@@ -230,9 +232,9 @@ def _candidates(options: argparse.Namespace, given: Mixture | None) -> list[Cand
         pairs = itertools.product(options.covariance_type, options.k)
         return [Candidate(k, kind) for kind, k in pairs]
     if options.k not in (None, [given.n_components]):
+        components = counted(given.n_components, "component")
         raise UserError(
-            f"--k is {options.k[0]} but the model of --start has {given.n_components} components: "
-            "leave out --k"
+            f"--k is {options.k[0]} but the model of --start has {components}: leave out --k"
         )
     return [Candidate(given.n_components, given.covariance_type)]
 

@@ -28,6 +28,7 @@ from gmm_dist.checkpoint import RunIdentity, environment
 from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.errors import UserError
 from gmm_dist.failures import FaultConfig
+from gmm_dist.formats import counted
 from gmm_dist.lake import Plan
 from gmm_dist.mixture import Mixture
 from gmm_dist.model_files import model_sha256
@@ -200,13 +201,15 @@ class _Job:
     def sentence(self, scored: Scored) -> str:
         """Say in one line what was done."""
         options, k, counts = self.options, self.mixture.n_components, scored.counts
-        parts = [f"scored {counts.rows:,} rows of {len(scored.files):,} files by k={k}"]
+        rows, files = counted(counts.rows, "row"), counted(len(scored.files), "file")
+        parts = [f"scored {rows} of {files} by k={k}"]
         if options.where is not None:
-            parts.append(f"{counts.filtered:,} others in them did not pass --where")
+            parts.append(f"{counted(counts.filtered, 'other')} in them did not pass --where")
         if counts.missing:
-            parts.append(f"{counts.missing:,} rows miss a feature")
+            verb = "misses" if counts.missing == 1 else "miss"
+            parts.append(f"{counted(counts.missing, 'row')} {verb} a feature")
         if options.outliers is not None:
-            parts.append(f"{counts.outliers:,} outliers")
+            parts.append(counted(counts.outliers, "outlier"))
         return f"{'; '.join(parts)}; in {options.output.rstrip('/')}"
 
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-SECONDS = 12.0  # until a job that has been told to end is ended
+SECONDS = 15.0  # until a job that has been told to end is ended
 _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )

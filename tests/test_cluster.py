@@ -211,7 +211,7 @@ def test_auto_without_a_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 def test_gpus_that_nobody_has_are_refused_in_seconds(ray_address: str) -> None:
     began = time.monotonic()
     with (
-        pytest.raises(UserError, match=r"--use-gpu.*4 CPUs and 0 GPUs: leave out --use-gpu"),
+        pytest.raises(UserError, match=r"--use-gpu.* 0 GPUs .*: leave out --use-gpu"),
         connected(ray_address, ScalingConfig(use_gpu=True)),
     ):
         pass
@@ -226,11 +226,11 @@ def test_a_cluster_without_cpus_says_so_and_ends_in_time(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})
     with (
         caplog.at_level(logging.INFO),
-        pytest.raises(UserError, match=r"has 0 CPUs and 0 GPUs after \d+ s, and workers need one"),
+        pytest.raises(UserError, match=r"^after \d+ s the cluster has 0 CPUs .* need one CPU"),
         connected(ray_address, ScalingConfig()),
     ):
         pass
-    assert "waiting for machines: the cluster (1 machine) has 0 CPUs" in caplog.text
+    assert "waiting for machines: the cluster has 0 CPUs" in caplog.text
 
 
 def test_a_cluster_that_may_grow_is_asked_for_machines(

@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "config",
         "em",
         "errors",
+        "formats",
         "holdout",
         "kernel",
         "parameters",
@@ -68,7 +69,7 @@ MAY_IMPORT = {
     "where": {"numpy", "pyarrow", "errors"},
     "listing": {"fsspec", "pyarrow", "errors", "storage"},
     "columns": {"pyarrow", "errors", "listing", "storage", "where"},
-    "lake": {"numpy", "pyarrow", "columns", "errors", "listing", "storage", "where"},
+    "lake": {"numpy", "pyarrow", "columns", "errors", "formats", "listing", "storage", "where"},
     "reading": {"numpy", "pyarrow", "columns", "errors", "lake", "listing", "storage"},
     "streaming": {"numpy", "pyarrow", "errors", "lake", "listing", "reading", "storage"},
     # A lake's rows become resident blocks: the one place where the two meet.

@@ -20,6 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from stopping import Stopper, stopper
 
 from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.failures import is_full
 from gmm_dist.lease import LeaseLost
 
 logger = logging.getLogger("gmm_dist.ending")
@@ -107,10 +108,10 @@ def _line(error: BaseException) -> str:
 
 def _of_system(error: OSError) -> str:
     paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    if not paths and is_full(error):  # the system names no file where one that is open is full
+        paths = ["the output, or the folder for temporary files (TMPDIR)"]
     where = f"{' -> '.join(paths)}: " if paths else ""
     remedy = _REMEDIES.get(error.errno or 0)
-    if not paths and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        remedy = f"{remedy}: in the output, or in the folder for temporary files (TMPDIR)"
     what = _shortened(error.strerror or str(error))
     return f"{where}{what}{'' if remedy is None else f': {remedy}'}{'' if paths else _spot(error)}"
 

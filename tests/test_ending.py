@@ -49,7 +49,7 @@ def of_ray(cause: Exception) -> Exception:
             "/out: Read-only file system",
         ),
         (OSError(errno.EMFILE, "Too many open files", "/a"), "/a: Too many open files: raise"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: free space "),
+        (OSError(errno.ENOSPC, "No space left on device"), "the output, or the folder for temp"),
         (MemoryError(), "out of memory: use a machine with more"),
         (ray.exceptions.RaySystemError("the raylet\nis gone"), "Ray failed (RaySystemError: "),
         (of_ray(OSError(errno.EIO, "Input/output error", "/d/a.parquet")), "in a worker: /d/a.par"),

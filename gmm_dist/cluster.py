@@ -146,7 +146,7 @@ def _require_ray(address: str) -> str:
                 f"--address is auto, and no Ray cluster was found ({_line(error)}): start one "
                 "(`ray start --head`), or leave --address out to run Ray on this machine alone"
             ) from error
-    match = re.fullmatch(r"(ray://)?(\[[^\[\]/]+\]|[^\[\]/:]+):(\d{1,5})/?", address)
+    match = re.fullmatch(r"(ray://)?(\[[^\[\]/]+\]|[^\[\]/:\s]+):(\d{1,5})/?", address)
     if match is None:
         raise UserError(
             f"--address or RAY_ADDRESS is {address!r}: give HOST:PORT of a Ray head (`ray start "
@@ -193,7 +193,7 @@ def _require_places(scaling: ScalingConfig) -> None:
     A cluster whose machines come in groups (`ray up`, KubeRay) starts one when it is asked to.
     """
     kind = "GPU" if scaling.use_gpu else "CPU"
-    began = reported = time.monotonic()
+    began, reported = time.monotonic(), float("-inf")
     while not _has(kind) and not _may_grow():
         now = time.monotonic()
         if kind == "GPU":
@@ -206,7 +206,7 @@ def _require_places(scaling: ScalingConfig) -> None:
                 f"after {now - began:.0f} s {machines()}, and workers need one CPU each: add "
                 "machines (`ray start --address=...`), or start the head with --num-cpus"
             )
-        if now == began or now - reported > 10:
+        if now - reported > 10:
             reported = now
             logger.info("waiting for machines: %s", machines())
         time.sleep(min(1.0, _PLACES_SECONDS / 10))

@@ -153,20 +153,22 @@ class Mute:
 
     def __init__(self, reply: bytes) -> None:
         self._socket, self._reply = socket.create_server(("127.0.0.1", 0)), reply
+        self._kept: list[socket.socket] = []
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def _serve(self) -> None:
-        kept = []
         with suppress(OSError):
             while True:
-                kept.append(self._socket.accept()[0])
-                if self._reply:
-                    kept[-1].sendall(self._reply)
-                    kept.pop().close()
+                self._kept.append(self._socket.accept()[0])
+                self._kept[-1].sendall(self._reply)
 
     def close(self) -> None:
-        self._socket.close()
+        self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._thread.join()
+        for each in (self._socket, *self._kept):
+            each.close()
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])

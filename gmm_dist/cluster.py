@@ -73,7 +73,8 @@ def connected(address: str | None, scaling: ScalingConfig) -> Iterator[None]:
         _require_places(scaling)
         yield
     finally:
-        ray.shutdown()
+        with _kept_handlers():
+            ray.shutdown()
 
 
 def _start(scaling: ScalingConfig) -> None:
@@ -100,22 +101,33 @@ def _join(address: str) -> None:
 
 
 def _init(address: str, **options: Any) -> None:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     is_told_to_end = False
-    # Ray warns of what it did by default (token files and the like): not our user's concern.
+    with _kept_handlers():
+        # Ray warns of what it did by default (token files and the like): not our user's concern.
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except SystemExit as error:
+            is_told_to_end = error.code == signal.SIGTERM  # by Ray's own handler, while it starts
+            if not is_told_to_end:
+                raise
+    if is_told_to_end:
+        signal.raise_signal(signal.SIGTERM)
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def _kept_handlers() -> Iterator[None]:
+    """Give the process back its handlers of signals.
+
+    Ray sets its own as it starts, in Python and below it, and at its end the system's defaults.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except SystemExit as error:
-        is_told_to_end = error.code == signal.SIGTERM  # by Ray's own handler, while it starts
-        if not is_told_to_end:
-            raise
+        yield
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler or signal.SIG_DFL)
-    if is_told_to_end:
-        signal.raise_signal(signal.SIGTERM)
-        raise SystemExit(128 + signal.SIGTERM)
 
 
 def _temp_dir() -> str | None:

@@ -264,6 +264,9 @@ def test_the_process_keeps_its_handlers_of_signals(ray_address: str) -> None:
             assert signal.getsignal(signal.SIGTERM) is ours
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGTERM)
+        # Nor has Ray, at its end, left the system's default behind Python's back.
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -246,7 +246,7 @@ def test_as_a_user_starts_it_with_ray_embedded(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("best by BIC: k=3 full, ")
-    assert "loaded 1 of 1 shards, 600 rows" in done.stderr
+    assert "loaded 1 of 1 shard, 600 rows" in done.stderr
     assert "Traceback" not in done.stderr
     assert "WARNING" not in done.stderr
     again = subprocess.run(

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from gmm_dist.formats import printable
 from gmm_dist.urls import without_secrets
 
 
-class UserError(ValueError):
+class _Told(Exception):  # noqa: N818 - what the two have in common
+    """Is told with control characters escaped, which names of files and columns may hold."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class UserError(_Told, ValueError):
     """Report bad input in one line: what is wrong with its numbers, where, and the remedy.
 
     Jobs print the message on stderr and end with status 2. Anything else that is raised is
-    either the world's failure or ours, and keeps its traceback. URLs in a message lose their
-    credentials here, whoever wrote it.
+    either the world's failure or ours. URLs in a message lose their credentials here, whoever
+    wrote it.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -29,7 +37,7 @@ class SchemaError(UserError):
     """Report a column to be fitted that some file lacks, or has in a type that is of no use."""
 
 
-class RunFailed(RuntimeError):  # noqa: N818 - a run that failed is not an error of ours
+class RunFailed(_Told, RuntimeError):  # noqa: N818 - a run that failed is not an error of ours
     """Report in one line that machines or storage failed too often, or for too long.
 
     Nothing is wrong with the input: the run can be resumed. Jobs print the message on stderr

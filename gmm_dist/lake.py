@@ -24,6 +24,7 @@ from gmm_dist.comparing import stored
 from gmm_dist.decoding import parquet_file
 from gmm_dist.errors import NoRows, TooFewRows, UserError
 from gmm_dist.footers import Extent
+from gmm_dist.formats import counted
 from gmm_dist.listing import LakeFile, Listing
 from gmm_dist.urls import Url
 from gmm_dist.where import Where, parse
@@ -253,14 +254,10 @@ def plan(
         kept=chosen.kept,
         first_list=first_list,
     )
-    what = f"{_counted(len(files), 'file')}, {_counted(result.n_rows, 'row')}"
-    logger.info("%s: %s", storage.redacted(result.url), what)
+    what = counted(len(files), "file"), counted(result.n_rows, "row")
+    logger.info("%s: %s, %s", storage.redacted(result.url), *what)
     logger.info("%s", known.described(chosen, weight_column))
     return result
-
-
-def _counted(n: int, thing: str) -> str:
-    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
 def _tested_by_row(condition: Where | None, keys: pa.Schema) -> Where | None:

@@ -20,6 +20,7 @@ from gmm_dist import figures
 from gmm_dist.formats import (
     ABSENT,
     count,
+    counted,
     duration,
     fixed,
     measured,
@@ -143,7 +144,7 @@ def _gate(nightly: Json | None) -> Table | None:
     drift, summary = nightly.get("drift"), ""
     if drift is not None:
         born, dead, stayed = (len(drift[key]) for key in ("born", "dead", "components"))
-        summary = f"{stayed:,} components stayed, {born:,} born, {dead:,} died."
+        summary = f"{counted(stayed, 'component')} stayed, {born:,} born, {dead:,} died."
     return {
         "is_published": bool(nightly["published"]),
         "reasons": [printable(str(reason)) for reason in nightly.get("reasons", ())],
@@ -262,7 +263,8 @@ def _why(content: Json, chosen: Json | None) -> list[str]:
     )
     criterion, n = content["criterion"], len(content["candidates"])
     if chosen is None:
-        return [f"None of the {n:,} candidates could be ranked, for reasons below the table."]
+        none = f"None of the {n:,} candidates could" if n > 1 else "The one candidate could not"
+        return [f"{none} be ranked, for reasons below the table."]
     if n == 1:
         return [f"One candidate was fitted, {_named(chosen)}: {chosen['status']}."]
     order = "highest" if criterion == "holdout" else "lowest"
@@ -417,12 +419,12 @@ def _picture(clusters: Clusters, sample: Sample | None, kept: Sequence[int]) -> 
         return None
     n_rows, radius = min(len(sample.X), figures.MOST_POINTS), figures.radius(len(kept))
     if clusters.means.shape[1] == 1:
-        one = f"A sample of {n_rows:,} rows, and each component's share of the density."
+        one = f"A sample of {counted(n_rows, 'row')}, and each component's share of the density."
         return {"drawing": figures.densities("picture", clusters, sample.X, kept), "said": [one]}
     seen = plane(clusters)
     drawing = figures.scatter("picture", clusters, seen, sample.X, sample.labels, kept)
     said = [
-        f"A sample of {n_rows:,} rows in {seen.kind}; ellipses reach {radius:g} standard "
+        f"A sample of {counted(n_rows, 'row')} in {seen.kind}; ellipses reach {radius:g} standard "
         f"deviation{'s' if radius > 1 else ''} and bear their component's number."
     ]
     for label, features in zip(seen.labels, seen.made_of, strict=False):
@@ -463,7 +465,7 @@ def _rows(content: Json) -> list[tuple[str, str, str]]:
     if content["n_samples"] != fitted:
         lines.append(("sum of their weights", count(content["n_samples"]), ""))
     lines.append(
-        ("missing values put in (--missing mean)", f"{count(counts['imputed'])} values", "")
+        ("missing values put in (--missing mean)", counted(counts["imputed"], "value"), "")
     )
     return lines
 

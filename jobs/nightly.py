@@ -18,13 +18,17 @@ from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from typing import Any
 
+import early  # noqa: F401 - first: signals while the rest is loaded
 import reporting
 import results
 import torch
-from fitting import Job, none_ranked, said_how_to_resume
-from options import KEPT_BACK, Again, Parser, add_common, parse_k, run
+from ending import KEPT_BACK, run, said_how_to_resume
+from fitting import Job, none_ranked
+from options import Again, Parser, add_common, parse_k
 from results import Fitted, mixture_of, print_table, spell_best
 from score import score_lake
+from stopping import holding
+from talking import say
 
 from gmm_dist import artifacts, commit, gate, lake, registry, runs, score_runs, scored
 from gmm_dist.drift import Densities, Drift, Numbered, compare_densities, drift
@@ -54,10 +58,10 @@ def nightly(argv: Sequence[str]) -> int:
     checks = Gate(options.min_rows, options.max_drop)
     with said_how_to_resume(again):
         if place.is_pruned(night):
-            print(f"{options.output}: published and pruned, nothing is left to do")
+            say(f"{options.output}: published and pruned, nothing is left to do")
             return 0
         if place.is_published(night):
-            print(f"{options.output}: published before")
+            say(f"{options.output}: published before")
         elif not _publish(options, place, checks):
             return KEPT_BACK
         place.point_to(night)
@@ -67,7 +71,7 @@ def nightly(argv: Sequence[str]) -> int:
     with said_how_to_resume(again):
         if options.keep_models:
             place.prune(options.keep_models, night=night)
-        print(f"model of {night} in {options.output}; {_latest(place)}")
+        say(f"model of {night} in {options.output}; {_latest(place)}")
     return 0
 
 
@@ -88,8 +92,8 @@ def _publish(options: argparse.Namespace, place: Registry, checks: Gate) -> bool
             )
         work = _Night(options, place, checks, place.newest_before(options.night))
         if reasons := work.run(run):
-            print(f"what there is of {options.night} is kept in {work.candidate(run)}")
-            print(f"kept back {options.night}: {'; '.join(reasons)}; {_latest(place)}")
+            say(f"what there is of {options.night} is kept in {work.candidate(run)}")
+            say(f"kept back {options.night}: {'; '.join(reasons)}; {_latest(place)}")
         return not reasons
 
 
@@ -133,7 +137,7 @@ def _score(options: argparse.Namespace, again: Again) -> None:
         if not _is_scored(scoring):
             raise
         logger.info("%s", error)
-        print(f"{scoring.output}: scored before; the lake's files have changed since")
+        say(f"{scoring.output}: scored before; the lake's files have changed since")
 
 
 def _is_scored(scoring: argparse.Namespace) -> bool:
@@ -370,10 +374,11 @@ class _Night:
         self._write(run.attempt, [], work, more, changes, ids, ids)
         run.attempt.write_json(registry.LINEAGE, lineage.to_json())
         logger.info("committing")
-        run.attempt.commit()
+        with holding():
+            run.attempt.commit()
         best = work.fitted.result.best
         assert best is not None
-        print(f"best by {spell_best(best, work.fitted.result.criterion)}; {_spell(lineage)}")
+        say(f"best by {spell_best(best, work.fitted.result.criterion)}; {_spell(lineage)}")
 
     def _keep_back(
         self,

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import fit as fit_job
 import lakes
+import nightly as nightly_job
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import score as score_job
 import sweep as sweep_job
 from conftest import S3Server, forget_connections
 from options import Again, parse_k
@@ -259,7 +261,7 @@ def test_as_a_user_starts_it_with_ray_embedded(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("best by BIC: k=3 full, ")
-    assert "loaded 1 of 1 shards, 600 rows" in done.stderr
+    assert "loaded 1 of 1 shard, 600 rows" in done.stderr
     assert "Traceback" not in done.stderr
     assert "WARNING" not in done.stderr
     again = subprocess.run(
@@ -283,6 +285,17 @@ def test_as_a_user_starts_it_with_ray_embedded(tmp_path: Path) -> None:
         (["--k", "2", "--tol", "-1"], r"tol is -1\.0: give a number >= 0"),
         (["--k", "2", "--n-init", "0"], r"n_init is 0: give a whole number >= 1"),
         (["--k", "2", "--num-workers", "0"], r"num_workers is 0"),
+        (["--k", "2", "--tol", "nan"], r"tol is nan: give a number >= 0"),
+        (["--k", "2", "--reg-covar", "inf"], r"reg_covar is inf: give a number >= 0"),
+        (["--k", "2", "--max-iter", "0"], r"max_iter is 0: give a whole number >= 1"),
+        (["--k", "2", "--random-state", "-1"], r"random_state is -1: give a whole number from 0"),
+        (["--k", "2", "--grace", "nan"], r"grace is nan: give seconds >= 0"),
+        (["--k", "2", "--grace", "inf"], r"grace is inf: give seconds >= 0"),
+        (["--k", "2", "--grace", "-1"], r"grace is -1\.0: give seconds >= 0"),
+        (["--k", "2", "--max-failures", "-1"], r"max_failures is -1: give a whole number >= 0"),
+        (["--k", "2", "--checkpoint-seconds", "nan"], r"checkpoint-seconds is nan: give seconds"),
+        (["--k", "2", "--checkpoint-seconds", "-1"], r"checkpoint-seconds is -1: give seconds"),
+        (["--k", "2", "--holdout", "nan"], r"--holdout is nan: give a share of the rows, 0 <="),
         (["--k", "2", "--columns", "x", "nope"], r"'nope'"),
         (["--k", "2", "--columns", "x", "name"], r"'name'.*"),
         (["--k", "2", "--columns", "x", "x"], r"'x'"),
@@ -301,6 +314,33 @@ def test_a_bad_option_is_one_line(
     line = refused(capfd, lake(tmp_path / "lake"), "--output", str(out), *argv)
     assert re.search(message, line), line
     assert not out.exists()
+
+
+def test_options_out_of_range_are_refused_before_the_output_is_looked_at(
+    tmp_path: Path, capfd: Errors
+) -> None:
+    taken = tmp_path / "out"
+    taken.mkdir()
+    (taken / "manifest.json").write_text("{}")
+    nowhere = [str(tmp_path / "nowhere"), "--output", str(taken)]
+    assert "grace is nan" in refused(capfd, *nowhere, "--k", "2", "--grace", "nan")
+    scores = [*nowhere, "--model", str(tmp_path / "nowhere")]
+    for share in ("nan", "0", "1", "-1"):
+        line = refused(capfd, *scores, "--outliers", share, job=score_job.main)
+        assert "give a share from 1e-06 to below 1" in line
+    line = refused(capfd, *scores, "--num-workers", "0", job=score_job.main)
+    assert "num_workers is 0" in line
+
+
+def test_help_shows_the_holdout_that_a_job_has(capfd: Errors) -> None:
+    for job, default in ((sweep_job.main, "0"), (nightly_job.main, "0.1")):
+        with pytest.raises(SystemExit):
+            job(["--help"])
+        words = " ".join(capfd.readouterr().out.split())
+        assert (
+            f"score the fits on this share of the rows, kept out of them (default: {default})"
+            in words
+        )
 
 
 def test_a_missing_path_and_a_folder_without_parquet_are_one_line(

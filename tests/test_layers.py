@@ -16,7 +16,8 @@ TENSORS = {"torch", "jaxtyping"}
 MAY_IMPORT = {
     # Errors a user can cause; frozen, validated settings.
     "urls": set(),
-    "errors": {"urls"},
+    "formats": set(),
+    "errors": {"formats", "urls"},
     "config": {"errors"},
     # The mathematics: neither where rows are, nor Ray, nor files.
     "parameters": TENSORS,
@@ -54,6 +55,7 @@ MAY_IMPORT = {
         "config",
         "em",
         "errors",
+        "formats",
         "holdout",
         "kernel",
         "parameters",
@@ -75,7 +77,7 @@ MAY_IMPORT = {
     "columns": {"pyarrow", "column_types", "errors", "listing", "storage", "where"},
     "footers": {"pyarrow", "column_types", "comparing"},
     "lake": {"numpy", "pyarrow", "columns", "comparing", "decoding", "errors", "footers"}
-    | {"listing", "storage", "urls", "where"},
+    | {"formats", "listing", "storage", "urls", "where"},
     "reading": {"numpy", "pyarrow", "column_types", "comparing", "decoding", "errors", "lake"}
     | {"listing", "storage"},
     "streaming": {"numpy", "pyarrow", "comparing", "decoding", "errors", "lake", "listing"}
@@ -83,11 +85,12 @@ MAY_IMPORT = {
     # A lake's rows become resident blocks: the one place where the two meet.
     "loading": {"numpy", "torch", "lake", "reading", "shards"},
     # The cluster: neither files, nor EM.
-    "failures": {"ray", "errors"},
+    "failures": {"ray", "errors", "formats"},
     "placement": set(),
     "workers": {"ray", "torch", "shards"},
-    "dispatch": {"ray", "errors", "failures", "placement", "workers"},
-    "cluster": {"ray", "dispatch", "errors", "failures", "placement", "shards", "workers"},
+    "dispatch": {"ray", "errors", "failures", "formats", "placement", "workers"},
+    "cluster": {"grpc", "ray", "dispatch", "errors", "failures", "formats", "placement", "shards"}
+    | {"workers"},
     # What is left behind.
     "places": {"fsspec", "errors", "storage", "urls"},
     "records": {"errors"},
@@ -110,7 +113,6 @@ MAY_IMPORT = {
     "registry": {"artifacts", "checkpoint", "commit", "conditional", "errors", "mixture"}
     | {"places", "records", "storage", "urls"},
     # What people look at: neither torch, nor Ray, nor files.
-    "formats": set(),
     "planes": {"numpy"},
     "svg": {"matplotlib"},
     "figures": {"matplotlib", "numpy", "formats", "planes", "svg"},

@@ -241,7 +241,7 @@ def test_a_night_on_a_cluster_with_the_registry_on_s3(
     one_worker = ["--num-workers", "1", "--columns", "y", "x", "--k", "3"]
     one_worker += ["--scores", f"{s3_lake.url}/scores", "--keep", "id"]
     assert on.run(1, *one_worker) == 0
-    assert "scored 1,200 rows of 1 files by k=3" in capsys.readouterr().out
+    assert "scored 1,200 rows of 1 file by k=3" in capsys.readouterr().out
     assert on.run(1, *one_worker) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-3].endswith("published before")

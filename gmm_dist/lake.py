@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from gmm_dist import listing, storage
+from gmm_dist import listing, nights, storage
 from gmm_dist.columns import Columns
 from gmm_dist.errors import NoRows, UserError
 from gmm_dist.listing import LakeFile, Listing
@@ -153,7 +153,7 @@ def plan(
     if not 0 <= holdout < 1:
         raise UserError(f"--holdout is {holdout:g}: give a share of the rows, 0 <= share < 1")
     condition = parse(where) if where is not None else None
-    found = listing.find(url)
+    found = nights.with_dates(listing.find(url), condition)
     tested = _tested_by_row(condition, found.keys)
     files = _matching_files(found, condition)
     footers = _read_footers(found.root, files, keep_fragments=tested is not None)

@@ -85,7 +85,7 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="score the fits on this share of the rows, kept out of them, e.g. 0.1 (default: none)",
+        help="score the fits on this share of the rows, kept out of them (default: %(default)g)",
     )
 
 

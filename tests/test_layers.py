@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "histogram": TENSORS | {"families", "kernel", "parameters", "quantiles", "shards"},
     "selection": {"em", "families", "mixture", "statistics"},
     "matching": TENSORS | {"scipy", "parameters"},
-    "drift": TENSORS | {"histogram", "holdout", "matching", "parameters", "shards"},
+    "column_drift": TENSORS | {"scipy", "mixture", "parameters"},
+    "drift": TENSORS | {"column_drift", "histogram", "holdout", "matching", "parameters", "shards"},
     "sweep": {
         "cohort",
         "config",
@@ -67,7 +68,8 @@ MAY_IMPORT = {
     "where": {"numpy", "pyarrow", "errors"},
     "listing": {"fsspec", "pyarrow", "errors", "storage"},
     "columns": {"pyarrow", "errors", "listing", "storage", "where"},
-    "lake": {"numpy", "pyarrow", "columns", "errors", "listing", "storage", "where"},
+    "nights": {"pyarrow", "errors", "listing", "storage", "where"},
+    "lake": {"numpy", "pyarrow", "columns", "errors", "listing", "nights", "storage", "where"},
     "reading": {"numpy", "pyarrow", "columns", "errors", "lake", "listing", "storage"},
     "streaming": {"numpy", "pyarrow", "errors", "lake", "listing", "reading", "storage"},
     # A lake's rows become resident blocks: the one place where the two meet.
@@ -95,7 +97,7 @@ MAY_IMPORT = {
     | {"lease", "scored", "storage"},
     "artifacts": {"commit", "errors", "mixture", "model_files", "places", "records", "storage"},
     "gate": {"pyarrow", "errors"},
-    "registry": {"artifacts", "checkpoint", "commit", "conditional", "errors", "mixture"}
+    "registry": {"artifacts", "checkpoint", "commit", "conditional", "errors", "lease", "mixture"}
     | {"places", "records", "storage"},
     # What people look at: neither torch, nor Ray, nor files.
     "formats": set(),

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gmm_dist import footers, listing, storage
+from gmm_dist import footers, listing, nights, storage
 from gmm_dist.columns import Chosen, Columns
 from gmm_dist.comparing import stored
 from gmm_dist.decoding import parquet_file
@@ -215,7 +215,7 @@ def plan(
     if not 0 <= holdout < 1:
         raise UserError(f"--holdout is {holdout:g}: give a share of the rows, 0 <= share < 1")
     condition = parse(where) if where is not None else None
-    found = listing.find(url)
+    found = nights.with_dates(listing.find(url), condition)
     tested = _tested_by_row(condition, found.keys)
     files = _matching_files(found, condition)
     may_fail = missing == "error" and tested is None

@@ -259,14 +259,19 @@ class Terms:
     """Say how a lease is asked for.
 
     It lasts `seconds` after each renewal. With `wait` a holder that lives is watched for three
-    times as long as its lease lasts before the request is refused: it may be about to end.
-    `url` and `who` (which describes an attempt) are for messages.
+    times as long as its lease lasts before the request is refused: it may be about to end; or
+    for `patience` seconds. `url` and `who` (which describes an attempt) are for messages.
     """
 
     url: str
     seconds: float = SECONDS
     wait: bool = False
     who: Callable[[str], str] = str
+    patience: float = 0.0
+
+    def longest(self, holder: Held) -> float:
+        """Return the seconds for which a holder that lives is watched."""
+        return max(self.patience, _PATIENCE * holder.seconds if self.wait else 0.0)
 
 
 class _Watch:
@@ -339,6 +344,15 @@ def acquire(
             return Lease(cell, stored, terms, since=since)
 
 
+def await_end(cell: Cell, url: str) -> None:
+    """Wait until nobody holds the lease in `cell`, or its holder no longer renews it."""
+    watch = _Watch()
+    while (found := watch.read(cell, Terms(url))) is not None:
+        if watch.idle >= found.held.seconds:
+            return
+        time.sleep(min(found.held.seconds / 20, 1.0))
+
+
 def _refuse_living(watch: _Watch, holder: Held, terms: Terms) -> None:
     """Say once that a holder is waited for; refuse to wait longer for one that lives."""
     if watch.changes == 0:
@@ -349,7 +363,7 @@ def _refuse_living(watch: _Watch, holder: Held, terms: Terms) -> None:
                 *(terms.url, terms.who(holder.attempt), holder.seconds),
             )
         return
-    if watch.total >= (_PATIENCE * holder.seconds if terms.wait else 0.0):
+    if watch.total >= terms.longest(holder):
         raise UserError(
             f"{terms.url}: another driver is at work on this run and renews its lease "
             f"({terms.who(holder.attempt)}): wait until it has ended, or pass another --output"

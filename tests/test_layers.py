@@ -49,7 +49,8 @@ MAY_IMPORT = {
     "histogram": TENSORS | {"families", "kernel", "parameters", "quantiles", "shards"},
     "selection": {"em", "families", "mixture", "statistics"},
     "matching": TENSORS | {"scipy", "parameters"},
-    "drift": TENSORS | {"histogram", "holdout", "matching", "parameters", "shards"},
+    "column_drift": TENSORS | {"scipy", "mixture", "parameters"},
+    "drift": TENSORS | {"column_drift", "histogram", "holdout", "matching", "parameters", "shards"},
     "sweep": {
         "cohort",
         "config",
@@ -76,8 +77,9 @@ MAY_IMPORT = {
     "column_types": {"pyarrow", "comparing"},
     "columns": {"pyarrow", "column_types", "errors", "listing", "storage", "where"},
     "footers": {"pyarrow", "column_types", "comparing"},
+    "nights": {"pyarrow", "decoding", "errors", "listing", "storage", "urls", "where"},
     "lake": {"numpy", "pyarrow", "columns", "comparing", "decoding", "errors", "footers"}
-    | {"formats", "listing", "storage", "urls", "where"},
+    | {"formats", "listing", "nights", "storage", "urls", "where"},
     "reading": {"numpy", "pyarrow", "column_types", "comparing", "decoding", "errors", "lake"}
     | {"listing", "storage"},
     "streaming": {"numpy", "pyarrow", "comparing", "decoding", "errors", "lake", "listing"}
@@ -110,7 +112,7 @@ MAY_IMPORT = {
     "artifacts": {"commit", "errors", "mixture", "model_files", "places", "records", "storage"}
     | {"urls"},
     "gate": {"pyarrow", "errors"},
-    "registry": {"artifacts", "checkpoint", "commit", "conditional", "errors", "mixture"}
+    "registry": {"artifacts", "checkpoint", "commit", "conditional", "errors", "lease", "mixture"}
     | {"places", "records", "storage", "urls"},
     # What people look at: neither torch, nor Ray, nor files.
     "planes": {"numpy"},

@@ -8,7 +8,6 @@ to the same result. All arithmetic is float64, unless `precision` says otherwise
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 import warnings
@@ -44,11 +43,13 @@ from gmm_dist.inputs import (
     device_of,
     is_foreign,
     mean_of,
+    require_rows_in_memory,
+    require_rows_or_lake,
     space_of,
     tensor_of,
     viewed,
 )
-from gmm_dist.mixture import Mixture, aic, bic, icl
+from gmm_dist.mixture import aic, bic, icl, labels, log_densities, responsibilities
 from gmm_dist.opened import Lake
 from gmm_dist.parameters import Parameters
 from gmm_dist.resident import Resident, one_thread
@@ -167,21 +168,21 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit_predict(self, X: Any, y: object = None, sample_weight: Any = None) -> Any:
         """Fit the mixture and return the labels of its rows in memory, (n,)."""
-        _require_memory_rows(X)
+        require_rows_in_memory(X)
         self._fit(X, sample_weight)
         return self.predict(X)
 
     def predict(self, X: Any) -> Any:
         """Return the component of largest responsibility for each row, (n,) int64."""
-        return self._of_rows(X, Mixture.predict)
+        return self._of_rows(X, labels)
 
     def predict_proba(self, X: Any) -> Any:
         """Return the responsibilities, (n, k), each row summing to one."""
-        return self._of_rows(X, Mixture.predict_proba)
+        return self._of_rows(X, responsibilities)
 
     def score_samples(self, X: Any) -> Any:
         """Return the log-density (nats) of each row, (n,)."""
-        return self._of_rows(X, Mixture.score_samples)
+        return self._of_rows(X, log_densities)
 
     def score(self, X: Any, y: object = None) -> float:
         """Return the mean log-density (nats) of the rows; `y` is ignored."""
@@ -361,12 +362,12 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
             models.append(self._first_model(moments, resident))
         return models
 
-    def _of_rows(self, X: Any, verb: Callable[[Mixture, Any], Any]) -> Any:
+    def _of_rows(self, X: Any, verb: Callable[[Parameters, Rows], Tensor]) -> Any:
         check_is_fitted(self)
-        _require_memory_rows(X)
+        require_rows_in_memory(X)
         rows = checked(self, X, reset=False)
         tensor = viewed(rows)
-        mixture = Mixture(self._parameters())
+        mixture = self._parameters()
         # To wake other threads costs more than a few rows do.
         with one_thread() if tensor.numel() < _FEW_VALUES else nullcontext():
             return space_of(X, rows).of(verb(mixture, tensor))
@@ -668,21 +669,6 @@ def seed_of(random_state: Any) -> int:
     if isinstance(random_state, Integral):
         return int(random_state)
     return int(check_random_state(random_state).randint(2**31 - 1))
-
-
-def _require_memory_rows(X: Any) -> None:
-    if isinstance(X, Lake):
-        raise TypeError("give rows in memory: a lake can be fitted only")
-    require_rows_or_lake(X)
-
-
-def require_rows_or_lake(X: Any) -> None:
-    """Raise TypeError for a path, which is neither."""
-    if isinstance(X, str | os.PathLike):
-        raise TypeError(
-            f"X is {str(X)!r}, a place and no rows: gmm_dist.open_lake(...) names those that lie "
-            "there, for fit and select"
-        )
 
 
 def _have_factors(kind: str, covariances: Tensor, factors: Tensor) -> bool:

@@ -42,7 +42,10 @@ MAY_IMPORT = {
     | {"config", "em", "families", "kernel", "limits", "moves", "parameters", "sample"}
     | {"seeding", "shards", "statistics"},
     "quantiles": {"errors"},
-    "mixture": TENSORS | {"numpy", "errors", "families", "parameters", "quantiles"},
+    # Rows that a user hands in; a lake as a value, which they are not.
+    "opened": set(),
+    "inputs": {"numpy", "sklearn", "torch", "errors", "opened"},
+    "mixture": TENSORS | {"numpy", "errors", "families", "inputs", "parameters", "quantiles"},
     "holdout": TENSORS | {"families", "kernel", "parameters", "shards"},
     "histogram": TENSORS | {"families", "kernel", "parameters", "quantiles", "shards"},
     "selection": {"em", "families", "mixture", "statistics"},
@@ -104,11 +107,9 @@ MAY_IMPORT = {
     "figures": {"matplotlib", "numpy", "formats", "planes", "svg"},
     "report": {"jinja2", "markupsafe", "numpy", "figures", "formats", "planes", "svg"},
     # scikit-learn's face; a lake's rows are fitted where the cluster is.
-    "opened": set(),
     "trials": TENSORS
     | {"cohort", "families", "kernel", "lanes", "parameters", "shards", "statistics"},
     "resident": TENSORS | {"kernel", "shards", "statistics"},
-    "inputs": {"numpy", "sklearn", "torch"},
     "shares": TENSORS | {"inputs", "numpy", "sklearn"},
     "assembly": TENSORS
     | {"cluster", "config", "errors", "failures", "lake", "limits", "loading", "opened"}

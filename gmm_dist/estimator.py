@@ -56,6 +56,7 @@ from gmm_dist.resident import Resident, one_thread
 from gmm_dist.selection import Candidate
 from gmm_dist.shards import Shards
 from gmm_dist.shares import INIT_PARAMS, shares_of
+from gmm_dist.soundness import flaw
 from gmm_dist.statistics import TotalMoments
 from gmm_dist.trials import (
     MaximumLikelihood,
@@ -238,6 +239,16 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         )
 
     # What they share.
+
+    def _require_sound(self) -> None:
+        """Raise ValueError where learned numbers that come from elsewhere are no mixture's."""
+        if not all(hasattr(self, name) for name in ("weights_", "means_", "precisions_cholesky_")):
+            return
+        shapes = [np.shape(array_of(value)) for value in (self.weights_, self.means_)]
+        if len(shapes[1]) != 2 or shapes[0] != shapes[1][:1]:
+            raise ValueError(f"weights_ and means_ have shapes {shapes}, not (k,) and (k, d)")
+        if (what := flaw(self._parameters())) is not None:
+            raise ValueError(f"what was learned is no mixture: {what}; fit anew")
 
     def _covariances(self) -> Tensor:
         """Return the covariances of `precisions_cholesky_`, in float64.
@@ -469,10 +480,11 @@ class GaussianMixture(BaseMixture):
     def from_sklearn(cls, fitted: Any) -> Self:
         """Return our face on one of scikit-learn's, fitted or not; numbers are the same.
 
-        Raises TypeError for any other class.
+        Raises TypeError for any other class, ValueError where its numbers are no mixture's.
         """
         require_class(fitted, sklearn.mixture.GaussianMixture)
         made: Self = exchanged(fitted, cls())
+        made._require_sound()
         return made
 
     def _n_parameters(self) -> int:
@@ -673,6 +685,8 @@ def seed_of(random_state: Any) -> int:
 
 def _have_factors(kind: str, covariances: Tensor, factors: Tensor) -> bool:
     """Say whether these are the factors of the covariances' precisions, up to rounding."""
+    if not bool(factors.isfinite().all()):
+        return False
     own, failed = FAMILIES[kind].precisions_cholesky(covariances)
     atol = 1e-9 * float(factors.abs().max())
     return not bool(failed.any()) and torch.allclose(own, factors, rtol=1e-9, atol=atol)

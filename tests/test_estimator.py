@@ -319,6 +319,35 @@ def test_to_scikit_learn_and_back_to_the_bit(kind):
         unfitted.predict(X)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"means_": np.array([[np.nan, 0.0]] * 2)}, r"means\[0, 0\] is nan"),
+        ({"weights_": np.array([1.5, -0.5])}, r"component 1 has the weight -0\.5"),
+        ({"weights_": np.array([0.5, 0.4])}, r"weights sum to 0\.9, not to 1"),
+        ({"weights_": np.array([1.0])}, r"have shapes \[\(1,\), \(2, 2\)\]"),
+        ({"precisions_cholesky_": np.zeros((2, 2, 2))}, "not the factors of positive-definite"),
+        ({"precisions_cholesky_": np.full((2, 2, 2), np.nan)}, "not the factors"),
+        ({"precisions_cholesky_": np.zeros((2, 2))}, r"has shape \(2, 2\), not \(2, 2, 2\)"),
+    ],
+)
+def test_of_scikit_learns_models_those_of_unsound_numbers_are_refused(changes, message):
+    for theirs, ours in (
+        (sklearn.mixture.GaussianMixture, GaussianMixture),
+        (sklearn.mixture.BayesianGaussianMixture, gmm_dist.BayesianGaussianMixture),
+    ):
+        for dtype in (np.float64, np.float32):
+            fitted = theirs(n_components=2, random_state=0, tol=1).fit(
+                blobs(d=2, k=2).astype(dtype)
+            )
+            ours.from_sklearn(fitted)
+        if ours is GaussianMixture or "weights_" not in changes:
+            for name, value in changes.items():
+                setattr(fitted, name, value)
+            with pytest.raises(ValueError, match=message):
+                ours.from_sklearn(fitted)
+
+
 def test_pickle_copy_and_clone():
     X = blobs()
     model = GaussianMixture(3, random_state=0, shards=2).fit(X)

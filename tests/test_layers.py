@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "parameters": TENSORS,
     "statistics": TENSORS,
     "families": TENSORS | {"parameters", "statistics"},
+    "soundness": {"torch", "families", "parameters"},
     "shards": {"torch"},
     "lanes": TENSORS | {"parameters"},
     "features": {"torch", "families"},
@@ -85,7 +86,7 @@ MAY_IMPORT = {
     "places": {"fsspec", "storage"},
     "records": {"errors"},
     "model_files": {"safetensors", "torch", "errors", "mixture", "parameters"}
-    | {"quantiles", "records"},
+    | {"quantiles", "records", "soundness"},
     "conditional": {"fsspec", "errors", "places", "storage"},
     "lease": {"fsspec", "conditional", "errors", "places", "storage"},
     "commit": {"errors", "lease", "mixture", "model_files", "places", "records", "storage"},
@@ -116,7 +117,8 @@ MAY_IMPORT = {
     | {"parameters", "selection", "sweep"},
     "estimator": {"numpy", "sklearn", "torch"}
     | {"assembly", "config", "em", "errors", "families", "inputs", "mixture", "opened"}
-    | {"parameters", "resident", "selection", "shards", "shares", "statistics", "trials"},
+    | {"parameters", "resident", "selection", "shards", "shares", "soundness", "statistics"}
+    | {"trials"},
     "grid": {"matplotlib", "pandas", "torch"}
     | {"assembly", "config", "errors", "estimator", "families", "inputs", "opened", "resident"}
     | {"selection", "sweep"},

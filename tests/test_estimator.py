@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import pickle
+import pydoc
 import re
 import subprocess
 import sys
@@ -54,6 +55,17 @@ assert not ({"ray", "fsspec", "matplotlib"} | ours) & set(sys.modules)
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_dir_lists_the_public_names_and_help_documents_them():
+    assert [name for name in dir(gmm_dist) if not name.startswith("_")] == gmm_dist.__all__
+    assert {"__version__", "__doc__", "__all__"} <= set(dir(gmm_dist))
+    told = pydoc.render_doc(gmm_dist, renderer=pydoc.plaintext)
+    for public in gmm_dist.__all__:
+        assert f"`{public}`" in told.partition("PACKAGE CONTENTS")[0]
+        assert re.search(rf"^    (class )?{public}\(", told, re.MULTILINE)
+        first_line = getattr(gmm_dist, public).__doc__.partition("\n")[0]
+        assert first_line in told
 
 
 # Their own mixture takes no weights, so the check of them is not run on it. Their KMeans, which

@@ -47,6 +47,7 @@ from gmm_dist.inputs import (
     require_rows_or_lake,
     space_of,
     tensor_of,
+    unmasked,
     viewed,
 )
 from gmm_dist.mixture import aic, bic, icl, labels, log_densities, responsibilities
@@ -297,9 +298,8 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         rows = checked(self, X, reset=True, n_min=2)
         weight = None
         if sample_weight is not None:
-            given = (
-                array_of(sample_weight) if hasattr(sample_weight, "__dlpack__") else sample_weight
-            )
+            given = unmasked(sample_weight, "sample_weight")
+            given = array_of(given) if hasattr(given, "__dlpack__") else given
             shape = np.empty((len(rows), 0))
             weight = tensor_of(
                 _check_sample_weight(given, shape, dtype=np.float64, ensure_non_negative=True)

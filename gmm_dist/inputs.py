@@ -114,6 +114,14 @@ def is_foreign(X: Any) -> bool:
     return hasattr(X, "__array_namespace__") and not isinstance(X, np.ndarray | np.generic)
 
 
+def unmasked(values: Any, name: str) -> Any:
+    """Return the values below a mask; raise NotFinite where it hides any, as NumPy would not."""
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    _require_none(np.ma.getmaskarray(values), f"{name} contains a masked value", ())
+    return values.data
+
+
 def space_of(X: Any, rows: Rows) -> Space:
     """Return the kind of X, of which `rows` were made."""
     if isinstance(rows, Tensor):
@@ -205,9 +213,7 @@ def _readable(X: Any) -> Any:
     """Return X as what scikit-learn or torch can read; refuse masked values."""
     if not isinstance(X, Tensor) and is_foreign(X):
         return from_dlpack(X)
-    if isinstance(X, np.ma.MaskedArray):
-        _require_none(np.ma.getmaskarray(X), "a masked value", ())
-        return X.data
+    X = unmasked(X, "X")
     pa = sys.modules.get("pyarrow")
     if pa is not None and isinstance(X, pa.RecordBatch):
         return pa.Table.from_batches([X])  # whose names scikit-learn reads
@@ -240,8 +246,8 @@ def _require_finite(rows: Rows, names: Sequence[str]) -> None:
         nan, infinite = rows.isnan().cpu().numpy(), rows.isinf().cpu().numpy()
     else:
         nan, infinite = np.isnan(rows), np.isinf(rows)
-    _require_none(nan, "NaN", names)
-    _require_none(infinite, f"infinity or a value too large for {rows.dtype}", names)
+    _require_none(nan, "X contains NaN", names)
+    _require_none(infinite, f"X contains infinity or a value too large for {rows.dtype}", names)
 
 
 def _require_none(wrong: Array, what: str, names: Sequence[str]) -> None:
@@ -252,7 +258,7 @@ def _require_none(wrong: Array, what: str, names: Sequence[str]) -> None:
         where = f"row {row}" + "".join(
             f", column {str(names[j])!r}" if len(names) else f", column {j}" for j in column
         )
-        raise NotFinite(f"Input X contains {what}: {where}; drop or impute such rows first")
+        raise NotFinite(f"Input {what}: {where}; drop or impute such rows first")
 
 
 def _one_line(error: Exception, n_features: int, names: Sequence[str]) -> str:

@@ -195,3 +195,9 @@ def test_that_a_value_is_missing_is_told_of_unnamed_columns_by_number():
 def test_sums_that_overflow_are_no_infinity():
     rows = np.full((3, 2), 1.7e308)
     assert np.isneginf(MODEL.score_samples(rows)).all()
+
+
+def test_masked_weights_are_no_weights():
+    weight = np.ma.array([1.0, 2.0, 3.0], mask=[False, True, False])
+    with pytest.raises(NotFinite, match="Input sample_weight contains a masked value: row 1;"):
+        GaussianMixture().fit(np.eye(3), sample_weight=weight)

@@ -41,6 +41,7 @@ _CRITERIA = {
 }
 _MOST_FEATURES, _MOST_CLUSTERS = 60, 100  # of the tables and the heat map
 _MOST_LINES = 240  # candidates in the chart of iterations
+_LONGEST_NAME = 64  # of a feature, in a table; drawings have less room
 _STANDS_OUT = 0.5  # standard deviations from the mean of all rows
 _ROWS = (
     ("read", "rows read", ""),
@@ -167,11 +168,14 @@ def _drift(nightly: Json | None) -> Table | None:
         drawings.append(figures.changes("changes", numbers, shifts, weights))
     densities = drift["densities"]
     histogram = densities["histogram"]
-    series = {"last model": histogram["before"], "tonight's": histogram["tonight"]}
-    label = "log-density of tonight's rows, nats"
-    drawings.append(figures.histograms("densities", label, histogram["edges"], series))
+    edges = [_number(edge) for edge in histogram["edges"]]
+    if len(edges) > 1 and all(map(math.isfinite, edges)):
+        shares = {"last model": histogram["before"], "tonight's": histogram["tonight"]}
+        series = {title: [_number(v) for v in values] for title, values in shares.items()}
+        label = "log-density of tonight's rows, nats"
+        drawings.append(figures.histograms("densities", label, edges, series))
     return {
-        "before": drift["night_before"],
+        "before": printable(str(drift["night_before"])),
         "components": [_changed(c, names) for c in ordered],
         "born": [_alone(c, "born") for c in drift["born"]],
         "dead": [_alone(c, "died") for c in drift["dead"]],
@@ -235,7 +239,8 @@ def _chosen(content: Json) -> Json:
 
 
 def _per_row(content: Json, candidate: Json) -> float:
-    return _number(candidate["log_likelihood"]) / _number(content["n_samples"])
+    n = _number(content["n_samples"])
+    return _number(candidate["log_likelihood"]) / n if n else math.nan
 
 
 def _facts(content: Json, chosen: Json, clusters: Clusters) -> list[tuple[str, str]]:
@@ -378,7 +383,7 @@ def _clusters(clusters: Clusters, kept: Sequence[int], content: Json) -> Table:
         [measured(float(m), float(s)) for m, s in zip(shown.means[c], spreads[c], strict=True)]
         for c in kept
     ]
-    names = [printable(name) for name in shown.feature_names]
+    names = [shortened(printable(name), _LONGEST_NAME) for name in shown.feature_names]
     numbers = [clusters.numbers[c] for c in kept]
     # The longer side goes down, where there is room.
     across = len(names) > 8 and len(names) > len(numbers)
@@ -428,7 +433,9 @@ def _picture(clusters: Clusters, sample: Sample | None, kept: Sequence[int]) -> 
         f"deviation{'s' if radius > 1 else ''} and bear their component's number."
     ]
     for label, features in zip(seen.labels, seen.made_of, strict=False):
-        parts = ", ".join(f"{printable(name)} {signed(r, 2)}" for name, r in features)
+        parts = ", ".join(
+            f"{shortened(printable(name), _LONGEST_NAME)} {signed(r, 2)}" for name, r in features
+        )
         said.append(f"{label.capitalize()} goes along with (correlation): {parts}.")
     if len(kept) > N_COLOURS:
         said.append(f"Colours repeat after {N_COLOURS}; the numbers do not.")

@@ -6,6 +6,7 @@ import copy
 import doctest
 import math
 import pickle
+import pydoc
 import re
 import subprocess
 import sys
@@ -56,6 +57,17 @@ assert not ({"ray", "fsspec", "matplotlib"} | ours) & set(sys.modules)
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_dir_lists_the_public_names_and_help_documents_them():
+    assert [name for name in dir(gmm_dist) if not name.startswith("_")] == gmm_dist.__all__
+    assert {"__version__", "__doc__", "__all__"} <= set(dir(gmm_dist))
+    told = pydoc.render_doc(gmm_dist, renderer=pydoc.plaintext)
+    for public in gmm_dist.__all__:
+        assert f"`{public}`" in told.partition("PACKAGE CONTENTS")[0]
+        assert re.search(rf"^    (class )?{public}\(", told, re.MULTILINE)
+        first_line = getattr(gmm_dist, public).__doc__.partition("\n")[0]
+        assert first_line in told
 
 
 # Their own mixture takes no weights, so the check of them is not run on it. Their KMeans, which
@@ -374,6 +386,35 @@ def test_to_scikit_learn_and_back_to_the_bit(kind):
     assert (unfitted.n_components, unfitted.tol) == (4, 0.5)
     with pytest.raises(NotFittedError, match="This GaussianMixture instance is not fitted"):
         unfitted.predict(X)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"means_": np.array([[np.nan, 0.0]] * 2)}, r"means\[0, 0\] is nan"),
+        ({"weights_": np.array([1.5, -0.5])}, r"component 1 has the weight -0\.5"),
+        ({"weights_": np.array([0.5, 0.4])}, r"weights sum to 0\.9, not to 1"),
+        ({"weights_": np.array([1.0])}, r"have shapes \[\(1,\), \(2, 2\)\]"),
+        ({"precisions_cholesky_": np.zeros((2, 2, 2))}, "not the factors of positive-definite"),
+        ({"precisions_cholesky_": np.full((2, 2, 2), np.nan)}, "not the factors"),
+        ({"precisions_cholesky_": np.zeros((2, 2))}, r"has shape \(2, 2\), not \(2, 2, 2\)"),
+    ],
+)
+def test_of_scikit_learns_models_those_of_unsound_numbers_are_refused(changes, message):
+    for theirs, ours in (
+        (sklearn.mixture.GaussianMixture, GaussianMixture),
+        (sklearn.mixture.BayesianGaussianMixture, gmm_dist.BayesianGaussianMixture),
+    ):
+        for dtype in (np.float64, np.float32):
+            fitted = theirs(n_components=2, random_state=0, tol=1).fit(
+                blobs(d=2, k=2).astype(dtype)
+            )
+            ours.from_sklearn(fitted)
+        if ours is GaussianMixture or "weights_" not in changes:
+            for name, value in changes.items():
+                setattr(fitted, name, value)
+            with pytest.raises(ValueError, match=message):
+                ours.from_sklearn(fitted)
 
 
 def test_pickle_copy_and_clone():

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "parameters": TENSORS,
     "statistics": TENSORS,
     "families": TENSORS | {"parameters", "statistics"},
+    "soundness": {"torch", "families", "parameters"},
     "shards": {"torch"},
     "lanes": TENSORS | {"parameters"},
     "features": {"torch", "families"},
@@ -44,7 +45,10 @@ MAY_IMPORT = {
     | {"config", "em", "families", "kernel", "limits", "moves", "parameters", "sample"}
     | {"seeding", "shards", "statistics"},
     "quantiles": {"errors"},
-    "mixture": TENSORS | {"numpy", "errors", "families", "parameters", "quantiles"},
+    # Rows that a user hands in; a lake as a value, which they are not.
+    "opened": {"urls"},
+    "inputs": {"numpy", "sklearn", "torch", "errors", "opened"},
+    "mixture": TENSORS | {"numpy", "errors", "families", "inputs", "parameters", "quantiles"},
     "holdout": TENSORS | {"families", "kernel", "parameters", "shards"},
     "histogram": TENSORS | {"families", "kernel", "parameters", "quantiles", "shards"},
     "selection": {"em", "families", "mixture", "statistics"},
@@ -97,7 +101,7 @@ MAY_IMPORT = {
     "places": {"fsspec", "errors", "storage", "urls"},
     "records": {"errors"},
     "model_files": {"safetensors", "torch", "errors", "mixture", "parameters"}
-    | {"quantiles", "records"},
+    | {"quantiles", "records", "soundness"},
     "conditional": {"fsspec", "errors", "places", "storage"},
     "lease": {"fsspec", "conditional", "errors", "places", "storage"},
     "commit": {"errors", "lease", "mixture", "model_files", "places", "records", "storage"},
@@ -120,18 +124,17 @@ MAY_IMPORT = {
     "figures": {"matplotlib", "numpy", "formats", "planes", "svg"},
     "report": {"jinja2", "markupsafe", "numpy", "figures", "formats", "planes", "svg"},
     # scikit-learn's face; a lake's rows are fitted where the cluster is.
-    "opened": {"urls"},
     "trials": TENSORS
     | {"cohort", "families", "kernel", "lanes", "parameters", "shards", "statistics"},
     "resident": TENSORS | {"kernel", "shards", "statistics"},
-    "inputs": {"numpy", "sklearn", "torch"},
     "shares": TENSORS | {"inputs", "numpy", "sklearn"},
     "assembly": TENSORS
     | {"cluster", "config", "errors", "failures", "lake", "limits", "loading", "opened"}
     | {"parameters", "selection", "sweep"},
     "estimator": {"numpy", "sklearn", "torch"}
     | {"assembly", "config", "em", "errors", "families", "inputs", "mixture", "opened"}
-    | {"parameters", "resident", "selection", "shards", "shares", "statistics", "trials"},
+    | {"parameters", "resident", "selection", "shards", "shares", "soundness", "statistics"}
+    | {"trials"},
     "grid": {"matplotlib", "pandas", "torch"}
     | {"assembly", "config", "errors", "estimator", "families", "inputs", "opened", "resident"}
     | {"selection", "sweep"},

@@ -65,6 +65,8 @@ def sweep_lake(
             config,
             start,
             n_features=plan.n_features,
+            feature_names=plan.feature_names,
+            centre=centre,
             criterion=criterion,
             holdout=plan.holdout > 0,
             given=None if given is None else [given.shifted(-centre)],

@@ -13,7 +13,7 @@ import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
-from gmm_dist.config import EMConfig
+from gmm_dist.config import ABSOLUTE, EMConfig
 from gmm_dist.estimator import (
     BaseMixture,
     CentredRows,
@@ -216,7 +216,7 @@ class BayesianGaussianMixture(BaseMixture):
         prior, k, n = self._prior(rows), self.n_components, rows.total.n_samples
         pairs = [(size, self.covariance_type) for size in _sizes(k)]
         # The search's tol is of the mean over rows, unlike our own.
-        config = EMConfig(reg_covar=float(self.reg_covar))
+        config = EMConfig(reg_covar=float(self.reg_covar), reg_unit=ABSOLUTE)
         start, threads = replace(start_of(self), finalists=1), os.cpu_count() or 1
         found = search(rows.shards, pairs, config, start, rows.total, n_threads=threads)
         # The largest first: it is the one that is left where no pass is asked for.
@@ -303,10 +303,9 @@ class BayesianGaussianMixture(BaseMixture):
                 "for covariance_prior, takes more than one row; give covariance_prior, or "
                 "weights that count rows"
             )
-        covariance = rows.total.covariance * (n / (n - 1))
         if self.covariance_type in ("full", "tied"):
-            return covariance
-        variances: Tensor = covariance.diagonal().clone()
+            return rows.total.covariance * (n / (n - 1))
+        variances: Tensor = rows.total.variances * (n / (n - 1))
         return variances if self.covariance_type == "diag" else variances.mean()
 
     def _given_mean(self, n_features: int) -> Tensor | None:

@@ -31,6 +31,7 @@ class CentredPass:
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self._log_likelihood = self._sums.new_zeros(len(group.sizes))
         self._entropy = torch.zeros_like(self._log_likelihood)
+        self._squares = self._sums.new_zeros(sum(group.sizes))
         self.begin(group)
 
     def begin(self, group: LaneGroup) -> None:
@@ -41,7 +42,7 @@ class CentredPass:
 
     def clear(self) -> None:
         """Forget what was summed, before the next shard."""
-        for total in (self._sums, self._log_likelihood, self._entropy):
+        for total in (self._sums, self._log_likelihood, self._entropy, self._squares):
             total.zero_()
 
     def add(self, chunk: Block) -> None:
@@ -55,12 +56,14 @@ class CentredPass:
             self._log_likelihood[lane] += (log_norm * weight).sum()
             self._entropy[lane] += ((log_norm - (r * logit).sum(0)) * weight).sum()
             parts.append(r * weight)
-        for k, (mean, r) in enumerate(zip(self._means, torch.cat(parts), strict=True)):
+        shares = torch.cat(parts)
+        self._squares += (shares * weight).sum(1)
+        for k, (mean, r) in enumerate(zip(self._means, shares, strict=True)):
             self._features.fill(x - mean[:, None])
             self._sums[:, k] += self._features.of[self._layout] @ r
 
     def statistics(self, float32_error: Float64[Tensor, " L"]) -> SufficientStatistics:
         """Return the sums since `clear`."""
-        sums = (self._sums, self._log_likelihood, self._entropy)
-        moments, log_likelihood, entropy = (total.cpu().clone() for total in sums)
-        return SufficientStatistics(moments, log_likelihood, entropy, float32_error)
+        sums = (self._sums, self._log_likelihood, self._entropy, self._squares)
+        moments, log_likelihood, entropy, squares = (total.cpu().clone() for total in sums)
+        return SufficientStatistics(moments, log_likelihood, entropy, float32_error, squares)

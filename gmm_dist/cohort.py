@@ -19,12 +19,17 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from gmm_dist.acceleration import Squarem
-from gmm_dist.config import EMConfig
+from gmm_dist.config import RELATIVE, EMConfig
 from gmm_dist.families import FAMILIES, Moments, maximise, natural
 from gmm_dist.kernel import EStep
 from gmm_dist.lanes import LaneGroup, Precision
 from gmm_dist.parameters import Parameters, Stack
-from gmm_dist.statistics import PassStatistics, SufficientStatistics, TotalMoments
+from gmm_dist.statistics import (
+    PassStatistics,
+    SufficientStatistics,
+    TotalMoments,
+    effective_rows,
+)
 
 _NEXT = {Precision.FLOAT32: Precision.FLOAT64, Precision.FLOAT64: Precision.CENTRED}
 # The largest amplification of rounding (families.Natural.condition) that each form may meet:
@@ -34,6 +39,8 @@ MAX_CONDITION = {Precision.FLOAT32: 1.7e3, Precision.FLOAT64: 1e7, Precision.CEN
 SMALLEST_TOL = 1e-5
 # Iterations before a lane is compared with its rivals, and the gains that it may still hope for.
 _WARM_UP, _CATCH_UP = 3, 10.0
+_NEAR = 3.0  # standard deviations between a spike and the mean of a component that lies on it
+_NEARLY = 1e-6  # of a row: responsibilities that sum to two rows may round to less
 _LADDER = [0.0] + [10.0**rung for rung in range(-10, -3)]
 
 
@@ -56,6 +63,8 @@ class Lane:
     precision: Precision
     reg: Float64[Tensor, " d"]
     nk: Float64[Tensor, " k"]
+    # How many rows of equal weight each component's are worth: without weights, nk.
+    rows: Float64[Tensor, " k"]
     # None: plain EM.
     squarem: Squarem | None = None
     outcome: Outcome = Outcome.RUNNING
@@ -72,17 +81,24 @@ class Lane:
 
     @classmethod
     def start(
-        cls, parameters: Parameters, config: EMConfig, scale: Float64[Tensor, " d"] | None = None
+        cls,
+        parameters: Parameters,
+        config: EMConfig,
+        scale: Float64[Tensor, " d"] | None = None,
     ) -> Lane:
-        """Start from parameters; with the rows' `scale`, and as `config` says, to leap ahead."""
-        exact = config.precision == "float64"
+        """Start from parameters, of rows whose features have the spread `scale` (None: 1).
+
+        With a scale, and as `config` says, it leaps ahead of EM.
+        """
+        exact, d = config.precision == "float64", parameters.n_features
         at_start = natural(Stack.of([parameters]))
         lane = cls(
             parameters=parameters,
             theta=at_start.theta,
             precision=Precision.FLOAT64 if exact else Precision.FLOAT32,
-            reg=torch.full_like(parameters.means[0], config.reg_covar),
+            reg=regularisation(config, parameters.means.new_ones(d) if scale is None else scale),
             nk=torch.zeros_like(parameters.weights),
+            rows=torch.zeros_like(parameters.weights),
             squarem=Squarem(scale) if config.accelerate and scale is not None else None,
         )
         if bool(at_start.failed.any()):
@@ -105,6 +121,13 @@ class Lane:
         assert self.squarem is not None
         self.parameters = self.squarem.take_back()
         self.theta = natural(Stack.of([self.parameters])).theta
+
+
+def regularisation(config: EMConfig, scale: Float64[Tensor, " d"]) -> Float64[Tensor, " d"]:
+    """Return what is added to the variances (squared feature units)."""
+    if config.reg_unit == RELATIVE:
+        return config.reg_covar * scale.square()
+    return torch.full_like(scale, config.reg_covar)
 
 
 def grouped(lanes: Sequence[Lane]) -> list[list[Lane]]:
@@ -133,7 +156,8 @@ def advance(
     config: EMConfig,
 ) -> None:
     """Score the lanes of a group with what a pass brought back, and step those that go on."""
-    per_lane = sums.moments.split([lane.parameters.n_components for lane in group], dim=1)
+    sizes = [lane.parameters.n_components for lane in group]
+    per_lane, squares = sums.moments.split(sizes, dim=1), sums.squares.split(sizes)
     going_on = []
     for i, lane in enumerate(group):
         moments = moments_of(lane.parameters, lane.precision, per_lane[i], total)
@@ -149,6 +173,7 @@ def advance(
             lane.repeat_in(Precision.FLOAT64)
             continue
         lane.nk, lane.entropy = moments.nk.clone(), float(sums.entropy[i])
+        lane.rows = effective_rows(lane.nk, squares[i])
         if _score(lane, log_likelihood, whole.n_samples, config):
             going_on.append((lane, moments))
     if going_on:
@@ -375,13 +400,14 @@ def degenerate_components(lane: Lane, total: TotalMoments) -> Bool[Tensor, " k"]
     """Say which components have too few rows, or are flat where the data are not.
 
     Flat: regularisation makes up most of the variance in a direction. Directions in which all
-    the rows together are flat (a constant column, a duplicated one) do not count.
+    the rows together are flat (a constant column, a duplicated one) do not count, nor those in
+    which a component lies on a value that many rows share (`TotalMoments.spikes`).
     """
-    d, reg = lane.parameters.n_features, lane.reg
-    few = lane.nk < d + 1
+    d, reg, kind = lane.parameters.n_features, lane.reg, lane.parameters.covariance_type
+    few = _have_few_rows(lane)
     if not bool((reg > 0).any()):
         return few
-    kind, stack = lane.parameters.covariance_type, Stack.of([lane.parameters])
+    stack = Stack.of([lane.parameters])
     if kind == "spherical":  # whose one variance takes the mean
         reg = reg.mean().expand_as(reg)
     if kind in ("full", "tied"):
@@ -389,8 +415,26 @@ def degenerate_components(lane: Lane, total: TotalMoments) -> Bool[Tensor, " k"]
         allowed = _n_below(total.covariance[None], reg)
     else:
         flat = (FAMILIES[kind].variances(stack.covariances, d) < 2 * reg).sum(-1)
-        allowed = (total.covariance.diagonal() < reg).sum()
-    return few | (flat > allowed)
+        allowed = (total.variances < reg).sum()
+    return few | (flat > allowed + _n_on_spikes(lane, reg, total))
+
+
+def _n_on_spikes(lane: Lane, reg: Float64[Tensor, " d"], total: TotalMoments) -> Tensor:
+    """Return in how many features each component is flat because it lies on a spike."""
+    parameters = lane.parameters
+    variances, on_any = parameters.variances(), torch.zeros_like(parameters.means)
+    for spike in total.spikes:
+        j = spike.feature
+        near = (parameters.means[:, j] - spike.value).square() < 2 * _NEAR**2 * reg[j]
+        on_any[:, j] += near & (variances[:, j] < 2 * reg[j])
+    return (on_any > 0).sum(1)
+
+
+def _have_few_rows(lane: Lane) -> Bool[Tensor, " k"]:
+    """Say which components have fewer rows than their covariance type needs."""
+    family, d = FAMILIES[lane.parameters.covariance_type], lane.parameters.n_features
+    in_all = float(lane.rows.sum()) < family.least_rows_in_all(d) - _NEARLY
+    return (lane.rows < family.least_rows(d) - _NEARLY) | in_all
 
 
 def _n_below(covariances: Float64[Tensor, "c d d"], floor: Float64[Tensor, " d"]) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from gmm_dist.errors import UserError
 
 PRECISIONS = ("auto", "float32", "float64")
+RELATIVE, ABSOLUTE = "variance of the feature over all rows", "squared feature unit"
+REG_UNITS = (RELATIVE, ABSOLUTE)
 INITS = ("k-means||", "k-means++", "kmeans", "random", "random_from_data")
 
 
@@ -16,10 +18,12 @@ class EMConfig:
     """Settings of the EM loop.
 
     `tol` is the gain in mean log-likelihood per row (nats) below which a lane has converged;
-    it does not depend on the number of rows. `reg_covar` (squared feature units) is added to
-    the diagonal of every covariance. `precision` is the arithmetic of the passes: `auto` uses
-    float32 while its measured error is harmless (see `em`). `accelerate` has SQUAREM leap ahead
-    of EM where that raises the likelihood.
+    it does not depend on the number of rows. `reg_covar` is added to the diagonal of every
+    covariance, in units of `reg_unit`: each feature's variance over all rows, so that the
+    features' own units do not matter, or squared feature units, as scikit-learn has it.
+    `precision` is the arithmetic of the passes: `auto` uses float32 while its measured error is
+    harmless (see `em`). `accelerate` has SQUAREM leap ahead of EM where that raises the
+    likelihood.
 
     Raises UserError for a value out of range.
     """
@@ -29,12 +33,15 @@ class EMConfig:
     reg_covar: float = 1e-6
     precision: str = "auto"
     accelerate: bool = True
+    reg_unit: str = RELATIVE
 
     def __post_init__(self) -> None:
         _require(self.tol >= 0 and math.isfinite(self.tol), "tol", self.tol, "a number >= 0")
         _require(self.max_iter >= 1, "max_iter", self.max_iter, "a whole number >= 1")
         reg_ok = self.reg_covar >= 0 and math.isfinite(self.reg_covar)
         _require(reg_ok, "reg_covar", self.reg_covar, "a number >= 0")
+        units = " or ".join(REG_UNITS)
+        _require(self.reg_unit in REG_UNITS, "reg_unit", self.reg_unit, units)
         allowed = ", ".join(PRECISIONS)
         _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {allowed}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float64
 from torch import Tensor
@@ -32,8 +32,8 @@ class Status(enum.Enum):
     MAX_ITER = "max_iter reached before convergence: raise max_iter or tol"
     COLLAPSED = "collapsed: a covariance is singular; use fewer components or a larger reg_covar"
     DEGENERATE = (
-        "degenerate: a component has fewer than d + 1 rows or lies on the regularisation floor; "
-        "use fewer components"
+        "degenerate: a component has fewer rows than its covariance needs or lies on the "
+        "regularisation floor; use fewer components"
     )
     DROPPED = "dropped: another start of the same candidate was ahead"
 
@@ -43,9 +43,10 @@ class FitResult:
     """One lane's outcome. `log_likelihood` (sum, nats) and `entropy` belong to `parameters`.
 
     `lower_bounds` are the mean log-likelihoods per row, one for each set of parameters that
-    counts; `nk` (k,) the rows that each component answers for; `degenerate` (k,) marks those
-    that mean nothing; `passes_saved` the passes that
-    plain EM would at least have needed more (`acceleration.Squarem`).
+    counts; `nk` (k,) the weight that each component answers for, and `rows` (k,) how many rows
+    of equal weight that is worth (without weights the same); `degenerate` (k,) marks those that
+    mean nothing; `passes_saved` the passes that plain EM would at least have needed more
+    (`acceleration.Squarem`).
     """
 
     parameters: Parameters
@@ -57,6 +58,7 @@ class FitResult:
     entropy: float
     lower_bounds: tuple[float, ...]
     nk: Float64[Tensor, " k"]
+    rows: Float64[Tensor, " k"]
     degenerate: Bool[Tensor, " k"]
     passes_saved: float = 0.0
 
@@ -64,6 +66,19 @@ class FitResult:
     def is_ranked(self) -> bool:
         """Whether the likelihood means something: the lane neither collapsed nor degenerated."""
         return self.status in (Status.CONVERGED, Status.MAX_ITER)
+
+    def counted(self, n_samples: float) -> FitResult:
+        """Return the fit of the same rows, whose weights sum to `n_samples`."""
+        if n_samples == self.n_samples:
+            return self
+        factor = n_samples / self.n_samples
+        return replace(
+            self,
+            n_samples=n_samples,
+            log_likelihood=self.log_likelihood * factor,
+            entropy=self.entropy * factor,
+            nk=self.nk * factor,
+        )
 
 
 Watch = Callable[[Sequence[Lane]], None]
@@ -125,6 +140,7 @@ def result_of(lane: Lane, total: TotalMoments) -> FitResult:
         entropy=lane.entropy,
         lower_bounds=tuple(lane.lower_bounds),
         nk=lane.nk,
+        rows=lane.rows,
         degenerate=degenerate,
         passes_saved=0.0 if lane.squarem is None else lane.squarem.saved,
     )

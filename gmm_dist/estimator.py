@@ -30,7 +30,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from gmm_dist.config import PRECISIONS, EMConfig, StartConfig
+from gmm_dist.config import ABSOLUTE, PRECISIONS, EMConfig, StartConfig
 from gmm_dist.em import FitResult, Status
 from gmm_dist.errors import UserError
 from gmm_dist.families import FAMILIES, Moments, n_parameters
@@ -72,6 +72,7 @@ from gmm_dist.trials import (
     moments_of_shares,
     run,
 )
+from gmm_dist.weighting import unit_of
 
 _SINGULAR = (
     "Fitting the mixture model failed because some components have ill-defined empirical "
@@ -219,6 +220,10 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _check_parameters(self, rows: Rows) -> None:
         raise NotImplementedError
 
+    def _in_unit(self, weight: Tensor | None) -> Tensor | None:
+        """Return weights as passes take them: as they are, where they count rows."""
+        return weight
+
     def _needs_shares(self) -> bool:
         return True
 
@@ -282,7 +287,9 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         with one_thread():
             rows, weight = self._checked_rows(X, sample_weight)
             self._check_parameters(rows)
+            weight = self._in_unit(weight)
             resident = self._resident(rows, weight)
+            _require_range(resident.total, getattr(self, "feature_names_in_", ()))
             best = self._best_trial(rows, weight, resident)
             self._publish(best.model, resident, space_of(X, rows))
         self._conclude(best)
@@ -315,10 +322,12 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return (rows, None) if weight is None else _present(rows, weight)
 
     def _resident(self, rows: Rows, weight: Tensor | None) -> Resident:
+        whole = self.covariance_type in ("full", "tied")
         X = viewed(rows)
         device = X.device if self.device is None else device_of(self.device)
         X = X.to(device, torch.float64)
-        return Resident.of(X, None if weight is None else weight.to(device), self.shards)
+        weight = None if weight is None else weight.to(device)
+        return Resident.of(X, weight, self.shards, whole=whole)
 
     def _best_trial(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Trial:
         if self.warm_start and hasattr(self, "converged_"):
@@ -511,6 +520,9 @@ class GaussianMixture(BaseMixture):
         if self.precisions_init is not None:
             self._covariances_init(d)
 
+    def _in_unit(self, weight: Tensor | None) -> Tensor | None:
+        return None if weight is None else weight * unit_of(float(weight.max()))
+
     def _covariances_init(self, d: int) -> Tensor:
         """Return the inverses of `precisions_init`."""
         kind, k = self.covariance_type, self.n_components
@@ -558,11 +570,13 @@ class GaussianMixture(BaseMixture):
         self._validate_params()
         given = self._given_start(opened)
         candidate = Candidate(self.n_components, self.covariance_type)
-        config = EMConfig(self.tol, self.max_iter, self.reg_covar, self.precision or "auto")
+        precision = self.precision or "auto"
+        config = EMConfig(self.tol, self.max_iter, self.reg_covar, precision, reg_unit=ABSOLUTE)
         with one_thread(), in_python():
             found = sweep_lake(opened, [candidate], config, start_of(self), given=given)
         fit, space = found.result.scored[0].fit, Space(torch.float64)
         adopt(self, fit, found.centre, found.feature_names, space)
+        _warn_if_drowned(fit.parameters, found.result.total, self.reg_covar, found.feature_names)
 
     def _given_start(self, opened: Lake) -> Parameters | None:
         """Return the one start that the parameters give, if they do."""
@@ -581,6 +595,8 @@ class GaussianMixture(BaseMixture):
 
     def _publish(self, model: MaximumLikelihood, rows: CentredRows, space: Space) -> None:
         publish(self, model.parameters.shifted(rows.centre), space)
+        names = getattr(self, "feature_names_in_", ())
+        _warn_if_drowned(model.parameters, rows.total, self.reg_covar, names)
 
 
 @contextmanager
@@ -708,6 +724,40 @@ def seed_of(random_state: Any) -> int:
     if isinstance(random_state, Integral):
         return int(random_state)
     return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def _require_range(total: TotalMoments, names: Sequence[str]) -> None:
+    """Raise ValueError for a feature whose squares float64 does not hold."""
+    if features := total.overflowing_features():
+        raise ValueError(
+            f"feature {_name(features[0], names)} has values too large for their squares to be "
+            "float64 numbers: divide it by a power of ten first"
+        )
+
+
+def _warn_if_drowned(
+    learned: Parameters, total: TotalMoments, reg_covar: float, names: Sequence[str]
+) -> None:
+    """Warn of a feature whose variances are mostly reg_covar, which does not know its unit."""
+    own = (learned.variances() - reg_covar).amax(0)
+    variances = total.variances
+    # All components on one value each are no matter of units.
+    drowned = (variances < reg_covar) | ((own < reg_covar) & (own > 1e-9 * reg_covar))
+    drowned[list(total.constant_features())] = False
+    if not bool(drowned.any()):
+        return
+    j = int(drowned.nonzero()[0])
+    warnings.warn(
+        f"reg_covar={reg_covar:g} is more than the variance of feature {_name(j, names)} in any "
+        f"component, so that the components hardly differ in it: scale the feature, or set "
+        f"reg_covar far below {float(variances[j]):.2g}, its variance over all rows",
+        UserWarning,
+        stacklevel=5,
+    )
+
+
+def _name(feature: int, names: Sequence[str]) -> str:
+    return repr(str(names[feature])) if len(names) else f"{feature}"
 
 
 def _have_factors(kind: str, covariances: Tensor, factors: Tensor) -> bool:

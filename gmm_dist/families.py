@@ -37,6 +37,8 @@ LOG_2PI = math.log(2 * math.pi)
 NEVER = -1e30
 """The log-density of a component that has no rows: finite in float32, so nothing turns NaN."""
 PRODUCT_BLOCK = 4
+_FAR = -1e12  # log-densities below it have no digits left for what sets components apart
+_BEYOND = 1e300  # minus the log-density of a row whose distances overflow, at most
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -83,6 +85,15 @@ class Family(Protocol):
 
     def n_covariance_parameters(self, n_components: int, n_features: int) -> int:
         """Return the number of free parameters in the covariances."""
+
+    def least_rows(self, n_features: int) -> int:
+        """Return how many rows a component needs to be more than an outlier.
+
+        That many give it positive variances, but for a tied one: `least_rows_in_all`.
+        """
+
+    def least_rows_in_all(self, n_features: int) -> int:
+        """Return how many rows all components together need."""
 
     def moments(self, sums: Float64[Tensor, "P K"], scatter: Float64[Tensor, "d d"]) -> Moments:
         """Name the parts of the product Φ Rᵀ; `scatter` is Σ w x xᵀ, read by tied alone."""
@@ -167,6 +178,12 @@ class Full:
     def n_covariance_parameters(self, n_components: int, n_features: int) -> int:
         return n_components * n_features * (n_features + 1) // 2
 
+    def least_rows(self, n_features: int) -> int:
+        return n_features + 1
+
+    def least_rows_in_all(self, n_features: int) -> int:
+        return n_features + 1
+
     def moments(self, sums: Tensor, scatter: Tensor) -> Moments:
         d = len(scatter)
         nk, sum_x, about = _linear_moments(sums, d, 0)
@@ -212,8 +229,10 @@ class Full:
         return torch.cat([halves, products.neg_()], dim=1)
 
     def condition(self, precisions: Tensor, second: Tensor) -> Tensor:
-        weighted = precisions.square() @ second[:, :, None]
-        return (weighted[:, :, 0] * second).sum(-1).sqrt()
+        # In units of the second moments first: a precision's square may leave float64's range.
+        root = second.sqrt()
+        scaled = precisions * root[:, :, None] * root[:, None, :]
+        return scaled.square().sum((-2, -1)).sqrt()
 
     def mahalanobis(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
         return (factor.T @ (x - mean[:, None])).square().sum(0)
@@ -227,6 +246,9 @@ class Tied(Full):
 
     def n_covariance_parameters(self, n_components: int, n_features: int) -> int:
         return n_features * (n_features + 1) // 2
+
+    def least_rows(self, n_features: int) -> int:
+        return 2
 
     def moments(self, sums: Tensor, scatter: Tensor) -> Moments:
         nk, sum_x, about = _linear_moments(sums, len(scatter), 0)
@@ -255,6 +277,12 @@ class Diag:
 
     def n_covariance_parameters(self, n_components: int, n_features: int) -> int:
         return n_components * n_features
+
+    def least_rows(self, n_features: int) -> int:
+        return 2
+
+    def least_rows_in_all(self, n_features: int) -> int:
+        return 2
 
     def moments(self, sums: Tensor, scatter: Tensor) -> Moments:
         d = len(scatter)
@@ -301,6 +329,12 @@ class Spherical:
 
     def n_covariance_parameters(self, n_components: int, n_features: int) -> int:
         return n_components
+
+    def least_rows(self, n_features: int) -> int:
+        return 2
+
+    def least_rows_in_all(self, n_features: int) -> int:
+        return 2
 
     def moments(self, sums: Tensor, scatter: Tensor) -> Moments:
         nk, sum_x, about = _linear_moments(sums, len(scatter), 1)
@@ -424,4 +458,51 @@ class Densities:
     def __call__(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
         """Return log w_k + log N(x; k) of rows `x`, one per column."""
         distance = self._family.mahalanobis
-        return torch.stack([c - 0.5 * distance(x, m, f) for m, f, c in self._components])
+        logits = torch.stack([c - 0.5 * distance(x, m, f) for m, f, c in self._components])
+        # One sum tells whether any row is so far out that digits or the range are short.
+        if not float(logits.sum()) > _FAR:
+            self._place_far_rows(x, logits)
+        return logits
+
+    def _place_far_rows(self, x: Float64[Tensor, "d n"], logits: Float64[Tensor, "K n"]) -> None:
+        """Give rows beyond every component finite log-densities of which one is the largest."""
+        known = x.isfinite().all(0)
+        logits[logits.isnan() & known] = -math.inf
+        beyond = known & logits.isinf().all(0)
+        if bool(beyond.any()):
+            logits[:, beyond] = self._relative(x[:, beyond])
+        top = logits.amax(0)
+        tied = (logits == top).sum(0) > 1
+        tied &= known & (top < _FAR)
+        if bool(tied.any()):
+            logits[:, tied] = self._apart(x[:, tied], logits[:, tied])
+
+    def _relative(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
+        """Return stand-ins for log-densities whose distances overflow, in the distances' order."""
+        unit = x.abs().amax(0)
+        steepest = max(float(f.abs().max()) for _, f, _ in self._components)
+        near = [
+            self._family.mahalanobis(
+                x / unit - m[:, None] / unit, torch.zeros_like(m), f / steepest
+            )
+            for m, f, _ in self._components
+        ]
+        distances = torch.stack(near)
+        return -_BEYOND * (1 + 1e6 * distances / distances.amax(0).clamp_min(_TINY))
+
+    def _apart(
+        self, x: Float64[Tensor, "d n"], logits: Float64[Tensor, "K n"]
+    ) -> Float64[Tensor, "K n"]:
+        """Part components that are equally far, up to rounding: by the side that a row lies on."""
+        top = logits.amax(0)
+        unit = x / x.abs().amax(0)
+        sides = torch.stack([self._side(unit, m, f) for m, f, _ in self._components])
+        sides = torch.where(logits == top, sides, -math.inf)
+        return torch.where(sides == sides.amax(0), logits, logits * (1 + 1e-9))
+
+    def _side(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+        """Return x ᵀ Σ⁻¹ m, in which distances of far rows from like components differ."""
+        distance, zero = self._family.mahalanobis, torch.zeros_like(mean)
+        size = mean.abs().max().clamp_min(_TINY)
+        unit = (mean / size)[:, None]
+        return (distance(x + unit, zero, factor) - distance(x - unit, zero, factor)) * size

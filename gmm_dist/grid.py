@@ -118,9 +118,11 @@ def select(
 
     `X` is what `GaussianMixture.fit` takes: rows in memory (n, d), with `sample_weight` (n,),
     `device` and `shards` as there, or a lake. Starts come from a search on a sample, `n_init`
-    seeded by `init_params` and then moved about. `criterion`: "bic", "aic", "icl" (lower is
-    better), or "holdout", the mean log-likelihood of a lake's held-out rows. `random_state` is
-    what scikit-learn takes.
+    seeded by `init_params` and then moved about. `reg_covar` counts in units of each feature's
+    variance over all rows, as in the jobs, so that the features' units change nothing; a fit of
+    `GaussianMixture` itself takes it as scikit-learn does, in squared feature units.
+    `criterion`: "bic", "aic", "icl" (lower is better), or "holdout", the mean log-likelihood of
+    a lake's held-out rows. `random_state` is what scikit-learn takes.
 
     Raises TypeError for a path, of which `open_lake` makes a lake; UserError, a ValueError, for
     settings out of range, and when no candidate is ranked.
@@ -138,6 +140,7 @@ def select(
         precision=precision,
         device=device,
         shards=shards,
+        covariance_type=candidates[0].covariance_type,
     )
     best._validate_params()
     require_rows_or_lake(X)
@@ -158,7 +161,14 @@ def select(
         resident = best._resident(rows, weight)
         d = rows.shape[1]
         result = sweep(
-            resident.shards, candidates, config, start, n_features=d, criterion=criterion
+            resident.shards,
+            candidates,
+            config,
+            start,
+            n_features=d,
+            feature_names=names,
+            centre=resident.centre,
+            criterion=criterion,
         )
         return _selected(best, result, resident.centre, names, space_of(X, rows))
 

@@ -181,23 +181,33 @@ def _kinds(groups: Sequence[LaneGroup], dtype: torch.dtype) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """The task that sums the first two moments of all rows, in float64."""
+    """The task that sums the first two moments of all rows, in float64.
+
+    Not `whole`: of the second ones only the squares.
+    """
 
     n_features: int
+    whole: bool = True
 
     def __call__(self, rows: ShardRows) -> TotalMoments:
         device, d = _device(rows), self.n_features
-        sums = torch.zeros(d + 1, d, dtype=torch.float64, device=device)
-        counts = torch.zeros(2, dtype=torch.float64, device=device)
+        sums = torch.zeros((d if self.whole else 1) + 1, d, dtype=torch.float64, device=device)
+        counts = torch.zeros(3, dtype=torch.float64, device=device)
+        largest = 0.0
         for chunk in chunks(rows.blocks, _CUDA_MAX_CHUNK if device.type == "cuda" else _MAX_CHUNK):
             x = chunk.X.double()
             weight = chunk.weights
             weighted = x * weight
             sums[0] += weighted.sum(1)
-            sums[1:].addmm_(weighted, x.T)
-            counts += torch.stack([weight.sum(), (weight > 0).sum()])
-        n_samples, n_rows = counts.tolist()
-        return TotalMoments(n_samples, int(n_rows), sums[0].cpu(), sums[1:].cpu())
+            if self.whole:
+                sums[1:].addmm_(weighted, x.T)
+            else:
+                sums[1] += (weighted * x).sum(1)
+            counts += torch.stack([weight.sum(), (weight > 0).sum(), weight.square().sum()])
+            largest = max(largest, float(weight.max()))
+        n_samples, n_rows, sum_ww = counts.tolist()
+        sum_x, sum_xx = sums[0].cpu(), (sums[1:] if self.whole else sums[1]).cpu()
+        return TotalMoments(n_samples, int(n_rows), sum_x, sum_xx, sum_ww, largest)
 
 
 def chunks(blocks: Sequence[Block], n_max: int) -> Iterator[Block]:

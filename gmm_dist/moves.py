@@ -17,14 +17,16 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from gmm_dist import seeding
+from gmm_dist.families import FAMILIES
 from gmm_dist.parameters import Parameters
 
 _NEIGHBOURS = 6  # pairs are looked for among a component's nearest so many
 _LLOYD, _TRIALS = 10, 4
 _TINY = 1e-300  # in place of a mixing weight of zero
-_FLAT = 1e-12  # times the largest variance: directions below it are no directions
+_FLAT = 1e-12  # of a feature's variance: directions below it are no directions
+_WIDE = 128  # features, beyond which diagonal covariances are moved without d x d matrices
 _TIED = 1e-3  # of a tied covariance is left at least, however much a split explains
-_ROWS = 4  # times d + 1 that a component needs to be split in two sound ones
+_ROWS = 4  # times the least of its family that a component needs to be split in two sound ones
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,9 +65,10 @@ def splits(
 ) -> list[Split]:
     """Return for each component with rows enough its split in two by k-means, best first."""
     found = []
+    least = FAMILIES[parameters.covariance_type].least_rows(parameters.n_features)
     for component in range(parameters.n_components):
         rows = (labels == component) & (weight > 0)
-        if int(rows.sum()) < _ROWS * (parameters.n_features + 1):
+        if int(rows.sum()) < _ROWS * least:
             continue
         if split := _split(parameters, component, X[rows], weight[rows], generator):
             found.append(split)
@@ -78,7 +81,9 @@ def _split(
     """Return the best of a few splits: across two humps, and by k-means, whose optima differ."""
     spread = X.std(0, correction=0)
     Z = X / torch.where(spread > 0, spread, 1.0)
-    trials = [_humps(X, weight)]
+    is_diagonal = parameters.covariance_type in ("diag", "spherical")
+    # d³ of work for a direction, where components know of none.
+    trials = [] if is_diagonal and X.shape[1] > _WIDE else [_humps(Z, weight)]
     for _ in range(_TRIALS):
         seeds = seeding.k_means_plus_plus(Z, weight, 2, generator)
         trials.append(seeding.nearest(Z, seeding.lloyd(Z, weight, Z[seeds], _LLOYD)))
@@ -193,12 +198,10 @@ def _merged(parameters: Parameters, i: int, j: int) -> Part:
         return Part(weight, mean, parameters.covariances)
     shift = parameters.means[pair] - mean
     within = torch.tensordot(share, parameters.covariances[pair], 1)
-    between = (shift.T * share) @ shift
     if kind == "full":
-        return Part(weight, mean, within + between)
-    if kind == "diag":
-        return Part(weight, mean, within + between.diagonal())
-    return Part(weight, mean, within + between.trace() / len(mean))
+        return Part(weight, mean, within + (shift.T * share) @ shift)
+    between = share @ shift.square()
+    return Part(weight, mean, within + (between if kind == "diag" else between.mean()))
 
 
 def apply(

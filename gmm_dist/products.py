@@ -66,6 +66,8 @@ class MatrixPass:
         self._n_carried = 0
         self._log_likelihood = self._sums.new_zeros(len(group.sizes))
         self._entropy = torch.zeros_like(self._log_likelihood)
+        self._squares = self._sums.new_zeros(n_places)
+        self._is_weighted = False
 
     def begin(self, group: LaneGroup) -> None:
         """Take the parameters of the next passes."""
@@ -84,6 +86,8 @@ class MatrixPass:
         self._n_carried = 0
         self._log_likelihood.zero_()
         self._entropy.zero_()
+        self._squares.zero_()
+        self._is_weighted = False
 
     def add(self, chunk: Block) -> None:
         """Add the statistics of the rows that the features hold."""
@@ -96,6 +100,8 @@ class MatrixPass:
         if weight is not None:
             weight = weight.to(work.resp.dtype)
             work.resp.mul_(weight)
+            self._squares += work.resp.mv(weight)
+            self._is_weighted = True
             log_norm = log_norm * weight
         self._log_likelihood += log_norm.sum(1, dtype=torch.float64)
         if self._n_carried + phi.shape[1] > _CARRY_ROWS:
@@ -114,11 +120,13 @@ class MatrixPass:
     def statistics(self, float32_error: Float64[Tensor, " L"]) -> SufficientStatistics:
         """Return the sums since `clear`, lanes in the group's order."""
         self._carry()
+        squares = self._squares if self._is_weighted else self._sums[self._constant]
         return SufficientStatistics(
             self._sums[:, self._places].cpu(),
             self._in_order(self._log_likelihood).cpu(),
             self._in_order(self._entropy).cpu(),
             float32_error,
+            squares[self._places].cpu(),
         )
 
     def _carry(self) -> None:

@@ -38,8 +38,13 @@ class Resident:
         X: Float64[Tensor, "n d"],
         sample_weight: Float64[Tensor, " n"] | None,
         n_shards: int | None,
+        *,
+        whole: bool = True,
     ) -> Resident:
-        """Centre rows and deal them to shards, as many as their number asks for by default."""
+        """Centre rows and deal them to shards, as many as their number asks for by default.
+
+        `whole` is as in `kernel.Total`.
+        """
         n = len(X)
         wanted = min(n // _SHARD_ROWS, _MOST_SHARDS) if n_shards is None else min(n_shards, n)
         wanted = max(wanted, 1)
@@ -49,7 +54,7 @@ class Resident:
         # a pass over a thousand rows.
         n_threads = 0 if wanted == 1 else min(wanted, os.cpu_count() or 1)
         shards = LocalShards.of(columns.T, sample_weight, n_shards=wanted, n_threads=n_threads)
-        total = shards.run(Total(X.shape[1]))
+        total = shards.run(Total(X.shape[1], whole))
         return cls(columns.T, sample_weight, centre.cpu(), shards, total)
 
 

@@ -30,19 +30,29 @@ class Whitening:
     """The linear map to coordinates in which all rows together have unit covariance.
 
     `mean` (d,) is that of all rows; `matrix` (r, d) has a line for each direction in which
-    they vary, so constant features and linear functions of others drop out.
+    they vary, so constant features and linear functions of others drop out. A `matrix` (d,)
+    scales each feature by itself; constant ones by 0.
     """
 
     mean: Float64[Tensor, " d"]
-    matrix: Float64[Tensor, "r d"]
+    matrix: Float64[Tensor, "*r d"]
 
     def __call__(self, X: Float64[Tensor, "m d"]) -> Float64[Tensor, "m r"]:
         """Return rows in whitened coordinates."""
+        if self.matrix.ndim == 1:
+            return (X - self.mean) * self.matrix
         return (X - self.mean) @ self.matrix.T
 
     def columns(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "r n"]:
         """Return rows that lie as columns, as in a block, in whitened coordinates."""
+        if self.matrix.ndim == 1:
+            return (x - self.mean[:, None]) * self.matrix[:, None]
         return self.matrix @ (x - self.mean[:, None])
+
+    @property
+    def rank(self) -> int:
+        """In how many directions the rows vary."""
+        return int((self.matrix != 0).sum()) if self.matrix.ndim == 1 else len(self.matrix)
 
     def to(self, device: torch.device) -> Whitening:
         return Whitening(self.mean.to(device), self.matrix.to(device))
@@ -52,11 +62,16 @@ def whitening(total: TotalMoments) -> Whitening:
     """Return the whitening of all rows: the pseudo-inverse root of their covariance.
 
     Each feature is first scaled to unit variance, so that the cut-off of directions without
-    rows, 1e-10 of a feature's variance, does not depend on the features' units.
+    rows, 1e-10 of a feature's variance, does not depend on the features' units. Where moments
+    tell nothing of correlations the features are scaled, and no more.
     """
     constant, d = set(total.constant_features()), len(total.sum_x)
+    if not total.is_whole:
+        each = total.scale.reciprocal()
+        each[list(constant)] = 0.0
+        return Whitening(total.mean, each)
     varying = [j for j in range(d) if j not in constant]
-    scale = total.covariance.diagonal()[varying].sqrt()
+    scale = total.variances[varying].sqrt()
     correlation = total.covariance[varying][:, varying] / (scale[:, None] * scale)
     variances, axes = torch.linalg.eigh(correlation)
     kept = variances > _DEPENDENT
@@ -140,6 +155,6 @@ class DrawCoreset:
         self, z: Float64[Tensor, "r n"], weight: Float64[Tensor, " n"]
     ) -> Float64[Tensor, " n"]:
         """Return p_i of rows in whitened coordinates."""
-        rank = len(z)
+        rank = self.whitening.rank
         share = 0.5 + z.square().sum(0) / (2 * rank) if rank else torch.ones_like(weight)
         return (self.size / self.n_samples * weight * share).clamp_max(1)

@@ -80,11 +80,13 @@ class _Rows:
     total: TotalMoments
 
     @classmethod
-    def of(cls, sample: Coreset, n_threads: int) -> _Rows:
+    def of(cls, sample: Coreset, whole: TotalMoments, n_threads: int) -> _Rows:
         X, weight = sample.X, sample.sample_weight
         n_shards = min(_SHARDS, max(1, len(X) // _SHARD_ROWS))
         local = LocalShards.of(X, weight, n_shards=n_shards, n_threads=n_threads)
-        return cls(sample, local, local.run(Total(X.shape[1])))
+        total = local.run(Total(X.shape[1], whole.is_whole))
+        total = replace(total, spikes=whole.spikes)
+        return cls(sample, local, total)
 
     def run(self, lanes: Lanes, config: EMConfig) -> list[tuple[Pair, em.FitResult]]:
         """Run EM for all lanes, as many at once as memory allows."""
@@ -128,7 +130,7 @@ def search(
     size = _sample_size(pairs, start, total)
     pool = _drawn(shards, size, start, total)
     part = pool.part(size, keyed_generator(start.random_state, 3))
-    small = _Rows.of(part.per_row(), n_threads)
+    small = _Rows.of(part.per_row(), total, n_threads)
     seeds = _Seeds.of(shards, pairs, start, total)
     short = replace(config, max_iter=_SHORT, tol=max(config.tol, _SHORT_TOL))
     first, found = _Field(small.total.n_samples), _Field(small.total.n_samples)
@@ -137,7 +139,7 @@ def search(
     for pair, fit in small.run(first.lanes(), short):
         found.add(pair, fit)
     _improve(small, found, short, start)
-    large = small if len(pool.X) == len(part.X) else _Rows.of(pool.per_row(), n_threads)
+    large = small if len(pool.X) == len(part.X) else _Rows.of(pool.per_row(), total, n_threads)
     last = _Field(large.total.n_samples)
     guests = [(_pair_of(p), p) for p in warm]
     entrants = found.lanes() + [guest for guest in guests if guest[0] in found.fits]
@@ -166,7 +168,7 @@ def mend(
         return found
     pairs = [_pair_of(fits[i].parameters) for i in broken]
     size = _sample_size(pairs, start, total)
-    rows = _Rows.of(_drawn(shards, size, start, total).per_row(), n_threads)
+    rows = _Rows.of(_drawn(shards, size, start, total).per_row(), total, n_threads)
     generator = keyed_generator(start.random_state, 4)
     lanes: Lanes = []
     owners = []
@@ -208,7 +210,7 @@ def _pair_of(parameters: Parameters) -> Pair:
 def _merit(fit: em.FitResult) -> tuple[bool, bool, float]:
     """Order fits: a likelihood bought with a component of hardly more rows than d comes last."""
     sound = fit.parameters.covariance_type != "full" or bool(
-        fit.nk.min() >= _SOUND * (fit.parameters.n_features + 1)
+        fit.rows.min() >= _SOUND * (fit.parameters.n_features + 1)
     )
     return fit.is_ranked, sound, fit.log_likelihood
 
@@ -253,8 +255,8 @@ class _Seeds:
         Whitened ones see clusters along a direction in which all rows together vary little;
         merely scaled ones see those far apart in many dimensions, which whitening draws close.
         """
-        scaled = Whitening(self.total.mean, self.total.scale.reciprocal().diag())
-        return [scaled, whitening(self.total)]
+        scaled = Whitening(self.total.mean, self.total.scale.reciprocal())
+        return [scaled, whitening(self.total)] if self.total.is_whole else [scaled]
 
     def _assignments(
         self, sample: Coreset, sizes: Sequence[int], to: Whitening, generator: torch.Generator

@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from gmm_dist.families import Moments, maximise
+from gmm_dist.families import FAMILIES, Moments, maximise
 from gmm_dist.kernel import chunks
 from gmm_dist.parameters import Parameters
 from gmm_dist.sample import Whitening, keyed_generator, whitening
 from gmm_dist.shards import ShardRows, Shards
-from gmm_dist.statistics import TotalMoments
+from gmm_dist.statistics import CONSTANT, TotalMoments
 
 METHODS = ("kmeans", "k-means++", "random", "random_from_data")
 """Ways to start on a sample, under scikit-learn's names."""
@@ -140,14 +140,18 @@ def start_of(
     """Return the parameters of an assignment, covariances shrunk towards that of all rows.
 
     `assignment` is labels (m,) or responsibilities (m, k); rows are in data units. Each
-    component counts d + 1 more rows than it has, of its own rows' mean weight, spread like the
-    whole sample about its mean: one of few rows does not start singular, however much each row
-    of a coreset weighs.
+    component counts as many more rows than it has as its family needs at least (full d + 1,
+    others 2), of its own rows' mean weight, spread like the whole sample
+    about its mean: one of few rows does not start singular, however much each row of a coreset
+    weighs.
     """
     d, mean = X.shape[1], (weight @ X) / weight.sum()
     counted = (weight > 0).double()
-    pooled = ((X - mean).T * weight) @ (X - mean) / weight.sum()
-    prior = (d + 1) * (pooled + _floor(pooled.diagonal()).diag())
+    scatter = _diagonal_scatter if kind in ("diag", "spherical") else _full_scatter
+    pooled = scatter(X - mean, weight) / weight.sum()
+    floor = _floor(X, weight, mean)
+    more = FAMILIES[kind].least_rows(d)
+    prior = more * (pooled + (floor if pooled.ndim == 1 else floor.diag()))
     nk, means, within = [], [], []
     for component in range(k):
         rows, share = _members(assignment, component)
@@ -157,9 +161,9 @@ def start_of(
         per_row = mass / count if occupied else weight.sum() / counted.sum()
         centre = (own @ x) / mass if occupied else mean
         centred = x - centre
-        nk.append(mass + per_row * (d + 1))
+        nk.append(mass + per_row * more)
         means.append(centre)
-        within.append((centred.T * own) @ centred + per_row * prior)
+        within.append(scatter(centred, own) + per_row * prior)
     return _about_means(torch.stack(nk), torch.stack(means), torch.stack(within), kind)
 
 
@@ -172,16 +176,25 @@ def _members(assignment: Tensor, component: int) -> tuple[Tensor, Tensor]:
     return rows, assignment[rows, component]
 
 
-def _floor(variances: Tensor) -> Tensor:
-    """Return a billionth of each feature's variance; of another's, where it has none."""
+def _full_scatter(centred: Tensor, weight: Tensor) -> Tensor:
+    return (centred.T * weight) @ centred
+
+
+def _diagonal_scatter(centred: Tensor, weight: Tensor) -> Tensor:
+    return weight @ centred.square()
+
+
+def _floor(X: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
+    """Return a billionth of each feature's variance; of the widest's, where it is constant."""
+    second = weight @ X.square() / weight.sum()
+    variances = weight @ (X - mean).square() / weight.sum()
     largest = variances.max()
     fallback = largest if largest > 0 else torch.ones_like(largest)
-    return 1e-9 * torch.where(variances > 1e-28 * largest, variances, fallback)
+    return 1e-9 * torch.where(variances > CONSTANT * second, variances, fallback)
 
 
 def _about_means(nk: Tensor, means: Tensor, within: Tensor, kind: str) -> Parameters:
-    squares = within.diagonal(dim1=-2, dim2=-1)
-    sum_xx = {"diag": squares, "spherical": squares.sum(-1)}.get(kind, within)
+    sum_xx = within.sum(-1) if kind == "spherical" else within
     moments = Moments(nk, torch.zeros_like(means), sum_xx, means)
     return maximise(kind, moments, (len(nk),), torch.zeros_like(means)).lanes()[0]
 

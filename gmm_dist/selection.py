@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Self
+
+from torch import Tensor
 
 from gmm_dist.em import FitResult, Status
 from gmm_dist.families import n_parameters
 from gmm_dist.mixture import aic, bic, icl
-from gmm_dist.statistics import TotalMoments
+from gmm_dist.spikes import Profile
+from gmm_dist.statistics import Spike, TotalMoments
+from gmm_dist.weighting import counts_rows
 
 CRITERIA = ("bic", "aic", "icl", "holdout")
 
@@ -20,6 +24,8 @@ CRITERIA = ("bic", "aic", "icl", "holdout")
 _CHEAP = 1e-3
 _FEWEST_FOR_ELBOW = 4
 _MOST_IN_GRID = 20
+_MOST_NOTES = 8  # on features that no Gaussian fits
+_EXACT = 2.0**53  # float64 knows every whole number below
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -48,6 +54,10 @@ class Outcome:
     def of(cls, fit: FitResult, seconds: float) -> Self:
         dropped = int(fit.status is Status.DROPPED)
         return cls(fit, seconds, 1, dropped, fit.passes_saved)
+
+    def counted(self, n_samples: float) -> Outcome:
+        """Return the outcome of the same rows, whose weights sum to `n_samples`."""
+        return replace(self, fit=self.fit.counted(n_samples))
 
     def against(self, other: Outcome) -> Outcome:
         """Return the better of two, with the starts of both."""
@@ -130,18 +140,21 @@ class SweepResult:
     """All candidates in the order asked for; `ranked` has the best first, failures last.
 
     `total` are the moments of the rows that were fitted, held-out ones not among them;
-    `n_passes` over all of them scored lanes.
+    `n_passes` over all of them scored lanes. `profile` is what a sample told of the features;
+    `centre` (d,), in feature units, is what moments and profile are about (None: 0).
     """
 
     scored: tuple[Scored, ...]
     criterion: str
     total: TotalMoments
     n_passes: int = 0
+    profile: Profile = field(default_factory=Profile)
+    centre: Tensor | None = None
 
     @property
     def n_samples(self) -> float:
-        """The sum of the sample weights: the number of rows without weights."""
-        return self.total.n_samples
+        """The n of the criteria: the sum of the weights, if these count rows (`weighting`)."""
+        return self.scored[0].fit.n_samples if self.scored else self.total.n_samples
 
     @property
     def ranked(self) -> list[Scored]:
@@ -169,14 +182,76 @@ class SweepResult:
 
         `rerun` turns the next grid of k, as `--k` takes it, into what to do about it.
         """
-        constant = [feature_names[j] for j in self.total.constant_features()]
-        lines = [f"column {name!r} is constant: leave it out with --columns" for name in constant]
-        if dependent := self.total.dependent_features():
+        lines = [self._constant(j, feature_names[j]) for j in self.total.constant_features()]
+        lines += self._shape_notes(feature_names)
+        kinds = {s.candidate.covariance_type for s in self.scored}
+        read = bool(kinds & {"full", "tied"})
+        if read and (dependent := self.total.dependent_features()):
             lines.append(
                 f"{dependent} of {len(feature_names)} columns are duplicates or sums of others, so "
                 "full covariances rest on --reg-covar: leave them out with --columns"
             )
-        return lines + self._edge_warning(rerun) + self._elbow_note()
+        return lines + self._weights_note() + self._edge_warning(rerun) + self._elbow_note()
+
+    def _constant(self, feature: int, name: str) -> str:
+        at = 0.0 if self.centre is None else abs(float(self.centre[feature]))
+        if at < _EXACT:
+            return f"column {name!r} is constant: leave it out with --columns"
+        return (
+            f"column {name!r} is constant as far as float64 tells, which knows numbers near "
+            f"{at:.4g} in steps of {math.ulp(at):g}: subtract an offset where it is written, or "
+            "leave it out with --columns"
+        )
+
+    def _shape_notes(self, names: Sequence[str]) -> list[str]:
+        """Name the features that no Gaussian fits, and say what to do."""
+        lines: list[str] = []
+        of_feature: dict[int, list[Spike]] = {}
+        for spike in self.profile.spikes:
+            of_feature.setdefault(spike.feature, []).append(spike)
+        for j, spikes in of_feature.items():
+            values = " and ".join(
+                f"{s.share:.0%} are exactly {self._spell(j, s.value)}" for s in spikes
+            )
+            lines.append(
+                f"column {names[j]!r}: of its rows {values}, which no Gaussian fits: a component "
+                "there is as narrow as --reg-covar lets it be, and takes likelihood from that; "
+                "filter such rows with --where, raise --reg-covar, or leave the column out with "
+                "--columns"
+            )
+        if any(s.fit.status in (Status.DEGENERATE, Status.COLLAPSED) for s in self.scored):
+            lines += [
+                f"column {names[r.feature]!r} is rounded to {r.n_values:,} values "
+                f"({r.share:.0%} of a sample are {self._spell(r.feature, r.value)}): components "
+                "that lie on one are degenerate; raise --reg-covar, filter with --where, or leave "
+                "the column out with --columns"
+                for r in self.profile.rounded
+            ]
+        lines += [
+            f"column {names[f.feature]!r} has values as far out as "
+            f"{self._spell(f.feature, f.farthest)}, but half of its rows within {f.width:.3g}: "
+            "--reg-covar, in units of the whole column's variance, drowns them; filter far "
+            "values with --where, or lower --reg-covar"
+            for f in self.profile.dwarfed
+        ]
+        return _some(lines)
+
+    def _spell(self, feature: int, value: float) -> str:
+        """Spell a value about the centre in feature units, without the centre's rounding."""
+        if self.centre is None:
+            return f"{value:.6g}"
+        found = float(self.centre[feature]) + value
+        return f"{0.0 if abs(found) < 1e-6 * abs(value) else found:.6g}"
+
+    def _weights_note(self) -> list[str]:
+        """Say so where the criteria took another n than the sum of the weights."""
+        if counts_rows(self.total):
+            return []
+        return [
+            f"the weights sum to {self.total.n_samples:.3g} over {self.total.n_rows:,} rows, so "
+            f"they do not count rows: the criteria take n = (Σw)²/Σw² = {self.n_samples:,.1f}; "
+            "weights of mean 1 would count each row as one"
+        ]
 
     def _edge_warning(self, rerun: Callable[[str], str]) -> list[str]:
         ks = sorted({s.candidate.k for s in self.scored})
@@ -250,6 +325,13 @@ def _advice(bend: Elbow | None) -> str:
         f"the mean log-likelihood bends at k={bend.k}, after which a component gains at most "
         f"{bend.gain:.2g} nats per row: consider --k {bend.k},"
     )
+
+
+def _some(lines: list[str]) -> list[str]:
+    """Return the first lines, and how many more there are."""
+    if len(lines) <= _MOST_NOTES:
+        return lines
+    return [*lines[:_MOST_NOTES], f"{len(lines) - _MOST_NOTES} more columns are like these"]
 
 
 def _grid(first: int, last: int) -> str:

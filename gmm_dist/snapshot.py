@@ -39,6 +39,7 @@ def taken(lanes: Sequence[Lane]) -> Snapshot:
             "verdict": None if lane.verdict is None else lane.verdict.name,
         }
         tensors |= {f"{i}.theta": lane.theta, f"{i}.reg": lane.reg, f"{i}.nk": lane.nk}
+        tensors[f"{i}.rows"] = lane.rows
         tensors |= _tensors(f"{i}.parameters", lane.parameters)
         if (squarem := lane.squarem) is not None:
             plain["leaps"] = {name: getattr(squarem, name) for name in _LEAPS}
@@ -70,6 +71,8 @@ def _lane(tensors: Mapping[str, Tensor], i: int, plain: Mapping[str, Any]) -> La
         precision=Precision[plain["precision"]],
         reg=tensors[f"{i}.reg"],
         nk=tensors[f"{i}.nk"],
+        # Snapshots of earlier versions lack them; the next pass counts anew.
+        rows=tensors.get(f"{i}.rows", tensors[f"{i}.nk"]),
         squarem=squarem,
         outcome=Outcome[plain["outcome"]],
         verdict=None if plain["verdict"] is None else Outcome[plain["verdict"]],

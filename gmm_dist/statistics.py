@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+CONSTANT = 1e-13
+"""Of a feature's second moment: a variance below it is rounding, the feature has one value."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SufficientStatistics:
@@ -23,13 +26,16 @@ class SufficientStatistics:
       type (see `families`), K components of all lanes;
     - `log_likelihood` (L,): sums of w_n log p(x_n), nats, one per lane;
     - `entropy` (L,): sums of -w_n Σ_k r_nk ln r_nk, nats; measured by float64 lanes, else 0;
-    - `float32_error` (L,): sums of |log p in float32 - log p in float64| over the checked rows.
+    - `float32_error` (L,): sums of |log p in float32 - log p in float64| over the checked rows;
+    - `squares` (K,): the sums of w_n² r_nk, of which Kish's number of rows is made
+      (`effective_rows`); without weights those of r_nk.
     """
 
     moments: Float64[Tensor, "P K"]
     log_likelihood: Float64[Tensor, " L"]
     entropy: Float64[Tensor, " L"]
     float32_error: Float64[Tensor, " L"]
+    squares: Float64[Tensor, " K"]
 
     def __add__(self, other: SufficientStatistics) -> SufficientStatistics:
         return SufficientStatistics(
@@ -37,17 +43,28 @@ class SufficientStatistics:
             self.log_likelihood + other.log_likelihood,
             self.entropy + other.entropy,
             self.float32_error + other.float32_error,
+            self.squares + other.squares,
         )
 
     def __reduce__(self) -> tuple[Callable[..., SufficientStatistics], tuple[object, ...]]:
         # As arrays, which travel without a copy where the pickler takes buffers out of band
         # (Ray does): a tensor would be written out byte by byte, 69 MB at K = 1024, d = 128.
-        parts = (self.moments, self.log_likelihood, self.entropy, self.float32_error)
+        parts = (self.moments, self.log_likelihood, self.entropy, self.float32_error, self.squares)
         return _revived, tuple(part.numpy() for part in parts)
 
 
 def _revived(*arrays: object) -> SufficientStatistics:
     return SufficientStatistics(*(torch.tensor(array) for array in arrays))
+
+
+def effective_rows(
+    nk: Float64[Tensor, " k"], squares: Float64[Tensor, " k"]
+) -> Float64[Tensor, " k"]:
+    """Return how many rows of equal weight tell as much: (Σ w r)² / Σ w² r (Kish 1965).
+
+    It is `nk` without weights, and whatever all weights are multiplied by.
+    """
+    return torch.where(squares > 0, nk / squares * nk, 0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,18 +88,33 @@ class PassStatistics:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Spike:
+    """A value of a feature, about the centre, that a `share` of the rows have to the digit."""
+
+    feature: int
+    value: float
+    share: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TotalMoments:
     """Moments of all rows together, about the shared centre: a constant of the data.
 
     `n_samples` is the sum of the weights, `sum_x` (d,) and `sum_xx` (d, d) the weighted sums of
-    x and x xᵀ; `n_rows` counts rows of positive weight.
+    x and x xᵀ; where all covariances are diagonal and rows wide, `sum_xx` (d,) is the diagonal
+    alone. `n_rows` counts rows of positive weight. `sum_ww` sums the squared weights, and
+    `max_weight` is the largest; 0 where that is not known. `spikes` are known of all rows only
+    (`spikes`): a sum has none.
     """
 
     n_samples: float
     n_rows: int
     sum_x: Float64[Tensor, " d"]
-    sum_xx: Float64[Tensor, "d d"]
+    sum_xx: Float64[Tensor, ...]
+    sum_ww: float = 0.0
+    max_weight: float = 0.0
+    spikes: tuple[Spike, ...] = ()
 
     def __add__(self, other: TotalMoments) -> TotalMoments:
         return TotalMoments(
@@ -90,27 +122,53 @@ class TotalMoments:
             self.n_rows + other.n_rows,
             self.sum_x + other.sum_x,
             self.sum_xx + other.sum_xx,
+            self.sum_ww + other.sum_ww,
+            max(self.max_weight, other.max_weight),
         )
+
+    @property
+    def n_effective(self) -> float:
+        """How many rows of equal weight tell as much: (Σ w)² / Σ w² (Kish 1965)."""
+        if self.sum_ww == 0:
+            return float(self.n_rows)
+        return self.n_samples / self.sum_ww * self.n_samples
 
     @property
     def mean(self) -> Float64[Tensor, " d"]:
         return self.sum_x / self.n_samples
 
     @property
+    def is_whole(self) -> bool:
+        """Whether products of two features are known."""
+        return self.sum_xx.ndim == 2
+
+    @property
+    def second(self) -> Float64[Tensor, " d"]:
+        """The mean square of each feature, about the centre."""
+        return (self.sum_xx.diagonal() if self.is_whole else self.sum_xx) / self.n_samples
+
+    @property
+    def variances(self) -> Float64[Tensor, " d"]:
+        return self.second - self.mean.square()
+
+    @property
     def covariance(self) -> Float64[Tensor, "d d"]:
         return self.sum_xx / self.n_samples - self.mean[:, None] * self.mean
+
+    def overflowing_features(self) -> tuple[int, ...]:
+        """Return the features whose squares float64 does not hold, or hardly."""
+        return tuple(int(j) for j in (~(self.second < 1e280)).nonzero().flatten())
 
     @property
     def scale(self) -> Float64[Tensor, " d"]:
         """The spread of each feature over all rows; of the widest, where a feature has none."""
-        variances = self.covariance.diagonal().clamp_min(0).clone()
+        variances = self.variances.clamp_min(0)
         variances[list(self.constant_features())] = variances.max()
         return torch.where(variances > 0, variances, 1.0).sqrt()
 
     def constant_features(self) -> tuple[int, ...]:
         """Return the features that have one value in all rows, up to rounding."""
-        second = self.sum_xx.diagonal() / self.n_samples
-        flat = self.covariance.diagonal() <= 1e-13 * second
+        flat = self.variances <= CONSTANT * self.second
         return tuple(int(j) for j in flat.nonzero().flatten())
 
     def dependent_features(self) -> int:

@@ -6,10 +6,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from gmm_dist import em, snapshot
-from gmm_dist.cohort import Lane
+from gmm_dist.cohort import Lane, regularisation
 from gmm_dist.cohort import Outcome as LaneOutcome
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import TooFewRows, UserError
@@ -21,7 +23,9 @@ from gmm_dist.search import mend, search
 from gmm_dist.selection import Candidate, Outcome, Scored, SweepResult
 from gmm_dist.shards import HeldOut, Shards
 from gmm_dist.snapshot import Snapshot
+from gmm_dist.spikes import profile
 from gmm_dist.statistics import TotalMoments
+from gmm_dist.weighting import ReweightedShards, as_given, criterion_size, unit_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,9 @@ class Standing:
     precision: str
 
 
+# Up to so many features their correlations cost nothing, and seeds are better for them.
+_WIDE = 128
+
 Watch = Callable[[Sequence[Standing]], None]
 Keep = Callable[[int, Callable[[], Snapshot]], None]
 
@@ -46,6 +53,8 @@ def sweep(
     start: StartConfig,
     *,
     n_features: int,
+    feature_names: Sequence[str] = (),
+    centre: Tensor | None = None,
     criterion: str = "bic",
     holdout: bool = False,
     given: Sequence[Parameters] | None = None,
@@ -57,17 +66,28 @@ def sweep(
     """Fit every candidate in the same passes and rank them.
 
     With `holdout` the fits are also scored on the held-out rows, in one pass more. `given` are
-    starts about the rows' shared centre, one per candidate, instead of our own; `warm` ones
+    starts about the rows' shared `centre` (d,), one per candidate, instead of our own; `warm` ones
     compete with our own for the candidates of their shape.
 
     After each pass `keep` is told its number, and how to take a snapshot; with one of the same
     rows and settings, `resume`, the sweep goes on from there to the same bits.
 
-    Raises UserError when there are fewer rows than components, or no held-out rows to rank by.
+    Raises UserError when there are fewer rows than components, no held-out rows to rank by, or
+    numbers beyond float64's range once they are squared.
     """
     began = time.monotonic()
-    total = shards.run(Total(n_features))
+    moments = Total(n_features, n_features <= _WIDE or _read_products(candidates))
+    total = shards.run(moments)
+    scale = unit_of(total.max_weight)
+    if scale != 1:
+        shards = ReweightedShards(shards, scale)
+        total = shards.run(moments)
     require_rows(candidates, total.n_rows)
+    names = feature_names or [f"x{j}" for j in range(n_features)]
+    _require_range(total.overflowing_features(), names, "large")
+    seen = profile(shards, n_features, regularisation(config, total.scale))
+    _require_range(seen.vanishing, names, "small")
+    total = replace(total, spikes=seen.spikes)
     if criterion == "holdout":
         _require_held_out(shards, n_features)
     race = _Race(shards, candidates, config, total, began, watch, keep)
@@ -88,13 +108,19 @@ def sweep(
     likelihoods: Sequence[float | None] = [None] * len(candidates)
     if holdout or criterion == "holdout":
         likelihoods = mean_log_likelihoods(shards, [o.fit.parameters for o in race.outcomes])
+    size = criterion_size(total, scale)
     scored = [
-        Scored.of(candidate, outcome, likelihood)
+        Scored.of(candidate, outcome.counted(size), likelihood)
         for candidate, outcome, likelihood in zip(
             candidates, race.outcomes, likelihoods, strict=True
         )
     ]
-    return SweepResult(tuple(scored), criterion, total, race.n_passes)
+    given_total = as_given(total, scale)
+    return SweepResult(tuple(scored), criterion, given_total, race.n_passes, seen, centre)
+
+
+def _read_products(candidates: Sequence[Candidate]) -> bool:
+    return any(c.covariance_type in ("full", "tied") for c in candidates)
 
 
 class _Race:
@@ -186,6 +212,17 @@ def require_rows(candidates: Sequence[Candidate], n_rows: int) -> None:
         raise TooFewRows(
             f"--k asks for {counted(largest, 'component')}, but there are {rows}: "
             f"give k of at most {n_rows}"
+        )
+
+
+def _require_range(features: Sequence[int], names: Sequence[str], what: str) -> None:
+    """Raise UserError for features whose squares leave the range of float64."""
+    if features:
+        others = f", and {len(features) - 1} more columns," if len(features) > 1 else ""
+        remedy = "divide" if what == "large" else "multiply"
+        raise UserError(
+            f"column {names[features[0]]!r}{others} has values too {what} for their squares to be "
+            f"float64 numbers: {remedy} it by a power of ten, or leave it out with --columns"
         )
 
 

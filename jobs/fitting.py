@@ -205,6 +205,8 @@ class Job:
             self.em,
             self.start,
             n_features=self.plan.n_features,
+            feature_names=self.plan.feature_names,
+            centre=torch.from_numpy(self.loader.centre),
             criterion=self.options.criterion,
             holdout=self.plan.holdout > 0,
             given=self.given,

@@ -163,7 +163,8 @@ def _add_fit(group: argparse._ArgumentGroup) -> None:
         "--reg-covar",
         type=float,
         default=1e-6,
-        help="added to every variance, in squared feature units (default: %(default)s)",
+        help="added to every variance, in units of the feature's variance over all rows, so that "
+        "units of measurement do not matter (default: %(default)s)",
     )
     group.add_argument("--random-state", type=int, default=0, help="seed (default: %(default)s)")
     group.add_argument(

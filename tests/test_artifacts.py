@@ -628,7 +628,7 @@ BAD_CARDS: dict[str, tuple[dict[str, Any], str]] = {
     "k absent": ({"n_components": None}, "None components"),
     "n as text": ({"n_samples": "many"}, "has the n_samples 'many'"),
     "n below 0": ({"n_samples": -1}, "has the n_samples -1"),
-    "NaN": ({"log_likelihood": math.nan}, "has the log_likelihood nan"),
+    "NaN": ({"log_likelihood": math.nan}, "NaN is no JSON"),
     "beyond": ({"log_likelihood": 10**400}, "has the log_likelihood 1000"),
     "falling": ({"log_density_quantiles": {"levels": LEVELS, "values": [1, 3, 2]}}, "not ascend"),
     "levels": ({"log_density_quantiles": {"levels": LEVELS[::-1], "values": LEVELS}}, "not ascend"),
@@ -636,9 +636,9 @@ BAD_CARDS: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"log_density_quantiles": {"levels": [], "values": []}}, "0 quantiles for 0"),
     "beyond 1": ({"log_density_quantiles": {"levels": [0, 2], "values": [0, 1]}}, "from 0 to 1"),
     "text": ({"log_density_quantiles": {"levels": LEVELS, "values": "abc"}}, "no numbers"),
-    "a list": ({"log_density_quantiles": [1, 2]}, "lacks an entry"),
+    "a list": ({"log_density_quantiles": [1, 2]}, "an entry that makes no sense"),
     "no values": ({"log_density_quantiles": {"levels": LEVELS}}, "lacks an entry"),
-    "no size": ({"files": {"model.safetensors": {"sha256": "0"}}}, "lacks an entry"),
+    "no size": ({"files": {"model.safetensors": {"sha256": "0"}}}, "makes no sense"),
 }
 
 

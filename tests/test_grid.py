@@ -153,3 +153,24 @@ def test_numpys_numbers_and_scikit_learns_seeds(X):
 def test_options_become_arguments_and_paths_stay():
     told = of_arguments("use --k 3 or --num-workers 2 for s3://a--b/--c")
     assert told == "use k 3 or num_workers 2 for s3://a--b/--c"
+
+
+def test_a_small_cluster_of_many_features_is_found():
+    """40 rows of 64 features, 30 sigma away: too few for a full covariance."""
+    rng = np.random.default_rng(0)
+    centres, sizes = rng.normal(0, 3, (5, 64)), [400, 400, 400, 400, 40]
+    X = np.vstack([c + rng.normal(size=(n, 64)) for c, n in zip(centres, sizes, strict=True)])
+    assert select(X, [4, 5], "spherical", n_init=4).rows()[0]["k"] == 5
+
+
+def test_units_of_the_features_change_no_more_than_the_jacobian():
+    rng = np.random.default_rng(0)
+    X = np.r_[rng.normal(0, 1, (300, 2)), rng.normal(8, 1, (300, 2))]
+    unit = np.array([1e-4, 1e6])
+    plain, scaled = (select(rows, [1, 2, 3], n_init=2).rows() for rows in (X, X * unit))
+    assert [(r["k"], r["covariance_type"]) for r in scaled] == [
+        (r["k"], r["covariance_type"]) for r in plain
+    ]
+    jacobian = 2 * 600 * np.log(unit).sum()
+    for one, other in zip(plain, scaled, strict=True):
+        assert other["bic"] == pytest.approx(one["bic"] + jacobian, abs=0.05)

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "limits": {"errors", "families", "parameters"},
     "sample": TENSORS | {"kernel", "shards", "statistics"},
     "seeding": TENSORS | {"families", "kernel", "parameters", "sample", "shards", "statistics"},
-    "moves": TENSORS | {"parameters", "seeding"},
+    "moves": TENSORS | {"families", "parameters", "seeding"},
     "search": TENSORS
     | {"config", "em", "families", "kernel", "limits", "moves", "parameters", "sample"}
     | {"seeding", "shards", "statistics"},
@@ -51,7 +51,9 @@ MAY_IMPORT = {
     "mixture": TENSORS | {"numpy", "errors", "families", "inputs", "parameters", "quantiles"},
     "holdout": TENSORS | {"families", "kernel", "parameters", "shards"},
     "histogram": TENSORS | {"families", "kernel", "parameters", "quantiles", "shards"},
-    "selection": {"em", "families", "mixture", "statistics"},
+    "spikes": TENSORS | {"sample", "shards", "statistics"},
+    "weighting": {"shards", "statistics"},
+    "selection": {"torch", "em", "families", "mixture", "spikes", "statistics", "weighting"},
     "matching": TENSORS | {"scipy", "parameters"},
     "column_drift": TENSORS | {"scipy", "mixture", "parameters"},
     "drift": TENSORS | {"column_drift", "histogram", "holdout", "matching", "parameters", "shards"},
@@ -68,7 +70,10 @@ MAY_IMPORT = {
         "selection",
         "shards",
         "snapshot",
+        "spikes",
         "statistics",
+        "torch",
+        "weighting",
     },
     # The lake: neither EM, nor torch, nor Ray.
     "storage": {"fsspec", "errors", "urls"},
@@ -134,7 +139,7 @@ MAY_IMPORT = {
     "estimator": {"numpy", "sklearn", "torch"}
     | {"assembly", "config", "em", "errors", "families", "inputs", "mixture", "opened"}
     | {"parameters", "resident", "selection", "shards", "shares", "soundness", "statistics"}
-    | {"trials"},
+    | {"trials", "weighting"},
     "grid": {"matplotlib", "pandas", "torch"}
     | {"assembly", "config", "errors", "estimator", "families", "inputs", "opened", "resident"}
     | {"selection", "sweep"},

@@ -177,3 +177,18 @@ def test_its_repr_is_one_short_line():
     wide = Mixture(mixtures.parameters("diag", 2, 300), tuple(f"{j}" * 300 for j in range(300)))
     assert repr(wide).count("\n") == 0
     assert len(repr(wide)) < 500
+
+
+@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+@pytest.mark.parametrize("far", [1e20, 1e160, -1.7e308])
+def test_rows_beyond_every_component_have_one_component(kind, far):
+    """Distances that overflow, or have no digits left for what sets components apart."""
+    mixture = Mixture(mixtures.parameters(kind, 3, 2, seed=2))
+    X = torch.full((2, 2), far, dtype=torch.float64)
+    X[1] = 0.0
+    resp = mixture.predict_proba(X)
+    assert resp[0].max() == 1
+    assert resp[0].sum() == 1
+    assert int(mixture.predict(X)[0]) == int(resp[0].argmax())
+    torch.testing.assert_close(resp[1:], mixture.predict_proba(X[1:]))
+    assert not bool(mixture.score_samples(X).isnan().any())

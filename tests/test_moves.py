@@ -196,7 +196,7 @@ def test_two_clusters_are_found_among_many_features(d, seed):
 
 @pytest.mark.parametrize("kind", ["full", "diag", "spherical"])
 def test_the_gain_of_a_split_is_what_hard_labels_gain(kind):
-    """But for the d + 1 rows more that keep a part of few rows from being singular."""
+    """But for the few rows more that keep a part of few rows from being singular."""
     X, _, labels, _ = two_in_one(kind, sizes=(1500, 1000, 500))
     X = X * values(4, 1 / 2)
     weight = 0.5 + torch.arange(3000).remainder(3).double()

@@ -356,8 +356,9 @@ def test_the_start_of_labels_is_that_of_their_responsibilities(kind):
 
 
 @every_type
-def test_a_start_is_an_m_step_of_the_rows_and_d_plus_1_more_per_component(kind):
-    """Those d + 1 rows of the component's mean weight, spread like all rows about its mean."""
+def test_a_start_is_an_m_step_of_the_rows_and_a_few_more_per_component(kind):
+    """Rows of the component's mean weight, spread like all rows about its mean: d + 1 or 2."""
+    more = 3 if kind == "full" else 2
     X, weight = mixtures.rows(mixtures.parameters("full", 3, 2), 40), mixtures.row_weights(40)
     resp = (2 * mixtures.normal_rows(40, 3)).softmax(1)
     start = start_of(X, weight, resp, 3, kind)
@@ -367,11 +368,11 @@ def test_a_start_is_an_m_step_of_the_rows_and_d_plus_1_more_per_component(kind):
     for c in range(3):
         own = weight * resp[:, c]
         centre, per_row = own @ X / own.sum(), own.sum() / resp[:, c].sum()
-        # 2 d rows whose scatter about the centre is that of d + 1 rows of covariance `pooled`.
+        # 2 d rows whose scatter about the centre is that of `more` rows of covariance `pooled`.
         arms = torch.cat([pooled.T, -pooled.T]) * 2**0.5
         rows.append(centre + arms)
         share = torch.zeros(4, 3, dtype=torch.float64)
-        share[:, c] = 3 * per_row / 4
+        share[:, c] = more * per_row / 4
         shares.append(share)
     all_weights = torch.cat([weight, ones(12)])
     expected = naive.m_step(

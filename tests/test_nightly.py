@@ -417,7 +417,7 @@ def test_fewer_rows_than_components_and_candidates_of_no_rank_are_kept_back(
     assert "--k asks for 4 components, but there are 3 rows" in capsys.readouterr().out
     local.write(2, {"a": A}, n=6)
     assert local.run(2, "--k", "4", "--min-rows", "1") == 3
-    assert "none of the 1 candidates could be ranked" in capsys.readouterr().out
+    assert "the one candidate could not be ranked" in capsys.readouterr().out
     assert local.registry.latest() is None
 
 
@@ -684,8 +684,7 @@ def test_a_crash_between_the_commit_and_the_pointer_is_mended_by_the_next_run(
             raise KeyboardInterrupt
 
         crash.setattr(Registry, "point_to", fall)
-        with pytest.raises(KeyboardInterrupt):
-            local.run(1, "--k", "3")
+        assert local.run(1, "--k", "3") == 130
     assert local.registry.latest() is None
     lineage = local.lineage(1)
     assert local.run(1, "--k", "3") == 0
@@ -705,8 +704,7 @@ def test_a_night_that_died_goes_on_with_resume(
             raise KeyboardInterrupt
 
         crash.setattr(fitting, "training_quantiles", fall)
-        with pytest.raises(KeyboardInterrupt):
-            local.run(1, "--k", "4")
+        assert local.run(1, "--k", "4") == 130
     assert local.run(1, "--k", "4") == 2
     assert "pass --resume to go on with it" in capsys.readouterr().err
     assert local.run(1, "--k", "4", "--resume") == 0

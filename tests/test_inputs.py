@@ -194,7 +194,7 @@ def test_that_a_value_is_missing_is_told_of_unnamed_columns_by_number():
 
 def test_sums_that_overflow_are_no_infinity():
     rows = np.full((3, 2), 1.7e308)
-    assert np.isneginf(MODEL.score_samples(rows)).all()
+    assert (MODEL.score_samples(rows) < -1e300).all()
 
 
 def test_masked_weights_are_no_weights():

@@ -1,4 +1,12 @@
-"""Gaussian mixtures over data lakes: EM on a Ray cluster, many k in the same passes."""
+"""Gaussian mixtures over data lakes: EM on a Ray cluster, many k in the same passes.
+
+- `GaussianMixture`, `BayesianGaussianMixture`: scikit-learn's estimators, of arrays and of lakes;
+- `select`: a grid of mixtures fitted in the same passes, and ranked;
+- `open_lake`: a lake as what `fit` and `select` take in place of rows;
+- `load`: a model that a job or a registry has left behind, as a `Mixture`;
+- `Mixture`: a fitted mixture put to use; its `Parameters` are float64 tensors;
+- `UserError`: what is raised for input that a user can mend, a `ValueError`.
+"""
 
 from __future__ import annotations
 
@@ -46,3 +54,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

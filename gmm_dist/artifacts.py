@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,8 +16,9 @@ from gmm_dist.model_files import CARD, TENSORS, parse_model
 from gmm_dist.model_files import Provenance as Provenance
 from gmm_dist.model_files import library_versions as library_versions
 from gmm_dist.places import Place
-from gmm_dist.records import parse, whole
+from gmm_dist.records import name_within, parse, parse_plain, whole
 from gmm_dist.storage import explained
+from gmm_dist.urls import split_query
 
 REPORT = "sweep.json"
 LATEST = "latest.json"
@@ -47,11 +47,14 @@ def read_report(url: str, name: str = REPORT) -> dict[str, Any]:
     """
     place = Place.of(url)
     with explained(place.url):
-        return dict(json.loads(Result.at(place).read(name)))
+        return parse_plain(Result.at(place).read(name), name, place.url)
 
 
-def _model_reader(place: Place) -> Callable[[str], bytes]:
-    """Return what reads a model's files by name, through the manifest if there is one."""
+def _model_reader(place: Place, *, follow: bool = True) -> Callable[[str], bytes]:
+    """Return what reads a model's files by name, through the manifest if there is one.
+
+    `follow` the pointer of a registry, which leads to a model and no further.
+    """
     if ATTEMPTS in place.path.split("/"):
         raise UserError(
             f"{place.url} lies inside {ATTEMPTS}, where nothing is committed: pass the --output of "
@@ -59,13 +62,17 @@ def _model_reader(place: Place) -> Callable[[str], bytes]:
         )
     if (result := Result.find(place)) is not None:
         return lambda name: result.read(f"{MODEL}/{name}")
-    parent, _, folder = place.path.rpartition("/")
-    above = Result.find(replace(place, path=parent)) if parent else None
+    head, query = split_query(place.path)
+    parent, _, folder = head.rpartition("/")
+    above = Result.find(replace(place, path=parent + query)) if parent else None
     if above is not None and f"{folder}/{CARD}" in above.files:
         return lambda name: above.read(f"{folder}/{name}")
-    if (latest := place.read(LATEST)) is not None:
+    if follow and (latest := place.read(LATEST)) is not None:
         with whole(LATEST, place.url):
-            return _model_reader(place.below(parse(latest, LATEST, place.url)["model"]))
+            name = name_within(parse(latest, LATEST, place.url)["model"], LATEST, place.url)
+        if place.leads_out(name):
+            raise UserError(f"{place.url}: {name}, which {LATEST} names, is a link out of there")
+        return _model_reader(place.below(name), follow=False)
     return lambda name: _read_alone(place, name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from gmm_dist.opened import Lake
 from gmm_dist.parameters import Parameters
 from gmm_dist.selection import Candidate, SweepResult
 from gmm_dist.sweep import require_rows, sweep
+
+logger = logging.getLogger(__name__)
 
 Loaded = Callable[[int, int], None]
 """Told of the shards and the rows that have been loaded."""
@@ -72,7 +75,7 @@ def sweep_lake(
 
 
 def plan_of(opened: Lake) -> Plan:
-    """Return which rows a lake's name stands for; reads no row. Raises as `lake.plan` does."""
+    """Return which rows a lake's name stands for, as `lake.plan` does, and raise as it does."""
     return lake.plan(
         opened.url,
         columns=opened.columns,
@@ -137,15 +140,19 @@ def load_rows(
     if n_rows == 0:
         filters = f" after --where {str(plan.where)!r}" if plan.where else ""
         smaller = ", or give a smaller --holdout" if plan.holdout else ""
+        weighing = f", and weights {plan.weight_column!r} above 0" if plan.weight_column else ""
         raise TooFewRows(
             f"{plan.url}: no rows are left of {plan.n_rows:,}{filters}: "
-            f"loosen --where or choose another --missing{smaller}"
+            f"loosen --where or choose another --missing{smaller}{weighing}"
         )
     if plan.missing == "mean":
         fill = column_means(shards, loader)
         shards.replace(LakeLoader(plan, loader.centre, loader.dtype, fill))
         shards.load(watch)
-    return shards.run(count_rows)
+    counted = shards.run(count_rows)
+    if counted.counts.dropped:
+        logger.info("missing=drop left out %s rows", f"{counted.counts.dropped:,}")
+    return counted
 
 
 def _rows_need(plan: Plan, loader: LakeLoader) -> RowsNeed:

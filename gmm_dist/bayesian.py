@@ -150,7 +150,7 @@ class BayesianGaussianMixture(BaseMixture):
     def from_sklearn(cls, fitted: Any) -> Self:
         """Return our face on one of scikit-learn's, fitted or not; numbers are the same.
 
-        Raises TypeError for any other class.
+        Raises TypeError for any other class, ValueError where its numbers are no mixture's.
         """
         require_class(fitted, sklearn.mixture.BayesianGaussianMixture)
         made: Self = _detached(exchanged(fitted, cls()))
@@ -158,6 +158,7 @@ class BayesianGaussianMixture(BaseMixture):
             # Theirs have an axis or two of length one where covariances are tied.
             made.lower_bound_ = float(np.ravel(made.lower_bound_)[0])
             made.lower_bounds_ = [float(np.ravel(bound)[0]) for bound in made.lower_bounds_]
+        made._require_sound()
         return made
 
     def _check_parameters(self, rows: Rows) -> None:
@@ -198,7 +199,7 @@ class BayesianGaussianMixture(BaseMixture):
         with one_thread(), in_python(), lake as (shards, centre):
             rows = _LakeRows(centre, shards, shards.run(Total(plan.n_features)))
             require_rows(candidates, rows.total.n_rows)
-            best = self._best_of(self._lake_trials(rows), rows)
+            best = self._best_of([self._lake_trials(rows)], rows)
         self._publish(best.model, rows, Space(torch.float64))
         self.n_features_in_ = plan.n_features
         self.feature_names_in_ = np.array(plan.feature_names, dtype=object)

@@ -28,12 +28,14 @@ from gmm_dist.errors import UserError
 from gmm_dist.model_files import library_versions
 from gmm_dist.places import Place
 from gmm_dist.records import FORMAT_VERSION, require_readable
+from gmm_dist.storage import line_of
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "_checkpoints"
 _IDENTITY = "run.json"
 _NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.safetensors")
+_KEYS = {"format_version", "key", "environment", "number", "state"}
 _REMEDY = "give back what it was, or pass another --output to start afresh"
 
 
@@ -78,10 +80,15 @@ class RunIdentity:
         """Say what differs from the run whose `run.json` is `saved` and whose key is `key`."""
         if saved is None or hashlib.sha256(saved).hexdigest() != key:
             return "the lake's files, the columns or the settings differ"
-        then, now = json.loads(saved), json.loads(self.canonical)
-        if changes := _changed_files(then["files"], now["files"]):
+        now = json.loads(self.canonical)
+        try:
+            then = json.loads(saved)
+            changes = _changed_files(then["files"], now["files"])
+            was, are = _flat(then["settings"]), _flat(now["settings"])
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            return f"{_IDENTITY} is damaged, or not ours"
+        if changes:
             return changes
-        was, are = _flat(then["settings"]), _flat(now["settings"])
         changed = [
             f"{name} was {json.dumps(was.get(name))}, is {json.dumps(are.get(name))}"
             for name in sorted(was.keys() | are.keys())
@@ -272,7 +279,7 @@ class CheckpointStore:
             except Exception as error:
                 logger.warning(
                     "%s: checkpoint %d was not written, the run goes on: %s",
-                    *(self._place.url, checkpoint.number, " ".join(str(error).split())),
+                    *(self._place.url, checkpoint.number, line_of(error)),
                 )
 
     def _write(self, checkpoint: Checkpoint) -> None:
@@ -308,6 +315,7 @@ def _whole(name: str, data: bytes) -> dict[str, Any] | None:
         return None
     try:
         header = int.from_bytes(data[:8], "little")
-        return dict(json.loads(json.loads(data[8 : 8 + header])["__metadata__"]["checkpoint"]))
-    except (ValueError, KeyError):
+        content = dict(json.loads(json.loads(data[8 : 8 + header])["__metadata__"]["checkpoint"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return content if content.keys() >= _KEYS else None

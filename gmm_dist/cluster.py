@@ -6,8 +6,9 @@ import functools
 import logging
 import os
 import re
-import socket
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,15 +17,20 @@ from typing import Any
 
 import ray
 
-from gmm_dist.dispatch import Dispatcher
-from gmm_dist.errors import UserError
+from gmm_dist.dispatch import Dispatcher, machines
+from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.failures import FaultConfig
+from gmm_dist.formats import counted
 from gmm_dist.placement import Placement, ranges
 from gmm_dist.shards import Loader, S, Task, TreeSum
 from gmm_dist.workers import ShardActor, Source, Work, Worker
 
 logger = logging.getLogger(__name__)
 
+_ANSWER_SECONDS = 10.0  # for a cluster's head to answer
+_PLACES_SECONDS = 60.0  # for the first machine of a cluster to join
+# Of the longest name of a socket below Ray's folder: /ray/session_..._PID/sockets/plasma_store.
+_SOCKET = 68
 _ROOM_SECONDS = 5.0  # for which what is known of the machines' memory holds
 
 
@@ -46,41 +52,187 @@ def connected(address: str | None, scaling: ScalingConfig) -> Iterator[None]:
 
     `address` None: the cluster that the job runs in (RAY_ADDRESS), else an embedded one, with
     as many CPUs as this machine or as `num_workers` asks for. A process that is connected
-    already, such as a notebook, stays so; no other cluster can be had there.
+    already, such as a notebook, stays so; no other cluster can be had there. The process keeps
+    the handlers of signals that it had.
 
-    Raises UserError when there is no cluster at the address.
+    Raises:
+        UserError: there is no cluster at the address, none that answers soon, or it has neither
+            GPUs that are asked for nor machines that could come.
+        RunFailed: Ray does not start on this machine.
     """
     if ray.is_initialized():
+        _require_places(scaling)
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {}
-    if address == "local":
-        n_cpus = max(os.cpu_count() or 1, scaling.num_workers or 1)
-        options = {"num_cpus": n_cpus, "include_dashboard": False}
-        logger.info("starting Ray on this machine")
-    else:
-        _require_listener(address)
-    # Ray warns of what it did by default (token files and the like): not our user's concern.
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    try:
+        if address == "local":
+            _start(scaling)
+        else:
+            _join(address)
+        _require_places(scaling)
+        yield
+    finally:
+        with _kept_handlers():
+            ray.shutdown()
+
+
+def _start(scaling: ScalingConfig) -> None:
+    logger.info("starting Ray on this machine")
+    n_cpus = max(os.cpu_count() or 1, scaling.num_workers or 1)
+    try:
+        _init("local", num_cpus=n_cpus, include_dashboard=False, _temp_dir=_temp_dir())
+    except Exception as error:
+        raise RunFailed(
+            f"Ray did not start on this machine ({_line(error)}): free memory, or space in "
+            "/dev/shm and /tmp, or name a cluster with --address"
+        ) from error
+
+
+def _join(address: str) -> None:
+    found = _require_ray(address)
+    try:
+        _init(found)
+    except Exception as error:
+        raise UserError(
+            f"the Ray cluster at {address} cannot be joined ({_line(error)}): run the job on one "
+            "of its machines (`ray job submit`), with the same versions of Ray and Python"
+        ) from error
+
+
+def _init(address: str, **options: Any) -> None:
+    is_told_to_end = False
+    with _kept_handlers():
+        # Ray warns of what it did by default (token files and the like): not our user's concern.
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except SystemExit as error:
+            is_told_to_end = error.code == signal.SIGTERM  # by Ray's own handler, while it starts
+            if not is_told_to_end:
+                raise
+    if is_told_to_end:
+        signal.raise_signal(signal.SIGTERM)
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def _kept_handlers() -> Iterator[None]:
+    """Give the process back its handlers of signals.
+
+    Ray sets its own as it starts, in Python and below it, and at its end the system's defaults.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        ray.shutdown()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _require_listener(address: str) -> None:
-    """Raise UserError at once where Ray would wait five minutes for a cluster to appear."""
-    match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d+)", address)
-    if match is None:  # "auto" and the like: Ray's to find
-        return
-    try:
-        socket.create_connection((match[1], int(match[2])), timeout=10).close()
-    except OSError as error:
+def _temp_dir() -> str | None:
+    """Return where Ray's sockets go: their names have 107 bytes at most. None: where Ray says."""
+    base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return "/tmp/ray" if len(os.fsencode(base)) + _SOCKET > 107 else None
+
+
+def _line(error: BaseException) -> str:
+    """Return an error's first words, and those of what caused it."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    texts = dict.fromkeys(" ".join(str(each).split())[:200] or repr(each) for each in causes)
+    return "; ".join(texts)
+
+
+def _require_ray(address: str) -> str:
+    """Return the address to join; raise UserError soon where Ray would wait for minutes.
+
+    What answers at HOST:PORT must speak Ray's protocol.
+    """
+    if address == "auto":
+        try:
+            address = ray._private.services.canonicalize_bootstrap_address_or_die("auto")
+        except Exception as error:
+            raise UserError(
+                f"--address is auto, and no Ray cluster was found ({_line(error)}): start one "
+                "(`ray start --head`), or leave --address out to run Ray on this machine alone"
+            ) from error
+    match = re.fullmatch(r"(ray://)?(\[[^\[\]/]+\]|[^\[\]/:\s]+):(\d{1,5})/?", address)
+    if match is None:
         raise UserError(
-            f"no Ray cluster answers at {address} ({error.strerror or error}): "
+            f"--address or RAY_ADDRESS is {address!r}: give HOST:PORT of a Ray head (`ray start "
+            "--head` prints it, 6379 by default; the dashboard's 8265 is for `ray job submit`), "
+            "ray://HOST:10001, or auto"
+        )
+    if (reason := _silence(f"{match[2]}:{match[3]}", is_client=bool(match[1]))) is not None:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({reason}): "
             "check --address or RAY_ADDRESS, or leave both out to run Ray on this machine"
-        ) from error
+        )
+    return address.rstrip("/")
+
+
+def _silence(address: str, *, is_client: bool) -> str | None:
+    """Say why Ray does not answer at HOST:PORT; None where it does."""
+    import grpc  # half a second, and only where there is an address
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    channel = init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)])
+    try:
+        if is_client:
+            grpc.channel_ready_future(channel).result(timeout=_ANSWER_SECONDS)
+        else:
+            stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+            messages: Any = gcs_service_pb2  # its types are made when it is imported
+            stub.CheckAlive(messages.CheckAliveRequest(), timeout=_ANSWER_SECONDS)
+    except grpc.FutureTimeoutError:
+        return f"nothing that speaks gRPC within {_ANSWER_SECONDS:g} s"
+    except grpc.RpcError as error:
+        code, words = error.code(), " ".join(str(error.details()).split())[:200]
+        if code is grpc.StatusCode.UNAUTHENTICATED:
+            return f"it asks for a token, {words}; give RAY_AUTH_MODE and its token here too"
+        return f"{code.name}: {words}"
+    finally:
+        channel.close()
+    return None
+
+
+def _require_places(scaling: ScalingConfig) -> None:
+    """Wait for a moment for a machine with what a worker needs; raise where none can be hoped for.
+
+    A cluster whose machines come in groups (`ray up`, KubeRay) starts one when it is asked to.
+    """
+    kind = "GPU" if scaling.use_gpu else "CPU"
+    began, reported = time.monotonic(), float("-inf")
+    while not _has(kind) and not _may_grow():
+        now = time.monotonic()
+        if kind == "GPU":
+            raise UserError(
+                f"a GPU for each worker is asked for (--use-gpu), and {machines()}: leave out "
+                "--use-gpu, or use a cluster whose machines have GPUs"
+            )
+        if now - began > _PLACES_SECONDS:
+            raise UserError(
+                f"after {now - began:.0f} s {machines()}, and workers need one CPU each: add "
+                "machines (`ray start --address=...`), or start the head with --num-cpus"
+            )
+        if now - reported > 10:
+            reported = now
+            logger.info("waiting for machines: %s", machines())
+        time.sleep(min(1.0, _PLACES_SECONDS / 10))
+    if not _has(kind):
+        logger.info("asking for machines, which may take minutes: %s", machines())
+
+
+def _has(kind: str) -> bool:
+    return bool(ray.cluster_resources().get(kind, 0) >= 1)
+
+
+def _may_grow() -> bool:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return any("ray.io/node-group" in node.get("Labels", {}) for node in nodes)
 
 
 class RayShards:
@@ -121,8 +273,8 @@ class RayShards:
         self._dispatcher = Dispatcher(self._workers, Placement(homes), config, self._room)
         for worker in self._workers:
             worker.restart()
-        kind = self._resource
-        logger.info("%d shards on %d workers, each with one %s", n_shards, self.n_workers, kind)
+        what = counted(n_shards, "shard"), counted(self.n_workers, "worker")
+        logger.info("%s on %s with one %s each", *what, self._resource)
 
     @property
     def n_shards(self) -> int:

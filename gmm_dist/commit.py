@@ -18,7 +18,6 @@ neither a clock nor a pause lets a run commit that has lost its lease.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -35,8 +34,16 @@ from gmm_dist.lease import Lease, LeaseLost
 from gmm_dist.mixture import Mixture
 from gmm_dist.model_files import Provenance
 from gmm_dist.places import Place, sync
-from gmm_dist.records import FORMAT_VERSION, FileEntry, parse, to_json, whole
-from gmm_dist.storage import explained
+from gmm_dist.records import (
+    FORMAT_VERSION,
+    FileEntry,
+    name_within,
+    parse,
+    parse_plain,
+    to_json,
+    whole,
+)
+from gmm_dist.storage import explained, line_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +100,7 @@ def can_hold_results(place: Place) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = " ".join(str(error).split())
+        reason = line_of(error)
         raise UserError(
             f"{place.url} cannot hold results ({reason}): pass another --output"
         ) from error
@@ -251,7 +258,9 @@ class Attempt:
             self._home.remove()
         except Exception as error:
             # Never in place of the error that ended the run.
-            logger.warning("%s: %s was not removed: %s", self._place.url, self._home.path, error)
+            logger.warning(
+                "%s: %s was not removed: %s", self._place.url, self._home.path, line_of(error)
+            )
         for folder in self._made:
             with suppress(OSError):
                 folder.rmdir()
@@ -280,7 +289,7 @@ def finish(place: Place, attempt: str) -> None:
 def who(place: Place, attempt: str) -> str:
     """Describe an attempt in messages: host, process and since when."""
     try:
-        facts = json.loads(place.read(ATTEMPTS, attempt, WHO) or b"{}")
+        facts = parse_plain(place.read(ATTEMPTS, attempt, WHO) or b"{}", WHO, place.url)
         return f"attempt {attempt}, process {facts['pid']} on {facts['host']}, {facts['began']}"
     except (OSError, ValueError, KeyError):
         return f"attempt {attempt}"
@@ -297,7 +306,7 @@ def remove_superseded(place: Place, winner: str) -> None:
             place.remove_abandoned(ATTEMPTS, name)
             continue
         with suppress(ValueError):
-            if json.loads(data).get("leased"):
+            if parse_plain(data, WHO, place.url).get("leased"):
                 place.remove(ATTEMPTS, name)
 
 
@@ -320,16 +329,34 @@ def copy_for_people(place: Place) -> None:
     try:
         _make_copies(Result.at(place))
     except Exception as error:
-        logger.warning("%s: no copies for people were made: %s", place.url, error)
+        logger.warning("%s: no copies for people were made: %s", place.url, line_of(error))
 
 
 def _make_copies(result: Result) -> tuple[str, ...]:
+    for name in result.files:
+        _refuse_link(result.place, name)
     stale = [
         name for name, entry in result.files.items() if not entry.fits(result.place.read(name))
     ]
     for name in stale:
         result.place.write(result.read(name), name)
     return tuple(stale)
+
+
+def _of_result(name: str, url: str) -> str:
+    """Return a name that a manifest lists, if it can be that of a result's file."""
+    name_within(name, MANIFEST, url)
+    if name == MANIFEST or name.split("/")[0].startswith("_"):
+        raise ValueError(f"{name} is no file of a result")
+    return name
+
+
+def _refuse_link(place: Place, *parts: str) -> None:
+    if place.leads_out(*parts):
+        raise UserError(
+            f"{place.url}: {'/'.join(parts)} leads out of the folder by a link, where a manifest "
+            "has no say: put the files themselves in its place"
+        )
 
 
 @dataclass(frozen=True)
@@ -354,8 +381,14 @@ class Result:
             return None
         content = parse(data, MANIFEST, place.url)
         with whole(MANIFEST, place.url):
-            files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-            return cls(place, content["attempt"], files)
+            files = {
+                _of_result(name, place.url): FileEntry(**entry)
+                for name, entry in content["files"].items()
+            }
+            attempt = name_within(content["attempt"], MANIFEST, place.url)
+            if "/" in attempt:
+                raise ValueError(f"the attempt {attempt}")
+            return cls(place, attempt, files)
 
     def read(self, name: str) -> bytes:
         """Return a file's verified bytes, the attempt's own or else those of its copy."""
@@ -366,6 +399,7 @@ class Result:
             )
         # People tidy away folders whose names begin with an underscore: equal bytes will do.
         for parts in ((ATTEMPTS, self.attempt, name), (name,)):
+            _refuse_link(self.place, *parts)
             data = self.place.read(*parts)
             if data is not None and self.files[name].fits(data):
                 return data

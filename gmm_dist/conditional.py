@@ -20,7 +20,7 @@ from typing import Any
 from fsspec import AbstractFileSystem, asyn
 
 from gmm_dist.errors import RunFailed
-from gmm_dist.places import Place, answer
+from gmm_dist.places import Place, answer, is_s3
 from gmm_dist.storage import patiently
 
 _TIMEOUT = 30.0  # of one request, and of waiting for another's lock (seconds)
@@ -69,7 +69,7 @@ class S3Object:
 
 def read(place: Place, name: str) -> Version | None:
     """Return the file as it is, None where there is none."""
-    if _is_s3(place):
+    if is_s3(place.fs):
         found = patiently(lambda: _object(place, name).call("get_object"), place.url)
         return None if found is None else Version(found["Body"], found["ETag"])
     data = place.read(name)
@@ -84,7 +84,7 @@ def swap(place: Place, name: str, old: Version | None, new: bytes) -> bool:
     Raises:
         RunFailed: another process has held the lock on a local disk for half a minute.
     """
-    if _is_s3(place):
+    if is_s3(place.fs):
         condition = {"IfNoneMatch": "*"} if old is None else {"IfMatch": old.tag}
         put = patiently(
             lambda: _object(place, name).call("put_object", Body=new, **condition), place.url
@@ -95,10 +95,6 @@ def swap(place: Place, name: str, old: Version | None, new: bytes) -> bool:
             return False
         place.write(new, name, durable=True)
     return True
-
-
-def _is_s3(place: Place) -> bool:
-    return "s3" in place.fs.protocol
 
 
 def _object(place: Place, name: str) -> S3Object:

@@ -13,7 +13,8 @@ from typing import Any
 import ray
 
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.failures import Budget, FaultConfig, Verdict, judge, reason
+from gmm_dist.failures import Budget, FaultConfig, Verdict, is_full, judge, reason
+from gmm_dist.formats import counted
 from gmm_dist.placement import Placement, shares
 from gmm_dist.workers import Call, Loaded, Reply, Request, Source, State, Ticket, Work, Worker
 
@@ -80,6 +81,9 @@ class Dispatcher:
                     raise AssertionError("nothing was asked of the workers yet")
             for worker in self._workers:
                 self._require_hope(worker, now)
+            if now - self._reported > _PATIENCE:
+                self._reported = now
+                logger.info("waiting for a worker for %.0f s; %s", now - self._joined, machines())
 
     def close(self) -> None:
         """End the actors; their rows go with them."""
@@ -112,7 +116,7 @@ class Dispatcher:
         free = worker.state is State.UP and worker.call is None
         if away and free and worker.barred <= self._iteration and worker.held.issuperset(away):
             self._placement.move(away, worker.index)
-            logger.info("%s holds its %d shards again", worker.name, len(away))
+            logger.info("%s holds its %s again", worker.name, counted(len(away), "shard"))
 
     # Handing out.
 
@@ -268,6 +272,8 @@ class Dispatcher:
             cause = getattr(error, "cause", None)
             if isinstance(cause, UserError | RunFailed):
                 raise cause from None
+            if isinstance(cause, OSError) and is_full(cause):
+                raise RunFailed(f"{worker.name}: {reason(error)}: free space there") from error
             raise error
         is_up = worker.state is State.UP
         if verdict is Verdict.REPEAT and (worker.failures + 1 >= _REPEATS or not is_up):
@@ -287,7 +293,9 @@ class Dispatcher:
         worker.failures += 1
         worker.rested = now + self._faults.rest(worker.failures)
         which = self._budget.charge(what, now) if counts else "not counted"
-        lost = f" and loads its {n_held} shards" if worker.actor is None and n_held else ""
+        lost = (
+            f" and loads its {counted(n_held, 'shard')}" if worker.actor is None and n_held else ""
+        )
         logger.info("%s; %s%s (%s)", what, verdict.value, lost, which)
 
     def _look_around(self) -> None:
@@ -355,13 +363,13 @@ class Dispatcher:
         worker.strikes += 1
         worker.barred = self._iteration + 2**worker.strikes
         logger.info(
-            "%s works for %.0f s on what takes others %.0f s: its %d shards are done by %d others "
-            "too (not counted)",
+            "%s works for %.0f s on what takes others %.0f s: %s of it are done by %s too (not "
+            "counted)",
             worker.name,
             lasted,
             usual,
-            len(shards),
-            len(idle),
+            counted(len(shards), "shard"),
+            counted(len(idle), "other"),
         )
 
     def _watch_absence(self, worker: Worker, now: float) -> None:
@@ -372,9 +380,9 @@ class Dispatcher:
         survivors = [w for w in self._workers if w.state is State.UP]
         if self._take_over(shards, survivors):
             self._work[worker.index] = set()
-            away, n = now - worker.since, len(survivors)
-            text = "%s has been away for %.0f s: its %d shards go to %d others"
-            logger.info(text, worker.name, away, len(shards), n)
+            away, text = now - worker.since, "%s has been away for %.0f s: its %s go to %s"
+            to = counted(len(shards), "shard"), counted(len(survivors), "other")
+            logger.info(text, worker.name, away, *to)
         else:
             self._require_hope(worker, now)
 
@@ -383,9 +391,12 @@ class Dispatcher:
         if worker.state is State.UP or away <= self._faults.forsaken:
             return
         n_up = sum(w.state is State.UP for w in self._workers)
+        if not n_up:
+            raise RunFailed(f"no worker has come up for {away:.0f} s; {machines()}: add machines")
+        shards = counted(len(self._placement.owned(worker.index)), "shard")
         raise RunFailed(
-            f"{len(self._placement.owned(worker.index))} shards have had no worker for {away:.0f} "
-            f"s, and the {n_up} workers that are up have no room for them: add machines or memory"
+            f"no worker for {shards} in {away:.0f} s, and no room where one is up "
+            f"({counted(n_up, 'worker')}): add machines or memory"
         )
 
     def _take_over(self, shards: set[int], takers: Iterable[Worker]) -> bool:
@@ -405,20 +416,28 @@ class Dispatcher:
     def _require_room(self, worker: Worker) -> None:
         used, capacity = self._bytes_of(worker), self._capacity()
         if used > capacity:
+            shards = counted(len(self._placement.owned(worker.index)), "shard")
             raise UserError(
-                f"{worker.name} holds {len(worker.held)} of its "
-                f"{len(self._placement.owned(worker.index))} shards, {used / 2**30:,.1f} GiB of "
-                f"rows, and has {capacity / 2**30:,.1f} GiB for them: use more workers on more "
+                f"{worker.name} holds {len(worker.held)} of its {shards}, {used / 2**30:,.1f} GiB "
+                f"of rows, and has {capacity / 2**30:,.1f} GiB for them: use more workers on more "
                 "machines, fewer --columns or a narrower --where"
             )
 
     def _report(self, now: float) -> None:
         logger.info(
-            "%d of %d shards missing for %.0f s (%d of %d workers are up; the cluster has %g CPUs)",
+            "%d of %s missing for %.0f s (%d of %s up; %s)",
             len(self._todo),
-            sum(len(self._placement.owned(w.index)) for w in self._workers),
+            counted(sum(len(self._placement.owned(w.index)) for w in self._workers), "shard"),
             now - self._replied,
             sum(w.state is State.UP for w in self._workers),
-            len(self._workers),
-            ray.cluster_resources().get("CPU", 0),
+            counted(len(self._workers), "worker"),
+            machines(),
         )
+
+
+def machines() -> str:
+    """Say what the cluster has, and how much of it nobody uses."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    has = [f"{counted(total.get(k, 0), k)} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU")]
+    n_machines = sum(node["Alive"] for node in ray.nodes())
+    return f"the cluster has {' and '.join(has)} on {counted(n_machines, 'machine')}"

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from gmm_dist.column_drift import ColumnDrift
 from gmm_dist.histogram import Histograms, Tally
 from gmm_dist.holdout import mean_log_likelihoods
 from gmm_dist.matching import Matching, overlaps
@@ -101,6 +102,7 @@ class Drift:
     born: tuple[Unmatched, ...]
     dead: tuple[Unmatched, ...]
     densities: Densities
+    columns: ColumnDrift | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,6 +120,7 @@ def drift(
     matching: Matching,
     densities: Densities,
     feature_names: tuple[str, ...],
+    columns: ColumnDrift | None = None,
 ) -> Drift:
     """Describe what has changed between two nights whose components have been matched."""
     old, new = before.parameters, after.parameters
@@ -150,6 +153,7 @@ def drift(
         born=tuple(_unmatched(after, j, before, found[:, j]) for j in matching.born),
         dead=tuple(_unmatched(before, i, after, found[i]) for i in matching.dead),
         densities=densities,
+        columns=columns,
     )
 
 

@@ -7,8 +7,8 @@ to the same result. All arithmetic is float64, unless `precision` says otherwise
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 import re
 import time
 import warnings
@@ -44,17 +44,21 @@ from gmm_dist.inputs import (
     device_of,
     is_foreign,
     mean_of,
+    require_rows_in_memory,
+    require_rows_or_lake,
     space_of,
     tensor_of,
+    unmasked,
     viewed,
 )
-from gmm_dist.mixture import Mixture, aic, bic, icl
+from gmm_dist.mixture import aic, bic, icl, labels, log_densities, responsibilities
 from gmm_dist.opened import Lake
 from gmm_dist.parameters import Parameters
 from gmm_dist.resident import Resident, one_thread
 from gmm_dist.selection import Candidate
 from gmm_dist.shards import Shards
 from gmm_dist.shares import INIT_PARAMS, shares_of
+from gmm_dist.soundness import flaw
 from gmm_dist.statistics import TotalMoments
 from gmm_dist.trials import (
     MaximumLikelihood,
@@ -80,6 +84,7 @@ _NOT_CONVERGED = (
     "increase max_iter, tol, or check for degenerate data."
 )
 _FEW_VALUES = 1 << 17
+_ROUNDING = 1e-10  # of a lower bound: what the iterations of a fit may have rounded away
 _ARRAY_API_INITS = ("random", "random_from_data")
 
 
@@ -168,21 +173,21 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit_predict(self, X: Any, y: object = None, sample_weight: Any = None) -> Any:
         """Fit the mixture and return the labels of its rows in memory, (n,)."""
-        _require_memory_rows(X)
+        require_rows_in_memory(X)
         self._fit(X, sample_weight)
         return self.predict(X)
 
     def predict(self, X: Any) -> Any:
         """Return the component of largest responsibility for each row, (n,) int64."""
-        return self._of_rows(X, Mixture.predict)
+        return self._of_rows(X, labels)
 
     def predict_proba(self, X: Any) -> Any:
         """Return the responsibilities, (n, k), each row summing to one."""
-        return self._of_rows(X, Mixture.predict_proba)
+        return self._of_rows(X, responsibilities)
 
     def score_samples(self, X: Any) -> Any:
         """Return the log-density (nats) of each row, (n,)."""
-        return self._of_rows(X, Mixture.score_samples)
+        return self._of_rows(X, log_densities)
 
     def score(self, X: Any, y: object = None) -> float:
         """Return the mean log-density (nats) of the rows; `y` is ignored."""
@@ -243,6 +248,16 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     # What they share.
 
+    def _require_sound(self) -> None:
+        """Raise ValueError where learned numbers that come from elsewhere are no mixture's."""
+        if not all(hasattr(self, name) for name in ("weights_", "means_", "precisions_cholesky_")):
+            return
+        shapes = [np.shape(array_of(value)) for value in (self.weights_, self.means_)]
+        if len(shapes[1]) != 2 or shapes[0] != shapes[1][:1]:
+            raise ValueError(f"weights_ and means_ have shapes {shapes}, not (k,) and (k, d)")
+        if (what := flaw(self._parameters())) is not None:
+            raise ValueError(f"what was learned is no mixture: {what}; fit anew")
+
     def _covariances(self) -> Tensor:
         """Return the covariances of `precisions_cholesky_`, in float64.
 
@@ -292,9 +307,8 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         rows = checked(self, X, reset=True, n_min=2)
         weight = None
         if sample_weight is not None:
-            given = (
-                array_of(sample_weight) if hasattr(sample_weight, "__dlpack__") else sample_weight
-            )
+            given = unmasked(sample_weight, "sample_weight")
+            given = array_of(given) if hasattr(given, "__dlpack__") else given
             shape = np.empty((len(rows), 0))
             weight = tensor_of(
                 _check_sample_weight(given, shape, dtype=np.float64, ensure_non_negative=True)
@@ -305,7 +319,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 f"Expected n_samples >= n_components but got n_components = {self.n_components}, "
                 f"n_samples = {n_samples}"
             )
-        return rows, weight
+        return (rows, None) if weight is None else _present(rows, weight)
 
     def _resident(self, rows: Rows, weight: Tensor | None) -> Resident:
         whole = self.covariance_type in ("full", "tied")
@@ -323,7 +337,9 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
             trials = [Trial(model) for model in self._models(rows, weight, resident)]
             # Where none is iterated, scikit-learn keeps the last.
             trials = trials if self.max_iter > 0 else trials[-1:]
-        return self._best_of(trials, resident)
+        # The first goes alone, in the very arithmetic of a fit of one start: so more starts never
+        # end below it by a rounding. The others share their passes.
+        return self._best_of((trials[:1], trials[1:]), resident)
 
     def _require_warm(self, n_features: int) -> None:
         if (fitted := tensor_of(self.means_).shape[1]) != n_features:
@@ -332,10 +348,12 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 "give rows of the same features, or a new estimator"
             )
 
-    def _best_of(self, trials: Sequence[Trial], rows: CentredRows) -> Trial:
-        """Iterate the trials and return the best."""
+    def _best_of(self, batches: Sequence[Sequence[Trial]], rows: CentredRows) -> Trial:
+        """Iterate the trials, those of a batch in the same passes, and return the best."""
+        trials = list(itertools.chain.from_iterable(batches))
         teller = _Teller(trials, self.verbose, self.verbose_interval)
-        self._iterate(trials, rows, self.max_iter, watch=teller.stepped)
+        for batch in batches:
+            self._iterate(batch, rows, self.max_iter, watch=teller.stepped)
         teller.ended()
         return ranked(trials)[0]
 
@@ -370,12 +388,12 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
             models.append(self._first_model(moments, resident))
         return models
 
-    def _of_rows(self, X: Any, verb: Callable[[Mixture, Any], Any]) -> Any:
+    def _of_rows(self, X: Any, verb: Callable[[Parameters, Rows], Tensor]) -> Any:
         check_is_fitted(self)
-        _require_memory_rows(X)
+        require_rows_in_memory(X)
         rows = checked(self, X, reset=False)
         tensor = viewed(rows)
-        mixture = Mixture(self._parameters())
+        mixture = self._parameters()
         # To wake other threads costs more than a few rows do.
         with one_thread() if tensor.numel() < _FEW_VALUES else nullcontext():
             return space_of(X, rows).of(verb(mixture, tensor))
@@ -477,10 +495,11 @@ class GaussianMixture(BaseMixture):
     def from_sklearn(cls, fitted: Any) -> Self:
         """Return our face on one of scikit-learn's, fitted or not; numbers are the same.
 
-        Raises TypeError for any other class.
+        Raises TypeError for any other class, ValueError where its numbers are no mixture's.
         """
         require_class(fitted, sklearn.mixture.GaussianMixture)
         made: Self = exchanged(fitted, cls())
+        made._require_sound()
         return made
 
     def _n_parameters(self) -> int:
@@ -629,9 +648,30 @@ def publish(estimator: BaseMixture, learned: Parameters, space: Space) -> None:
     estimator.precisions_ = space.of(precisions[0] if tied else precisions)
 
 
+def _present(rows: Rows, weight: Tensor) -> tuple[Rows, Tensor]:
+    """Leave out rows of zero weight: they are no rows, and must not change a draw or a rounding."""
+    there = weight > 0
+    if bool(there.all()):
+        return rows, weight
+    mask = there.to(rows.device) if isinstance(rows, Tensor) else there.numpy()
+    return rows[mask], weight[there]
+
+
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials, of the largest lower bound first; NaN comes last."""
-    return sorted(trials, key=lambda trial: _or_least(trial.lower_bound), reverse=True)
+    """Return the trials, of the largest lower bound first; NaN comes last.
+
+    Of those that rounding alone may have put above one another, the first comes first: which of
+    two starts that mirror each other wins must not depend on the processor.
+    """
+    left = sorted(trials, key=lambda trial: _or_least(trial.lower_bound), reverse=True)
+    order: list[Trial] = []
+    while left:
+        most = _or_least(left[0].lower_bound)
+        level = most - _ROUNDING * max(1.0, abs(most)) if math.isfinite(most) else most
+        tied = [trial for trial in left if _or_least(trial.lower_bound) >= level]
+        order += sorted(tied, key=trials.index)
+        left = left[len(tied) :]
+    return order
 
 
 def start_of(estimator: BaseMixture) -> StartConfig:
@@ -720,23 +760,10 @@ def _name(feature: int, names: Sequence[str]) -> str:
     return repr(str(names[feature])) if len(names) else f"{feature}"
 
 
-def _require_memory_rows(X: Any) -> None:
-    if isinstance(X, Lake):
-        raise TypeError("give rows in memory: a lake can be fitted only")
-    require_rows_or_lake(X)
-
-
-def require_rows_or_lake(X: Any) -> None:
-    """Raise TypeError for a path, which is neither."""
-    if isinstance(X, str | os.PathLike):
-        raise TypeError(
-            f"X is {str(X)!r}, a place and no rows: gmm_dist.open_lake(...) names those that lie "
-            "there, for fit and select"
-        )
-
-
 def _have_factors(kind: str, covariances: Tensor, factors: Tensor) -> bool:
     """Say whether these are the factors of the covariances' precisions, up to rounding."""
+    if not bool(factors.isfinite().all()):
+        return False
     own, failed = FAMILIES[kind].precisions_cholesky(covariances)
     atol = 1e-9 * float(factors.abs().max())
     return not bool(failed.any()) and torch.allclose(own, factors, rtol=1e-9, atol=atol)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import errno
+import math
 from dataclasses import dataclass, field
 
 from ray.exceptions import (
@@ -14,6 +16,7 @@ from ray.exceptions import (
 )
 
 from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.formats import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class FaultConfig:
     def __post_init__(self) -> None:
         if self.max_failures < 0:
             raise UserError(f"max_failures is {self.max_failures}: give a whole number >= 0")
-        if not self.grace >= 0:
+        if not (self.grace >= 0 and math.isfinite(self.grace)):
             raise UserError(f"grace is {self.grace}: give seconds >= 0")
 
     @property
@@ -58,6 +61,12 @@ class FaultConfig:
     def rest(self, failures: int) -> float:
         """Return how long a worker rests after so many failures in a row."""
         return float(min(self.max_backoff, self.backoff * 2.0 ** min(failures - 1, 60)))
+
+
+# A full or read-only disk, a forbidden or impossible name: no repetition helps.
+_PERMANENT = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+}
 
 
 class Verdict(enum.Enum):
@@ -74,8 +83,9 @@ def judge(error: Exception) -> Verdict:
     """Say what an exception that Ray raised for a call means."""
     if isinstance(error, RayTaskError):  # the call itself raised
         # A file, a network, memory: not a value in a row, nor a bug, nor a storage that has
-        # been asked for long enough.
+        # been asked for long enough, nor a disk that no waiting empties.
         outside = isinstance(error.cause, OSError | EOFError | MemoryError)
+        outside = outside and not is_permanent(error.cause)
         return Verdict.OUTSIDE if outside else Verdict.HOPELESS
     if isinstance(error, ActorUnavailableError):
         return Verdict.REPEAT
@@ -86,6 +96,17 @@ def judge(error: Exception) -> Verdict:
     if isinstance(error, RuntimeEnvSetupError) or not isinstance(error, RayError):
         return Verdict.HOPELESS
     return Verdict.REPEAT  # the reply was lost on its way: ObjectLostError and its like
+
+
+def is_full(error: BaseException) -> bool:
+    """Say whether a disk takes no more, or nothing at all."""
+    lasting = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return isinstance(error, OSError) and error.errno in lasting
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Say whether the system refuses what no waiting will have it allow."""
+    return isinstance(error, OSError) and error.errno in _PERMANENT
 
 
 def reason(error: Exception) -> str:
@@ -114,6 +135,7 @@ class Budget:
             self.used, self._began = self.used + 1, now
         if self.used > self.config.max_failures:
             raise RunFailed(
-                f"more than {self.config.max_failures} failures (--max-failures); the last: {what}"
+                f"more than {counted(self.config.max_failures, 'failure')} (--max-failures); "
+                f"the last: {what}"
             )
         return f"failure {self.used} of {self.config.max_failures}"

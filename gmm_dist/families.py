@@ -460,7 +460,7 @@ class Densities:
         distance = self._family.mahalanobis
         logits = torch.stack([c - 0.5 * distance(x, m, f) for m, f, c in self._components])
         # One sum tells whether any row is so far out that digits or the range are short.
-        if not float(logits.sum()) > _FAR:
+        if not float(logits.detach().sum()) > _FAR:
             self._place_far_rows(x, logits)
         return logits
 

@@ -31,6 +31,7 @@ _MARKERS = ("o", "s", "^", "D")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # where colours repeat
 _RINGS, _LINE = 14, 12.0  # of places tried for a label; its height, pixels
 _TICKS_APART = 0.12  # of the height of a panel
+_LEAST = 1e-300  # distance from the best that a chart shows: of less, parts are not numbers
 _FEW = 12  # components whose ellipses may be wide without hiding each other
 
 
@@ -319,7 +320,7 @@ def _family(axes: Axes, family: str, points: Sequence[Point], i: int) -> None:
 def _square_root(axes: Axes) -> None:
     """Give the y-axis the scale of square roots, from 0 up, with round ticks."""
     high = axes.dataLim.y1
-    high = high if math.isfinite(high) and high > 0 else 1.0
+    high = high if math.isfinite(high) and high > _LEAST else 1.0
     axes.set_ylim(0, 1.12 * high)
     axes.set_yscale("function", functions=(lambda v: np.sqrt(np.abs(v)), np.square))
     ticks = [0.0]
@@ -354,15 +355,20 @@ def _ellipse(mean: Floats, covariance: Floats, radius: float, hue: int) -> Ellip
 
 
 def _frame(points: Floats, means: Floats) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the limits of a picture: nearly all rows, and the means that lie not far off."""
+    """Return the limits of a picture: nearly all rows, and the means that lie not far off.
+
+    Where nearly all rows are equal it is all of them; where all are, what lies about them.
+    """
     result = []
     for x, m in zip(points.T, means.T, strict=True):
         x = x if len(x) else m
         low, high = np.quantile(x, [0.005, 0.995])
+        if low == high:
+            low, high = x.min(), x.max()
         reach = high - low
-        near = m[(m > low - reach) & (m < high + reach)]
-        low, high = min(low, *near), max(high, *near)
-        margin = 0.06 * (high - low) or 1.0
+        near = m[(m >= low - reach) & (m <= high + reach)]
+        low, high = min([low, *near]), max([high, *near])
+        margin = 0.06 * (high - low) or max(1.0, 1e-3 * abs(low))
         result.append((float(low - margin), float(high + margin)))
     return result[0], result[1]
 

@@ -1,8 +1,9 @@
-"""Numbers as people read them: few digits, thousands separators, units."""
+"""Numbers and names as people read them: few digits, units, nothing that cannot be printed."""
 
 from __future__ import annotations
 
 import math
+import unicodedata
 
 ABSENT = "–"
 _MINUS = "\u2212"
@@ -82,9 +83,30 @@ def shortened(text: str, longest: int) -> str:
     return f"{text[: longest - tail - 1]}…{text[-tail:]}"
 
 
+def counted(number: float, noun: str) -> str:
+    """Spell a number of things, one of them in the singular."""
+    text = f"{number:,.0f}"
+    if text == "1":
+        return f"1 {noun}"
+    return f"{text} {noun}es" if noun.endswith(("s", "x", "ch")) else f"{text} {noun}s"
+
+
 def printable(text: str) -> str:
-    """Replace what neither HTML nor SVG may hold: control characters, lone surrogates."""
-    return "".join(c if c.isprintable() or c == " " else "\ufffd" for c in text)
+    """Escape control characters, marks that turn the direction of writing, lone surrogates.
+
+    What is left moves no cursor, begins no line, and may stand in HTML and SVG.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or _is_space(c) else _escaped(c) for c in text)
+
+
+def _is_space(c: str) -> bool:
+    return unicodedata.category(c) == "Zs"
+
+
+def _escaped(c: str) -> str:
+    return c.encode("unicode_escape").decode()
 
 
 def _exponent(value: float) -> int:

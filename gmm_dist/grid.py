@@ -19,11 +19,10 @@ from gmm_dist.estimator import (
     in_python,
     of_arguments,
     require_lake_settings,
-    require_rows_or_lake,
     seed_of,
 )
 from gmm_dist.families import FAMILIES
-from gmm_dist.inputs import Space, space_of
+from gmm_dist.inputs import Space, require_rows_or_lake, space_of
 from gmm_dist.opened import Lake
 from gmm_dist.resident import one_thread
 from gmm_dist.selection import CRITERIA, Candidate, Scored, SweepResult

@@ -5,20 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.dataset as ds
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from gmm_dist import listing, storage
-from gmm_dist.columns import Columns
-from gmm_dist.errors import NoRows, UserError
+from gmm_dist import footers, listing, nights, storage
+from gmm_dist.columns import Chosen, Columns
+from gmm_dist.comparing import stored
+from gmm_dist.decoding import parquet_file
+from gmm_dist.errors import NoRows, TooFewRows, UserError
+from gmm_dist.footers import Extent
+from gmm_dist.formats import counted
 from gmm_dist.listing import LakeFile, Listing
+from gmm_dist.urls import Url
 from gmm_dist.where import Where, parse
 
 logger = logging.getLogger(__name__)
@@ -28,6 +36,9 @@ Missing = Literal["error", "drop", "mean"]
 _MIN_ROWS_PER_SHARD = 16_384
 _MAX_ROWS_PER_SHARD = 2**20
 _FOOTERS_AT_ONCE = 32
+_CHUNKS_ASKED = 2**18  # for nulls, over all files: a second or so
+_LISTS_AT_ONCE = 256
+_PAGES_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +60,8 @@ class Plan:
     `schema` has the file columns that are read, filtered by or kept, their types unified over
     files; `float64_source` says that float32 cannot hold some feature's every value; `holdout` is
     the share of rows that nothing is fitted to; `kept` are columns to go along with the rows,
-    which some files may lack.
+    which some files may lack; `first_list` says where the list is whose length all lists of an
+    embedding must have, where their types do not tell it.
     """
 
     url: str
@@ -64,9 +76,11 @@ class Plan:
     float64_source: bool
     holdout: float = 0.0
     kept: tuple[str, ...] = ()
+    first_list: str | None = None
     hash: str = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "url", Url(self.url))
         object.__setattr__(self, "hash", _hash(self))
 
     @property
@@ -114,11 +128,56 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Footer:
-    """Hold what planning needs of one file's footer; the fragment only under a filter."""
+    """Hold what planning needs of one file's footer.
+
+    `groups` are the row groups that may hold a matching row; `nulls` says of columns with nulls
+    in which of them the first are, and how many; `extents` are of columns to be kept.
+    """
 
     file: LakeFile
     schema: pa.Schema
-    fragment: ds.ParquetFileFragment | None
+    indices: frozenset[str]
+    groups: Sequence[int]
+    nulls: Mapping[str, tuple[int, int]]
+    extents: Mapping[str, Extent]
+
+
+@dataclass(frozen=True, slots=True)
+class _Questions:
+    """Say what is asked of footers: the filter by row, columns that may have no null or are kept.
+
+    `no_nulls` are the names (None: all columns) to be asked for nulls, `chunks` how many of a
+    file's column chunks at most.
+    """
+
+    tested: Where | None
+    no_nulls: Collection[str] | None
+    chunks: int
+    keep: Sequence[str]
+
+    def of(self, file: LakeFile, parquet: pq.ParquetFile) -> _Footer:
+        """Return the answers of one file's footer."""
+        metadata, schema = parquet.metadata, parquet.schema_arrow
+        rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        bare = schema.remove_metadata()
+        groups = self._groups(metadata, bare)
+        return _Footer(
+            replace(file, rows=rows),
+            bare,
+            footers.index_columns(schema),
+            groups,
+            footers.nulls(metadata, bare, groups, self.no_nulls, most=self.chunks),
+            footers.extents(metadata, bare, groups, self.keep),
+        )
+
+    def _groups(self, metadata: pq.FileMetaData, schema: pa.Schema) -> Sequence[int]:
+        if self.tested is None:
+            return range(metadata.num_row_groups)
+        if set(self.tested.columns) - set(schema.names):
+            return ()  # an added column: null in this file, and null never matches
+        with suppress(UserError):  # told once it is known what other files have
+            return footers.matching_groups(metadata, schema, self.tested.tests(schema))
+        return range(metadata.num_row_groups)
 
 
 def plan(
@@ -133,10 +192,13 @@ def plan(
     remedy: str = "name the feature columns with --columns",
     n_shards: int | None = None,
 ) -> Plan:
-    """Plan the Parquet file or folder at `url`; reads footers only.
+    """Plan the Parquet file or folder at `url`; reads footers, and one list at most.
 
-    `listing.find` says which files count. `columns` are numeric columns or one fixed-size-list
-    column; default: every floating-point column, or else the one fixed-size-list column.
+    `listing.find` says which files count. `columns` are numeric columns or one column of lists of
+    numbers, all of one length; default: every floating-point column but pandas' indices, or else
+    the one column of lists. Where types do not say how long lists are, the first one that matches
+    is read; the others are checked when they are read. With `missing` "error", nulls of which
+    footers tell are an error here, unless a filter by row might leave them out.
     `where` is a filter in `gmm_dist.where`'s syntax over columns and hive keys: it leaves out
     whole files and row groups here, rows when they are read. `holdout` is the share of rows, at
     random but the same every time, that nothing is fitted to. `keep` are columns to go along with
@@ -153,17 +215,33 @@ def plan(
     if not 0 <= holdout < 1:
         raise UserError(f"--holdout is {holdout:g}: give a share of the rows, 0 <= share < 1")
     condition = parse(where) if where is not None else None
-    found = listing.find(url)
+    found = nights.with_dates(listing.find(url), condition)
     tested = _tested_by_row(condition, found.keys)
     files = _matching_files(found, condition)
-    footers = _read_footers(found.root, files, keep_fragments=tested is not None)
-    schemas = ((footer.schema, footer.file) for footer in footers)
-    known = Columns.unify(found.root, schemas, found.keys)
+    may_fail = missing == "error" and tested is None
+    no_nulls = _columns_of(columns) if may_fail else ()
+    questions = _Questions(tested, no_nulls, _CHUNKS_ASKED // len(files), keep)
+    told = _read_footers(found.root, files, questions)
+    # Writers leave files without rows or even columns: these say nothing about the lake's.
+    filled = [footer for footer in told if any(footer.file.rows)] or told
+    known = Columns.unify(
+        found.root,
+        ((footer.schema, footer.file) for footer in filled),
+        found.keys,
+        frozenset[str]().union(*{footer.indices for footer in filled}),
+    )
     chosen = known.choose(columns, weight_column, tested, keep, remedy=remedy)
-    groups = _row_groups(found.root, footers, tested, chosen.schema)
+    _refuse_rounding(known, chosen, told)
+    groups = _row_groups(found.root, told, condition if tested else None)
+    first_list = None
+    if chosen.unmeasured is not None:
+        length, first_list = _first_list(found.root, told, groups, tested, chosen.unmeasured)
+        chosen = chosen.measured(length)
+    if may_fail:
+        _refuse_nulls(found.root, told, chosen)
     result = Plan(
         url=found.root,
-        files=tuple(footer.file for footer in footers),
+        files=tuple(footer.file for footer in told),
         schema=chosen.schema,
         columns=chosen.columns,
         feature_names=chosen.feature_names,
@@ -174,8 +252,11 @@ def plan(
         float64_source=chosen.float64_source,
         holdout=holdout,
         kept=chosen.kept,
+        first_list=first_list,
     )
-    logger.info("%s: %d files, %d rows", storage.redacted(result.url), len(files), result.n_rows)
+    what = counted(len(files), "file"), counted(result.n_rows, "row")
+    logger.info("%s: %s, %s", storage.redacted(result.url), *what)
+    logger.info("%s", known.described(chosen, weight_column))
     return result
 
 
@@ -199,21 +280,34 @@ def _matching_files(found: Listing, condition: Where | None) -> Sequence[LakeFil
 
 def _nothing_matches(root: str, condition: Where, what: str) -> NoRows:
     return NoRows(
-        f"{storage.redacted(root)}: no rows match the filter {condition.text}, by {what}; "
+        f"{storage.redacted(root)}: no rows match the filter {condition.shown}, by {what}; "
         "widen the filter"
     )
 
 
-def _read_footers(root: str, files: Sequence[LakeFile], *, keep_fragments: bool) -> list[_Footer]:
+def _columns_of(names: Sequence[str] | None) -> Collection[str] | None:
+    """Return the columns that features of such names may come from; None for any."""
+    if names is None:
+        return None
+    return {*names, *(name.rpartition("[")[0] for name in names)}
+
+
+def _read_footers(root: str, files: Sequence[LakeFile], questions: _Questions) -> list[_Footer]:
     fs, path = storage.open_url(root)
+    known: dict[bytes, pa.Schema] = {}  # one for all files that have the same
 
     def read(file: LakeFile) -> _Footer:
         with listing.opened(fs, path, root, file, footer=True) as source:
-            fragment = ds.ParquetFileFormat().make_fragment(source)
-            fragment.ensure_complete_metadata()
-            rows = tuple(group.num_rows for group in fragment.row_groups)
-            schema = fragment.physical_schema.remove_metadata()
-        return _Footer(replace(file, rows=rows), schema, fragment if keep_fragments else None)
+            parquet = parquet_file(source)
+            footer = questions.of(file, parquet)
+        rows, promised = sum(footer.file.rows), parquet.metadata.num_rows
+        if rows != promised:
+            raise UserError(
+                f"{listing.name_of(root, file)}: the footer promises {promised:,} rows, its row "
+                f"groups {rows:,}; write the file again or move it away"
+            )
+        schema = known.setdefault(footer.schema.serialize().to_pybytes(), footer.schema)
+        return replace(footer, schema=schema)
 
     def footer(file: LakeFile) -> _Footer:
         return storage.patiently(lambda: read(file), listing.name_of(root, file))
@@ -226,32 +320,113 @@ def _read_footers(root: str, files: Sequence[LakeFile], *, keep_fragments: bool)
             raise
 
 
-def _row_groups(
-    root: str, footers: list[_Footer], condition: Where | None, schema: pa.Schema
-) -> list[RowRange]:
-    """Return the row groups that may hold a matching row, whole."""
-    groups = []
-    for index, footer in enumerate(footers):
-        rows = footer.file.rows
-        for group in range(len(rows)) if condition is None else _kept(footer, condition, schema):
-            groups.append(RowRange(index, group, 0, rows[group]))
-    groups = [group for group in groups if group.stop > 0]
-    if not any(sum(footer.file.rows) for footer in footers):
-        raise UserError(
-            f"{storage.redacted(root)}: no rows in {len(footers)} Parquet files; check the path"
+def _row_groups(root: str, told: list[_Footer], condition: Where | None) -> list[RowRange]:
+    """Return the row groups that may hold a matching row, whole; `condition` is tested by row."""
+    groups = [
+        RowRange(index, group, 0, footer.file.rows[group])
+        for index, footer in enumerate(told)
+        for group in footer.groups
+        if footer.file.rows[group] > 0
+    ]
+    if not any(sum(footer.file.rows) for footer in told):
+        raise NoRows(
+            f"{storage.redacted(root)}: no rows in {len(told)} Parquet files; check the path"
         )
     if condition is not None and not groups:
         raise _nothing_matches(root, condition, "the row groups' statistics")
     return groups
 
 
-def _kept(footer: _Footer, condition: Where, schema: pa.Schema) -> list[int]:
-    if set(condition.columns) - set(footer.schema.names):
-        return []  # an added column: null in this file, and null never matches
-    assert footer.fragment is not None
-    tested = pa.schema([schema.field(name) for name in condition.columns])
-    subset = footer.fragment.subset(filter=condition.expression(tested), schema=tested)
-    return [group.id for group in subset.row_groups]
+def _refuse_nulls(root: str, told: Sequence[_Footer], chosen: Chosen) -> None:
+    """Raise for the first null of a feature that a footer tells of."""
+    for footer in told:
+        for name in chosen.columns:
+            if name not in footer.nulls:
+                continue
+            group, count = footer.nulls[name]
+            what = "null" if count == 1 else "nulls"
+            if chosen.feature_names != chosen.columns:
+                what += ", lists or elements of them"
+            raise UserError(
+                f"{listing.name_of(root, footer.file)}, row group {group}: column {name!r} has "
+                f"{count:,} {what}; pass --missing drop or impute such rows first"
+            )
+
+
+def _refuse_rounding(known: Columns, chosen: Chosen, told: Sequence[_Footer]) -> None:
+    """Raise where a kept value, as footers tell, does not fit the common type of all files."""
+    for name in chosen.kept:
+        for footer in told:
+            bounds = footer.extents.get(name)
+            if bounds is None or not isinstance(bounds[0], int):
+                continue
+            type_ = footer.schema.field(name).type
+            if not _fits(bounds, type_, known.types[name]):
+                raise known.no_common_type(name, (type_, footer.file))
+
+
+def _fits(bounds: Extent, stored: pa.DataType, common: pa.DataType) -> bool:
+    """Say whether the least and the largest value of a column stand a cast to a common type."""
+    if stored == common or pa.types.is_decimal(stored):
+        return True
+    integers = pa.int64() if stored.bit_width == 64 else pa.int32()
+    integers = pa.uint64() if stored == pa.uint64() else integers
+    try:
+        pa.array(list(bounds), integers).cast(stored).cast(common)
+    except pa.ArrowInvalid:
+        return False
+    except pa.ArrowNotImplementedError:  # no matter of whole numbers, such as booleans
+        return True
+    return True
+
+
+def _first_list(
+    root: str, told: Sequence[_Footer], groups: Sequence[RowRange], tested: Where | None, name: str
+) -> tuple[int, str]:
+    """Return the length of the first list of a column that matches, and where it is."""
+    fs, path = storage.open_url(root)
+    for part in groups:
+        file = told[part.file].file
+        where = listing.name_of(root, file)
+
+        def read(file: LakeFile = file, group: int = part.row_group) -> tuple[int, int] | None:
+            with listing.opened(fs, path, root, file) as source:
+                return _first_length(source, group, tested, name)
+
+        first = storage.patiently(read, where)
+        if first is not None:
+            return first[1], f"{where}, row group {part.row_group}, row {first[0]}"
+    matching, error = ("", UserError) if tested is None else (" in rows that match", TooFewRows)
+    raise error(
+        f"{storage.redacted(root)}: column {name!r} has no list that is not null or empty"
+        f"{matching}, in {len(told)} Parquet files; name other feature columns with --columns"
+    )
+
+
+def _first_length(
+    source: Any, group: int, tested: Where | None, name: str
+) -> tuple[int, int] | None:
+    """Return the row and the length of a row group's first list that matches."""
+    names = [name, *(tested.columns if tested else ())]
+    parquet = parquet_file(source, buffer_size=_PAGES_BYTES)
+    start = 0
+    for batch in _batches(parquet, group, names):
+        column = batch.column(name)
+        lengths = pc.list_value_length(stored(column)).to_numpy()
+        fits = np.nan_to_num(lengths.astype(np.float64)) > 0  # neither null nor empty
+        if tested is not None:
+            fits &= tested.mask(batch)
+        if fits.any():
+            row = int(fits.argmax())
+            return start + row, int(lengths[row])
+        start += batch.num_rows
+    return None
+
+
+def _batches(parquet: pq.ParquetFile, group: int, names: list[str]) -> Iterator[pa.Table]:
+    # Some rows at first: one is enough where none is null, and lists may be long.
+    for batch in parquet.iter_batches(_LISTS_AT_ONCE, row_groups=[group], columns=names):
+        yield pa.Table.from_batches([batch])
 
 
 def _deal(groups: Sequence[RowRange], n_shards: int | None) -> tuple[tuple[RowRange, ...], ...]:
@@ -291,7 +466,7 @@ def _row_hashes(path: str, first: int, stop: int) -> npt.NDArray[np.uint64]:
     SplitMix64 (Steele, Lea, Flood 2014), whose n-th number can be had without those before it,
     seeded by the path; arithmetic modulo 2^64.
     """
-    seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little")
+    seed = int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "little")
     z = np.arange(first + 1, stop + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z += np.uint64(seed)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -12,6 +12,7 @@ import errno
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -27,8 +28,8 @@ from fsspec import AbstractFileSystem
 
 from gmm_dist.conditional import S3Object
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.places import Place
-from gmm_dist.storage import patiently
+from gmm_dist.places import Place, is_foreign, is_s3, remove_local
+from gmm_dist.storage import line_of, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,12 @@ SECONDS = 15.0
 # With `wait`, a lease that is being renewed is watched for so many times its length: its holder
 # may be a driver that is being stopped.
 _PATIENCE = 3
+
+
+_LONGEST = 86_400.0
+_HELD = re.compile(
+    r"(\w[\w.-]{0,199}),(\d{1,18}),(\d+(?:\.\d+)?(?:e[+-]?\d{1,3})?),(held|decided)", re.ASCII
+)
 
 
 class LeaseLost(RunFailed):
@@ -62,10 +69,15 @@ class Held:
 
     @classmethod
     def parse(cls, text: str) -> Held:
-        attempt, count, seconds, state = text.split(",")
-        if state not in ("held", "decided"):
+        """Return what `text` was made of.
+
+        Raises ValueError where it was not: an attempt is part of paths, and a lease ends one day.
+        """
+        match = _HELD.fullmatch(text)
+        if match is None or not 0 < float(match[3]) <= _LONGEST:
             raise ValueError(text)
-        return cls(attempt, int(count), float(seconds), "decided" if state == "decided" else "held")
+        state: Literal["held", "decided"] = "decided" if match[4] == "decided" else "held"
+        return cls(match[1], int(match[2]), float(match[3]), state)
 
 
 @dataclass(frozen=True)
@@ -109,8 +121,11 @@ class _LocalCell:
                 names = os.listdir(self._folder)  # noqa: PTH208 - names, not paths
             except FileNotFoundError:
                 return None
-            if names:
-                return max((_stored(name) for name in names), key=lambda s: s.held.count)
+            # Systems put files of theirs into any folder.
+            ours = [name for name in names if not is_foreign(name)]
+            if ours:
+                held = (_stored(name, at=str(self._folder)) for name in ours)
+                return max(held, key=lambda s: s.held.count)
             time.sleep(pause)
         return None
 
@@ -122,10 +137,18 @@ class _LocalCell:
             made.rename(self._folder)  # Replaces an empty folder, and no other.
         except OSError as error:
             shutil.rmtree(made, ignore_errors=True)
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                return None
-            raise
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            self._remove_foreign()
+            return None
         return _stored(held.text)
+
+    def _remove_foreign(self) -> None:
+        """Make room for a lease where a system's own file stands in a folder that holds none."""
+        with suppress(FileNotFoundError):
+            for entry in list(self._folder.iterdir()):
+                if is_foreign(entry.name):
+                    remove_local(entry)
 
     def replace(self, old: Stored, new: Held) -> Stored | None:
         try:
@@ -139,6 +162,7 @@ class _LocalCell:
         with suppress(FileNotFoundError):
             (self._folder / old.tag).unlink()
         with suppress(OSError):
+            self._remove_foreign()
             self._folder.rmdir()
 
 
@@ -146,11 +170,11 @@ class _S3Cell:
     """An object, replaced on condition of its ETag; no request lasts longer than `timeout`."""
 
     def __init__(self, fs: AbstractFileSystem, path: str, timeout: float) -> None:
-        self._object = S3Object(fs, path, timeout)
+        self._object, self._path = S3Object(fs, path, timeout), path
 
     def read(self) -> Stored | None:
         found = self._object.call("get_object")
-        return None if found is None else _stored(found["Body"].decode(), found["ETag"])
+        return None if found is None else _stored(found["Body"], found["ETag"], at=self._path)
 
     def create(self, held: Held) -> Stored | None:
         return self._put(held, IfNoneMatch="*")
@@ -179,7 +203,7 @@ class _SharedCell:
 
     def read(self) -> Stored | None:
         data = self._place.read()
-        return None if data is None else _stored(data.decode())
+        return None if data is None else _stored(data, at=self._place.path)
 
     def create(self, held: Held) -> Stored | None:
         with self._lock:
@@ -202,8 +226,15 @@ class _SharedCell:
                 self._place.remove()
 
 
-def _stored(text: str, tag: str | None = None) -> Stored:
-    return Stored(Held.parse(text), text if tag is None else tag)
+def _stored(value: str | bytes, tag: str | None = None, *, at: str = "") -> Stored:
+    try:
+        text = value if isinstance(value, str) else value.decode()
+        return Stored(Held.parse(text), text if tag is None else tag)
+    except ValueError as error:
+        raise UserError(
+            f"{at}: holds {value[:80]!r}, which is no lease of ours: remove it, if no run is at "
+            "work there"
+        ) from error
 
 
 def cell_at(place: Place, seconds: float = SECONDS) -> Cell:
@@ -214,7 +245,7 @@ def cell_at(place: Place, seconds: float = SECONDS) -> Cell:
     """
     if place.is_local:
         return _LocalCell(place.path)
-    if "s3" in place.fs.protocol:
+    if is_s3(place.fs):
         # A renewal that hangs must leave time for another.
         return _S3Cell(place.fs, place.path, timeout=max(seconds / 3, 3.0))
     return _SharedCell(place)
@@ -228,14 +259,19 @@ class Terms:
     """Say how a lease is asked for.
 
     It lasts `seconds` after each renewal. With `wait` a holder that lives is watched for three
-    times as long as its lease lasts before the request is refused: it may be about to end.
-    `url` and `who` (which describes an attempt) are for messages.
+    times as long as its lease lasts before the request is refused: it may be about to end; or
+    for `patience` seconds. `url` and `who` (which describes an attempt) are for messages.
     """
 
     url: str
     seconds: float = SECONDS
     wait: bool = False
     who: Callable[[str], str] = str
+    patience: float = 0.0
+
+    def longest(self, holder: Held) -> float:
+        """Return the seconds for which a holder that lives is watched."""
+        return max(self.patience, _PATIENCE * holder.seconds if self.wait else 0.0)
 
 
 class _Watch:
@@ -308,6 +344,15 @@ def acquire(
             return Lease(cell, stored, terms, since=since)
 
 
+def await_end(cell: Cell, url: str) -> None:
+    """Wait until nobody holds the lease in `cell`, or its holder no longer renews it."""
+    watch = _Watch()
+    while (found := watch.read(cell, Terms(url))) is not None:
+        if watch.idle >= found.held.seconds:
+            return
+        time.sleep(min(found.held.seconds / 20, 1.0))
+
+
 def _refuse_living(watch: _Watch, holder: Held, terms: Terms) -> None:
     """Say once that a holder is waited for; refuse to wait longer for one that lives."""
     if watch.changes == 0:
@@ -318,7 +363,7 @@ def _refuse_living(watch: _Watch, holder: Held, terms: Terms) -> None:
                 *(terms.url, terms.who(holder.attempt), holder.seconds),
             )
         return
-    if watch.total >= (_PATIENCE * holder.seconds if terms.wait else 0.0):
+    if watch.total >= terms.longest(holder):
         raise UserError(
             f"{terms.url}: another driver is at work on this run and renews its lease "
             f"({terms.who(holder.attempt)}): wait until it has ended, or pass another --output"
@@ -406,7 +451,7 @@ class Lease:
             self._cell.remove(self._stored)
         except Exception as error:
             # Never in place of the error that ended the run; whoever comes next waits it out.
-            logger.warning("%s: the lease was not released: %s", self._terms.url, _line(error))
+            logger.warning("%s: the lease was not released: %s", self._terms.url, line_of(error))
 
     def _renew_all(self) -> None:
         while not self._stop.wait(self._terms.seconds / 3):
@@ -423,7 +468,7 @@ class Lease:
                 logger.warning("%s", error)
                 self._stop.set()
             except Exception as error:
-                logger.warning("%s: the lease was not renewed: %s", self._terms.url, _line(error))
+                logger.warning("%s: the lease was not renewed: %s", self._terms.url, line_of(error))
             else:
                 self._until = sent + 0.8 * self._terms.seconds
 
@@ -451,7 +496,3 @@ class Lease:
             f"{self._terms.url}: the lease of this run (attempt {self._stored.held.attempt}) has "
             f"passed to another driver ({holder}): this one stops"
         )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

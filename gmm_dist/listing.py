@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,11 +17,15 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from gmm_dist import storage
+from gmm_dist import data_files, storage, table_formats
 from gmm_dist.errors import UserError
+from gmm_dist.urls import Url
+
+logger = logging.getLogger(__name__)
 
 _SMALL_BYTES = 2**21
-_SUFFIXES = (".parquet", ".parq", ".pq")
+_INFOS_AT_ONCE = 32
+_SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,9 @@ class LakeFile:
     """Name one Parquet file and the version that was planned.
 
     `path` is relative to the plan's url, `version` the ETag or mtime, `rows` the rows of each
-    row group, `partition` the hive keys and values of the path (None: null).
+    row group, `partition` the hive keys and values of the path (None: null). `identity` is what
+    else tells a local file from one that replaces it, within a run (see `storage.identity`): a
+    copy of the lake is the same lake.
     """
 
     path: str
@@ -35,13 +43,14 @@ class LakeFile:
     version: str
     rows: tuple[int, ...]
     partition: tuple[tuple[str, str | int | None], ...]
+    identity: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
     """Hold the data files under `root`, an absolute URL, by name; `keys` types their hive keys."""
 
-    root: str
+    root: Url
     files: tuple[LakeFile, ...]
     keys: pa.Schema
 
@@ -49,31 +58,33 @@ class Listing:
 def find(url: str) -> Listing:
     """List the data files at `url`: one file whatever its name, or those of a folder.
 
-    In a folder every `*.parquet`, `*.parq` and `*.pq` counts, at any depth, but for empty files
-    and path parts that begin with `_` or `.`. A hive key is int64 when each of its values is an
-    integer, null when it has none, else string.
+    In a folder every `*.parquet`, `*.parq` and `*.pq` counts, at any depth, and every other file
+    whose first or last bytes are Parquet's, but for empty files, path parts that begin with `_`
+    or `.`, and names of other things (`*.csv`, `*.bak`). What is passed over is said in one line.
+    A hive key is int64 when each of its values is an integer, null when it has none, else string.
 
     Raises:
         UserError: the path, bucket or credentials are wrong; there is no Parquet file; the folder
-            is or holds a Delta, Iceberg or Hudi table, or a link to a folder.
+            holds, is or lies in a Delta, Iceberg, Hudi or such table; it has a link to a folder
+            or to nothing, or a data file whose name is not UTF-8.
     """
+    _check_name(url, url)
     root = storage.absolute(url)
     fs, path = storage.open_url(root)
     found = _found(fs, path, root)
     if path in found:
-        parent, _, name = root.rpartition("/")
-        return _partitioned(parent or "/", [_listed(fs, name, found[path])])
+        if isinstance(fs, LocalFileSystem) and not Path(path).is_file():
+            raise UserError(
+                f"{root}: neither a file nor a folder (a pipe or a device); check the path"
+            )
+        parent, name = storage.parent_and_name(root)
+        table_formats.refuse_around(fs, path.rpartition("/")[0], root)
+        return _partitioned(parent, [_listed(fs, name, found[path])])
     relative = {name.removeprefix(path).lstrip("/"): info for name, info in found.items()}
-    _refuse_table_formats(root, relative)
-    _refuse_linked_folders(root, relative)
-    files = [_listed(fs, name, relative[name]) for name in sorted(relative) if _is_data(name)]
-    files = [file for file in files if file.size > 0]
-    if not files:
-        names = ", ".join(sorted(relative)[:3]) or "nothing"
-        raise UserError(
-            f"{storage.redacted(root)}: no Parquet file (*.parquet, *.parq, *.pq that is not "
-            f"empty) among {len(relative)} files (found {names}); check the path"
-        )
+    table_formats.refuse_within(root, relative)
+    table_formats.refuse_around(fs, path, root)
+    with storage.explained(root):
+        files = [_listed(fs, *item) for item in _data_files(fs, root, relative)]
     return _partitioned(root, files)
 
 
@@ -93,40 +104,106 @@ def _found(fs: AbstractFileSystem, path: str, root: str) -> Mapping[str, Mapping
         return storage.patiently(find, root)
 
 
-def _is_data(name: str) -> bool:
-    """Leave out directory markers (`dt=1/`), `_SUCCESS`, `_temporary/`, `.part.crc` and such."""
-    return not _is_hidden(name) and name.lower().endswith(_SUFFIXES)
+def _data_files(
+    fs: AbstractFileSystem, root: str, found: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the Parquet files among all files of a folder, by name; say what is left out."""
+    seen = {name: info for name, info in found.items() if not data_files.is_hidden(name)}
+    if storage.is_http(fs):
+        seen = _with_details(fs, {name: info for name, info in seen.items() if "?" not in name})
+    if isinstance(fs, LocalFileSystem):
+        _refuse_links(root, seen)
+        seen = {name: info for name, info in seen.items() if Path(info["name"]).is_file()}
+    empty = sorted(name for name, info in seen.items() if not info["size"])
+    full = {name: seen[name] for name in sorted(seen.keys() - set(empty))}
+    data, foreign = data_files.of(fs, root, full)
+    empty = [name for name in empty if data_files.is_named_parquet(name)]
+    if not data:
+        some = _some([*foreign, *empty] or sorted(found)) or "nothing"
+        raise UserError(
+            f"{storage.redacted(root)}: no Parquet file that is not empty among {len(found)} files "
+            f"(found {some}); check the path"
+        )
+    kinds = ((foreign, "that are not Parquet"), (empty, "that are empty"))
+    for names, kind in ((names, kind) for names, kind in kinds if names):
+        logger.warning(
+            "%s: passed over %d of %d files, %s: %s",
+            *(storage.redacted(root), len(names), len(seen), kind, _some(names)),
+        )
+    for name in data:
+        _check_name(name, storage.join(root, name))
+    return [(name, full[name]) for name in data]
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(("_", ".")) for part in name.split("/"))
+def _with_details(
+    fs: AbstractFileSystem, found: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """Return the details of what an index page names: it tells neither sizes nor versions."""
+
+    def details(info: Mapping[str, Any]) -> Mapping[str, Any]:
+        name = info["name"]
+        with storage.explained(name):
+            answer: Mapping[str, Any] = storage.patiently(lambda: fs.info(name), name)
+        return _sized(name, answer)
+
+    wanted = {name: info for name, info in found.items() if not data_files.is_foreign(name)}
+    with ThreadPoolExecutor(_INFOS_AT_ONCE) as pool:
+        infos = dict(zip(wanted, pool.map(details, wanted.values()), strict=True))
+    return {name: infos.get(name, {**info, "size": 1}) for name, info in found.items()}
+
+
+def _sized(url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
+    if info["size"] is None:
+        raise UserError(
+            f"{storage.redacted(url)}: the server does not tell the size of the file; copy it to a "
+            "disk or an object store"
+        )
+    return info
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first few names, in characters that any terminal can show."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(_shown, names[:_SHOWN])) + more
+
+
+def _shown(name: str) -> str:
+    spelt = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in spelt)
+
+
+def _check_name(name: str, where: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{_shown(storage.redacted(where))}: its name is not UTF-8; rename it"
+        ) from None
 
 
 def _listed(fs: AbstractFileSystem, name: str, info: Mapping[str, Any]) -> LakeFile:
-    return LakeFile(name, info["size"], storage.version(fs, info), (), _partition(name))
+    size = _sized(name, info)["size"]
+    # A web server's index spells names as URLs do.
+    partition = _partition(unquote(name) if storage.is_http(fs) else name)
+    version, identity = storage.version(fs, info), storage.identity(fs, info)
+    return LakeFile(name, size, version, (), partition, identity)
 
 
-def _refuse_table_formats(root: str, names: Iterable[str]) -> None:
-    # Such a folder still holds the files of deleted and replaced rows.
-    for name in names:
-        _, is_delta, _ = f"/{name}".partition("/_delta_log/")
-        is_iceberg = re.search(r"(^|/)metadata/[^/]*\.metadata\.json$", name)
-        _, is_hudi, _ = f"/{name}".partition("/.hoodie/")
-        if is_delta or is_iceberg or is_hudi:
-            kind = "a Delta" if is_delta else "an Iceberg" if is_iceberg else "a Hudi"
-            raise UserError(
-                f"{storage.redacted(root)}: {kind} table ({name}), whose folder also holds "
-                "deleted rows; export its current rows to a folder of Parquet files and give that"
-            )
-
-
-def _refuse_linked_folders(root: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+def _refuse_links(root: str, found: Mapping[str, Mapping[str, Any]]) -> None:
     # fsspec lists a link to a folder as if it were a file, and so its rows would be passed over.
     for name, info in found.items():
-        if info.get("islink") and not _is_hidden(name) and Path(info["name"]).is_dir():
+        path = Path(info["name"])
+        if not info.get("islink") or path.is_file():
+            continue
+        if path.is_dir():
             raise UserError(
                 f"{storage.join(root, name)}: a link to a folder, which is not followed; give the "
                 "folder itself, or move it into the lake"
+            )
+        if not path.exists() and not data_files.is_foreign(name):
+            raise UserError(
+                f"{_shown(storage.join(root, name))}: a link to {_shown(str(path.readlink()))}, "
+                "which is not there; mend the link or remove it"
             )
 
 
@@ -137,7 +214,7 @@ def _partition(name: str) -> tuple[tuple[str, str | int | None], ...]:
     return tuple((key, None if value == null else value) for key, value in values.items())
 
 
-def _partitioned(root: str, files: list[LakeFile]) -> Listing:
+def _partitioned(root: Url, files: list[LakeFile]) -> Listing:
     """Type the hive keys over all files."""
     values: dict[str, set[str]] = {}
     for file in files:
@@ -179,26 +256,26 @@ def opened(
     Raises:
         UserError: it changed, is corrupt or cannot be reached, from here to the block's end.
     """
-    whole = not footer and file.size <= _SMALL_BYTES
     path, name = storage.join(root, file.path), name_of(url, file)
     changed = UserError(f"{name}: changed since the plan was made; run again")
     try:
-        with storage.explained(name), _open(fs, path, whole) as source:
+        with storage.explained(name), _open(fs, path, file, footer=footer) as source:
             # Opened first, then compared: s3fs reads on with If-Match of these very details.
             info = getattr(source, "details", None) or fs.info(path)
-            if (info["size"], storage.version(fs, info)) != (file.size, file.version):
+            if _is_other(fs, info, file):
                 raise changed
             yield source if isinstance(source, pa.NativeFile) else _Exact(source, file.size)
     except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+        is_gone = isinstance(error.__cause__, FileNotFoundError)
+        if (is_gone and not storage.is_transient(error)) or _is_refused_as_other(error):
             raise changed from error
         raise
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+    except Exception as error:
         if type(error).__name__ == "FileExpired":  # s3fs: the store answered 412
             raise changed from error
-        if isinstance(error, OSError) and (error.errno is not None or storage.is_transient(error)):
+        if storage.is_transient(error) or not _is_about_the_file(fs, error):
             raise
-        reason = " ".join(str(error).split())
+        reason = storage.line_of(error)
         # What the disk holds does not change on the way here.
         kind = UserError if isinstance(fs, LocalFileSystem) else storage.DamagedError
         raise kind(
@@ -206,12 +283,54 @@ def opened(
         ) from error
 
 
-def _open(fs: AbstractFileSystem, path: str, whole: bool) -> Any:
+def _is_other(fs: AbstractFileSystem, info: Mapping[str, Any], file: LakeFile) -> bool:
+    """Say whether `info` describes another version of the file than was planned."""
+    if (info["size"], storage.version(fs, info)) != (file.size, file.version):
+        return True
+    return storage.is_replaced(file.identity, storage.identity(fs, info))
+
+
+def _is_refused_as_other(error: Exception) -> bool:
+    """Say whether a web server answers that the file is gone, or not what was asked for."""
+    return storage.http_status(error) in (404, 410, 412)
+
+
+def _is_about_the_file(fs: AbstractFileSystem, error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno is None
+    # fsspec's way to say that a web server sends whole files alone.
+    return isinstance(error, pa.ArrowInvalid | pa.ArrowNotImplementedError) or (
+        storage.is_http(fs) and isinstance(error, ValueError)
+    )
+
+
+def _open(fs: AbstractFileSystem, path: str, file: LakeFile, *, footer: bool) -> Any:
     if isinstance(fs, LocalFileSystem):
         return pa.OSFile(path)  # reads without Python in between
     # Arrow asks for the ranges it needs, and fsspec's readahead would fetch up to 50 MiB more;
     # of a small file one request for all is faster.
-    return fs.open(path, "rb", cache_type="all" if whole else "none")
+    small = file.size <= _SMALL_BYTES
+    if storage.is_http(fs):
+        return _open_http(fs, path, "all" if small else "none")
+    return fs.open(path, "rb", cache_type="all" if small and not footer else "none")
+
+
+def _open_http(fs: AbstractFileSystem, path: str, cache_type: str) -> Any:
+    """Open a file of a web server, such that it answers 412 once the file has changed.
+
+    fsspec asks a server for details when it opens a file, but keeps its size alone.
+    """
+    info = fs.info(path)
+    headers = dict(storage.UNCOMPRESSED)
+    tag, date = info.get("ETag", ""), info.get("Last-Modified")
+    if tag and not tag.startswith("W/"):  # a weak one never matches
+        headers["If-Match"] = tag
+    elif date:
+        headers["If-Unmodified-Since"] = date
+    size = _sized(path, info)["size"]
+    source = fs.open(path, "rb", cache_type=cache_type, size=size, headers=headers)
+    source.details = info
+    return source
 
 
 class _Exact(io.RawIOBase):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from gmm_dist.errors import UserError
@@ -17,17 +17,20 @@ from gmm_dist.families import Densities, n_parameters
 from gmm_dist.parameters import Parameters, Stack
 from gmm_dist.quantiles import Quantiles
 
-Array = npt.NDArray[Any]
-Rows = TypeVar("Rows", Array, Tensor)
+Rows = npt.NDArray[Any] | Tensor
 
 _CHUNK_ELEMENTS = 1 << 22  # of log-densities at a time
+_MOST_NAMES, _LONGEST_NAME = 4, 60  # of features, in a repr
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Mixture:
     """Score rows under a mixture; arrays in, arrays out, tensors in, tensors out.
 
-    Rows are (n, d) in the feature units of the fit, in the order of `feature_names`. All
+    Rows are (n, d) in the feature units of the fit: arrays, tensors and lists in the order of
+    `feature_names`, tables (pandas, polars, pyarrow) with these very columns, as scikit-learn
+    asks for them. What is no such rows, or not finite, raises UserError, as the estimators
+    raise ValueError; a path, a lake and sparse rows raise TypeError. All
     arithmetic is float64 and centred per component, on the rows' device; results are float64
     and nats. `n_samples` and `log_likelihood` (sum, nats) are those of the fit, and so are
     `log_density_quantiles`, of the rows' log-densities; None for a model that keeps none.
@@ -63,54 +66,83 @@ class Mixture:
         """The number of free parameters."""
         return n_parameters(self.covariance_type, self.n_components, self.n_features)
 
-    def predict(self, X: Rows) -> Rows:
+    def predict(self, X: Any) -> Any:
         """Return the component of largest responsibility for each row, (n,) int64."""
-        labels = [logits.argmax(0) for logits in self._chunks(X)]
-        return _like(X, torch.cat(labels))
+        return self._of_rows(X, labels)
 
-    def predict_proba(self, X: Rows) -> Rows:
+    def predict_proba(self, X: Any) -> Any:
         """Return the responsibilities, (n, k), each row summing to one."""
-        return _like(X, torch.cat([logits.softmax(0).T for logits in self._chunks(X)]))
+        return self._of_rows(X, responsibilities)
 
-    def score_samples(self, X: Rows) -> Rows:
+    def score_samples(self, X: Any) -> Any:
         """Return the log-density of each row, (n,)."""
-        return _like(X, torch.cat([logits.logsumexp(0) for logits in self._chunks(X)]))
+        return self._of_rows(X, log_densities)
 
-    def score(self, X: Rows) -> float:
+    def score(self, X: Any) -> float:
         """Return the mean log-density of the rows.
 
         Raises UserError when there are none.
         """
-        if len(X) == 0:
-            raise UserError("X has no rows, so they have no mean log-density: give one or more")
-        return float(self.score_samples(X).mean())
+        return self._scored(X)[0]
 
-    def bic(self, X: Rows) -> float:
+    def bic(self, X: Any) -> float:
         """Return the Bayesian information criterion on these rows; lower is better."""
-        return bic(self.score(X) * len(X), self.n_parameters, len(X))
+        mean, n = self._scored(X)
+        return bic(mean * n, self.n_parameters, n)
 
-    def aic(self, X: Rows) -> float:
+    def aic(self, X: Any) -> float:
         """Return Akaike's information criterion on these rows; lower is better."""
-        return aic(self.score(X) * len(X), self.n_parameters)
+        mean, n = self._scored(X)
+        return aic(mean * n, self.n_parameters)
 
-    def icl(self, X: Rows) -> float:
+    def icl(self, X: Any) -> float:
         """Return the BIC plus twice the soft entropy of the labels; lower is better."""
-        resp = torch.as_tensor(self.predict_proba(X))
-        return icl(self.bic(X), float(-torch.special.xlogy(resp, resp).sum()))
+        rows = self._checked(X)
+        resp = responsibilities(self.parameters, rows)
+        return icl(self.bic(rows), float(-torch.special.xlogy(resp, resp).sum()))
 
-    def _chunks(self, X: Rows) -> Iterator[Float64[Tensor, "k b"]]:
-        """Yield log w_k + log N(x | k) for a few rows at a time."""
-        if X.ndim != 2 or X.shape[1] != self.n_features:
-            names = f" ({', '.join(self.feature_names)})" if self.feature_names else ""
-            raise UserError(
-                f"X has shape {tuple(X.shape)}: give rows (n, {self.n_features}), "
-                f"one column per feature of the mixture{names}"
-            )
-        device = X.device if isinstance(X, Tensor) else torch.device("cpu")
-        densities = Densities(Stack.of([self.parameters]), device)
-        n_chunk = max(1, _CHUNK_ELEMENTS // (self.n_components + self.n_features))
-        for first in range(0, max(len(X), 1), n_chunk):
-            yield densities(_columns(X[first : first + n_chunk]))
+    def __repr__(self) -> str:
+        names = [_short(repr(name)) for name in self.feature_names[:_MOST_NAMES]]
+        names += ["..."] if len(self.feature_names) > _MOST_NAMES else []
+        return (
+            f"Mixture(n_components={self.n_components}, n_features={self.n_features}, "
+            f"covariance_type={self.covariance_type!r}, feature_names=({', '.join(names)}))"
+        )
+
+    def _checked(self, X: Any) -> Rows:
+        # scikit-learn, which checks them, is slow to import, and jobs do without.
+        from gmm_dist.inputs import checked_for_model
+
+        return checked_for_model(X, self.n_features, self.feature_names)
+
+    def _of_rows(self, X: Any, verb: Callable[[Parameters, Rows], Tensor]) -> Any:
+        from gmm_dist.inputs import space_of
+
+        rows = self._checked(X)
+        space = replace(space_of(X, rows), dtype=torch.float64)
+        return space.of(verb(self.parameters, rows))
+
+    def _scored(self, X: Any) -> tuple[float, int]:
+        """Return the mean log-density of the rows, and how many they are."""
+        found = log_densities(self.parameters, self._checked(X))
+        if len(found) == 0:
+            raise UserError("X has no rows, so they have no mean log-density: give one or more")
+        return float(found.mean()), len(found)
+
+
+def labels(mixture: Parameters, X: Rows) -> Int64[Tensor, " n"]:
+    """Return the component of largest responsibility for each of some checked rows (n, d)."""
+    return torch.cat([logits.argmax(0) for logits in _chunks(mixture, X)])
+
+
+def responsibilities(mixture: Parameters, X: Rows) -> Float64[Tensor, "n k"]:
+    """Return the responsibilities for some checked rows (n, d)."""
+    return torch.cat([logits.softmax(0).T for logits in _chunks(mixture, X)])
+
+
+def log_densities(mixture: Parameters, X: Rows) -> Float64[Tensor, " n"]:
+    """Return the log-density of each of some checked rows (n, d), nats."""
+    return torch.cat([logits.logsumexp(0) for logits in _chunks(mixture, X)])
 
 
 def bic(log_likelihood: float, n_free: int, n_samples: float) -> float:
@@ -128,12 +160,21 @@ def icl(bic: float, entropy: float) -> float:
     return bic + 2 * entropy
 
 
+def _chunks(mixture: Parameters, X: Rows) -> Iterator[Float64[Tensor, "k b"]]:
+    """Yield log w_k + log N(x | k) for a few rows at a time."""
+    device = X.device if isinstance(X, Tensor) else torch.device("cpu")
+    densities = Densities(Stack.of([mixture]), device)
+    n_chunk = max(1, _CHUNK_ELEMENTS // (mixture.n_components + mixture.n_features))
+    for first in range(0, max(len(X), 1), n_chunk):
+        yield densities(_columns(X[first : first + n_chunk]))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 4]}...'"
+
+
 def _columns(X: Rows) -> Float64[Tensor, "d b"]:
     """Return a few rows as columns; a copy, for arrays may be read-only, reversed or swapped."""
     if isinstance(X, Tensor):
         return X.T.double()
     return torch.from_numpy(np.array(X.T, dtype=np.float64, order="C"))
-
-
-def _like(X: Rows, result: Tensor) -> Rows:
-    return result if isinstance(X, Tensor) else result.numpy()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import math
 import platform
-from collections.abc import Iterable, Mapping
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -17,6 +21,7 @@ from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.quantiles import Quantiles
 from gmm_dist.records import FORMAT_VERSION, FileEntry, parse, to_json, whole
+from gmm_dist.soundness import flaw
 
 TENSORS = "model.safetensors"
 CARD = "model.json"
@@ -70,7 +75,8 @@ def parse_model(card: bytes, tensors: bytes, url: str) -> Mixture:
     """Return the mixture that a folder's two files hold, verified; `url` is for messages.
 
     Raises:
-        UserError: a file is damaged, they do not belong together, or a newer gmm_dist wrote them.
+        UserError: a file is damaged, they do not belong together, a newer gmm_dist wrote them, or
+            their numbers are no mixture's.
     """
     content = parse(card, CARD, url)
     with whole(CARD, url):
@@ -125,31 +131,109 @@ def _card(mixture: Mixture, provenance: Provenance, tensors: FileEntry) -> dict[
 
 
 def _mixture(card: Mapping[str, Any], tensors: bytes, url: str) -> Mixture:
+    parameters = _parameters(card, tensors, url)
+    return Mixture(
+        parameters=parameters,
+        feature_names=_feature_names(card, parameters.n_features, url),
+        n_samples=_number(card, "n_samples", url),
+        log_likelihood=_number(card, "log_likelihood", url),
+        log_density_quantiles=_quantiles(card, url),
+        ids=_component_ids(card, parameters.n_components, url),
+    )
+
+
+def _parameters(card: Mapping[str, Any], tensors: bytes, url: str) -> Parameters:
     covariance_type, k, d = card["covariance_type"], card["n_components"], card["n_features"]
-    parts = safetensors.torch.load(tensors)
+    try:
+        parts = safetensors.torch.load(tensors)
+    except safetensors.SafetensorError as error:
+        raise _wrong(f"is no such file ({error})", url, TENSORS) from error
     shapes = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}
-    expected = {"weights": (k,), "means": (k, d), "covariances": shapes.get(covariance_type)}
     found = {name: tuple(part.shape) for name, part in parts.items()}
-    if covariance_type not in COVARIANCE_TYPES or found != expected:
+    is_known = isinstance(covariance_type, str) and covariance_type in COVARIANCE_TYPES
+    if not is_known or found != {
+        "weights": (k,),
+        "means": (k, d),
+        "covariances": shapes[covariance_type],
+    }:
         raise UserError(
             f"{url}: {TENSORS} holds {found}, and {CARD} says {covariance_type!r}, "
             f"{k} components, {d} features: copy the model folder again"
         )
-    return Mixture(
-        parameters=Parameters(**parts, covariance_type=covariance_type),
-        feature_names=tuple(card["feature_names"]),
-        n_samples=_number(card["n_samples"]),
-        log_likelihood=_number(card["log_likelihood"]),
-        log_density_quantiles=_quantiles(card.get("log_density_quantiles")),
-        ids=None if card.get("component_ids") is None else tuple(card["component_ids"]),
+    if k < 1 or d < 1:
+        raise _wrong(f"has {k} components, {d} features", url)
+    for name, part in parts.items():
+        if part.dtype != torch.float64:
+            raise _wrong(f"holds {name} of {part.dtype}, not of float64", url, TENSORS)
+    parameters = Parameters(**parts, covariance_type=covariance_type)
+    if (what := flaw(parameters)) is not None:
+        raise _wrong(f"holds no mixture: {what}", url, TENSORS)
+    return parameters
+
+
+def _feature_names(card: Mapping[str, Any], d: int, url: str) -> tuple[str, ...]:
+    names = card["feature_names"]
+    if not _are(names, str):
+        raise _wrong("has feature_names that are no list of names", url)
+    if len(names) not in (0, d):
+        raise _wrong(f"names {len(names)} features of {d}", url)
+    if twice := _twice(names):
+        raise _wrong(f"names the feature {twice[0]!r} twice", url)
+    return tuple(names)
+
+
+def _component_ids(card: Mapping[str, Any], k: int, url: str) -> tuple[int, ...] | None:
+    ids = card.get("component_ids")
+    if ids is None:
+        return None
+    if not _are(ids, int) or len(ids) != k or min(ids) < 0:
+        raise _wrong(f"has component_ids that are not {k} whole numbers from 0 up", url)
+    if twice := _twice(ids):
+        raise _wrong(f"gives the id {twice[0]} to two components", url)
+    return tuple(ids)
+
+
+def _quantiles(card: Mapping[str, Any], url: str) -> Quantiles | None:
+    """Return the table of quantiles; a value that was not finite is NaN."""
+    kept = card.get("log_density_quantiles")
+    if kept is None:
+        return None
+    levels, values = kept["levels"], kept["values"]
+    if not _are(levels, float | int) or not _are(values, float | int | None):
+        raise _wrong("has log_density_quantiles that are no numbers", url)
+    known = [float(value) for value in values if value is not None]
+    if len(levels) != len(values) or not levels or min(levels) < 0 or max(levels) > 1:
+        raise _wrong(f"has {len(values)} quantiles for {len(levels)} levels from 0 to 1", url)
+    # Values within one bin of the histogram ascend but for rounding.
+    steps = itertools.pairwise(known)
+    if list(levels) != sorted(set(levels)) or any(a - b > 1e-9 * max(1, abs(a)) for a, b in steps):
+        raise _wrong("has log_density_quantiles that do not ascend", url)
+    return Quantiles(tuple(levels), tuple(math.nan if v is None else float(v) for v in values))
+
+
+def _number(card: Mapping[str, Any], key: str, url: str) -> float:
+    """Return a number; None stands for one that was not finite."""
+    value = card[key]
+    if value is None:
+        return math.nan
+    if not _are([value], float | int) or (key == "n_samples" and value < 0):
+        raise _wrong(f"has the {key} {value!r}", url)
+    return float(value)
+
+
+def _are(values: object, kind: Any) -> bool:
+    """Say whether it is a list of values of a kind; numbers are finite, and truth is none."""
+    return isinstance(values, list) and all(
+        isinstance(value, kind)
+        and not isinstance(value, bool)
+        and (not isinstance(value, float | int) or abs(value) <= sys.float_info.max)
+        for value in values
     )
 
 
-def _quantiles(kept: Mapping[str, Any] | None) -> Quantiles | None:
-    if kept is None:
-        return None
-    return Quantiles(tuple(kept["levels"]), tuple(map(_number, kept["values"])))
+def _twice(values: Sequence[Any]) -> list[Any]:
+    return [value for value, n in Counter(values).items() if n > 1]
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _wrong(what: str, url: str, name: str = CARD) -> UserError:
+    return UserError(f"{url}: {name} {what}: copy the model folder again, or fit the model anew")

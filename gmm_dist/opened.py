@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from gmm_dist.urls import Url
+
 
 @dataclass(frozen=True, slots=True)
 class Lake:
@@ -20,6 +22,9 @@ class Lake:
     address: str | None = None
     num_workers: int | None = None
     use_gpu: bool | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", Url(self.url))
 
 
 def open_lake(
@@ -36,12 +41,12 @@ def open_lake(
 ) -> Lake:
     """Name a lake for the estimators' `fit` and for `select`; its rows are read by Ray's workers.
 
-    `url` is a local path or any fsspec URL. `columns`: numeric columns, or one fixed-size-list
-    column (default: every floating-point column). `where`: comparisons joined by `and`, on any
-    column or hive partition. `missing`: what becomes of nulls and NaN. `holdout`: the share of
-    rows that nothing is fitted to. `address` of a Ray cluster (default: RAY_ADDRESS, else one is
-    started here), with `num_workers` actors, each on a GPU where `use_gpu` says so (default: if
-    the cluster has any).
+    `url` is a local path or any fsspec URL. `columns`: numeric columns, or one column of lists of
+    one length (default: every floating-point column but pandas' indices). `where`: comparisons
+    joined by `and`, on any column or hive partition. `missing`: what becomes of nulls and NaN.
+    `holdout`: the share of rows that nothing is fitted to. `address` of a Ray cluster (default:
+    RAY_ADDRESS, else one is started here), with `num_workers` actors, each on a GPU where
+    `use_gpu` says so (default: if the cluster has any).
     """
     chosen = None if columns is None else tuple(columns)
     return Lake(url, chosen, where, weight_column, missing, holdout, address, num_workers, use_gpu)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import posixpath
+import re
 import secrets
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,28 +19,33 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from gmm_dist.storage import join, open_url, patiently, redacted, version
+from gmm_dist.errors import UserError
+from gmm_dist.storage import join, open_url, patiently, version
+from gmm_dist.urls import Url, reveal
 
 _PART = ".part"
+_KEYS_AT_ONCE = 1000  # that a request to remove objects may name
 _ABANDONED = 300.0  # seconds after which a step that takes milliseconds is not under way any more
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder to write to or read from; `url` is fit for messages.
+    """A folder to write to or read from; `url` prints itself without credentials.
 
     Stores that are out of order are waited for, see `storage.patiently`.
     """
 
     fs: AbstractFileSystem
     path: str
-    url: str
+    url: Url
 
     @classmethod
     def of(cls, url: str) -> Place:
         """Open `url`; nothing is asked of the store yet."""
         fs, path = open_url(url)
-        return cls(fs, path.rstrip("/") or path, redacted(url))
+        if is_s3(fs) and "?versionId=" in path:  # s3fs would leave out the rest of any name
+            raise UserError(f"{Url(url)}: a version of an object, and no folder; give a folder")
+        return cls(fs, path.rstrip("/") or path, Url(url))
 
     @property
     def is_local(self) -> bool:
@@ -49,8 +58,17 @@ class Place:
         """Return a folder within, whose `url` stays that of the whole."""
         return Place(self.fs, self.at(*parts), self.url)
 
+    def leads_out(self, *parts: str) -> bool:
+        """Say whether links on a local disk make a name in the folder one outside of it."""
+        if not self.is_local:
+            return False
+        return not Path(self.at(*parts)).resolve().is_relative_to(Path(self.path).resolve())
+
     def names(self) -> set[str]:
-        """Return the names in the folder: none where there is no folder, "" for a file."""
+        """Return the names in the folder: none where there is no folder, "" for a file.
+
+        Without what systems and other programs leave in any folder, see `is_foreign`.
+        """
         self.fs.invalidate_cache()
         try:
             listed = patiently(lambda: self.fs.ls(self.path, detail=True), self.url)
@@ -62,8 +80,9 @@ class Place:
         if entries == {self.path: "file"}:
             return {""}
         # Some object stores list the folder itself: a marker, or what deleted files have left.
-        names = {name.rstrip("/") for name in entries} - {self.path}
-        return {name.rpartition("/")[2] for name in names}
+        paths = {name.rstrip("/") for name in entries} - {self.path}
+        names = {name.rpartition("/")[2] for name in paths}
+        return {name for name in names if not is_foreign(name)}
 
     def read(self, *parts: str) -> bytes | None:
         """Return a file's bytes, or None where there is no such file."""
@@ -81,7 +100,8 @@ class Place:
             return
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
-        scratch = final.with_name(f".{final.name}.{secrets.token_hex(4)}{_PART}")
+        # Not made of the file's name, which may be as long as names can be.
+        scratch = final.with_name(f".{secrets.token_hex(8)}{_PART}")
         try:
             _write_out(scratch, data, sync=durable)
             scratch.replace(final)
@@ -166,17 +186,141 @@ class Place:
             raise
 
     def remove(self, *parts: str) -> None:
-        """Remove a file, or a folder with all that is in it; absent is fine."""
+        """Remove a file, or a folder with all that is in it; absent is fine.
+
+        By names: fsspec's `rm` takes `*`, `?` and `[...]` for patterns, and would remove what is
+        in other folders.
+        """
         path = self.at(*parts)
+        if self.is_local:
+            remove_local(Path(path))
+            return
         self.fs.invalidate_cache()
-        with suppress(FileNotFoundError):
-            self.fs.rm(path, recursive=True)
+        found = self.fs.find(path, withdirs=True, detail=True)
+        if is_s3(self.fs):
+            # A file may have the name of the folder, and markers are listed as folders.
+            _remove_objects(self.fs, sorted({path, *found}))
+        else:
+            self._remove_each(path, found)
+        self.fs.invalidate_cache()
+
+    def _remove_each(self, path: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+        folders = {name for name, info in found.items() if info["type"] == "directory"}
+        for name in {path, *found} - folders:
+            with suppress(FileNotFoundError):
+                self.fs.rm_file(name)
+        for name in sorted(folders | {path}, reverse=True):
+            with suppress(OSError, NotImplementedError):  # stores without folders
+                self.fs.rmdir(name)
 
 
 def answer(error: OSError) -> Mapping[str, Any]:
     """Return what the object store answered, as botocore tells it; empty for other stores."""
     told: Mapping[str, Any] = getattr(error.__cause__, "response", {})
     return told
+
+
+_FOREIGN = re.compile(
+    r"\.DS_Store|\._.*|\.nfs.*|\.fuse_hidden.*|\.(Spotlight-V100|Trashes|Trash-\d+|fseventsd)"
+    r"|\.TemporaryItems|\.afp.*|\.snapshots?|lost\+found|@eaDir|#recycle|.*_\$folder\$"
+    r"|(?i:thumbs\.db|desktop\.ini|System Volume Information|\$RECYCLE\.BIN)"
+)
+
+
+def is_foreign(name: str) -> bool:
+    """Say whether systems and file browsers put a file of such a name into any folder.
+
+    As macOS, Windows, NFS, FUSE, NAS boxes and Hadoop (its markers of folders on S3) do.
+    """
+    return _FOREIGN.fullmatch(name) is not None
+
+
+def is_s3(fs: AbstractFileSystem) -> bool:
+    """Say whether a file system is S3's."""
+    return "s3" in fs.protocol
+
+
+def _remove_objects(fs: AbstractFileSystem, paths: Sequence[str]) -> None:
+    bucket = fs.split_path(paths[0])[0]
+    keys = [path.removeprefix(f"{bucket}/") for path in paths]
+    for first in range(0, len(keys), _KEYS_AT_ONCE):
+        objects = [{"Key": key} for key in keys[first : first + _KEYS_AT_ONCE]]
+        answered = fs.call_s3(
+            "delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True}
+        )
+        for failed in answered.get("Errors", ()):
+            raise OSError(
+                errno.EIO, f"{failed.get('Code')}: {failed.get('Message')}", failed.get("Key")
+            )
+
+
+def remove_local(path: Path) -> None:
+    """Remove what is at a path, and no more: of a link the link alone."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        if path.is_dir():  # somebody else removes it too
+            shutil.rmtree(path, ignore_errors=True)
+    except NotADirectoryError:
+        pass  # a file where a folder on the way to it would be
+    except OSError as error:
+        # NFS keeps a removed file that is open elsewhere under such a name, until it is closed.
+        left = [name for _, _, names in os.walk(path) for name in names]
+        if error.errno not in (errno.ENOTEMPTY, errno.EBUSY) or not all(
+            name.startswith(".nfs") for name in left
+        ):
+            raise
+
+
+def lies_within(url: str, folder: str, *, parts: Iterable[str] = ()) -> bool:
+    """Say whether files written to `url` would be found by who lists `folder`.
+
+    On a local disk the folders themselves are compared, whatever they are called: by links,
+    relative paths, another case, or mounts (of the folder, and of those in it that `parts`
+    names). Elsewhere the names are, less what servers may make of `//` and `..`, and of s3a://.
+    """
+    (fs, path), (other, root) = open_url(url), open_url(_cached(folder))
+    if isinstance(fs, LocalFileSystem) and isinstance(other, LocalFileSystem):
+        return _is_below(Path(path), [Path(root), *(Path(join(root, part)) for part in parts)])
+    if type(fs) is not type(other):
+        return False
+    return any(
+        f"{spell(path)}/".startswith(f"{spell(root).rstrip('/')}/")
+        for spell in (_less_slashes, _less_dots)
+    )
+
+
+def _cached(url: str) -> str:
+    """Return where the files of a chain such as simplecache::s3://... come from."""
+    return Url(re.sub(r"^((simple|file|block)?cached?(://)?::)+", "", reveal(url)))
+
+
+def _less_slashes(path: str) -> str:
+    return "/" + re.sub("/+", "/", path).strip("/")
+
+
+def _less_dots(path: str) -> str:
+    return posixpath.normpath(_less_slashes(path))
+
+
+def _is_below(path: Path, folders: Sequence[Path]) -> bool:
+    resolved = path.resolve()
+    if resolved.is_relative_to(folders[0].resolve()):
+        return True
+    # A folder that is mounted a second time has another path, and the same number.
+    above = {key for folder in (resolved, *resolved.parents) if (key := _folder_key(folder))}
+    return any(_folder_key(folder) in above for folder in folders)
+
+
+def _folder_key(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino)
 
 
 def sync(path: Path) -> None:

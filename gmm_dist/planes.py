@@ -44,14 +44,15 @@ class Clusters:
 
     @property
     def centre(self) -> Floats:
-        """The mean (d,) of the whole mixture."""
-        return np.asarray(self.weights @ self.means)
+        """The mean (d,) of the whole mixture; where all means are equal, exactly they."""
+        first = self.means[0]
+        return np.asarray(first + self.weights @ (self.means - first))
 
     @property
     def scale(self) -> Floats:
         """The standard deviation (d,) of each feature over the whole mixture; 1 for none."""
-        total = self._separated.sum(0)
-        return np.asarray(np.sqrt(np.where(total > 0, total, 1.0)))
+        total = np.hypot(*self._spreads)
+        return np.asarray(np.where(total > 0, total, 1.0))
 
     @property
     def standardised(self) -> Floats:
@@ -59,17 +60,21 @@ class Clusters:
         return np.asarray((self.means - self.centre) / self.scale)
 
     @property
-    def _separated(self) -> Floats:
-        """The variance (2, d) of each feature between the components and within them."""
-        between = self.weights @ (self.means - self.centre) ** 2
-        return np.stack([between, self.weights @ self.variances])
+    def _spreads(self) -> tuple[Floats, Floats]:
+        """The standard deviation (d,) of each feature between the components and within them."""
+        apart = self.means - self.centre
+        # Features may have units whose squares float64 does not hold.
+        size = np.abs(apart).max(0)
+        size = np.where(size > 0, size, 1.0)
+        between = size * np.sqrt(self.weights @ (apart / size) ** 2)
+        return between, np.sqrt(self.weights @ self.variances)
 
     def telling(self, most: int) -> npt.NDArray[np.intp]:
         """Return, in their order, the `most` features that tell the components best apart.
 
         The share of a feature's variance that lies between the components decides.
         """
-        apart = self._separated[0] / self.scale**2
+        apart = self._spreads[0] / self.scale
         return np.sort(np.argsort(-apart, kind="stable")[:most])
 
     def narrowed(self, kept: npt.NDArray[np.intp]) -> Clusters:
@@ -101,12 +106,6 @@ class Clusters:
         if self.covariance_type == "full":
             return np.asarray(np.tensordot(self.weights, self.covariances, 1))
         return np.asarray(np.diag(self.weights @ self.variances))
-
-    @property
-    def between(self) -> Floats:
-        """The covariance (d, d) of the components' means, by weight."""
-        apart = self.means - self.centre
-        return np.asarray((self.weights[:, None] * apart).T @ apart)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,8 +142,9 @@ def plane(clusters: Clusters) -> Plane:
     places = clusters.telling(_MOST_FEATURES)
     kept = clusters.narrowed(places)
     scale = kept.scale
-    between = kept.between / np.outer(scale, scale)
-    total = between + kept.within / np.outer(scale, scale)
+    apart = kept.standardised
+    between = np.asarray((kept.weights[:, None] * apart).T @ apart)
+    total = between + kept.within / scale[:, None] / scale
     found = _discriminants(between, total)
     n_found = found.shape[1]
     while found.shape[1] < 2:

@@ -32,13 +32,19 @@ class Quantiles:
         Between two the value is interpolated over the logarithm of the level, as suits a tail.
 
         Raises:
-            UserError: the level is below a millionth, or not below one.
+            UserError: the level is below a millionth, not below one, or not in the table.
         """
         if not SMALLEST <= level < 1:
             raise UserError(f"the quantile at {level:g}: give a share from {SMALLEST:g} to below 1")
         i = bisect.bisect_left(self.levels, level)
-        if self.levels[i] == level:
-            return self.values[i]
+        if i == len(self.levels) or (i == 0 and self.levels[0] != level):
+            raise UserError(f"the quantile at {level:g} lies outside of the table: fit anew")
+        found = self.values[i] if self.levels[i] == level else self._between(i, level)
+        if math.isnan(found):
+            raise UserError(f"the quantile at {level:g} is not known: fit the model anew")
+        return found
+
+    def _between(self, i: int, level: float) -> float:
         (a, b), (low, high) = self.levels[i - 1 : i + 1], self.values[i - 1 : i + 1]
-        part = math.log(level / a) / math.log(b / a)
+        part = level / b if a == 0 else math.log(level / a) / math.log(b / a)
         return low + part * (high - low)

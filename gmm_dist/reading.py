@@ -12,10 +12,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from gmm_dist import storage
-from gmm_dist.columns import is_embedding
+from gmm_dist.column_types import is_embedding, without_views
+from gmm_dist.comparing import stored
+from gmm_dist.decoding import parquet_file, wrong_rows
 from gmm_dist.errors import UserError
 from gmm_dist.lake import Plan, RowRange
 from gmm_dist.listing import LakeFile, name_of, opened
@@ -30,11 +32,11 @@ _CACHED_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class RowCounts:
-    """Count what happened to rows: read = filtered + dropped + held_out + rows to be fitted.
+    """Count what happened to rows: read = filtered + dropped + absent + held_out + to be fitted.
 
     `filtered`: rows that did not pass `where`; `dropped`: rows with a missing value under
-    missing="drop"; `imputed`: *cells* (not rows) missing under missing="mean"; `held_out`: rows
-    that are left of those that the plan holds out.
+    missing="drop"; `imputed`: *cells* (not rows) missing under missing="mean"; `absent`: rows of
+    weight 0; `held_out`: rows that are left of those that the plan holds out.
     """
 
     read: int = 0
@@ -42,6 +44,7 @@ class RowCounts:
     dropped: int = 0
     imputed: int = 0
     held_out: int = 0
+    absent: int = 0
 
     def __add__(self, other: RowCounts) -> RowCounts:
         return RowCounts(
@@ -50,6 +53,7 @@ class RowCounts:
             self.dropped + other.dropped,
             self.imputed + other.imputed,
             self.held_out + other.held_out,
+            self.absent + other.absent,
         )
 
 
@@ -58,8 +62,8 @@ class Rows:
     """Hold the rows of one row range.
 
     `X` (n, d) in Fortran order (X.T is C-contiguous), feature units, float32 when the plan's
-    `float64_source` is False, else float64; `sample_weight` (n,) float64 or None; `held_out` (n,)
-    marks the rows that nothing is fitted to (None: the plan holds none out).
+    `float64_source` is False, else float64; `sample_weight` (n,) positive, float64, or None;
+    `held_out` (n,) marks the rows that nothing is fitted to (None: the plan holds none out).
     """
 
     X: npt.NDArray[Float]
@@ -73,8 +77,9 @@ def read(plan: Plan, shard: int, *, fill: npt.NDArray[np.float64] | None = None)
 
     The filter comes first, then missing values (null, NaN, a null list or list element): an
     error, or the row is dropped, or the cell becomes `fill[j]` (d,) and, without `fill`, stays
-    NaN for a first pass that computes the means. Infinite values are always an error. Peak
-    memory: one decoded row group (its read columns) and twice the row range's X.
+    NaN for a first pass that computes the means. Infinite values are always an error, and so are
+    lists of another length. Rows of weight 0 are left out last: they must not change as much as
+    a rounding. Peak memory: one decoded row group (its read columns) and twice the row range's X.
 
     Raises:
         UserError: a bad value (the row in the message counts from 0 within its row group), a
@@ -124,12 +129,14 @@ def passed(
     `missing` but "error".
 
     Raises:
-        UserError: an infinite value.
+        UserError: an infinite value, or a list of another length.
     """
     table, positions = _filtered(plan, decoded)
+    extract = _Extract(plan, plan.files[part.file], part)
+    extract.check_lengths(table, positions)
     columns = _columns(plan, table)
     if not np.isfinite(columns).all():
-        _Extract(plan, plan.files[part.file], part).check(columns, table, positions)
+        extract.check(columns, table, positions)
     return table, columns.astype(np.float64, copy=False)
 
 
@@ -206,8 +213,12 @@ def _decoded(plan: Plan, source: Any, part: RowRange) -> pa.Table:
     table = _last_decoded.get(key)
     if table is None:
         _last_decoded.forget()  # before the next is decoded, not after
-        parquet = pq.ParquetFile(source, pre_buffer=True)
+        parquet = parquet_file(source, pre_buffer=True)
         table = parquet.read_row_group(part.row_group, columns=list(columns))
+        promised = file.rows[part.row_group]
+        if table.num_rows != promised:
+            name = name_of(plan.url, file)
+            raise wrong_rows(name, part.row_group, table.num_rows, promised)
     if part.stop < file.rows[part.row_group]:
         _last_decoded.put(key, table)
     else:
@@ -227,7 +238,7 @@ class _Sampler:
         """Return up to n complete, finite rows that pass the filter."""
         step = max(1, self.reach // self.places)
         size = min(step, max(self.n // self.places, _MIN_BATCH))
-        batches = pq.ParquetFile(source, pre_buffer=True).iter_batches(
+        batches = parquet_file(source, pre_buffer=True).iter_batches(
             batch_size=size, row_groups=[row_group], columns=list(plan.read_columns)
         )
         found = np.empty((0, plan.n_features))
@@ -245,8 +256,10 @@ class _Sampler:
 
 
 def _good_rows(plan: Plan, batch: pa.RecordBatch) -> npt.NDArray[np.float64]:
-    """Return the complete, finite rows that pass the filter."""
+    """Return the complete, finite rows that pass the filter, less those of weight 0."""
     table, _ = _filtered(plan, pa.Table.from_batches([batch]))
+    if plan.weight_column is not None:
+        table = table.filter(pc.not_equal(table.column(plan.weight_column), 0))
     X = _columns(plan, table).T
     return X[np.isfinite(X).all(axis=1)].astype(np.float64)
 
@@ -256,8 +269,10 @@ def _filtered(plan: Plan, table: pa.Table) -> tuple[pa.Table, npt.NDArray[np.int
     condition = plan.row_filter
     if condition is None:
         return table, None
-    tested = pa.schema([plan.schema.field(name) for name in condition.columns])
-    mask = condition.mask(table.select(condition.columns).cast(tested))
+    mask = condition.mask(table.select(condition.columns))
+    types = pa.schema([field.with_type(without_views(field.type)) for field in table.schema])
+    if types != table.schema:
+        table = table.cast(types)
     return table.filter(pa.array(mask)), np.flatnonzero(mask)
 
 
@@ -265,23 +280,41 @@ def _columns(plan: Plan, table: pa.Table) -> npt.NDArray[Float]:
     """Return the features (d, n), C-contiguous, null as NaN."""
     dtype = np.float64 if plan.float64_source else np.float32
     columns = np.empty((plan.n_features, table.num_rows), dtype)
-    first = plan.schema.field(plan.columns[0]).type
-    if is_embedding(first):
-        _fill_embedding(columns, table.column(plan.columns[0]).cast(first))
+    if _has_lists(plan):
+        _fill_embedding(columns, table.column(plan.columns[0]))
     else:
         for j, name in enumerate(plan.columns):
             columns[j] = _to_numpy(table.column(name), dtype)
     return columns
 
 
-def _fill_embedding(columns: npt.NDArray[Float], lists: pa.ChunkedArray) -> None:
-    start = 0
-    for chunk in lists.chunks:
-        stop, width = start + len(chunk), len(columns)
-        # `.values` ignores the slice and `.flatten()` drops null rows: cut the values ourselves.
-        values = chunk.values.slice(chunk.offset * width, len(chunk) * width)
-        columns[:, start:stop] = _to_numpy(values, columns.dtype).reshape(-1, width).T
-        columns[:, start:stop][:, chunk.is_null().to_numpy(zero_copy_only=False)] = np.nan
+def _has_lists(plan: Plan) -> bool:
+    return is_embedding(plan.schema.field(plan.columns[0]).type)
+
+
+def _lengths(lists: pa.ChunkedArray | pa.Array, length: int) -> npt.NDArray[np.int64]:
+    """Return how long each list is, `length` for those that are null."""
+    found: npt.NDArray[np.int64] = (
+        pc.list_value_length(lists).cast(pa.int64()).fill_null(length).to_numpy()
+    )
+    return found
+
+
+def _fill_embedding(columns: npt.NDArray[Float], column: pa.ChunkedArray) -> None:
+    """Fill (d, n) from lists; NaN for null ones, and for those of another length."""
+    if pa.types.is_null(column.type):
+        columns[:] = np.nan
+        return
+    start, length = 0, len(columns)
+    for chunk in stored(column).chunks:
+        stop = start + len(chunk)
+        fits = chunk.is_valid().to_numpy(zero_copy_only=False)
+        fits &= np.asarray(_lengths(chunk, length)) == length
+        # `flatten` drops what is null, and `values` would ignore slices.
+        lists = chunk if fits.all() else chunk.filter(pa.array(fits))
+        values = _to_numpy(lists.flatten(), columns.dtype).reshape(-1, length).T
+        columns[:, start:stop][:, fits] = values
+        columns[:, start:stop][:, ~fits] = np.nan
         start = stop
 
 
@@ -303,12 +336,13 @@ class _Extract:
 
     def rows(self, decoded: pa.Table, fill: npt.NDArray[np.float64] | None) -> Rows:
         table, positions = _filtered(self.plan, decoded)
+        self.check_lengths(table, positions)
         weight = self._weight(table, positions)
         held_out = self.plan.held_out(self.part)
         if held_out is not None and positions is not None:
             held_out = held_out[positions]
         columns = _columns(self.plan, table)
-        dropped = imputed = 0
+        dropped = imputed = absent = 0
         if not np.isfinite(columns).all():
             self.check(columns, table, positions)
             missing = np.isnan(columns)
@@ -322,12 +356,18 @@ class _Extract:
                 imputed = int(np.count_nonzero(missing))
                 if fill is not None:
                     columns[missing] = np.broadcast_to(fill[:, None], columns.shape)[missing]
+        if weight is not None and not weight.all():
+            absent = int(np.count_nonzero(weight == 0))
+            columns = np.ascontiguousarray(columns[:, weight > 0])
+            held_out = None if held_out is None else held_out[weight > 0]
+            weight = weight[weight > 0]
         counts = RowCounts(
             read=decoded.num_rows,
             filtered=decoded.num_rows - table.num_rows,
             dropped=dropped,
             imputed=imputed,
             held_out=0 if held_out is None else int(np.count_nonzero(held_out)),
+            absent=absent,
         )
         return Rows(columns.T, weight, counts, held_out)
 
@@ -347,6 +387,23 @@ class _Extract:
                 "are finite and not negative: mend it or filter such rows with --where"
             )
         return weight
+
+    def check_lengths(self, table: pa.Table, positions: npt.NDArray[np.intp] | None) -> None:
+        """Raise for the first list of an embedding that is longer or shorter than the others."""
+        name = self.plan.columns[0]
+        if not _has_lists(self.plan) or pa.types.is_null(table.column(name).type):
+            return
+        length = self.plan.n_features
+        lengths = _lengths(stored(table.column(name)), length)
+        wrong = lengths != length
+        if wrong.any():
+            row = int(wrong.argmax())
+            first = f" in {self.plan.first_list}" if self.plan.first_list else ""
+            raise UserError(
+                f"{self._row(row, positions)}: the list in column {name!r} has {lengths[row]:,} "
+                f"numbers, but {length:,}{first}; write lists of one length, or leave out such "
+                "rows with --where"
+            )
 
     def check(
         self,
@@ -371,9 +428,8 @@ class _Extract:
         )
 
     def _is_null(self, table: pa.Table, row: int, feature: int) -> bool:
-        first = self.plan.schema.field(self.plan.columns[0])
-        if is_embedding(first.type):
-            embedding = table.column(first.name)[row]
+        if _has_lists(self.plan):
+            embedding = stored(table.column(self.plan.columns[0]))[row]
             return not (embedding.is_valid and embedding[feature].is_valid)
         return not table.column(self.plan.columns[feature])[row].is_valid
 

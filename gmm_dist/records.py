@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Never
+from urllib.parse import unquote
 
 from gmm_dist.errors import UserError
 
 FORMAT_VERSION = 1
+_LEADS_AWAY = re.compile(r"[\\\x00-\x1f]|^[A-Za-z]:|:$")  # `s3:`, of s3://
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,10 @@ class FileEntry:
 
     sha256: str
     size: int
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.sha256, str) and type(self.size) is int):
+            raise TypeError(f"sha256 {self.sha256!r:.70}, size {self.size!r:.70}")
 
     @classmethod
     def of(cls, data: bytes) -> FileEntry:
@@ -33,7 +40,8 @@ class FileEntry:
 def to_json(value: object) -> bytes:
     """Return `value` as strict JSON: numbers that are not finite become null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    return f"{text}\n".encode()
+    # Names of files need not be UTF-8: what is not is escaped, as JSON has it.
+    return f"{text}\n".encode(errors="backslashreplace")
 
 
 def _finite(value: object) -> object:
@@ -52,16 +60,58 @@ def parse(data: bytes, name: str, url: str) -> dict[str, Any]:
     Raises:
         UserError: `data` is damaged, or a newer gmm_dist wrote it.
     """
-    try:
-        content = dict(json.loads(data))
-        version = int(content["format_version"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{url}: {name} is damaged or not ours ({type(error).__name__}: {error}): restore it, "
-            "or run again with another --output"
-        ) from error
+    content = parse_plain(data, name, url)
+    if "format_version" not in content:
+        raise _damaged(name, url, "KeyError: 'format_version'")
+    version = content["format_version"]
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise _damaged(name, url, f"format_version is {_short(version)}")
     require_readable(version, name, url)
     return content
+
+
+def parse_plain(data: bytes, name: str, url: str) -> dict[str, Any]:
+    """Return a JSON file's object, of whatever format version.
+
+    Raises:
+        UserError: `data` is not strict JSON, or no object.
+    """
+    try:
+        content = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(name, url, _short(f"{type(error).__name__}: {error}")) from error
+    if not isinstance(content, dict):
+        raise _damaged(name, url, f"a {type(content).__name__} where an object should be")
+    return content
+
+
+def _refuse_constant(text: str) -> Never:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _damaged(name: str, url: str, why: str) -> UserError:
+    return UserError(
+        f"{url}: {name} is damaged or not ours ({why}): restore it, or run again with another "
+        "--output"
+    )
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def name_within(value: object, name: str, url: str) -> str:
+    """Return `value`, which the file `name` says is a path below its folder, if it can be one.
+
+    Raises:
+        UserError: it is no path, or may lead elsewhere: up, to a root, another store, or into
+            what belongs to runs at work.
+    """
+    parts = value.split("/") if isinstance(value, str) else []
+    if not parts or any(map(_leads_away, parts)):
+        raise _damaged(name, url, f"it names {_short(value)!r}, which is no path below its folder")
+    return "/".join(parts)
 
 
 def require_readable(version: int, name: str, url: str) -> None:
@@ -73,13 +123,22 @@ def require_readable(version: int, name: str, url: str) -> None:
         )
 
 
+def _leads_away(part: str) -> bool:
+    plain = unquote(part)  # some servers decode names
+    return plain in ("", ".", "..") or "/" in plain or _LEADS_AWAY.search(plain) is not None
+
+
 @contextmanager
 def whole(name: str, url: str) -> Iterator[None]:
-    """Turn an entry that is missing from a file of ours into a UserError."""
+    """Turn an entry that is missing from a file of ours, or makes no sense, into a UserError."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
+        lacks = isinstance(error, KeyError)
         raise UserError(
-            f"{url}: {name} lacks an entry ({type(error).__name__}: {error}): restore it, or run "
-            "again with another --output"
+            f"{url}: {name} {'lacks an entry' if lacks else 'has an entry that makes no sense'} "
+            f"({type(error).__name__}: {_short(str(error))}): restore it, or run again with "
+            "another --output"
         ) from error

@@ -6,25 +6,33 @@
     REG/ids.json                  the counter of component ids: what is below it has been given
     REG/pruned.json               nights whose model was published and is removed
     REG/candidates/2026-11-21/    what the gate kept back, of the night's last try
+    REG/_turn                     the lease of whoever publishes or prunes
 
 The pointer, the counter and the list of the pruned are compared and swapped, so of two writers
-neither undoes the other. Ids come from the counter, and were it lost, from above all that was ever
-given: they stay unique when a night comes late, is computed again or is pruned; a run that dies
-between the counter and its commit leaves a gap.
+neither undoes the other. Ids come from the counter, and from above all that is found in the
+registry, should the counter be lost or be an old one: they stay unique when a night comes late, is
+computed again or is pruned; a run that dies between the counter and its commit leaves a gap.
 
-A night is matched against the newest one published *before* it, by date. So one that comes late
-is matched against its own past; what is published already stays as it is, and so does the
-pointer. Its newborns get numbers that no later night has: a cluster that is born on a late night
-and was seen by a later one before has two.
+A night is matched against the newest one published *before* it, by date. Nights that are at work
+at once come in their order: each waits for the earlier ones (`await_earlier`), and of those that
+publish or prune, one does at a time (`turn`). One that comes late all the same is matched against
+its own past, and where it has none, takes its numbers from the night after it; what is published
+already stays as it is, and so does the pointer. Its newborns get numbers that no later night has:
+a cluster that is born on a late night and was seen by a later one before has two.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import re
-from collections.abc import Collection, Mapping
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from typing import Self
 
 from gmm_dist import artifacts, conditional
@@ -32,16 +40,20 @@ from gmm_dist.artifacts import LATEST
 from gmm_dist.checkpoint import checkpoint_names
 from gmm_dist.commit import ATTEMPTS, LEASE, MANIFEST, MODEL
 from gmm_dist.errors import UserError
+from gmm_dist.lease import SECONDS, Lease, Terms, acquire, await_end, cell_at
 from gmm_dist.mixture import Mixture
 from gmm_dist.places import Place
 from gmm_dist.records import FORMAT_VERSION, parse, to_json, whole
 from gmm_dist.storage import explained, join
+from gmm_dist.urls import Url
 
 logger = logging.getLogger(__name__)
 
 MODELS, CANDIDATES = "models", "candidates"
 COUNTER, PRUNED = "ids.json", "pruned.json"
 LINEAGE, DRIFT, GATE = "lineage.json", "drift.json", "gate.json"
+TURN = "_turn"
+_AT_ONCE = 16  # small files that are read
 
 
 @dataclass(frozen=True)
@@ -105,19 +117,27 @@ def night_of(text: str) -> str:
     Raises:
         UserError: it is no such date.
     """
+    if not is_night(text):
+        raise UserError(f"{text!r} is not a night: give a date such as 2026-11-21")
+    return text
+
+
+def is_night(text: object) -> bool:
+    """Say whether `text` is a date of the calendar, written YYYY-MM-DD."""
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        return False
     try:
-        if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
-            return date.fromisoformat(text).isoformat()
+        date.fromisoformat(text)
     except ValueError:
-        pass
-    raise UserError(f"{text!r} is not a night: give a date such as 2026-11-21")
+        return False
+    return True
 
 
 class Registry:
     """The registry at `url`, a folder on a local disk or S3. Nights are dates, YYYY-MM-DD."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._place = url, Place.of(url)
+        self._url, self._place = Url(url), Place.of(url)
 
     def model_url(self, night: str) -> str:
         """Where a night's model is published: the output of its run."""
@@ -138,7 +158,10 @@ class Registry:
     def nights(self) -> list[str]:
         """Return the nights that are published, in order."""
         pruned = self._pruned(self._seen(PRUNED)).nights
-        return [n for n in self._folders() if n not in pruned and self._has_manifest(n)]
+        nights = [n for n in self._folders() if n not in pruned]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = list(pool.map(self._has_manifest, nights))
+        return [n for n, is_there in zip(nights, found, strict=True) if is_there]
 
     def _has_manifest(self, night: str) -> bool:
         with explained(self._place.url):
@@ -146,48 +169,144 @@ class Registry:
 
     def newest_before(self, night: str) -> Published | None:
         """Return the newest night published before another, None for none."""
-        pruned = self._pruned(self._seen(PRUNED)).nights
-        for earlier in reversed(self._folders()):
-            if earlier < night and earlier not in pruned and self._has_manifest(earlier):
-                url = self.model_url(earlier)
+        return self._first_of(lambda: [n for n in reversed(self._folders()) if n < night])
+
+    def oldest_after(self, night: str) -> Published | None:
+        """Return the first night published after another, None for none."""
+        return self._first_of(lambda: [n for n in self._folders() if n > night])
+
+    def _first_of(self, nights: Callable[[], list[str]]) -> Published | None:
+        """Return the first of the nights that is published."""
+        while True:
+            pruned = self._pruned(self._seen(PRUNED)).nights
+            kept = (n for n in nights() if n not in pruned and self._has_manifest(n))
+            if (night := next(kept, None)) is None:
+                return None
+            url = self.model_url(night)
+            try:
                 return Published(artifacts.load(url), Lineage.read(url))
-        return None
+            except UserError:
+                if self.is_published(night):
+                    raise
+                # Pruned while it was read: it has become another that is first.
+
+    def came_between(self, before: str | None, night: str) -> bool:
+        """Say whether a night has been published between two, of which `before` may be none."""
+        pruned = self._pruned(self._seen(PRUNED)).nights
+        between = [n for n in self._folders() if (before or "") < n < night and n not in pruned]
+        return any(map(self._has_manifest, between))
+
+    def await_earlier(self, night: str) -> None:
+        """Wait until no run is at work on a night that this one is to be matched against.
+
+        A run that renews its lease no longer is not waited for: its night will come late.
+        """
+        for earlier in reversed(self._folders()):
+            if earlier >= night:
+                continue
+            if self._has_manifest(earlier):
+                return
+            if LEASE not in self._place.below(MODELS, earlier, ATTEMPTS).names():
+                continue
+            logger.info("%s: waits for %s, a run is at work on it", self._place.url, earlier)
+            await_end(cell_at(self._place.below(MODELS, earlier, ATTEMPTS, LEASE)), self._place.url)
+            if self._has_manifest(earlier):
+                return
+
+    @contextmanager
+    def turn(self, *, seconds: float = SECONDS) -> Iterator[Lease]:
+        """Hold the registry: of those that publish or prune, one does at a time, others wait.
+
+        A holder that no longer renews its lease is waited out. Ask `Lease.check` before what
+        cannot be undone.
+        """
+        with explained(self._place.url):
+            terms = Terms(self._place.url, seconds, patience=math.inf)
+            cell = cell_at(self._place.below(TURN), seconds)
+            lease = acquire(cell, secrets.token_hex(8), terms, finish=lambda attempt: None)
+        assert lease is not None, "nobody decides anything by this lease"
+        try:
+            yield lease
+        finally:
+            lease.release()
 
     def latest(self) -> str | None:
-        """Return the night that the pointer names, None where there is none yet."""
+        """Return the night that the pointer names, None where there is none yet.
+
+        A pointer that names no night, or one without a model, counts as none, and the next
+        `point_to` replaces it; a line in the log says so.
+        """
         return self._pointed_to(self._seen(LATEST))
 
     def new_ids(self, count: int, *, above: Collection[int] = ()) -> int:
         """Take `count` component ids that nobody was given before, and return the first.
 
-        They are also larger than those in `above`, and should the counter have been lost, than
-        those of all nights that are published or pruned.
+        They are also larger than those in `above`, and than those of all nights that are
+        published, pruned or kept back, should the counter have been lost or restored.
         """
+        known = max([-1, *above, self._largest_id()]) + 1
         while True:
             seen = self._seen(COUNTER)
-            first = max([-1, *above]) + 1
-            if seen is None:
-                first = max(first, self._next_id_without_counter())
-            else:
-                with whole(COUNTER, self._place.url):
-                    content = parse(seen.data, COUNTER, self._place.url)
-                    first = max(first, int(content["next_id"]))
+            first = max(known, 0 if seen is None else self._next_id(seen, COUNTER))
+            if seen is not None and first > self._next_id(seen, COUNTER):
+                logger.warning(
+                    "%s: %s is older than the nights, which have ids up to %d: goes on above them",
+                    *(self._place.url, COUNTER, first - 1),
+                )
             if count == 0 or self._swap(COUNTER, seen, {"next_id": first + count}):
                 return first
 
-    def _next_id_without_counter(self) -> int:
-        lineages = [Lineage.read(self.model_url(night)) for night in self.nights()]
-        known = [i for lineage in lineages for i in (*lineage.ids, *lineage.dead)]
-        return max([-1, *known, self._pruned(self._seen(PRUNED)).next_id - 1]) + 1
+    def _largest_id(self) -> int:
+        """Return the largest id that is found anywhere but in the counter, -1 for none."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            published = list(pool.map(self._ids_of, self.nights()))
+            kept_back = list(pool.map(self._ids_kept_back, self._candidates()))
+        pruned = self._pruned(self._seen(PRUNED)).next_id - 1
+        return max([-1, pruned, *(i for ids in (*published, *kept_back) for i in ids)])
+
+    def _ids_of(self, night: str) -> tuple[int, ...]:
+        try:
+            lineage = Lineage.read(self.model_url(night))
+        except UserError:
+            if self.is_published(night):
+                raise
+            return ()  # pruned in this moment: its ids are below what `pruned.json` says
+        return (*lineage.ids, *lineage.dead)
+
+    def _ids_kept_back(self, candidate: tuple[str, str]) -> list[int]:
+        data = self._place.read(CANDIDATES, *candidate, DRIFT)
+        try:
+            found = json.loads(data or b"{}")
+            told = [c["id"] for key in ("components", "born", "dead") for c in found.get(key, ())]
+            return [i for i in told if isinstance(i, int)]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return []  # for people to look at; whatever was given is told elsewhere
+
+    def _candidates(self) -> list[tuple[str, str]]:
+        place = self._place.below(CANDIDATES)
+        return [(n, a) for n in sorted(place.names()) for a in sorted(place.below(n).names())]
+
+    def _next_id(self, seen: conditional.Version, name: str) -> int:
+        return _whole_number(parse(seen.data, name, self._place.url), name, self._place.url)
 
     def point_to(self, night: str) -> bool:
-        """Move the pointer to a published night, never back; say whether it names it now."""
-        assert self.is_published(night)
+        """Move the pointer to a published night, never back; say whether it names it now.
+
+        A night that was pruned meanwhile is pointed to by nobody.
+        """
         while True:
             seen = self._seen(LATEST)
             now = self._pointed_to(seen)
             if now is not None and now >= night:
+                if now > _tomorrow():
+                    logger.warning(
+                        "%s: %s names %s, a night ahead of the calendar, and stays there until "
+                        "then: remove the pointer and that night's model if it is a mistake",
+                        *(self._place.url, LATEST, now),
+                    )
                 return now == night
+            if not self.is_published(night):
+                return False
             if self._swap(LATEST, seen, {"night": night, "model": f"{MODELS}/{night}"}):
                 logger.info("%s: %s points to %s", self._place.url, LATEST, night)
 
@@ -204,11 +323,16 @@ class Registry:
         from or can be resumed from. They go on the list of the pruned first, so that nobody takes
         one for a night that is still to come. Candidates older than all models that stay go too.
         """
+        with self.turn() as turn:
+            return self._prune(keep, night, turn)
+
+    def _prune(self, keep: int, night: str, turn: Lease) -> list[str]:
         nights, pointed = self.nights(), self.latest()
         at_work = [name for name in self._folders() if self._is_at_work(name)]
         starts = {max((n for n in nights if n < name), default="") for name in at_work}
         kept = {*nights[-keep:], night, pointed} | starts
         gone = [n for n in nights if n not in kept]
+        turn.check()
         pruned = self._bury(gone)
         for old in self._folders():
             if old in pruned or self._is_rest(old):
@@ -236,8 +360,9 @@ class Registry:
         if seen is None:
             return _Pruned(frozenset(), 0)
         content = parse(seen.data, PRUNED, self._place.url)
+        next_id = _whole_number(content, PRUNED, self._place.url)
         with whole(PRUNED, self._place.url):
-            return _Pruned(frozenset(content["nights"]), int(content["next_id"]))
+            return _Pruned(frozenset(map(str, content["nights"])), next_id)
 
     def _remove(self, night: str) -> None:
         # The manifest first: a reader finds a whole model or none.
@@ -262,7 +387,7 @@ class Registry:
     def _folders(self) -> list[str]:
         with explained(self._place.url):
             names = self._place.below(MODELS).names()
-        return sorted(name for name in names if re.fullmatch(r"\d{4}-\d{2}-\d{2}", name))
+        return sorted(name for name in names if is_night(name))
 
     def _seen(self, name: str) -> conditional.Version | None:
         with explained(self._place.url):
@@ -278,4 +403,28 @@ class Registry:
         if seen is None:
             return None
         with whole(LATEST, self._place.url):
-            return str(parse(seen.data, LATEST, self._place.url)["night"])
+            content = parse(seen.data, LATEST, self._place.url)
+            night, model = content["night"], content["model"]
+        if is_night(night) and model == f"{MODELS}/{night}" and self.is_published(night):
+            return str(night)
+        logger.warning(
+            "%s: %s names %r in %r, which is no published night: the next night replaces it",
+            *(self._place.url, LATEST, night, model),
+        )
+        return None
+
+
+def _whole_number(content: Mapping[str, object], name: str, url: str) -> int:
+    """Return `next_id` of one of our files, or refuse it in a line."""
+    with whole(name, url):
+        value = content["next_id"]
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53:
+        return value
+    raise UserError(
+        f"{url}: {name} has the next_id {value!r}, which is no whole number >= 0: restore the file"
+        ", or remove it, and ids go on above those of all nights"
+    )
+
+
+def _tomorrow() -> str:
+    return (datetime.now(UTC).date() + timedelta(1)).isoformat()

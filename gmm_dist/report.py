@@ -20,6 +20,7 @@ from gmm_dist import figures
 from gmm_dist.formats import (
     ABSENT,
     count,
+    counted,
     duration,
     fixed,
     measured,
@@ -40,12 +41,14 @@ _CRITERIA = {
 }
 _MOST_FEATURES, _MOST_CLUSTERS = 60, 100  # of the tables and the heat map
 _MOST_LINES = 240  # candidates in the chart of iterations
+_LONGEST_NAME = 64  # of a feature, in a table; drawings have less room
 _STANDS_OUT = 0.5  # standard deviations from the mean of all rows
 _ROWS = (
     ("read", "rows read", ""),
     ("filtered", "left out by --where", ""),
     ("dropped", "dropped for a missing value", "--missing drop"),
     ("held_out", "held out of the fit", "--holdout"),
+    ("absent", "of weight 0", "--weight-column"),
 )
 
 Json = Mapping[str, Any]
@@ -142,7 +145,7 @@ def _gate(nightly: Json | None) -> Table | None:
     drift, summary = nightly.get("drift"), ""
     if drift is not None:
         born, dead, stayed = (len(drift[key]) for key in ("born", "dead", "components"))
-        summary = f"{stayed:,} components stayed, {born:,} born, {dead:,} died."
+        summary = f"{counted(stayed, 'component')} stayed, {born:,} born, {dead:,} died."
     return {
         "is_published": bool(nightly["published"]),
         "reasons": [printable(str(reason)) for reason in nightly.get("reasons", ())],
@@ -165,11 +168,14 @@ def _drift(nightly: Json | None) -> Table | None:
         drawings.append(figures.changes("changes", numbers, shifts, weights))
     densities = drift["densities"]
     histogram = densities["histogram"]
-    series = {"last model": histogram["before"], "tonight's": histogram["tonight"]}
-    label = "log-density of tonight's rows, nats"
-    drawings.append(figures.histograms("densities", label, histogram["edges"], series))
+    edges = [_number(edge) for edge in histogram["edges"]]
+    if len(edges) > 1 and all(map(math.isfinite, edges)):
+        shares = {"last model": histogram["before"], "tonight's": histogram["tonight"]}
+        series = {title: [_number(v) for v in values] for title, values in shares.items()}
+        label = "log-density of tonight's rows, nats"
+        drawings.append(figures.histograms("densities", label, edges, series))
     return {
-        "before": drift["night_before"],
+        "before": printable(str(drift["night_before"])),
         "components": [_changed(c, names) for c in ordered],
         "born": [_alone(c, "born") for c in drift["born"]],
         "dead": [_alone(c, "died") for c in drift["dead"]],
@@ -233,7 +239,8 @@ def _chosen(content: Json) -> Json:
 
 
 def _per_row(content: Json, candidate: Json) -> float:
-    return _number(candidate["log_likelihood"]) / _number(content["n_samples"])
+    n = _number(content["n_samples"])
+    return _number(candidate["log_likelihood"]) / n if n else math.nan
 
 
 def _facts(content: Json, chosen: Json, clusters: Clusters) -> list[tuple[str, str]]:
@@ -261,7 +268,8 @@ def _why(content: Json, chosen: Json | None) -> list[str]:
     )
     criterion, n = content["criterion"], len(content["candidates"])
     if chosen is None:
-        return [f"None of the {n:,} candidates could be ranked, for reasons below the table."]
+        none = f"None of the {n:,} candidates could" if n > 1 else "The one candidate could not"
+        return [f"{none} be ranked, for reasons below the table."]
     if n == 1:
         return [f"One candidate was fitted, {_named(chosen)}: {chosen['status']}."]
     order = "highest" if criterion == "holdout" else "lowest"
@@ -375,7 +383,7 @@ def _clusters(clusters: Clusters, kept: Sequence[int], content: Json) -> Table:
         [measured(float(m), float(s)) for m, s in zip(shown.means[c], spreads[c], strict=True)]
         for c in kept
     ]
-    names = [printable(name) for name in shown.feature_names]
+    names = [shortened(printable(name), _LONGEST_NAME) for name in shown.feature_names]
     numbers = [clusters.numbers[c] for c in kept]
     # The longer side goes down, where there is room.
     across = len(names) > 8 and len(names) > len(numbers)
@@ -416,16 +424,18 @@ def _picture(clusters: Clusters, sample: Sample | None, kept: Sequence[int]) -> 
         return None
     n_rows, radius = min(len(sample.X), figures.MOST_POINTS), figures.radius(len(kept))
     if clusters.means.shape[1] == 1:
-        one = f"A sample of {n_rows:,} rows, and each component's share of the density."
+        one = f"A sample of {counted(n_rows, 'row')}, and each component's share of the density."
         return {"drawing": figures.densities("picture", clusters, sample.X, kept), "said": [one]}
     seen = plane(clusters)
     drawing = figures.scatter("picture", clusters, seen, sample.X, sample.labels, kept)
     said = [
-        f"A sample of {n_rows:,} rows in {seen.kind}; ellipses reach {radius:g} standard "
+        f"A sample of {counted(n_rows, 'row')} in {seen.kind}; ellipses reach {radius:g} standard "
         f"deviation{'s' if radius > 1 else ''} and bear their component's number."
     ]
     for label, features in zip(seen.labels, seen.made_of, strict=False):
-        parts = ", ".join(f"{printable(name)} {signed(r, 2)}" for name, r in features)
+        parts = ", ".join(
+            f"{shortened(printable(name), _LONGEST_NAME)} {signed(r, 2)}" for name, r in features
+        )
         said.append(f"{label.capitalize()} goes along with (correlation): {parts}.")
     if len(kept) > N_COLOURS:
         said.append(f"Colours repeat after {N_COLOURS}; the numbers do not.")
@@ -455,13 +465,14 @@ def _rows(content: Json) -> list[tuple[str, str, str]]:
     lines = []
     for key, what, option in _ROWS:
         told = f"{what} ({option})" if option else what
-        lines.append((told, count(counts[key]), share(counts[key] / read if read else None)))
+        n = counts.get(key, 0)
+        lines.append((told, count(n), share(n / read if read else None)))
     fitted = content["n_rows"]
     lines.append(("fitted", count(fitted), share(fitted / read if read else None)))
     if content["n_samples"] != fitted:
         lines.append(("sum of their weights", count(content["n_samples"]), ""))
     lines.append(
-        ("missing values put in (--missing mean)", f"{count(counts['imputed'])} values", "")
+        ("missing values put in (--missing mean)", counted(counts["imputed"], "value"), "")
     )
     return lines
 

@@ -13,7 +13,7 @@ from gmm_dist.commit import ATTEMPTS, LEASE, MANIFEST, MODEL, Attempt, Result
 from gmm_dist.errors import UserError
 from gmm_dist.lease import SECONDS, Cell, Lease, Terms, acquire, cell_at
 from gmm_dist.places import Place
-from gmm_dist.storage import explained
+from gmm_dist.storage import explained, line_of
 
 logger = logging.getLogger(__name__)
 
@@ -159,4 +159,4 @@ def _tidy(place: Place, winner: str, cell: Cell | None = None) -> None:
         if cell is not None and (stale := cell.read()) is not None:
             cell.remove(stale)
     except Exception as error:
-        logger.warning("%s: not all that is left over was removed: %s", place.url, error)
+        logger.warning("%s: not all that is left over was removed: %s", place.url, line_of(error))

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gmm_dist import runs
@@ -15,11 +15,11 @@ from gmm_dist.commit import ATTEMPTS, Result, refuse_taken
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.lake import Plan
 from gmm_dist.lease import LeaseLost
-from gmm_dist.places import Place, sync
+from gmm_dist.places import Place, lies_within, sync
 from gmm_dist.records import FORMAT_VERSION
 from gmm_dist.runs import Run
 from gmm_dist.scored import HOME, SCRATCH, Scored, home_of
-from gmm_dist.storage import absolute, explained, redacted
+from gmm_dist.storage import absolute, explained, join, redacted
 
 REPORT = "scored.json"
 _RUN = "run.json"
@@ -45,7 +45,7 @@ def claim(url: str, plan: Plan, identity: RunIdentity, *, resume: bool = False) 
         )
     with explained(place.url):
         committed = _refuse_other(place, identity, resume)
-    with runs.claim(f"{absolute(url)}/{HOME}", resume=resume or committed) as run:
+    with runs.claim(join(absolute(url), HOME), resume=resume or committed) as run:
         with explained(place.url):
             _refuse_other(place, identity, resume)  # who may have been at work while we waited
             if not run.committed:
@@ -70,7 +70,8 @@ def _forget_unbegun(place: Place, run: Run) -> None:
 
 def lies_inside(plan: Plan, url: str) -> bool:
     """Say whether an output lies within the lake, which would read it as more rows."""
-    return f"{absolute(url)}/".startswith(f"{plan.url.rstrip('/')}/")
+    folders = {str(above) for file in plan.files for above in PurePosixPath(file.path).parents}
+    return lies_within(url, plan.url, parts=sorted(folders))
 
 
 def _refuse_other(place: Place, identity: RunIdentity, resume: bool) -> bool:

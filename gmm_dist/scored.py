@@ -17,11 +17,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import reduce
-from operator import add
+from operator import add, index
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from gmm_dist.streaming import row_groups, stream
 HOME = "_scored"
 SCRATCH = "files"
 _RECORDS = "files"
+_LONG_NAME = 240  # bytes; with what is added, the longest that file systems take is 255
 _GROUP_BYTES = 1 << 26  # of a row group that is written, in memory
 
 
@@ -95,7 +97,9 @@ class ScoredFile:
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> ScoredFile:
         """Return what `entry` was made of; TypeError or KeyError where it was not."""
-        counts = {**entry, "components": tuple(entry["components"])}
+        counts = {**entry, "components": tuple(map(index, entry["components"]))}
+        for name in ("size", "rows", "filtered", "missing", "outliers"):
+            counts[name] = index(counts[name])
         return cls(counts.pop("sha256"), counts.pop("size"), Counts(**counts))
 
     @property
@@ -164,8 +168,8 @@ class ScoreFiles:
 
     def _recorded(self, place: Place, path: str) -> ScoredFile | None:
         """Return the record of a file that this run has finished."""
-        data = records_of(place).read(f"{path}.json")
-        with suppress(ValueError, TypeError, KeyError):
+        data = records_of(place).read(_record_name(path))
+        with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             record = json.loads(data or b"")
             is_ours = (record["key"], record["device"]) == (self._key, device().type)
             if is_ours and record["stamp"] and record["stamp"] == _stamp(place, path):
@@ -184,7 +188,7 @@ class ScoreFiles:
             "stamp": [file.size, file.sha256] if place.is_local else _stamp(place, path),
             "file": file.entry,
         }
-        records_of(place).write(to_json(record), f"{path}.json", durable=True)
+        records_of(place).write(to_json(record), _record_name(path), durable=True)
         return file
 
     def _write(self, path: Path, index: int) -> ScoredFile:
@@ -241,6 +245,14 @@ class _Counts:
         self.components += np.bincount(places, minlength=len(self.components))
         if OUTLIER in table.column_names:
             self.outliers += pc.sum(table.column(OUTLIER)).as_py() or 0
+
+
+def _record_name(path: str) -> str:
+    """Return the name of a file's record, short enough for a disk that holds the file."""
+    folder, slash, name = path.rpartition("/")
+    if len(os.fsencode(name)) > _LONG_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return f"{folder}{slash}{name}.json"
 
 
 def _stamp(place: Place, path: str) -> list[object] | None:

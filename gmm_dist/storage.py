@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
+import platform
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.urls import Url, links_of, reveal, split_query, without_secrets
+from gmm_dist.urls import redacted as redacted
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +31,7 @@ T = TypeVar("T")
 
 _LOG_SECONDS = 10.0  # between two lines that say what is being tried again
 _REREADS = 2  # of a file that seems damaged
+_CHAINING = {"simplecache", "filecache", "blockcache", "cached", "zip", "tar", "libarchive", "dir"}
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or an instance role"
 
 
@@ -36,14 +43,47 @@ def open_url(url: str) -> tuple[AbstractFileSystem, str]:
     and carry no secret. Opens no connection.
 
     Raises:
-        UserError: the protocol is unknown or its package is not installed.
+        UserError: the protocol is unknown or its package is not installed; an s3 URL with
+            credentials in it.
     """
-    options = _s3_options() if url.startswith(("s3://", "s3a://")) else {}
+    url = Url(url)
+    is_s3 = url.startswith(("s3://", "s3a://"))
+    for link in links_of(reveal(url)):
+        if link.startswith(("s3://", "s3a://")):
+            _refuse_no_bucket(Url(link))
     with explained(url):
-        fs, path = fsspec.core.url_to_fs(url, **options)
+        try:
+            fs, path = _opened(reveal(url), _s3_options() if is_s3 else {})
+        except ValueError as error:
+            if "://" not in url or "Protocol not known" in str(error):
+                raise
+            raise UserError(f"{url}: no URL ({line_of(error)}); check its spelling") from error
     # Instances are shared within a process, and others write to the lake while we run.
     fs.invalidate_cache()
     return fs, path
+
+
+def _opened(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]:
+    protocol = fsspec.core.split_protocol(url)[0] or "file"
+    if url.partition("::")[0].partition("://")[0] in _CHAINING:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+        return fs, path
+    # Names may hold `::`, which url_to_fs would take for a chain.
+    cls = fsspec.get_filesystem_class(protocol)
+    options = {**cls._get_kwargs_from_urls(url), **options}
+    return fsspec.filesystem(protocol, **options), cls._strip_protocol(url)
+
+
+def _refuse_no_bucket(url: Url) -> None:
+    # Credentials would be taken for parts of names, and go into messages.
+    if url.is_secret:
+        raise UserError(
+            f"{url}: an s3 URL holds a bucket and a key, and no credentials: leave them out; "
+            f"{_CREDENTIALS}"
+        )
+    bucket = url.partition("://")[2].partition("/")[0]
+    if not re.fullmatch(r"[\w.-]+|arn:[\w.:-]+", bucket, re.ASCII):
+        raise UserError(f"{url}: no bucket has the name {bucket!r}; check the URL")
 
 
 def _s3_options() -> dict[str, Any]:
@@ -123,7 +163,7 @@ class _Trouble:
         self._began = now if self._began is None else self._began
         lasted, budget = now - self._began, self._patience.seconds
         root = _root(error)
-        reason = " ".join(str(root).split()) or type(root).__name__
+        reason = line_of(root)
         if lasted + self._pause > budget:
             raise StorageFailed(
                 f"{self._url}: the storage failed for {lasted:.0f} s ({reason}); check the network "
@@ -140,42 +180,92 @@ class _Trouble:
         self._pause = min(2 * self._pause, self._patience.longest_pause)
 
 
-def absolute(url: str) -> str:
+def absolute(url: str) -> Url:
     """Return `url` such that it means the same in another working directory.
 
     A local path or file:// URL becomes an absolute path; any other URL stays as it is, less
     trailing slashes.
     """
     fs, path = open_url(url)
-    return path if isinstance(fs, LocalFileSystem) else url.rstrip("/")
+    if isinstance(fs, LocalFileSystem):
+        return Url(path)
+    head, query = split_query(reveal(url))
+    return Url(head.rstrip("/") + query)
 
 
 def join(url: str, *parts: str) -> str:
-    """Append path parts to `url`, with one slash between any two."""
-    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+    """Append path parts to `url`, with one slash between any two; http's query stays last.
+
+    Of a `Url` it is one again.
+    """
+    head, query = split_query(reveal(url))
+    joined = "/".join([head.rstrip("/"), *(part.strip("/") for part in parts)]) + query
+    return Url(joined) if isinstance(url, Url) else joined
 
 
-def redacted(url: str) -> str:
-    """Return `url` without user, password and query, fit for messages and reports."""
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    # Object keys may hold `?` and `#`; only http's query is one, and may hold a signature.
-    if parts.scheme not in ("http", "https"):
-        head, _, tail = url.partition("://")
-        host, slash, path = tail.partition("/")
-        return f"{head}://{host.rpartition('@')[2]}{slash}{path}"
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def parent_and_name(url: Url) -> tuple[Url, str]:
+    """Return the folder of a file's URL, and the file's name."""
+    head, query = split_query(reveal(url))
+    parent, _, name = head.rpartition("/")
+    return Url((parent or "/") + query), name
+
+
+# For a web server: a range of a compressed answer has other bytes than the file.
+UNCOMPRESSED = {"Accept-Encoding": "identity"}
+
+
+def is_http(fs: AbstractFileSystem) -> bool:
+    """Say whether files lie behind a plain web server."""
+    return bool({"http", "https"} & {fs.protocol, *fs.protocol})
+
+
+_VERSIONS = (
+    *("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created"),
+    *("Content-MD5", "Digest", "modified", "modify", "modificationTime", "last_write_time"),
+)
 
 
 def version(fs: AbstractFileSystem, info: Mapping[str, Any]) -> str:
-    """Return what changes when the file that `info` describes changes: its ETag, else its mtime."""
+    """Return what changes when the file that `info` describes changes: its ETag, else its mtime.
+
+    "" where the store tells neither.
+    """
     if isinstance(fs, LocalFileSystem):
         return str(os.stat(info["name"]).st_mtime_ns)  # noqa: PTH116 - of a link's target
-    for key in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created"):
-        if info.get(key) is not None:
-            return str(info[key]).strip('"')
+    for key in _VERSIONS:
+        if info.get(key):
+            # Of a weak ETag (W/"...") too the opaque part alone is to be compared.
+            return str(info[key]).removeprefix("W/").strip('"')
     return ""
+
+
+def identity(fs: AbstractFileSystem, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what else changes when a local file is replaced, though its mtime is set back.
+
+    To be compared within a run alone: a copy of the lake differs, and so may another host's view
+    of it. Hence the first part says where it was seen (this boot of a kernel, the device), and
+    only what was seen at the same place compares: see `is_replaced`. Empty for other stores.
+    """
+    if not isinstance(fs, LocalFileSystem):
+        return ()
+    found = os.stat(info["name"])  # noqa: PTH116 - of a link's target
+    # Network and user-space file systems (no device of their own: major 0) may number a file anew
+    # while it stays the same.
+    inode = found.st_ino if os.major(found.st_dev) else 0
+    return (f"{_boot_id()} {found.st_dev}", f"{found.st_ctime_ns} {inode}")
+
+
+def is_replaced(then: tuple[str, ...], now: tuple[str, ...]) -> bool:
+    """Say whether two identities of a path are of two files, or of one that was written to."""
+    return then[:1] == now[:1] and then != now
+
+
+@cache
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return platform.node()
 
 
 # Names instead of classes: botocore and aiohttp are imported only when a URL needs them.
@@ -198,11 +288,19 @@ def _is_outage(error: BaseException) -> bool:
     names = {cls.__name__ for cls in type(error).__mro__}
     if "SSLError" in names:
         return False
+    if "ClientResponseError" in names:  # aiohttp
+        return getattr(error, "status", None) in _BUSY_STATUS
     answer = getattr(error, "response", None)
     if isinstance(answer, dict):
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return status in _BUSY_STATUS or answer.get("Error", {}).get("Code") in _BUSY_CODES
     return bool(names & _OUTAGES) or isinstance(error, ConnectionError | TimeoutError)
+
+
+def http_status(error: BaseException) -> int | None:
+    """Return the status with which a web server refused, None when it is not about that."""
+    found = (getattr(cause, "status", None) for cause in _causes(error))
+    return next((status for status in found if isinstance(status, int)), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -213,9 +311,28 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
+def line_of(error: BaseException) -> str:
+    """Return an error's text in one line, without credentials: libraries quote whole URLs."""
+    return without_secrets(" ".join(str(error).split())) or type(error).__name__
+
+
 def _root(error: BaseException) -> BaseException:
     *_, root = _causes(error)
     return root
+
+
+_NO_ROOM = {
+    errno.ENOSPC: "no space is left on the device: make room, and run again",
+    errno.EDQUOT: "the disk quota is used up: make room, and run again",
+}
+_HOPELESS = {
+    errno.EROFS: "the file system is read-only: pass a place that can be written to",
+    errno.ENAMETOOLONG: "a name is too long for this file system: use shorter names, or an "
+    "object store",
+    errno.ELOOP: "links lead round in a circle: give the folder itself",
+    errno.EISDIR: "a folder, where a file should be; check the path",
+    errno.EFBIG: "a file is too large for this file system: pass another place",
+}
 
 
 @contextmanager
@@ -228,19 +345,31 @@ def explained(url: str) -> Iterator[None]:
 
     Raises:
         UserError: what is wrong, where, and the remedy. Other errors pass unchanged.
+        StorageFailed: there is no room left, which no repetition mends.
     """
     try:
         yield
-    except UserError:
+    except (UserError, RunFailed):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise StorageFailed(f"{_where(error, url)}: {_NO_ROOM[error.errno]}") from error
         if (message := _explanation(error)) is None:
             raise
         raise UserError(f"{redacted(url)}: {message}") from error
 
 
+def _where(error: OSError, url: str) -> str:
+    """Name the place that an error is about: a large file may grow elsewhere than in `url`."""
+    shown = redacted(url)
+    name = error.filename
+    if isinstance(name, str) and name.startswith("/") and not name.startswith(f"{shown}/"):
+        return f"{shown} (at {name})"
+    return shown
+
+
 def _explanation(error: Exception) -> str | None:
-    reason = " ".join(str(error).split())
+    reason = line_of(error)
     # Names instead of classes: botocore is imported only when a URL needs it.
     names = {cls.__name__ for cls in type(error).__mro__}
     if "NoCredentialsError" in names or "PartialCredentialsError" in names:
@@ -249,13 +378,27 @@ def _explanation(error: Exception) -> str | None:
         return f"no connection ({reason}); check the network and AWS_ENDPOINT_URL"
     if isinstance(error, ConnectionError):
         return f"no connection ({reason}); check the network and the endpoint"
+    if isinstance(error, OSError) and error.errno in _HOPELESS:
+        return _HOPELESS[error.errno]
+    if isinstance(error, UnicodeError):
+        return "a name is no UTF-8, which this store asks for: rename it"
+    if "ParamValidationError" in names:
+        return f"no bucket or key can have such a name ({reason}); check the URL"
+    if "ClientResponseError" in names:  # aiohttp
+        return f"the server answers {getattr(error, 'status', '?')}; check the URL and the rights"
+    if "InvalidURL" in names or (isinstance(error, ValueError) and "IPv6" in reason):
+        return "no URL that can be opened; check its spelling"
     if isinstance(error, PermissionError):
         return f"access denied ({reason}); check the permissions and the credentials"
     response = getattr(error.__cause__, "response", None) or {}
     if response.get("Error", {}).get("Code") == "NoSuchBucket":
         return "the bucket does not exist; check its name and AWS_ENDPOINT_URL"
+    if (status := http_status(error)) in (401, 403):
+        return f"access denied (HTTP status {status}); check the permissions and the address"
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "no such file or folder; check the path"
+    if isinstance(error, ValueError) and reason == "embedded null byte":
+        return "no such file or folder, for no name holds a null byte; check the path"
     if isinstance(error, ValueError) and reason.startswith("Protocol not known"):
         return "unknown protocol; use a local path or a URL such as s3://bucket/path"
     if isinstance(error, ImportError):

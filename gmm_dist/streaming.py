@@ -10,9 +10,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmm_dist import reading, storage
+from gmm_dist.comparing import stored
+from gmm_dist.decoding import parquet_file, wrong_rows
 from gmm_dist.errors import UserError
 from gmm_dist.lake import Plan, RowRange
 from gmm_dist.listing import name_of, opened
@@ -48,19 +51,20 @@ def stream(
             than its footer says, is corrupt or cannot be reached.
     """
     types = pa.schema([plan.schema.field(name) for name in plan.kept])
+    name = name_of(plan.url, plan.files[index])
     with _Batches(plan, index, beside) as batches:
         for group in groups:
             start = 0
             while (batch := batches.after(group, start)) is not None:
                 stop = start + batch.num_rows
                 table, X = reading.passed(plan, RowRange(index, group, start, stop), batch)
-                yield _kept(table, types), X
+                yield _kept(table, types, f"{name}, row group {group}"), X
                 start = stop
 
 
-def _kept(table: pa.Table, types: pa.Schema) -> pa.Table:
+def _kept(table: pa.Table, types: pa.Schema, where: str) -> pa.Table:
     columns = [
-        table.column(field.name).cast(field.type)
+        _cast(table.column(field.name), field, where)
         if field.name in table.column_names
         else pa.nulls(table.num_rows, field.type)
         for field in types
@@ -68,6 +72,31 @@ def _kept(table: pa.Table, types: pa.Schema) -> pa.Table:
     if not columns:  # a table of no columns would forget how many rows it has
         return table.select([])
     return pa.table(columns, schema=types)
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field, where: str) -> pa.ChunkedArray:
+    """Return a column in the type that it has in all scored files; no value may change."""
+    if column.type == field.type:
+        return column
+    try:
+        column = stored(column)
+        if pa.types.is_list_view(column.type) or pa.types.is_large_list_view(column.type):
+            column = pa.chunked_array([_as_lists(chunk) for chunk in column.chunks])
+        return column.cast(field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{where}: column {field.name!r} of type {column.type} cannot be written as "
+            f"{field.type}, the type that it has over all files ({reason}); write the files with "
+            f"one type or leave out --keep {field.name!r}"
+        ) from error
+
+
+def _as_lists(views: pa.Array) -> pa.Array:
+    """Return views of lists as lists: Arrow 26 casts them to lists that are not valid."""
+    lengths = pc.list_value_length(views).fill_null(0).cast(pa.int64()).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return pa.LargeListArray.from_arrays(offsets, views.flatten(), mask=views.is_null())
 
 
 class _Batches:
@@ -104,10 +133,7 @@ class _Batches:
                 self._seek(group, start)
             batch = next(self._batches, None)
             if batch is None:
-                raise UserError(
-                    f"{self._name}, row group {group}: {start:,} rows where the footer has "
-                    f"{self._file.rows[group]:,}; write the file again or move it away"
-                )
+                raise wrong_rows(self._name, group, start, self._file.rows[group])
         except BaseException:
             self._source, self._at = None, (-1, 0)
             with self._stack.pop_all():  # `opened` explains the error
@@ -123,7 +149,7 @@ class _Batches:
         stored = metadata.row_group(group)
         size = sum(chunk.total_compressed_size for chunk in _chunks(stored, wanted))
         whole = size <= _WHOLE_BYTES
-        parquet = pq.ParquetFile(
+        parquet = parquet_file(
             self._source,
             metadata=metadata,
             pre_buffer=whole,

@@ -16,6 +16,7 @@ from gmm_dist.cohort import Lane, regularisation
 from gmm_dist.cohort import Outcome as LaneOutcome
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import TooFewRows, UserError
+from gmm_dist.formats import counted
 from gmm_dist.holdout import mean_log_likelihoods
 from gmm_dist.kernel import Total
 from gmm_dist.lanes import Precision
@@ -260,8 +261,9 @@ def require_rows(candidates: Sequence[Candidate], n_rows: int) -> None:
     """Raise TooFewRows when a candidate has more components than there are rows."""
     largest = max(candidate.k for candidate in candidates)
     if largest > n_rows:
+        rows = counted(n_rows, "row")
         raise TooFewRows(
-            f"--k asks for {largest} components, but there are {n_rows} rows: "
+            f"--k asks for {counted(largest, 'component')}, but there are {rows}: "
             f"give k of at most {n_rows}"
         )
 

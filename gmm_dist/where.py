@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import ast
 import math
-import operator
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from functools import reduce
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
+from gmm_dist.comparing import DoesNotFit, Literal, Passing, value_type
 from gmm_dist.errors import UserError
-
-Literal = bool | int | float | str
 
 _OPERATORS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==",
@@ -31,15 +24,11 @@ _OPERATORS: dict[type[ast.cmpop], str] = {
     ast.GtE: ">=",
 }
 _FLIPPED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
-_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-_REMEDY = "write comparisons joined by 'and', such as \"dt >= '2026-11-01' and 0 < amount <= 50\""
+_MOST_BITS = 4096
+_REMEDY = (
+    "write comparisons joined by 'and', such as \"dt >= '2026-11-01' and 0 < amount <= 50\"; a "
+    "column whose name has dots, spaces and such is col('dep delay')"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,30 +49,43 @@ class Where:
     @property
     def text(self) -> str:
         """Write the filter canonically; `parse` reads it back."""
-        return " and ".join(f"{_spell(c)} {op} {literal!r}" for c, op, literal in self.clauses)
+        spelt = {column: _spell(column) for column in self.columns}
+        return " and ".join(f"{spelt[c]} {op} {literal!r}" for c, op, literal in self.clauses)
+
+    @property
+    def shown(self) -> str:
+        """Write the filter for a message: a long one is cut short."""
+        return _shortened(self.text)
 
     def restricted(self, columns: Collection[str]) -> Where | None:
         """Return the comparisons of `columns` alone, None when there are none."""
-        clauses = tuple(clause for clause in self.clauses if clause[0] in columns)
+        among = frozenset(columns)
+        clauses = tuple(clause for clause in self.clauses if clause[0] in among)
         return Where(clauses) if clauses else None
 
-    def expression(self, schema: pa.Schema) -> pc.Expression:
-        """Return the filter for rows of `schema`, literals cast to the columns' types.
+    def tests(self, schema: pa.Schema) -> tuple[tuple[str, Passing], ...]:
+        """Return what passes of each column that is compared, for rows of `schema`.
 
         Raises:
             UserError: a column is not in `schema`, or a literal does not fit its type.
         """
-        return reduce(operator.and_, (_clause(schema, *clause) for clause in self.clauses))
+        compared: dict[str, list[tuple[str, Literal]]] = {}
+        for column, op, literal in self.clauses:
+            compared.setdefault(column, []).append((op, literal))
+        return tuple((name, _passing(schema, name, found)) for name, found in compared.items())
 
     def mask(self, table: pa.Table) -> npt.NDArray[np.bool_]:
         """Say of each row of `table` (n,) whether it passes.
 
+        Each column is compared in the type that it has there: what a row means depends on no
+        other file.
+
         Raises:
-            UserError: as `expression`.
+            UserError: as `tests`.
         """
-        expression = self.expression(table.schema)
-        matches = ds.InMemoryDataset(table).to_table(columns={"match": expression})["match"]
-        mask: npt.NDArray[np.bool_] = matches.fill_null(False).to_numpy()
+        mask = np.ones(table.num_rows, dtype=np.bool_)
+        for name, passing in self.tests(table.schema):
+            mask &= passing.mask(table.column(name)).to_numpy()
         return mask
 
 
@@ -100,7 +102,7 @@ def parse(text: str) -> Where:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"filter {text!r} cannot be read; {_syntax_remedy(text)}") from error
+        raise UserError(f"filter {_quoted(text)} cannot be read; {_syntax_remedy(text)}") from error
     clauses = {clause for node in _conjuncts(tree, text) for clause in _comparisons(node, text)}
     # 1, 1.0 and True are equal but not the same literal: order by what is written.
     return Where(tuple(sorted(clauses, key=lambda c: (c[0], c[1], repr(c[2])))))
@@ -123,7 +125,9 @@ def _conjuncts(node: ast.expr, text: str) -> list[ast.Compare]:
         case ast.BoolOp(op=ast.And()):
             return [part for value in node.values for part in _conjuncts(value, text)]
         case ast.BoolOp(op=ast.Or()):
-            raise UserError(f"filter {text!r}: 'or' is not supported; run once per alternative")
+            raise UserError(
+                f"filter {_quoted(text)}: 'or' is not supported; run once per alternative"
+            )
     raise _not_supported(node, text)
 
 
@@ -149,21 +153,39 @@ def _operand(node: ast.expr, text: str) -> ast.Name | Literal:
             return node
         case ast.Call(func=ast.Name(id="col"), args=[ast.Constant(value=str(name))], keywords=[]):
             return ast.Name(name)
-        case ast.Constant(value=bool() | int() | str() as value):
+        case ast.Constant(value=bool() | str() as value):
             return value
-        case ast.Constant(value=float(value)) if math.isfinite(value):
+        case ast.Constant(value=int() | float() as value) if _is_number(value):
             return value
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            if not isinstance(value, bool) and math.isfinite(value):
+            if _is_number(value):
                 return -value
     raise _not_supported(node, text)
 
 
+def _is_number(value: float) -> bool:
+    """Say whether a number can be compared with: Python spells no whole number of 4,300 digits."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, bool) and value.bit_length() <= _MOST_BITS
+
+
 def _not_supported(node: ast.expr, text: str) -> UserError:
     return UserError(
-        f"filter {text!r}: {ast.unparse(node)!r} is not a comparison of a column with a string, "
-        f"a number, True or False; {_REMEDY}"
+        f"filter {_quoted(text)}: {_quoted(_unparsed(node))} is not a comparison of a column with "
+        f"a string, a number, True or False; {_REMEDY}"
     )
+
+
+def _unparsed(node: ast.expr) -> str:
+    try:
+        return ast.unparse(node)
+    except (RecursionError, ValueError):
+        return "..."
+
+
+def _quoted(text: str) -> str:
+    return _shortened(repr(text))
 
 
 def _spell(column: str) -> str:
@@ -177,63 +199,33 @@ def _spell(column: str) -> str:
     return f"col({column!r})"
 
 
-def _clause(schema: pa.Schema, column: str, op: str, literal: Literal) -> pc.Expression:
+def _passing(schema: pa.Schema, column: str, compared: Sequence[tuple[str, Literal]]) -> Passing:
     positions = schema.get_all_field_indices(column)
     if len(positions) != 1:
-        found = ", ".join(schema.names[:20]) or "none"
-        raise UserError(f"filter: no column {column!r}; columns are {found}; correct the filter")
+        raise UserError(
+            f"filter: no column {column!r}; columns are {shown_names(schema.names)}; correct the "
+            "filter"
+        )
     type_ = schema.field(positions[0]).type
-    if pa.types.is_dictionary(type_):
-        type_ = type_.value_type
-    if pa.types.is_null(type_):
-        return pc.scalar(False)  # nothing but null, whatever it is compared with
-    value, field = pc.scalar(_cast(column, literal, type_)), pc.field(column)
-    if pa.types.is_float16(type_):  # Arrow compares no half floats
-        value, field = value.cast(pa.float32()), field.cast(pa.float32())
-    if op == "!=" and pa.types.is_floating(type_):
-        # NaN != 5 holds in IEEE arithmetic, but a row group's minimum and maximum know nothing
-        # of NaN: whether the row is seen must not depend on its neighbours.
-        return (field < value) | (field > value)
-    return _COMPARE[op](field, value)
-
-
-def _cast(column: str, literal: Literal, type_: pa.DataType) -> pa.Scalar:
-    wrong = UserError(
-        f"filter: column {column!r} has type {type_}, which {literal!r} is not; write a value of "
-        "that type (text, dates and times in quotes, numbers without)"
-    )
-    if not _comparable(literal, type_):
-        raise wrong
     try:
-        if isinstance(literal, str):
-            return _parse_as(type_, literal)
-        if pa.types.is_decimal(type_):
-            return pa.scalar(Decimal(repr(literal)), type_)
-        if pa.types.is_integer(type_) and isinstance(literal, float):
-            # pa.scalar(2.5, pa.int64()) is 2.
-            return pa.scalar(int(literal), type_) if literal.is_integer() else pa.scalar(literal)
-        return pa.scalar(literal, type_)
-    except (pa.ArrowException, OverflowError) as error:
-        # x < 300 of an int8 column, x < 2.125 of a decimal one: Arrow compares in a wider type.
-        if isinstance(literal, str) or abs(literal) >= 2**63:
-            raise wrong from error
-        return pa.scalar(literal if pa.types.is_integer(type_) else float(literal))
+        return Passing.of(type_, compared)
+    except DoesNotFit as error:
+        literal = _shortened(repr(error.args[0]))
+        raise UserError(
+            f"filter: column {column!r} has type {value_type(type_)}, which {literal} is not; "
+            "write a value of that type (text, dates and times in quotes, numbers without)"
+        ) from error
 
 
-def _parse_as(type_: pa.DataType, literal: str) -> pa.Scalar:
-    try:
-        return pa.scalar(literal).cast(type_)
-    except pa.ArrowInvalid:
-        if pa.types.is_timestamp(type_) and type_.tz is not None:
-            return pa.scalar(literal).cast(pa.timestamp(type_.unit)).cast(type_)  # UTC
-        raise
+def shown_names(names: Iterable[str]) -> str:
+    """Write some columns' names, on one line whatever they hold."""
+    listed = list(names)
+    shown = [
+        _shortened(name if name.isprintable() and name else repr(name)) for name in listed[:20]
+    ]
+    more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+    return (", ".join(shown) or "none") + more
 
 
-def _comparable(literal: Literal, type_: pa.DataType) -> bool:
-    """Refuse what Arrow would cast though it was never meant: 5 to '5', True to 1, 5 to a date."""
-    if isinstance(literal, bool):
-        return bool(pa.types.is_boolean(type_))
-    if isinstance(literal, str):
-        return True
-    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
-    return any(test(type_) for test in tests)
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."

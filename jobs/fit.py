@@ -9,8 +9,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import early  # noqa: F401 - first: signals while the rest is loaded
+from ending import run
 from fitting import fit_lake
-from options import Again, Parser, add_common, parse_k, run
+from options import Again, Parser, add_common, parse_k
+
+from gmm_dist.urls import Url
 
 
 def fit(argv: Sequence[str]) -> None:
@@ -22,7 +26,9 @@ def fit(argv: Sequence[str]) -> None:
     )
     add_common(parser)
     parser.add_argument("--k", type=parse_k, help="number of components (default: --start's)")
-    parser.add_argument("--start", metavar="MODEL", help="go on from this model's parameters")
+    parser.add_argument(
+        "--start", type=Url, metavar="MODEL", help="go on from this model's parameters"
+    )
     options = parser.parse_args(argv)
     if options.start is None and options.k is None:
         parser.error("one of --k and --start is required")

@@ -15,21 +15,23 @@ from typing import Any, Self
 import reporting
 import results
 import torch
+from ending import said_how_to_resume
 from options import Again
 from progress import Progress
 from results import Fitted, print_table, spell_best
-from rich.console import Console
+from stopping import finish
+from talking import say, screen
 
 from gmm_dist import artifacts, lake, runs
 from gmm_dist.assembly import load_rows, start_workers
 from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.cluster import ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.errors import UserError
 from gmm_dist.failures import FaultConfig
+from gmm_dist.formats import counted
 from gmm_dist.histogram import training_quantiles
 from gmm_dist.lake import Plan
-from gmm_dist.lease import LeaseLost
 from gmm_dist.loading import Counted, LakeLoader, loader_for
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import Parameters
@@ -43,7 +45,7 @@ logger = logging.getLogger("gmm_dist.fitting")
 
 
 def fit_lake(options: argparse.Namespace, again: Again) -> None:
-    """Claim the output, plan, load, fit, rank and commit; print the table and where the model is.
+    """Claim the output, plan, load, fit, rank and commit; then say what came of it.
 
     With `options.resume` the fit goes on from the output's last checkpoint, and a run that has
     committed is left as it is.
@@ -52,41 +54,35 @@ def fit_lake(options: argparse.Namespace, again: Again) -> None:
     began = time.monotonic()
     with said_how_to_resume(again), runs.claim(options.output, resume=options.resume) as run:
         if run.committed:
-            print(f"{options.output}: the run has committed before, nothing is left to do")
+            say(f"{options.output}: the run has committed before, nothing is left to do")
             return
         job = Job.of(options, given=_given(options))
         fitted = job.fit(run)
         result = fitted.result
         warnings = result.warnings(job.plan.feature_names, lambda k: f"next run: {again.for_k(k)}")
-        print_table(result, warnings)
+        warnings = [*fitted.incomplete, *warnings]
         if result.best is None:
+            print_table(result, warnings)
             run.forget()
             raise UserError(none_ranked(len(job.candidates)))
         more = {"warnings": warnings, "seconds": time.monotonic() - began}
         has_report = results.write(run.attempt, fitted, job.loader, job.settings, more)
         logger.info("committing")
+        finish()  # what is left takes a moment, and is not to be told of as broken off
         run.attempt.commit()
+    # Results are committed before anybody is told: the reader may have gone.
+    print_table(result, warnings)
     best = spell_best(result.best, result.criterion)
     output = options.output.rstrip("/")
     report = f", report in {output}/{reporting.NAME}" if has_report else ""
-    print(f"best by {best}; model in {output}/model{report}")
-
-
-@contextmanager
-def said_how_to_resume(again: Again) -> Iterator[None]:
-    """Add to what the world did to a run the command that goes on with it."""
-    try:
-        yield
-    except LeaseLost:
-        raise
-    except RunFailed as error:
-        raise RunFailed(f"{error}; go on with: {again.to_resume()}") from error
+    say(f"best by {best}; model in {output}/model{report}")
 
 
 def none_ranked(n_candidates: int) -> str:
     """Say that there is no model, and what to do."""
+    none = f"none of the {n_candidates:,} candidates" if n_candidates > 1 else "the one candidate"
     return (
-        f"none of the {n_candidates} candidates could be ranked, see the table: "
+        f"{none} could{'' if n_candidates > 1 else ' not'} be ranked, see the table: "
         "use smaller --k, more rows, or leave out constant and duplicated columns"
     )
 
@@ -162,7 +158,7 @@ class Job:
         """
         checkpoints = run.checkpoints(self.identity, seconds=self.options.checkpoint_seconds)
         latest = checkpoints.latest() if self.options.resume else None
-        progress = Progress(Console(stderr=True))
+        progress = Progress(screen(stderr=True))
 
         def keep(number: int, snapshot: Callable[[], Snapshot]) -> None:
             run.check()
@@ -239,9 +235,9 @@ def _candidates(options: argparse.Namespace, given: Mixture | None) -> list[Cand
         pairs = itertools.product(options.covariance_type, options.k)
         return [Candidate(k, kind) for kind, k in pairs]
     if options.k not in (None, [given.n_components]):
+        components = counted(given.n_components, "component")
         raise UserError(
-            f"--k is {options.k[0]} but the model of --start has {given.n_components} components: "
-            "leave out --k"
+            f"--k is {options.k[0]} but the model of --start has {components}: leave out --k"
         )
     return [Candidate(given.n_components, given.covariance_type)]
 

@@ -13,33 +13,42 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from typing import Any
 
+import early  # noqa: F401 - first: signals while the rest is loaded
 import reporting
 import results
 import torch
-from fitting import Job, none_ranked, said_how_to_resume
-from options import KEPT_BACK, Again, Parser, add_common, parse_k, run
+from ending import KEPT_BACK, run, said_how_to_resume
+from fitting import Job, none_ranked
+from options import Again, Parser, add_common, parse_k
 from results import Fitted, mixture_of, print_table, spell_best
 from score import score_lake
+from stopping import holding
+from talking import say
 
-from gmm_dist import artifacts, commit, gate, lake, registry, runs, score_runs, scored
+from gmm_dist import artifacts, commit, gate, lake, nights, registry, runs, score_runs, scored
+from gmm_dist.cluster import ScalingConfig, connected
+from gmm_dist.column_drift import ColumnDrift, column_drift, sample_size
 from gmm_dist.drift import Densities, Drift, Numbered, compare_densities, drift
 from gmm_dist.errors import NoRows, SchemaError, TooFewRows, UserError
 from gmm_dist.gate import Gate
 from gmm_dist.lake import Missing, Plan
+from gmm_dist.lease import Lease
 from gmm_dist.matching import Matching, match
 from gmm_dist.mixture import Mixture
 from gmm_dist.quantiles import SMALLEST
 from gmm_dist.records import FORMAT_VERSION
 from gmm_dist.registry import Lineage, Published, Registry
 from gmm_dist.runs import Run
+from gmm_dist.sample import Coreset, DrawCoreset
 from gmm_dist.selection import CRITERIA, SweepResult
 from gmm_dist.shards import Shards
-from gmm_dist.storage import absolute, join, redacted
+from gmm_dist.storage import absolute, join
+from gmm_dist.urls import Url, redacted
 from gmm_dist.where import Where, parse
 
 logger = logging.getLogger("gmm_dist.nightly")
@@ -49,29 +58,45 @@ def nightly(argv: Sequence[str]) -> int:
     """Parse the command line and run the night; return the exit status."""
     options, again = _parse(argv), Again(__file__, argv)
     torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
-    night, place = options.night, Registry(options.registry)
-    checks = Gate(options.min_rows, options.max_drop)
+    place = Registry(options.registry)
+    checks = Gate(options.min_rows, options.max_drop, options.max_drift)
+    place.latest()  # a damaged pointer is told of before hours of work, not after
+    with ExitStack() as session:
+        return _all_of(options, again, place, checks, session)
+
+
+def _all_of(
+    options: argparse.Namespace, again: Again, place: Registry, checks: Gate, session: ExitStack
+) -> int:
+    """Publish, point, score and prune, with one connection to Ray; return the exit status."""
+    night = options.night
     with said_how_to_resume(again):
         if place.is_pruned(night):
-            print(f"{options.output}: published and pruned, nothing is left to do")
+            say(f"{options.output}: published and pruned, nothing is left to do")
             return 0
         if place.is_published(night):
-            print(f"{options.output}: published before")
-        elif not _publish(options, place, checks):
+            say(f"{options.output}: published before")
+        elif not _publish(options, place, checks, session):
             return KEPT_BACK
         place.point_to(night)
+        if place.is_pruned(night):
+            say(f"{options.output}: published and pruned, nothing is left to do")
+            return 0
     if options.scores is not None:
         with _telling_of("--scores"):
             _score(options, again)
     with said_how_to_resume(again):
         if options.keep_models:
             place.prune(options.keep_models, night=night)
-        print(f"model of {night} in {options.output}; {_latest(place)}")
+        say(f"model of {night} in {options.output}; {_latest(place)}")
     return 0
 
 
-def _publish(options: argparse.Namespace, place: Registry, checks: Gate) -> bool:
+def _publish(
+    options: argparse.Namespace, place: Registry, checks: Gate, session: ExitStack
+) -> bool:
     """Do the night's work, if nobody has done it; say whether the gate let it pass."""
+    _look_at_nights(options)
     if options.scores is not None:
         _check_scores(options)
     with (
@@ -85,10 +110,17 @@ def _publish(options: argparse.Namespace, place: Registry, checks: Gate) -> bool
                 f"{options.output} was published and pruned while this run waited for it: nothing "
                 "is left to do"
             )
-        work = _Night(options, place, checks, place.newest_before(options.night))
-        if reasons := work.run(run):
-            print(f"what there is of {options.night} is kept in {work.candidate(run)}")
-            print(f"kept back {options.night}: {'; '.join(reasons)}; {_latest(place)}")
+        while True:
+            place.await_earlier(options.night)
+            before = place.newest_before(options.night)
+            work = _Night(options, place, checks, before, session)
+            if (reasons := work.run(run)) is not None:
+                break
+            logger.info("a night has been published in between: fitting anew from that")
+            run.forget()
+        if reasons:
+            say(f"what there is of {options.night} is kept in {work.candidate(run)}")
+            say(f"kept back {options.night}: {'; '.join(reasons)}; {_latest(place)}")
         return not reasons
 
 
@@ -120,6 +152,7 @@ def _check_scores(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace, again: Again) -> None:
     """Score the rows of the night alone, whatever --days; what is scored already stays."""
+    _look_at_nights(options)
     scoring = argparse.Namespace(
         **{**vars(options), "where": _rows_of(options, days=1).text},
         model=options.output,
@@ -132,7 +165,7 @@ def _score(options: argparse.Namespace, again: Again) -> None:
         if not _is_scored(scoring):
             raise
         logger.info("%s", error)
-        print(f"{scoring.output}: scored before; the lake's files have changed since")
+        say(f"{scoring.output}: scored before; the lake's files have changed since")
 
 
 def _is_scored(scoring: argparse.Namespace) -> bool:
@@ -172,23 +205,37 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         )
     options.night = registry.night_of(options.night)
     options.output = Registry(options.registry).model_url(options.night)
-    options.own_where = options.where
-    options.where = _rows_of(options, days=options.days).text
+    options.own_where, options.partition_key = options.where, None
+    if options.where is not None:
+        parse(options.where)  # what is wrong with it comes before what is wrong with the lake
     return options
+
+
+def _look_at_nights(options: argparse.Namespace) -> None:
+    """Find out how the lake spells a night, and choose the rows by it."""
+    if options.partition_key is None:
+        options.partition_key = nights.find(options.data, options.partition)
+        options.where = _rows_of(options, days=options.days).text
 
 
 def _add_own(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--k", required=True, type=parse_k, help="8, 4,8,16 or 2..20 (inclusive)")
     group.add_argument("--criterion", choices=CRITERIA, default="bic", help="(default: bic)")
     group.add_argument(
-        "--registry", required=True, metavar="REG", help="folder or URL of the nights' models"
+        "--registry",
+        required=True,
+        type=Url,
+        metavar="REG",
+        help="folder or URL of the nights' models",
     )
     group.add_argument("--night", required=True, metavar="DATE", help="e.g. 2026-11-21")
     group.add_argument(
         "--partition",
         required=True,
+        nargs="+",
         metavar="COLUMN",
-        help="hive key or column that tells the night: text, date or timestamp",
+        help="hive key or column that tells the night (2026-11-21, 20261121, a date or timestamp), "
+        "or the three of year, month and day",
     )
     group.add_argument(
         "--days", type=int, default=1, help="fit so many days up to the night (default: 1)"
@@ -208,7 +255,16 @@ def _add_own(group: argparse._ArgumentGroup) -> None:
         "in nats per row (default: %(default)s)",
     )
     group.add_argument(
+        "--max-drift",
+        type=float,
+        default=Gate().max_drift,
+        metavar="NATS",
+        help="publish nothing whose columns have changed as a whole by more since last night, as a "
+        "change of units does, in nats per row; inf accepts any (default: %(default)s)",
+    )
+    group.add_argument(
         "--scores",
+        type=Url,
         metavar="URL",
         help="once published, score the night's rows as score.py does, into URL/DATE",
     )
@@ -228,22 +284,17 @@ def _add_own(group: argparse._ArgumentGroup) -> None:
 
 
 def _rows_of(options: argparse.Namespace, *, days: int) -> Where:
-    """Return the filter of the rows of so many days, beside the user's own.
-
-    A half-open range: it holds for texts, dates and timestamps alike.
-    """
+    """Return the filter of the rows of so many days, beside the user's own."""
     last = date.fromisoformat(options.night)
-    first, until = last - timedelta(days - 1), last + timedelta(1)
     own = parse(options.own_where).clauses if options.own_where is not None else ()
-    column = options.partition
-    clauses = {*own, (column, ">=", first.isoformat()), (column, "<", until.isoformat())}
+    clauses = {*own, *options.partition_key.clauses(last - timedelta(days - 1), last)}
     return Where(tuple(sorted(clauses, key=lambda c: (c[0], c[1], repr(c[2])))))
 
 
 def _plan(
     options: argparse.Namespace, *, days: int, missing: Missing, keep: Sequence[str] = ()
 ) -> Plan:
-    """Plan the rows of so many days; what is wrong with the night's column is told of that."""
+    """Plan the rows of so many days; say so where there are none yet."""
     try:
         return lake.plan(
             options.data,
@@ -257,17 +308,8 @@ def _plan(
     except NoRows as error:
         also = f" that match --where {options.own_where!r}" if options.own_where else ""
         raise NoRows(
-            f"no rows of {options.night} ({options.partition}){also} yet: run again when they have "
-            "arrived"
-        ) from error
-    except UserError as error:
-        unknown = f"filter: no column {options.partition!r}; "
-        if not str(error).startswith(unknown):
-            raise
-        found = str(error).removeprefix(unknown).removesuffix("; correct the filter")
-        raise UserError(
-            f"--partition {options.partition!r} is no column; {found}; name the one that tells the "
-            "night"
+            f"no rows of {options.night} ({', '.join(options.partition_key.names)}){also} yet: run "
+            "again when they have arrived"
         ) from error
 
 
@@ -279,6 +321,7 @@ class _Night:
     place: Registry
     gate: Gate
     before: Published | None
+    session: ExitStack
 
     def candidate(self, run: Run) -> str:
         """Where the run's results are if the gate keeps them back."""
@@ -288,8 +331,11 @@ class _Night:
     def _night_before(self) -> str | None:
         return None if self.before is None else self.before.night
 
-    def run(self, run: Run) -> list[str]:
-        """Fit and commit; return why the model was kept back, nothing if it is published."""
+    def run(self, run: Run) -> list[str] | None:
+        """Fit and commit; return why the model was kept back, nothing if it is published.
+
+        None if nothing is committed, for another night has come between this and the one before.
+        """
         began = time.monotonic()
         try:
             work = self._fit(run)
@@ -298,13 +344,20 @@ class _Night:
                 raise  # nothing to differ from: the command line or the lake is wrong
             self._keep_back(run, [str(error)])
             return [str(error)]
-        more = {"warnings": work.warnings, "seconds": time.monotonic() - began}
-        print_table(work.fitted.result, work.warnings)
+        warnings = [*work.warnings, *self._warnings(work.columns)]
+        more = {"warnings": warnings, "seconds": time.monotonic() - began}
+        print_table(work.fitted.result, warnings)
+        self.place.await_earlier(self.options.night)
+        if self.place.came_between(self._night_before, self.options.night):
+            return None
         if work.reasons:
             self._keep_back(run, work.reasons, work, more)
-        else:
-            self._publish(run, work, more)
-        return work.reasons
+            return work.reasons
+        with self.place.turn() as turn:
+            if self.place.came_between(self._night_before, self.options.night):
+                return None
+            self._publish(run, work, more, turn)
+        return []
 
     def _fit(self, run: Run) -> _Work:
         plan, reasons = self._plan()
@@ -312,15 +365,25 @@ class _Night:
         if warm is not None and self.before is not None:
             logger.info("warm start from %s, %s", self.before.night, _shape(warm, self.options))
         job = Job.of(self.options, plan, warm=warm)
-        seen: list[Densities] = []
+        seen: list[tuple[Densities, Coreset]] = []
 
         def look(shards: Shards, result: SweepResult) -> None:
             if job.warm and result.best is not None:
-                seen.append(compare_densities(shards, job.warm[0], result.best.fit.parameters))
+                tonight = result.best.fit.parameters
+                size, seed = sample_size(job.warm[0]), self.options.random_state
+                rows = shards.run(DrawCoreset.of(result.total, size, seed))
+                seen.append((compare_densities(shards, job.warm[0], tonight), rows))
 
+        if self.options.scores is not None:  # whose scoring is to find Ray as the fit leaves it
+            scaling = ScalingConfig(self.options.num_workers, self.options.use_gpu)
+            self.session.enter_context(connected(self.options.address, scaling))
         fitted = job.fit(run, look)
-        densities = seen[0] if seen else None
-        return _Work(job, fitted, densities, [*reasons, *self._reasons(job, fitted, densities)])
+        densities, columns = None, None
+        if seen and self.before is not None:
+            densities, rows = seen[0]
+            columns = _columns_against(self.before, mixture_of(fitted, job.loader), job, rows)
+        reasons += self._reasons(job, fitted, densities, columns)
+        return _Work(job, fitted, densities, columns, reasons)
 
     def _plan(self) -> tuple[Plan, list[str]]:
         """Plan the rows, their columns in last night's order; say how they differ from them."""
@@ -337,7 +400,26 @@ class _Night:
     def _rows(self) -> Plan:
         return _plan(self.options, days=self.options.days, missing=self.options.missing)
 
-    def _reasons(self, job: Job, fitted: Fitted, densities: Densities | None) -> list[str]:
+    def _warnings(self, columns: ColumnDrift | None) -> list[str]:
+        if columns is None:
+            return []
+        warnings = self.gate.warnings_of_drift(
+            columns.drift,
+            columns.change,
+            divergence=columns.divergence,
+            strangers=columns.strangers,
+        )
+        for warning in warnings:
+            logger.warning("%s: %s", self.options.night, warning)
+        return warnings
+
+    def _reasons(
+        self,
+        job: Job,
+        fitted: Fitted,
+        densities: Densities | None,
+        columns: ColumnDrift | None,
+    ) -> list[str]:
         before = None if self.before is None else self.before.lineage.n_rows
         reasons = self.gate.on_rows(fitted.n_rows, before)
         if fitted.result.best is None:
@@ -345,29 +427,37 @@ class _Night:
         if densities is not None:
             held_out = densities.held_out_tonight, densities.held_out_before
             reasons += self.gate.on_likelihood(*held_out)
+        if columns is not None:
+            reasons += self.gate.on_drift(
+                columns.drift, columns.change, strangers=columns.strangers
+            )
         return reasons
 
-    def _publish(self, run: Run, work: _Work, more: dict[str, Any]) -> None:
-        mixture, known = work.mixture, () if self.before is None else self.before.lineage.ids
-        matching = self._match(mixture)
+    def _publish(self, run: Run, work: _Work, more: dict[str, Any], turn: Lease) -> None:
+        mixture, reference = work.mixture, self._reference(work)
+        known = () if reference is None else reference.lineage.ids
+        matching = _match(reference, mixture)
         first = self.place.new_ids(len(matching.born), above=known)
         lineage = Lineage(
             night=self.options.night,
             night_before=self._night_before,
             ids=(ids := matching.ids(known, first)),
             born=tuple(ids[i] for i in matching.born),
-            dead=tuple(known[i] for i in matching.dead),
+            dead=() if self.before is None else tuple(known[i] for i in matching.dead),
             n_rows=work.fitted.n_rows,
             columns=gate.kinds(work.job.plan.schema, work.job.plan.columns),
         )
-        changes = self._drift(mixture, matching, ids, work.densities)
+        changes = self._drift(work, matching, ids)
         self._write(run.attempt, [], work, more, changes, ids, ids)
         run.attempt.write_json(registry.LINEAGE, lineage.to_json())
         logger.info("committing")
-        run.attempt.commit()
+        turn.check()
+        with holding():
+            run.attempt.commit()
+        self.place.point_to(self.options.night)
         best = work.fitted.result.best
         assert best is not None
-        print(f"best by {spell_best(best, work.fitted.result.criterion)}; {_spell(lineage)}")
+        say(f"best by {spell_best(best, work.fitted.result.criterion)}; {_spell(lineage)}")
 
     def _keep_back(
         self,
@@ -381,10 +471,10 @@ class _Night:
         with commit.claim(self.candidate(run)) as attempt:
             changes, numbers = None, None
             if work is not None and work.densities is not None and self.before is not None:
-                matching = self._match(work.mixture)
+                matching = _match(self.before, work.mixture)
                 known = {j: self.before.lineage.ids[i] for i, j in matching.pairs}
                 numbers = tuple(known.get(j) for j in range(work.mixture.n_components))
-                changes = self._drift(work.mixture, matching, numbers, work.densities)
+                changes = self._drift(work, matching, numbers)
             self._write(attempt, reasons, work, more or {}, changes, numbers)
             attempt.commit()
         run.check()  # drawing the report takes time: whoever has taken over keeps theirs
@@ -408,6 +498,8 @@ class _Night:
             "reasons": reasons,
             "where": self.options.where,
             "n_rows": work and work.fitted.n_rows,
+            "column_drift": work and work.columns and asdict(work.columns),
+            "warnings": (more or {}).get("warnings", []),
             **asdict(self.gate),
         }
         attempt.write_json(registry.GATE, {"format_version": FORMAT_VERSION, **verdict})
@@ -423,28 +515,42 @@ class _Night:
             attempt, work.fitted, loader, settings, more, ids=ids, numbers=numbers, nightly=told
         )
 
-    def _match(self, mixture: Mixture) -> Matching:
-        if self.before is None:
-            return Matching((), tuple(range(mixture.n_components)), ())
-        return match(self.before.mixture.parameters, mixture.parameters)
+    def _reference(self, work: _Work) -> Published | None:
+        """Return the night that the components take their numbers from.
 
-    def _drift(
-        self,
-        mixture: Mixture,
-        matching: Matching,
-        ids: Sequence[int | None],
-        densities: Densities | None,
-    ) -> Drift | None:
-        if self.before is None or densities is None:
+        It is the night before. One that has none, but comes late, has the night after it.
+        """
+        if self.before is not None:
+            return self.before
+        after = self.place.oldest_after(self.options.night)
+        names = work.job.plan.feature_names
+        return after if after is not None and after.mixture.feature_names == names else None
+
+    def _drift(self, work: _Work, matching: Matching, ids: Sequence[int | None]) -> Drift | None:
+        if self.before is None or work.densities is None:
             return None
-        old = self.before
+        old, mixture = self.before, work.mixture
         return drift(
             Numbered(old.night, old.mixture.parameters, old.lineage.ids),
             Numbered(self.options.night, mixture.parameters, tuple(ids)),
             matching,
-            densities,
+            work.densities,
             mixture.feature_names,
+            work.columns,
         )
+
+
+def _match(reference: Published | None, mixture: Mixture) -> Matching:
+    if reference is None:
+        return Matching((), tuple(range(mixture.n_components)), ())
+    return match(reference.mixture.parameters, mixture.parameters)
+
+
+def _columns_against(before: Published, tonight: Mixture, job: Job, rows: Coreset) -> ColumnDrift:
+    """Tell whether whole columns have changed, by rows of tonight about their centre."""
+    X = rows.X + torch.from_numpy(job.loader.centre)
+    parameters = before.mixture.parameters, tonight.parameters
+    return column_drift(*parameters, X, rows.sample_weight, tonight.feature_names)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -454,6 +560,7 @@ class _Work:
     job: Job
     fitted: Fitted
     densities: Densities | None
+    columns: ColumnDrift | None
     reasons: list[str]
 
     @property
@@ -463,7 +570,8 @@ class _Work:
     @property
     def warnings(self) -> list[str]:
         names = self.job.plan.feature_names
-        return self.fitted.result.warnings(names, lambda k: f"give --k {k} from the next night on")
+        found = self.fitted.result.warnings(names, lambda k: f"give --k {k} from the next night on")
+        return [*self.fitted.incomplete, *found]
 
 
 def _shape(warm: Mixture, options: argparse.Namespace) -> str:

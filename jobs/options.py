@@ -1,29 +1,27 @@
-"""The command line that the jobs share, and how they end."""
+"""The command line that the jobs share."""
 
 from __future__ import annotations
 
 import argparse
-import logging
+import math
 import os
 import re
 import shlex
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from gmm_dist.cluster import ScalingConfig
 from gmm_dist.config import INITS, PRECISIONS, EMConfig, StartConfig
-from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.errors import UserError
 from gmm_dist.failures import FaultConfig
+from gmm_dist.formats import printable
 from gmm_dist.parameters import COVARIANCE_TYPES
-from gmm_dist.storage import redacted
+from gmm_dist.quantiles import SMALLEST
+from gmm_dist.urls import Url, redacted, without_secrets
 
-FAILED = 1
-USER_CAN_MEND = 2
-KEPT_BACK = 3  # nightly: the gate kept the latest model
 _EM, _START = EMConfig(), StartConfig()  # the defaults
 _MAX_K = 100_000
-_URL = re.compile(r"(--\w+=)?[\w+.-]+://")
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +29,38 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """Read the command line, and refuse values out of range before anything is begun."""
+        options = super().parse_args(args)
+        _require_in_range(options)
+        return options
+
+
+def _require_in_range(options: argparse.Namespace) -> None:
+    given = vars(options)
+
+    def only(*names: str) -> dict[str, Any]:
+        return {name: given[name] for name in names if name in given}
+
+    # Each says itself what is wrong with it.
+    for config, names in (
+        (EMConfig, ("tol", "max_iter", "reg_covar")),
+        (StartConfig, ("n_init", "random_state")),
+        (FaultConfig, ("max_failures", "grace")),
+        (ScalingConfig, ("num_workers",)),
+    ):
+        config(**only(*names))
+    if not 0 <= given.get("holdout", 0.0) < 1:
+        raise UserError(
+            f"--holdout is {options.holdout:g}: give a share of the rows, 0 <= share < 1"
+        )
+    seconds = given.get("checkpoint_seconds", 0.0)
+    if not (seconds >= 0 and math.isfinite(seconds)):
+        raise UserError(f"--checkpoint-seconds is {seconds:g}: give seconds >= 0")
+    share = given.get("outliers")
+    if share is not None and not SMALLEST <= share < 1:
+        raise UserError(f"--outliers is {share:g}: give a share from {SMALLEST:g} to below 1")
 
 
 def parse_k(text: str) -> list[int]:
@@ -51,10 +81,17 @@ def parse_k(text: str) -> list[int]:
 
 
 def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
-    """Add the options that every fitting job has; `output` where it is the user's to say."""
-    parser.add_argument("data", metavar="DATA", help="folder or file of Parquet, local or any URL")
+    """Add the options that every fitting job has; `output` where it is the user's to say.
+
+    Where a job's default is another one, the parser's `set_defaults` tells --help of it too.
+    """
+    parser.add_argument(
+        "data", type=Url, metavar="DATA", help="folder or file of Parquet, local or any URL"
+    )
     if output:
-        parser.add_argument("--output", required=True, metavar="OUT", help="a new folder or URL")
+        parser.add_argument(
+            "--output", required=True, type=Url, metavar="OUT", help="a new folder or URL"
+        )
     _add_rows(parser.add_argument_group("rows"))
     _add_fit(parser.add_argument_group("fit"))
     add_cluster(parser.add_argument_group("cluster"))
@@ -66,7 +103,7 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         "--columns",
         nargs="+",
         metavar="COLUMN",
-        help="numeric columns, or one fixed-size-list column (default: all float columns)",
+        help="numeric columns, or one column of lists of one length (default: all float columns)",
     )
     group.add_argument("--weight-column", metavar="COLUMN", help="sample weights, not negative")
     group.add_argument(
@@ -85,7 +122,7 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="score the fits on this share of the rows, kept out of them, e.g. 0.1 (default: none)",
+        help="score the fits on this share of the rows, kept out of them (default: %(default)g)",
     )
 
 
@@ -210,27 +247,29 @@ class Again:
         return self._spelt([*(word for word in self.argv if word != "--resume"), "--resume"])
 
     def _spelt(self, words: Sequence[str]) -> str:
-        shown = [redacted(word) if _URL.match(word) else word for word in words]
-        return shlex.join(["python", os.path.relpath(self.script), *shown])
+        shown = [_without_secrets(word) for word in words]
+        hint = "" if shown == words else " (with the credentials, which are left out here)"
+        return " ".join(map(_quoted, ["python", os.path.relpath(self.script), *shown])) + hint
+
+
+def _without_secrets(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + without_secrets(redacted(value))
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for a shell, such that it is all printable."""
+    if printable(word) == word:
+        return shlex.quote(word)
+    # Bytes that are no text came as surrogates; $'...' is understood by bash, zsh and ksh.
+    spelt = "".join(
+        chr(byte) if 32 <= byte < 127 and chr(byte) not in "'\\" else f"\\x{byte:02x}"
+        for byte in os.fsencode(word)
+    )
+    return f"$'{spelt}'"
 
 
 def _renamed(output: str, k: str) -> str:
     ks = re.findall(r"\d+", k)
     stem = re.sub(r"-k\d+-\d+$", "", output.rstrip("/"))
     return f"{stem}-k{ks[0]}-{ks[-1]}"
-
-
-def run(job: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a job and return its exit status: its own, 2 what the user can mend, 1 the world's."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
-    logging.getLogger("gmm_dist").setLevel(logging.INFO)
-    try:
-        return job(sys.argv[1:] if argv is None else argv) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_CAN_MEND
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED

@@ -13,8 +13,10 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from talking import bearing
 
 from gmm_dist.em import Status
+from gmm_dist.formats import counted
 from gmm_dist.selection import Scored, SweepResult
 from gmm_dist.sweep import Standing
 
@@ -35,31 +37,43 @@ class Progress:
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Keep the live display up, where there is a terminal to show it on."""
-        if not self._console.is_terminal:
+        if not self._console.is_terminal or self._console.is_dumb_terminal:
             yield
             return
-        with Live(console=self._console, transient=True, refresh_per_second=8) as self._live:
+        live = Live(console=self._console, transient=True, refresh_per_second=8)
+        with bearing():
+            live.start()
+            self._live = live
+        try:
             yield
-        self._live = None
+        finally:
+            self._live = None
+            with bearing():
+                live.stop()
 
     def loading(self, done: int, n_shards: int, n_rows: int) -> None:
         """Show how many shards are loaded, and their rows so far."""
-        self._advance(f"loaded {done} of {n_shards} shards, {n_rows:,} rows", done, n_shards)
+        self._advance(
+            f"loaded {done} of {counted(n_shards, 'shard')}, {counted(n_rows, 'row')}",
+            done,
+            n_shards,
+        )
 
     def scoring(self, done: int, n_files: int, n_rows: int) -> None:
         """Show how many files are scored, and their rows so far."""
-        self._advance(f"scored {done:,} of {n_files:,} files, {n_rows:,} rows", done, n_files)
+        line = f"scored {done:,} of {counted(n_files, 'file')}, {counted(n_rows, 'row')}"
+        self._advance(line, done, n_files)
 
     def _advance(self, line: str, done: int, total: int) -> None:
         if self._live is not None:
-            self._live.update(Group(Text(line), ProgressBar(total=total, completed=done)))
+            self._draw(Group(Text(line), ProgressBar(total=total, completed=done)))
         elif done == total or time.monotonic() - self._last_line > _LOG_SECONDS:
             self._last_line = time.monotonic()
             logger.info("%s", line)
 
     def starting(self, n_init: int) -> None:
         """Say that restarts run on a sample."""
-        self._say(f"choosing the best of {n_init} starts on a sample")
+        self._say(f"choosing the best of {counted(n_init, 'start')} on a sample")
 
     def resuming(self, number: int) -> None:
         """Say after which pass the run goes on, and count from there."""
@@ -68,15 +82,20 @@ class Progress:
 
     def _say(self, line: str) -> None:
         if self._live is not None:
-            self._live.update(Text(line))
+            self._draw(Text(line))
         else:
             logger.info("%s", line)
+
+    def _draw(self, what: RenderableType) -> None:
+        assert self._live is not None
+        with bearing():
+            self._live.update(what)
 
     def standings(self, standings: Sequence[Standing]) -> None:
         """Show each candidate after a pass over the rows."""
         self._passes += 1
         if self._live is not None:
-            self._live.update(_standings_table(standings, self._passes))
+            self._draw(_standings_table(standings, self._passes))
             return
         running = [s for s in standings if s.is_running]
         shown = ", ".join(
@@ -109,37 +128,76 @@ def _standings_table(standings: Sequence[Standing], passes: int) -> RenderableTy
     return table
 
 
-def ranking(result: SweepResult, width: int) -> Table:
-    """Return the ranked table of a sweep, best first; a narrow one has fewer columns."""
+_ALL = ("rank", "k", "covariance", "BIC", "AIC", "ICL", "mean log-lik.", "held-out", "starts")
+_MOST = ("AIC", "ICL", "starts")  # what a narrow table goes without
+
+
+def ranking(result: SweepResult, width: int) -> RenderableType:
+    """Return the ranked candidates, best first: as a table where there is room, else a list.
+
+    No number is cut: a table that does not fit has fewer columns, and then none.
+    """
+    names = [*_ALL, "iter.", "status"]
+    if all(s.holdout is None for s in result.scored):
+        names.remove("held-out")
+    rows = [(_cells(s, rank, result), _style(s, result)) for rank, s in _ranks(result)]
+    for columns in (names, [name for name in names if name not in _MOST]):
+        if _natural_width(columns, rows) <= width:
+            return _table(columns, rows)
+    return _list(names, rows)
+
+
+_Rows = Sequence[tuple[dict[str, str], str]]
+
+
+def _ranks(result: SweepResult) -> Iterator[tuple[str, Scored]]:
+    for rank, s in enumerate(result.ranked, start=1):
+        yield str(rank) if s.fit.is_ranked else "-", s
+
+
+def _style(scored: Scored, result: SweepResult) -> str:
+    return "bold" if scored is result.best else "" if scored.fit.is_ranked else "dim"
+
+
+def _cells(s: Scored, rank: str, result: SweepResult) -> dict[str, str]:
+    return {
+        "rank": rank,
+        "k": str(s.candidate.k),
+        "covariance": s.candidate.covariance_type,
+        "BIC": f"{s.bic:,.1f}",
+        "AIC": f"{s.aic:,.1f}",
+        "ICL": f"{s.icl:,.1f}",
+        "mean log-lik.": f"{s.fit.log_likelihood / result.n_samples:.6f}",
+        "held-out": "-" if s.holdout is None else f"{s.holdout:.6f}",
+        "starts": _starts(s),
+        "iter.": str(s.fit.n_iter),
+        "status": s.fit.status.name.lower(),
+    }
+
+
+def _natural_width(columns: Sequence[str], rows: _Rows) -> int:
+    widths = [max(len(name), *(len(cells[name]) for cells, _ in rows)) for name in columns]
+    return sum(widths) + 2 * len(widths)  # two spaces after each
+
+
+def _table(columns: Sequence[str], rows: _Rows) -> Table:
     table = Table(box=None, pad_edge=False)
-    columns = _columns(width, has_holdout=any(s.holdout is not None for s in result.scored))
     for name in columns:
         left = name in ("covariance", "status")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for rank, s in enumerate(result.ranked, start=1):
-        cells = {
-            "rank": str(rank) if s.fit.is_ranked else "-",
-            "k": str(s.candidate.k),
-            "covariance": s.candidate.covariance_type,
-            "BIC": f"{s.bic:,.1f}",
-            "AIC": f"{s.aic:,.1f}",
-            "ICL": f"{s.icl:,.1f}",
-            "mean log-lik.": f"{s.fit.log_likelihood / result.n_samples:.6f}",
-            "held-out": "-" if s.holdout is None else f"{s.holdout:.6f}",
-            "starts": _starts(s),
-            "iter.": str(s.fit.n_iter),
-            "status": s.fit.status.name.lower(),
-        }
-        style = "bold" if s is result.best else "" if s.fit.is_ranked else "dim"
+    for cells, style in rows:
         table.add_row(*(cells[name] for name in columns), style=style)
     return table
 
 
-def _columns(width: int, *, has_holdout: bool) -> list[str]:
-    criteria = ["BIC", "AIC", "ICL"] if width >= 110 else ["BIC"]
-    likelihoods = ["mean log-lik.", "held-out"] if has_holdout else ["mean log-lik."]
-    starts = ["starts"] if width >= 110 else []
-    return ["rank", "k", "covariance", *criteria, *likelihoods, *starts, "iter.", "status"]
+def _list(names: Sequence[str], rows: _Rows) -> Group:
+    """Return a few lines for each candidate, one for each number."""
+    lines = []
+    for cells, style in rows:
+        head = f"{cells['rank']}. k={cells['k']} {cells['covariance']}"
+        lines.append(Text(head, style=style))
+        lines += [Text(f"  {name} {cells[name]}", style=style) for name in names[3:]]
+    return Group(*lines)
 
 
 def _starts(scored: Scored) -> str:
@@ -163,10 +221,11 @@ def _economy(result: SweepResult) -> str:
     """Say what the fits took of passes, and what was spared."""
     dropped = sum(s.outcome.n_dropped for s in result.scored)
     saved = sum(s.outcome.passes_saved for s in result.scored)
-    line = f"{result.n_passes} passes over all rows"
+    line = f"{counted(result.n_passes, 'pass')} over all rows"
     if dropped:
         n_starts = sum(s.outcome.n_starts for s in result.scored)
-        line += f"; {dropped} of {n_starts} starts fell behind another and were dropped early"
+        fell = "fell behind another and was" if dropped == 1 else "fell behind others and were"
+        line += f"; {dropped} of {counted(n_starts, 'start')} {fell} dropped early"
     if saved >= 1:
-        line += f"; leaping ahead saved at least {saved:,.0f} iterations of EM"
+        line += f"; leaping ahead saved at least {counted(saved, 'iteration')} of EM"
     return line

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gmm_dist.artifacts import Attempt
-from gmm_dist.mixture import Mixture
+from gmm_dist.mixture import Mixture, labels
 from gmm_dist.sample import DrawCoreset, keyed_generator
 from gmm_dist.selection import SweepResult
 from gmm_dist.shards import Shards
@@ -94,7 +94,7 @@ def _rendered(
     )
     rows = None
     if sample is not None:
-        rows = report.Sample(sample.numpy(), mixture.predict(sample).numpy())
+        rows = report.Sample(sample.numpy(), labels(parameters, sample).numpy())
     return report.render(content, clusters, rows, nightly)
 
 

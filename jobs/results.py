@@ -9,7 +9,7 @@ from typing import Any
 import reporting
 import torch
 from progress import notes, ranking
-from rich.console import Console
+from talking import bearing, say, screen
 
 from gmm_dist import __version__, artifacts
 from gmm_dist.artifacts import Attempt
@@ -39,6 +39,18 @@ class Fitted:
     def n_rows(self) -> int:
         """The rows that were fitted or held out."""
         return self.counted.n_rows + self.counted.counts.held_out
+
+    @property
+    def incomplete(self) -> list[str]:
+        """Say how many rows, or values, --missing has left out or filled: no line or one."""
+        counts = self.counted.counts
+        n_rows = counts.read - counts.filtered
+        if counts.dropped:
+            return [f"--missing drop left out {counts.dropped:,} of {n_rows:,} rows"]
+        if counts.imputed:
+            values = "1 value" if counts.imputed == 1 else f"{counts.imputed:,} values"
+            return [f"--missing mean filled {values} in {n_rows:,} rows"]
+        return []
 
 
 def write(
@@ -155,10 +167,9 @@ def _entry(scored: Scored, rank: int) -> dict[str, Any]:
 
 
 def print_table(result: SweepResult, warnings: Sequence[str]) -> None:
-    """Print the ranked table, and what a reader of it should know."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(ranking(result, console.width))
+    """Print the ranked table, and what a reader of it should know; never fails."""
+    with bearing():
+        console = screen()
+        console.print(ranking(result, console.width))
     for line in [*notes(result), *(f"warning: {warning}" for warning in warnings)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)

@@ -14,25 +14,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import early  # noqa: F401 - first: signals while the rest is loaded
 import pyarrow as pa
 import torch
-from fitting import said_how_to_resume
-from options import Again, Parser, add_cluster, run
+from ending import run, said_how_to_resume
+from options import Again, Parser, add_cluster
 from progress import Progress
-from rich.console import Console
+from stopping import finish
+from talking import say, screen
 
 from gmm_dist import artifacts, lake, score_runs
 from gmm_dist.checkpoint import RunIdentity, environment
 from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.errors import UserError
 from gmm_dist.failures import FaultConfig
+from gmm_dist.formats import counted
 from gmm_dist.lake import Plan
 from gmm_dist.mixture import Mixture
 from gmm_dist.model_files import model_sha256
 from gmm_dist.runs import Run
 from gmm_dist.scored import Scored, ScoreFiles, collect
 from gmm_dist.scoring import Scoring
-from gmm_dist.storage import redacted
+from gmm_dist.urls import Url, redacted
 
 logger = logging.getLogger("gmm_dist.score")
 
@@ -50,9 +53,15 @@ def score(argv: Sequence[str]) -> None:
 
 def add_score(parser: argparse.ArgumentParser) -> None:
     """Add the options of scoring."""
-    parser.add_argument("data", metavar="DATA", help="folder or file of Parquet, local or any URL")
-    parser.add_argument("--model", required=True, help="a fit's output, or its model folder")
-    parser.add_argument("--output", required=True, metavar="OUT", help="a new folder or URL")
+    parser.add_argument(
+        "data", type=Url, metavar="DATA", help="folder or file of Parquet, local or any URL"
+    )
+    parser.add_argument(
+        "--model", required=True, type=Url, help="a fit's output, or its model folder"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Url, metavar="OUT", help="a new folder or URL"
+    )
     rows = parser.add_argument_group("rows")
     rows.add_argument(
         "--keep",
@@ -87,12 +96,13 @@ def score_lake(options: argparse.Namespace, again: Again) -> None:
         claim = score_runs.claim(options.output, job.plan, job.identity, resume=options.resume)
         with claim as run:
             if run.committed:
-                print(f"{options.output}: the run has committed before, nothing is left to do")
+                say(f"{options.output}: the run has committed before, nothing is left to do")
                 return
             scored = job.score(run)
             more = {**job.facts, "seconds": time.monotonic() - began}
+            finish()  # what is left takes a moment, and is not to be told of as broken off
             score_runs.commit(options.output, run, job.identity, scored, more)
-    print(job.sentence(scored))
+    say(job.sentence(scored))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,7 +177,7 @@ class _Job:
         """Have the workers score all files that are not scored yet."""
         options, n_files = self.options, len(self.plan.files)
         loader = ScoreFiles(self.plan, self.scoring, options.output, self.identity, run.attempt.id)
-        progress = Progress(Console(stderr=True))
+        progress = Progress(screen(stderr=True))
         scaling = ScalingConfig(options.num_workers, options.use_gpu)
 
         def watch(done: int, n_rows: int) -> None:
@@ -197,13 +207,15 @@ class _Job:
     def sentence(self, scored: Scored) -> str:
         """Say in one line what was done."""
         options, k, counts = self.options, self.mixture.n_components, scored.counts
-        parts = [f"scored {counts.rows:,} rows of {len(scored.files):,} files by k={k}"]
+        rows, files = counted(counts.rows, "row"), counted(len(scored.files), "file")
+        parts = [f"scored {rows} of {files} by k={k}"]
         if options.where is not None:
-            parts.append(f"{counts.filtered:,} others in them did not pass --where")
+            parts.append(f"{counted(counts.filtered, 'other')} in them did not pass --where")
         if counts.missing:
-            parts.append(f"{counts.missing:,} rows miss a feature")
+            verb = "misses" if counts.missing == 1 else "miss"
+            parts.append(f"{counted(counts.missing, 'row')} {verb} a feature")
         if options.outliers is not None:
-            parts.append(f"{counts.outliers:,} outliers")
+            parts.append(counted(counts.outliers, "outlier"))
         return f"{'; '.join(parts)}; in {options.output.rstrip('/')}"
 
 

@@ -9,8 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import early  # noqa: F401 - first: signals while the rest is loaded
+from ending import run
 from fitting import fit_lake
-from options import Again, Parser, add_common, parse_k, run
+from options import Again, Parser, add_common, parse_k
 
 from gmm_dist.selection import CRITERIA
 

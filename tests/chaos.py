@@ -36,7 +36,7 @@ _TIMEOUT = 420.0  # seconds for one cell: a silent partition alone may take Ray 
 
 # The first line of the driver's log that tells of a phase.
 PHASES = {
-    "load": r"\d+ shards on \d+ workers",
+    "load": r"\d+ shards? on \d+ workers?",
     "start": r"choosing the best of \d+ starts",
     "iteration": r"pass 3:",
     "float64": r"pass \d+:.*float64",

@@ -149,6 +149,13 @@ def drift(ids: tuple[int, ...], names: tuple[str, ...]) -> dict[str, Any]:
         "components": components,
         "born": [alone | {"id": None}],
         "dead": [alone | {"id": 77}],
+        "columns": {
+            "drift": 0.05,
+            "divergence": 0.2,
+            "strangers": 0.01,
+            "columns": list(names[:1]),
+            "change": "scale",
+        },
         "densities": {
             "mean_before": -10.5,
             "mean_tonight": -10.25,

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import mixtures
 import pytest
+import safetensors.torch
 import torch
 from conftest import S3Server
 from fsspec.implementations.memory import MemoryFileSystem
@@ -25,6 +27,7 @@ from gmm_dist.artifacts import Attempt, Provenance, claim, load, read_report, re
 from gmm_dist.errors import UserError
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.places import Place
 from gmm_dist.quantiles import Quantiles
 from gmm_dist.records import FileEntry
 from gmm_dist.storage import Patience, open_url
@@ -44,15 +47,14 @@ FILES = {"model/model.safetensors", "model/model.json", "sweep.json"}
 
 def mixture(covariance_type: str = "full", seed: int = 0) -> Mixture:
     draw = torch.Generator().manual_seed(seed)
-    k, d = 3, 2
-    shape = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}
-    parameters = Parameters(
-        weights=torch.rand(k, generator=draw, dtype=torch.float64).softmax(0),
-        means=torch.randn(k, d, generator=draw, dtype=torch.float64),
-        covariances=torch.rand(*shape[covariance_type], generator=draw, dtype=torch.float64),
-        covariance_type=covariance_type,
+    means = torch.randn(3, 2, generator=draw, dtype=torch.float64)
+    parameters = mixtures.parameters(covariance_type, 3, 2, seed=seed)
+    return Mixture(
+        replace(parameters, means=means),
+        ("delay", "größe"),
+        n_samples=1e6 / 3,
+        log_likelihood=-1e5 / 7,
     )
-    return Mixture(parameters, ("delay", "größe"), n_samples=1e6 / 3, log_likelihood=-1e5 / 7)
 
 
 def write(attempt: Attempt, model: Mixture) -> None:
@@ -449,8 +451,7 @@ def test_copies_are_repaired(out: str) -> None:
 
 def test_equal_copies_stand_in_for_a_removed_attempt(out: str) -> None:
     commit(out)
-    fs, path = open_url(out)
-    fs.rm(f"{path}/_attempts", recursive=True)
+    Place.of(out).remove("_attempts")
     assert same(load(out), mixture())
     assert read_report(out)["criterion"] == "bic"
 
@@ -525,6 +526,163 @@ def test_an_incomplete_copied_folder_is_refused(local: str, tmp_path: Path) -> N
         load(str(alone))
 
 
+# ------------------------------------------------------------------------- numbers of no mixture
+
+
+def saved(part: Parameters, **changes: Any) -> bytes:
+    """Return a model.safetensors of these parameters, some of them changed."""
+    tensors = {
+        name: getattr(part, name).clone() for name in ("weights", "means", "covariances")
+    } | changes
+    return safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
+
+
+def refitted(alone: Path, tensors: bytes, **changes: Any) -> str:
+    """Write a model folder whose hashes fit; return its place."""
+    entries = {"files": {"model.safetensors": vars(FileEntry.of(tensors))}} | changes
+    (alone / "model.safetensors").write_bytes(tensors)
+    change(str(alone), "model.json", lambda data: json.dumps(json.loads(data) | entries).encode())
+    return str(alone)
+
+
+def doubles(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def altered(name: str, place: tuple[int, ...], value: float) -> Callable[[Parameters], Any]:
+    def alter(part: Parameters) -> dict[str, torch.Tensor]:
+        tensor = getattr(part, name).clone()
+        tensor[place] = value
+        return {name: tensor}
+
+    return alter
+
+
+BAD_NUMBERS = {
+    "NaN mean": ("full", altered("means", (1, 0), math.nan), r"means\[1, 0\] is nan"),
+    "inf weight": ("diag", altered("weights", (2,), math.inf), r"weights\[2\] is inf"),
+    "inf covariance": ("tied", altered("covariances", (0, 1), -math.inf), "is -inf"),
+    "negative weight": (
+        "full",
+        lambda part: {"weights": doubles(0.7, 0.4, -0.1)},
+        "component 2 has the weight -0.1",
+    ),
+    "sum of weights": (
+        "full",
+        lambda part: {"weights": 0.9 * part.weights},
+        "weights sum to 0.9, not to 1",
+    ),
+    "no weight": ("full", lambda part: {"weights": 0 * part.weights}, "weights sum to 0, not"),
+    "asymmetric": (
+        "full",
+        altered("covariances", (0, 0, 1), 0.9),
+        r"component 0 has a covariance that is not symmetric: 0\.9 at \(0, 1\)",
+    ),
+    "indefinite": (
+        "full",
+        altered("covariances", (1, 1, 1), -1.0),
+        "component 1 has a covariance that is not positive definite",
+    ),
+    "singular": ("tied", lambda part: {"covariances": doubles(1, 1).outer(doubles(1, 1))}, "share"),
+    "no variance": ("diag", altered("covariances", (2, 0), 0.0), "component 2 has a variance"),
+    "negative": ("spherical", altered("covariances", (0,), -3.0), "component 0 has a variance"),
+    "float32": ("full", lambda part: {"means": part.means.float()}, "means of torch.float32"),
+    "whole numbers": ("diag", lambda part: {"means": part.means.long()}, "torch.int64"),
+    "shape": ("diag", lambda part: {"means": part.means.T}, r"holds {.*\(2, 3\).*says 'diag'"),
+    "one more": ("diag", lambda part: {"more": part.means + 1}, "'more'"),
+}
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), BAD_NUMBERS.values(), ids=BAD_NUMBERS)
+def test_numbers_of_no_mixture_are_refused_in_one_line(
+    kind: str, changes: Callable[[Parameters], Any], message: str, local: str, tmp_path: Path
+) -> None:
+    model = mixture(kind)
+    commit(local, model)
+    alone = shutil.copytree(Path(local) / "model", tmp_path / "alone")
+    place = refitted(alone, saved(model.parameters))
+    assert same(load(place), model)
+    refitted(alone, saved(model.parameters, **changes(model.parameters)))
+    with pytest.raises(UserError, match=rf"^{place}: model\.safetensors .*{message}") as error:
+        load(place)
+    assert "\n" not in str(error.value)
+    assert "copy the model folder again" in str(error.value)
+
+
+LEVELS = [0.0, 0.5, 1.0]
+BAD_CARDS: dict[str, tuple[dict[str, Any], str]] = {
+    "few names": ({"feature_names": ["a"]}, "names 1 features of 2"),
+    "doubled name": ({"feature_names": ["a", "a"]}, "names the feature 'a' twice"),
+    "names of numbers": ({"feature_names": [1, 2]}, "no list of names"),
+    "a name for names": ({"feature_names": "ab"}, "no list of names"),
+    "doubled ids": ({"component_ids": [4, 1, 4]}, "gives the id 4 to two components"),
+    "negative id": ({"component_ids": [0, 1, -2]}, "not 3 whole numbers from 0 up"),
+    "few ids": ({"component_ids": [0, 1]}, "not 3 whole numbers"),
+    "ids of halves": ({"component_ids": [0, 1, 2.5]}, "not 3 whole numbers"),
+    "ids of truth": ({"component_ids": [True, False, 2]}, "not 3 whole numbers"),
+    "ids as text": ({"component_ids": "012"}, "not 3 whole numbers"),
+    "no family": ({"covariance_type": "banded"}, "says 'banded'"),
+    "a list of families": ({"covariance_type": ["full"]}, r"says \['full'\]"),
+    "k": ({"n_components": 4}, "4 components, 2 features"),
+    "k as text": ({"n_components": "3"}, "holds {"),
+    "k absent": ({"n_components": None}, "None components"),
+    "n as text": ({"n_samples": "many"}, "has the n_samples 'many'"),
+    "n below 0": ({"n_samples": -1}, "has the n_samples -1"),
+    "NaN": ({"log_likelihood": math.nan}, "NaN is no JSON"),
+    "beyond": ({"log_likelihood": 10**400}, "has the log_likelihood 1000"),
+    "falling": ({"log_density_quantiles": {"levels": LEVELS, "values": [1, 3, 2]}}, "not ascend"),
+    "levels": ({"log_density_quantiles": {"levels": LEVELS[::-1], "values": LEVELS}}, "not ascend"),
+    "few": ({"log_density_quantiles": {"levels": LEVELS, "values": [1]}}, "1 quantiles for 3"),
+    "none": ({"log_density_quantiles": {"levels": [], "values": []}}, "0 quantiles for 0"),
+    "beyond 1": ({"log_density_quantiles": {"levels": [0, 2], "values": [0, 1]}}, "from 0 to 1"),
+    "text": ({"log_density_quantiles": {"levels": LEVELS, "values": "abc"}}, "no numbers"),
+    "a list": ({"log_density_quantiles": [1, 2]}, "an entry that makes no sense"),
+    "no values": ({"log_density_quantiles": {"levels": LEVELS}}, "lacks an entry"),
+    "no size": ({"files": {"model.safetensors": {"sha256": "0"}}}, "makes no sense"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_CARDS.values(), ids=BAD_CARDS)
+def test_a_card_that_describes_no_mixture_is_refused_in_one_line(
+    changes: dict[str, Any], message: str, local: str, tmp_path: Path
+) -> None:
+    model = mixture()
+    commit(local, model)
+    alone = shutil.copytree(Path(local) / "model", tmp_path / "alone")
+    place = refitted(alone, saved(model.parameters), **changes)
+    with pytest.raises(UserError, match=rf"^{place}: [^\n]*{message}[^\n]*$"):
+        load(place)
+
+
+def test_no_tensors_at_all_are_refused_in_one_line(local: str, tmp_path: Path) -> None:
+    commit(local)
+    alone = shutil.copytree(Path(local) / "model", tmp_path / "alone")
+    place = refitted(alone, b"no tensors")
+    with pytest.raises(UserError, match=r"model\.safetensors is no such file \([^\n]*$"):
+        load(place)
+
+
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+def test_rounding_is_no_fault_and_neither_are_empty_components(kind: str, local: str) -> None:
+    """Weights of float32, covariances of products whose halves were rounded apart."""
+    model = mixture(kind)
+    part = model.parameters
+    weights = doubles(0.0, 1 / 3, 2 / 3).float().double()
+    covariances = part.covariances.clone()
+    if kind in ("full", "tied"):
+        covariances[..., 0, 1] *= 1 + 1e-9
+    model = replace(model, parameters=replace(part, weights=weights, covariances=covariances))
+    levels = Quantiles((0.0, 0.5, 0.75, 1.0), (math.nan, 1.0, 1.0 - 1e-15, 2.0))
+    commit(local, replace(model, log_density_quantiles=levels, ids=(7, 0, 3)))
+    loaded = load(local)
+    assert same(loaded, model)
+    assert loaded.ids == (7, 0, 3)
+    assert loaded.log_density_quantiles is not None
+    assert loaded.log_density_quantiles.at(0.5) == 1.0
+    with pytest.raises(UserError, match=r"quantile at 0\.1 is not known"):
+        loaded.log_density_quantiles.at(0.1)
+
+
 # ------------------------------------------------------------------------- the race
 
 
@@ -564,13 +722,15 @@ RACER = textwrap.dedent("""
 def race_model(number: int) -> Mixture:
     """A model all of whose parts tell whose it is."""
     value = torch.full((2, 64), float(number), dtype=torch.float64)
-    parameters = Parameters(value[:, 0], value, value, "diag")
-    return Mixture(parameters, ("x",) * 64, log_likelihood=float(number), n_samples=1.0)
+    weights = torch.full((2,), 0.5, dtype=torch.float64)
+    parameters = Parameters(weights, value, value + 1, "diag")
+    names = tuple(f"x{j}" for j in range(64))
+    return Mixture(parameters, names, log_likelihood=float(number), n_samples=1.0)
 
 
 def number_of(model: Mixture) -> int:
     part = model.parameters
-    parts = (part.weights, part.means, part.covariances)
+    parts = (part.means, part.covariances - 1)
     numbers = {int(value) for tensor in parts for value in tensor.unique()}
     assert numbers == {int(model.log_likelihood)}
     return numbers.pop()

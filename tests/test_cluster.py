@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 import signal
+import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 import pytest
 import ray
 import torch
 
+from gmm_dist import cluster
 from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import UserError
@@ -140,6 +146,149 @@ def test_a_users_error_in_a_worker_arrives_as_it_was_raised(ray_address: str) ->
         pytest.raises(UserError, match=r"^row 17 is NaN$"),
     ):
         shards.load()
+
+
+class Mute:
+    """Something at a port that takes connections, and answers as `reply` says."""
+
+    def __init__(self, reply: bytes) -> None:
+        self._socket, self._reply = socket.create_server(("127.0.0.1", 0)), reply
+        self._kept: list[socket.socket] = []
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                self._kept.append(self._socket.accept()[0])
+                self._kept[-1].sendall(self._reply)
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._thread.join()
+        for each in (self._socket, *self._kept):
+            each.close()
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize("reply", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+def test_what_is_no_ray_is_told_in_time(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, reply: bytes
+) -> None:
+    monkeypatch.setattr(cluster, "_ANSWER_SECONDS", 1.0)
+    with closing(Mute(reply)) as other:
+        began = time.monotonic()
+        with (
+            pytest.raises(UserError, match=f"no Ray cluster answers at {scheme}{other.address} "),
+            connected(scheme + other.address, ScalingConfig()),
+        ):
+            pass
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:8265", "127.0.0.1", "https://x", "host:port", "/tmp/ray", "a b:1"]
+)
+def test_an_address_that_is_none_is_told_what_one_is(address: str) -> None:
+    with (
+        pytest.raises(UserError, match=r"--address or RAY_ADDRESS is .*: give HOST:PORT of a Ray"),
+        connected(address, ScalingConfig()),
+    ):
+        pass
+
+
+def test_auto_without_a_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(address: str) -> str:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray._private.services, "canonicalize_bootstrap_address_or_die", none)
+    with (
+        pytest.raises(UserError, match=r"--address is auto, and no Ray cluster was found"),
+        connected("auto", ScalingConfig()),
+    ):
+        pass
+
+
+def test_gpus_that_nobody_has_are_refused_in_seconds(ray_address: str) -> None:
+    began = time.monotonic()
+    with (
+        pytest.raises(UserError, match=r"--use-gpu.* 0 GPUs .*: leave out --use-gpu"),
+        connected(ray_address, ScalingConfig(use_gpu=True)),
+    ):
+        pass
+    assert time.monotonic() - began < 60
+    assert not ray.is_initialized()
+
+
+def test_a_cluster_without_cpus_says_so_and_ends_in_time(
+    ray_address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cluster, "_PLACES_SECONDS", 0.3)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(UserError, match=r"^after \d+ s the cluster has 0 CPUs .* need one CPU"),
+        connected(ray_address, ScalingConfig()),
+    ):
+        pass
+    assert "waiting for machines: the cluster has 0 CPUs" in caplog.text
+
+
+def test_a_cluster_that_may_grow_is_asked_for_machines(
+    ray_address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = {"Alive": True, "Labels": {"ray.io/node-group": "head"}, "Resources": {}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    with caplog.at_level(logging.INFO), connected(ray_address, ScalingConfig(use_gpu=True)):
+        assert "asking for machines, which may take minutes" in caplog.text
+
+
+def test_sockets_get_names_that_are_short_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = "/session_2026-11-27_00-50-41_360612_4194304/sockets/plasma_store"
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    for base in ("/t", "/" + 38 * "t", "/" + 39 * "t", "/" + 90 * "t", "/" + 30 * "ü"):
+        monkeypatch.setenv("TMPDIR", base)
+        folder = cluster._temp_dir() or f"{base}/ray"
+        assert len(os.fsencode(folder + longest)) <= 107
+        assert (cluster._temp_dir() is None) is (len(os.fsencode(base)) <= 39)
+
+
+def test_the_process_keeps_its_handlers_of_signals(ray_address: str) -> None:
+    def ours(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with connected(ray_address, ScalingConfig()):
+            assert signal.getsignal(signal.SIGTERM) is ours
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        # Nor has Ray, at its end, left the system's default behind Python's back.
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_while_ray_starts_reaches_the_process_own_handler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ours(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def init(address: str, **options: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(ray, "init", init)
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with pytest.raises(KeyboardInterrupt), connected("local", ScalingConfig()):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_no_cluster_at_the_address_is_one_line() -> None:

@@ -109,13 +109,14 @@ BAD_COLUMNS = [
     ({}, {"columns": ["x", "x"]}, "feature column 'x' is named twice; name it once"),
     ({}, {"columns": ["s"]}, "a.parquet: feature column 's' has type string; name numeric col"),
     ({}, {"columns": ["t"]}, "feature column 't' has type bool; name numeric columns"),
-    ({}, {"columns": ["l"]}, "feature column 'l' has type list<.*; write it as a fixed-size"),
+    ({}, {"columns": ["l", "x"]}, "feature column 'l' has type list<.* lists of numbers alone"),
+    ({}, {"columns": ["n"]}, "feature column 'n' has type list<.*string.*; name numeric columns"),
     ({}, {"columns": ["e", "x"]}, "feature column 'e' has type fixed_size_list.* alone"),
     ({}, {"columns": ["k"]}, "'k' is a hive key of the path, not a column .*; use it in --where"),
     ({}, {"weight_column": "nope"}, "no column 'nope' among .*; name another weight column"),
     ({}, {"weight_column": "s"}, "weight column 's' has type string; name a numeric column"),
     ({}, {"columns": ["x"], "weight_column": "x"}, "column 'x' is a feature and the weight"),
-    ({}, {"where": "nope > 1"}, "filter: no column 'nope'; columns are x, s, t, l, e, k; cor"),
+    ({}, {"where": "nope > 1"}, "filter: no column 'nope'; columns are x, s, t, l, n, e, k; cor"),
     ({}, {"where": "x > 'a'"}, "filter: column 'x' has type double, which 'a' is not"),
     ({}, {"where": "k > 'a'"}, "filter: column 'k' has type int64, which 'a' is not"),
     ({"x": ["u"]}, {}, r"b.parquet: column 'x' has type string, but double in .*a.parquet; mend"),
@@ -123,7 +124,7 @@ BAD_COLUMNS = [
     ({"s": [1.0]}, {}, "b.parquet: column 's' has type double, but string in .*a.parquet"),
     ({"z": [1.0]}, {}, "a.parquet: no column 'z' among .*; name the feature columns with --col"),
     ({"x": None}, {}, "b.parquet: no column 'x' among 's', "),
-    ({"e": [[1.0, 2]]}, {"columns": ["e"]}, "b.parquet: column 'e' has type list.*, but fixed_"),
+    ({"e": [["u"]]}, {"columns": ["e"]}, "b.parquet: column 'e' has type list.*, but fixed_"),
     (
         {"e": lakes.embeddings([[1.0, 2, 3]])},
         {"columns": ["e"]},
@@ -139,6 +140,7 @@ def test_an_unfit_column_is_refused(tmp_path, changes, options, message):
         "s": ["u"],
         "t": [True],
         "l": [[1.0, 2.0]],
+        "n": [["u"]],
         "e": lakes.embeddings([[1.0, 2.0]]),
     }
     lakes.write(tmp_path / "k=1" / "a.parquet", columns)
@@ -161,6 +163,6 @@ def test_a_column_that_occurs_twice_in_a_file_is_refused(tmp_path):
 def test_no_default_feature_is_an_error(tmp_path, n_lists):
     columns = {"id": [1]} | {f"e{i}": lakes.embeddings([[1.0]]) for i in range(n_lists)}
     lakes.write(tmp_path / "a.parquet", columns)
-    message = f"no floating-point column and {n_lists} fixed-size-list columns among 'id'"
+    message = f"no floating-point column and {n_lists} columns of lists of numbers among 'id'"
     with pytest.raises(UserError, match=message):
         lake.plan(str(tmp_path))

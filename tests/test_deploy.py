@@ -63,4 +63,4 @@ def test_the_job_takes_the_command() -> None:
     assert options.night == "2026-11-21"
     assert options.output == "s3://models/points/models/2026-11-21"
     assert options.resume
-    assert options.where == "ds < '2026-11-22' and ds >= '2026-11-21'"
+    assert options.partition == ["ds"]

@@ -413,8 +413,8 @@ def test_survivors_without_room_end_the_run_in_one_line(tmp_path: Path) -> None:
     forsaken = 2 * (time.monotonic() - began)
     faults = FaultConfig(grace=forsaken, forsaken=forsaken, backoff=60.0)
     wanted = (
-        r"^4 shards have had no worker for \d+ s, and the 1 workers that are up have no room "
-        "for them: add machines or memory$"
+        r"^no worker for 4 shards in \d+ s, and no room where one is up \(1 worker\): "
+        "add machines or memory$"
     )
     with shards_on(Load(tmp_path), faults, reserve=reserve) as shards:
         shards.load()

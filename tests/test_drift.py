@@ -140,4 +140,5 @@ def test_without_held_out_rows_there_is_no_such_figure() -> None:
     mixture = parameters("full", 2, 2)
     found = compare_densities(shards(rows(mixture, 50)), mixture, mixture)
     assert (found.held_out_before, found.held_out_tonight) == (None, None)
-    assert found.mean_before == found.mean_tonight
+    # Two lanes of one product: the same sums, in an order that the processor chooses for each.
+    assert found.mean_before == pytest.approx(found.mean_tonight, rel=1e-12)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from options import run
+from ending import run
 from ray.core.generated import common_pb2
 from ray.exceptions import (
     ActorDiedError,
@@ -40,6 +41,9 @@ VERDICTS = [
     (GetTimeoutError("slow"), Verdict.REPEAT),
     (raised(OSError("disk")), Verdict.OUTSIDE),
     (raised(ConnectionResetError("cut")), Verdict.OUTSIDE),
+    (raised(OSError(errno.ENOSPC, "No space left on device")), Verdict.HOPELESS),
+    (raised(OSError(errno.EDQUOT, "Disk quota exceeded")), Verdict.HOPELESS),
+    (raised(OSError(errno.EROFS, "Read-only file system")), Verdict.HOPELESS),
     (raised(MemoryError()), Verdict.OUTSIDE),
     (raised(UserError("row 17 is NaN")), Verdict.HOPELESS),
     (raised(RunFailed("the storage failed for 180 s")), Verdict.HOPELESS),

@@ -84,12 +84,42 @@ def test_a_component_far_off_does_not_squeeze_the_rest():
     assert figures.n_outside(far, plane(far), np.vstack([points, [[1e9, 1e9]]])) > 0
 
 
+@pytest.mark.parametrize(
+    ("x", "means", "low", "high"),
+    [
+        ([5.0] * 400, [5.0, 5.0], 4.0, 6.0),
+        ([5.0] * 400, [7.0], 4.0, 6.0),
+        ([0.0] * 400, [1e-12, 3.0], -1.0, 1.0),
+        ([1e17] * 400, [1e17], 0.999e17, 1.001e17),
+        ([0.0] * 399 + [5.0], [0.0, 5.0], -0.3, 5.3),
+        ([0.0] * 399 + [5.0], [0.0125], -0.3, 5.3),
+        ([-2.0], [9.0], -3.0, -1.0),
+    ],
+)
+def test_an_axis_on_which_rows_are_equal_has_a_width(x, means, low, high):
+    """Whether or not a mean lies there, to the last bit."""
+    frame, same = figures._frame(np.array([x, x]).T, np.array([means, means]).T)
+    assert frame == same == pytest.approx((low, high), rel=1e-12)
+
+
+def test_spreads_of_any_unit_are_told():
+    """Squares of the features' units need not be numbers."""
+    one = pages.clusters(3, 2, "diag")
+    units = np.array([1e150, 1e-150])
+    far = replace(one, means=one.means * units, covariances=one.covariances * units**2)
+    np.testing.assert_allclose(far.standardised, one.standardised, rtol=1e-12)
+    np.testing.assert_allclose(far.scale, one.scale * units, rtol=1e-12)
+    flat = replace(one, means=np.full((3, 2), 1e300), covariances=np.zeros((3, 2)))
+    assert flat.scale.tolist() == [1.0, 1.0]
+    assert not flat.standardised.any()
+
+
 def test_colours_go_with_the_number_from_night_to_night():
     clusters = replace(pages.clusters(3, 2), numbers=("7", "15", "new"))
     assert figures.colours(clusters) == [7, 15, 2]
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-9, 3e-4, 1.0, 8e9])
+@pytest.mark.parametrize("value", [0.0, 5e-324, 1e-9, 3e-4, 1.0, 8e9])
 def test_any_distance_from_the_best_can_be_drawn(value):
     points = {"full": [Point(1, 0.0), Point(2, value)]}
     assert "nan" not in figures.criterion("c", "BIC", points, (1, "full")).svg
@@ -124,7 +154,8 @@ def test_what_the_means_do_not_span_is_filled_with_principal_directions(k, words
     clusters = pages.clusters(k, 5)
     seen = plane(clusters)
     assert words in seen.kind
-    total = clusters.within + clusters.between
+    apart = clusters.means - clusters.weights @ clusters.means
+    total = clusters.within + apart.T @ np.diag(clusters.weights) @ apart
     a, b = seen.axes.T
     assert abs(a @ total @ b) < 1e-8 * np.sqrt((a @ total @ a) * (b @ total @ b))
 

@@ -83,6 +83,17 @@ def test_a_failed_candidate_has_no_rank_and_a_best_at_the_edge_a_note():
     assert "select again with k from" in str(edge)
 
 
+def test_rows_of_zero_weight_change_no_bit(X):
+    weight = np.ones(2 * len(X))
+    weight[::2] = 0
+    beside = np.full((2 * len(X), X.shape[1]), -1e7)
+    beside[1::2] = X
+    options = {"k": range(1, 4), "n_init": 3, "init_params": "random"}
+    one = select(X, sample_weight=np.ones(len(X)), **options)
+    other = select(beside, sample_weight=weight, **options)
+    assert one.rows() == other.rows()
+
+
 def test_weights_count(X):
     weight = np.arange(600) % 2
     half = select(X, k=2, covariance_types="diag", sample_weight=weight)

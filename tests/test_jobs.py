@@ -14,10 +14,12 @@ from pathlib import Path
 
 import fit as fit_job
 import lakes
+import nightly as nightly_job
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import score as score_job
 import sweep as sweep_job
 from conftest import S3Server, forget_connections
 from options import Again, parse_k
@@ -101,9 +103,13 @@ def test_sweep_leaves_a_model_a_report_and_a_manifest(
 
 
 def test_rows_columns_weights_and_missing_values_are_what_was_asked_for(
-    tmp_path: Path, ray_address: str
+    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = lake(tmp_path / "lake", replaced("x", 7, None))
+    told = {
+        "drop": "--missing drop left out 1 of 360 rows",
+        "mean": "--missing mean filled 1 value in 360 rows",
+    }
     for missing, n_rows, counted in (("drop", 359, "dropped"), ("mean", 360, "imputed")):
         out = tmp_path / missing
         argv = [data, "--columns", "y", "x", "--k", "3", "--output", str(out)]
@@ -111,10 +117,26 @@ def test_rows_columns_weights_and_missing_values_are_what_was_asked_for(
         assert fit_job.main([*argv, "--address", ray_address]) == 0
         report = json.loads((out / "sweep.json").read_text())
         assert report["feature_names"] == ["y", "x"]
-        assert report["n_rows"] == n_rows
+        weight, day = table()["w"].to_numpy(), table()["day"].to_numpy()
+        weightless = (weight == 0) & (day >= 1) & (day < 4)
+        weightless[7] &= missing == "mean"
+        assert report["rows"]["absent"] == weightless.sum() > 0
+        assert report["n_rows"] == n_rows - weightless.sum()
         assert report["rows"]["filtered"] == 240
         assert report["rows"][counted] == 1
+        assert report["warnings"][0] == told[missing]
+        assert f"warning: {told[missing]}" in capsys.readouterr().out
         assert report["n_samples"] != n_rows
+
+
+def test_nulls_are_told_before_ray_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = lake(tmp_path / "lake", replaced("x", 7, None))
+    argv = [data, "--columns", "x", "y", "--k", "2", "--output", str(tmp_path / "out")]
+    assert fit_job.main([*argv, "--address", "127.0.0.1:1"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"error: .*, row group 0: column 'x' has 1 null; pass --missing drop or", said)
 
 
 def test_held_out_rows_rank_and_are_told_of(
@@ -183,14 +205,17 @@ def test_the_next_command_runs_as_it_is_printed(
     assert gmm_dist.load(str(tmp_path / "my out-k2-4")).n_components == 3
 
 
+LEFT_OUT = " (with the credentials, which are left out here)"
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
         ("D --k 2..4 --output O", "D --k 4..8 --output O-k4-8"),
         ("--columns x y --output=O/ D --k=4", "--columns x y --output=O-k4-8 D --k=4..8"),
         ("D --output O-k2-4 --k 4", "D --output O-k4-8 --k 4..8"),
-        ("s3://key:secret@b/d --k 4 --output m", "s3://b/d --k 4..8 --output m-k4-8"),
-        ("D --k 4 --output=s3://k:s@b/m", "D --k 4..8 --output=s3://b/m-k4-8"),
+        ("s3://key:secret@b/d --k 4 --output m", "s3://b/d --k 4..8 --output m-k4-8" + LEFT_OUT),
+        ("D --k 4 --output=s3://k:s@b/m", "D --k 4..8 --output=s3://b/m-k4-8" + LEFT_OUT),
     ],
 )
 def test_the_next_command_differs_in_k_and_output_alone(argv: str, expected: str) -> None:
@@ -216,8 +241,7 @@ def test_workers_do_not_change_a_bit_and_neither_does_s3(
     tmp_path: Path, ray_address: str, s3_lake: S3Server
 ) -> None:
     data = lake(tmp_path / "lake")
-    fs = s3_lake.file_system()
-    fs.put(data, s3_lake.url, recursive=True)
+    lakes.upload(Path(data), s3_lake.file_system(), s3_lake.url)
     hashes = set()
     places = [(data, "1"), (data, "2"), (data, "4"), (s3_lake.url, "2")]
     for i, (place, workers) in enumerate(places):
@@ -244,7 +268,7 @@ def test_as_a_user_starts_it_with_ray_embedded(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("best by BIC: k=3 full, ")
-    assert "loaded 1 of 1 shards, 600 rows" in done.stderr
+    assert "loaded 1 of 1 shard, 600 rows" in done.stderr
     assert "Traceback" not in done.stderr
     assert "WARNING" not in done.stderr
     again = subprocess.run(
@@ -268,6 +292,17 @@ def test_as_a_user_starts_it_with_ray_embedded(tmp_path: Path) -> None:
         (["--k", "2", "--tol", "-1"], r"tol is -1\.0: give a number >= 0"),
         (["--k", "2", "--n-init", "0"], r"n_init is 0: give a whole number >= 1"),
         (["--k", "2", "--num-workers", "0"], r"num_workers is 0"),
+        (["--k", "2", "--tol", "nan"], r"tol is nan: give a number >= 0"),
+        (["--k", "2", "--reg-covar", "inf"], r"reg_covar is inf: give a number >= 0"),
+        (["--k", "2", "--max-iter", "0"], r"max_iter is 0: give a whole number >= 1"),
+        (["--k", "2", "--random-state", "-1"], r"random_state is -1: give a whole number from 0"),
+        (["--k", "2", "--grace", "nan"], r"grace is nan: give seconds >= 0"),
+        (["--k", "2", "--grace", "inf"], r"grace is inf: give seconds >= 0"),
+        (["--k", "2", "--grace", "-1"], r"grace is -1\.0: give seconds >= 0"),
+        (["--k", "2", "--max-failures", "-1"], r"max_failures is -1: give a whole number >= 0"),
+        (["--k", "2", "--checkpoint-seconds", "nan"], r"checkpoint-seconds is nan: give seconds"),
+        (["--k", "2", "--checkpoint-seconds", "-1"], r"checkpoint-seconds is -1: give seconds"),
+        (["--k", "2", "--holdout", "nan"], r"--holdout is nan: give a share of the rows, 0 <="),
         (["--k", "2", "--columns", "x", "nope"], r"'nope'"),
         (["--k", "2", "--columns", "x", "name"], r"'name'.*"),
         (["--k", "2", "--columns", "x", "x"], r"'x'"),
@@ -286,6 +321,33 @@ def test_a_bad_option_is_one_line(
     line = refused(capfd, lake(tmp_path / "lake"), "--output", str(out), *argv)
     assert re.search(message, line), line
     assert not out.exists()
+
+
+def test_options_out_of_range_are_refused_before_the_output_is_looked_at(
+    tmp_path: Path, capfd: Errors
+) -> None:
+    taken = tmp_path / "out"
+    taken.mkdir()
+    (taken / "manifest.json").write_text("{}")
+    nowhere = [str(tmp_path / "nowhere"), "--output", str(taken)]
+    assert "grace is nan" in refused(capfd, *nowhere, "--k", "2", "--grace", "nan")
+    scores = [*nowhere, "--model", str(tmp_path / "nowhere")]
+    for share in ("nan", "0", "1", "-1"):
+        line = refused(capfd, *scores, "--outliers", share, job=score_job.main)
+        assert "give a share from 1e-06 to below 1" in line
+    line = refused(capfd, *scores, "--num-workers", "0", job=score_job.main)
+    assert "num_workers is 0" in line
+
+
+def test_help_shows_the_holdout_that_a_job_has(capfd: Errors) -> None:
+    for job, default in ((sweep_job.main, "0"), (nightly_job.main, "0.1")):
+        with pytest.raises(SystemExit):
+            job(["--help"])
+        words = " ".join(capfd.readouterr().out.split())
+        assert (
+            f"score the fits on this share of the rows, kept out of them (default: {default})"
+            in words
+        )
 
 
 def test_a_missing_path_and_a_folder_without_parquet_are_one_line(
@@ -328,14 +390,21 @@ def test_an_embedding_whose_width_differs_between_files_is_one_line(
     assert "4.parquet: column 'e' has embedding width 4, but 3 in" in line
 
 
-@pytest.mark.parametrize(("value", "said"), [(None, "null"), (np.nan, "NaN"), (np.inf, "inf")])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "row group 1: column 'x' has 1 null"),  # told by the footer, which names no row
+        (np.nan, "row group 1, row 17: column 'x' is NaN"),
+        (np.inf, "row group 1, row 17: column 'x' is inf"),
+    ],
+)
 def test_a_value_that_is_no_number_is_named_by_file_row_group_row_and_column(
     tmp_path: Path, capfd: Errors, ray_address: str, value: float | None, said: str
 ) -> None:
     data, out = lake(tmp_path / "lake", replaced("x", 417, value)), tmp_path / "out"
     argv = [data, "--columns", "x", "y", "--k", "2", "--output", str(out)]
     line = refused(capfd, *argv, "--address", ray_address)
-    assert "b.parquet, row group 1, row 17: column 'x' is " + said in line
+    assert f"b.parquet, {said}" in line
     assert not out.exists()
 
 

@@ -21,8 +21,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gmm_dist import lake, listing, reading
-from gmm_dist.errors import UserError
+from gmm_dist import lake, listing, reading, streaming
+from gmm_dist.errors import NoRows, UserError
 from gmm_dist.lake import RowRange
 from gmm_dist.reading import RowCounts
 
@@ -41,7 +41,9 @@ def two_files(tmp_path):
     groups=st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=4),
     n_shards=st.integers(1, 40),
 )
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_number_of_shards_reads_the_rows_that_arrow_reads(tmp_path, groups, n_shards):
     shutil.rmtree(tmp_path / "lake", ignore_errors=True)
     first = 0
@@ -53,7 +55,7 @@ def test_any_number_of_shards_reads_the_rows_that_arrow_reads(tmp_path, groups, 
             for size in sizes:
                 i = np.arange(first, first + size)
                 first += size
-                table = pa.table({"x": i / 3, "y": i * 2.0, "w": i}).cast(schema)
+                table = pa.table({"x": i / 3, "y": i * 2.0, "w": i + 1}).cast(schema)
                 writer.write_table(table, row_group_size=max(size, 1))
     plan = lake.plan(str(tmp_path / "lake"), weight_column="w", n_shards=n_shards)
     X, weight, counts = lakes.read_all(plan)
@@ -180,6 +182,38 @@ def test_a_lake_on_s3_gives_the_same_shards_and_rows(two_files, s3_lake):
     assert lake.plan(f"{url}/", where="i != 3", n_shards=5) == remote
     np.testing.assert_array_equal(lakes.read_all(remote)[0], lakes.read_all(local)[0])
     np.testing.assert_array_equal(reading.probe(remote), reading.probe(local))
+
+
+# --- files without rows
+
+
+@pytest.mark.parametrize("where", [None, "i >= 0", "dt >= '2026-11-01' and i < 99"])
+@pytest.mark.parametrize(
+    "empty",
+    [
+        pa.table({}),
+        pa.table({"other": pa.array([], pa.string())}),
+        pa.table({"x": pa.array([], pa.string()), "y": [], "i": pa.array([], pa.date32())}),
+    ],
+    ids=["without columns", "with others", "of other types"],
+)
+def test_a_file_without_rows_does_not_block_a_lake(two_files, empty, where):
+    whole = lakes.read_all(lake.plan(str(two_files)))[0]
+    lakes.write(two_files / "dt=2026-11-01" / "0.parquet", empty)  # the first, too
+    lakes.write(two_files / "dt=2026-11-03" / "a.parquet", empty)
+    plan = lake.plan(str(two_files), where=where, keep=["i"], missing="mean")
+    np.testing.assert_array_equal(lakes.read_all(plan)[0], whole)
+    assert [sum(file.rows) for file in plan.files] == [0, 25, 25, 0]
+    groups = streaming.row_groups(plan)
+    streamed = [sum(X.shape[1] for _, X in streaming.stream(plan, i, groups[i])) for i in range(4)]
+    assert streamed == [0, 25, 25, 0]
+
+
+def test_a_lake_without_rows_is_said(tmp_path):
+    lakes.write(tmp_path / "dt=1" / "a.parquet", pa.table({"x": pa.array([], pa.float64())}))
+    for where in (None, "dt == 1", "x > 0"):
+        with pytest.raises(NoRows, match="no rows in 1 Parquet files; check the path"):
+            lake.plan(str(tmp_path), where=where)
 
 
 # --- the filter

@@ -15,12 +15,15 @@ TENSORS = {"torch", "jaxtyping"}
 
 MAY_IMPORT = {
     # Errors a user can cause; frozen, validated settings.
-    "errors": set(),
+    "urls": set(),
+    "formats": set(),
+    "errors": {"formats", "urls"},
     "config": {"errors"},
     # The mathematics: neither where rows are, nor Ray, nor files.
     "parameters": TENSORS,
     "statistics": TENSORS,
     "families": TENSORS | {"parameters", "statistics"},
+    "soundness": {"torch", "families", "parameters"},
     "shards": {"torch"},
     "lanes": TENSORS | {"parameters"},
     "features": {"torch", "families"},
@@ -42,19 +45,24 @@ MAY_IMPORT = {
     | {"config", "em", "families", "kernel", "limits", "moves", "parameters", "sample"}
     | {"seeding", "shards", "statistics"},
     "quantiles": {"errors"},
-    "mixture": TENSORS | {"numpy", "errors", "families", "parameters", "quantiles"},
+    # Rows that a user hands in; a lake as a value, which they are not.
+    "opened": {"urls"},
+    "inputs": {"numpy", "sklearn", "torch", "errors", "opened"},
+    "mixture": TENSORS | {"numpy", "errors", "families", "inputs", "parameters", "quantiles"},
     "holdout": TENSORS | {"families", "kernel", "parameters", "shards"},
     "histogram": TENSORS | {"families", "kernel", "parameters", "quantiles", "shards"},
     "spikes": TENSORS | {"sample", "shards", "statistics"},
     "weighting": {"shards", "statistics"},
     "selection": {"torch", "em", "families", "mixture", "spikes", "statistics", "weighting"},
     "matching": TENSORS | {"scipy", "parameters"},
-    "drift": TENSORS | {"histogram", "holdout", "matching", "parameters", "shards"},
+    "column_drift": TENSORS | {"scipy", "mixture", "parameters"},
+    "drift": TENSORS | {"column_drift", "histogram", "holdout", "matching", "parameters", "shards"},
     "sweep": {
         "cohort",
         "config",
         "em",
         "errors",
+        "formats",
         "holdout",
         "kernel",
         "lanes",
@@ -70,60 +78,70 @@ MAY_IMPORT = {
         "weighting",
     },
     # The lake: neither EM, nor torch, nor Ray.
-    "storage": {"fsspec", "errors"},
-    "where": {"numpy", "pyarrow", "errors"},
-    "listing": {"fsspec", "pyarrow", "errors", "storage"},
-    "columns": {"pyarrow", "errors", "listing", "storage", "where"},
-    "lake": {"numpy", "pyarrow", "columns", "errors", "listing", "storage", "where"},
-    "reading": {"numpy", "pyarrow", "columns", "errors", "lake", "listing", "storage"},
-    "streaming": {"numpy", "pyarrow", "errors", "lake", "listing", "reading", "storage"},
+    "storage": {"fsspec", "errors", "urls"},
+    "comparing": {"numpy", "pyarrow"},
+    "where": {"numpy", "pyarrow", "comparing", "errors"},
+    "decoding": {"pyarrow", "errors"},
+    "table_formats": {"fsspec", "errors", "storage"},
+    "data_files": {"fsspec", "errors", "storage"},
+    "listing": {"fsspec", "pyarrow", "data_files", "errors", "storage", "table_formats"} | {"urls"},
+    "column_types": {"pyarrow", "comparing"},
+    "columns": {"pyarrow", "column_types", "errors", "listing", "storage", "where"},
+    "footers": {"pyarrow", "column_types", "comparing"},
+    "nights": {"pyarrow", "decoding", "errors", "listing", "storage", "urls", "where"},
+    "lake": {"numpy", "pyarrow", "columns", "comparing", "decoding", "errors", "footers"}
+    | {"formats", "listing", "nights", "storage", "urls", "where"},
+    "reading": {"numpy", "pyarrow", "column_types", "comparing", "decoding", "errors", "lake"}
+    | {"listing", "storage"},
+    "streaming": {"numpy", "pyarrow", "comparing", "decoding", "errors", "lake", "listing"}
+    | {"reading", "storage"},
     # A lake's rows become resident blocks: the one place where the two meet.
     "loading": {"numpy", "torch", "lake", "reading", "shards"},
     # The cluster: neither files, nor EM.
-    "failures": {"ray", "errors"},
+    "failures": {"ray", "errors", "formats"},
     "placement": set(),
     "workers": {"ray", "torch", "shards"},
-    "dispatch": {"ray", "errors", "failures", "placement", "workers"},
-    "cluster": {"ray", "dispatch", "errors", "failures", "placement", "shards", "workers"},
+    "dispatch": {"ray", "errors", "failures", "formats", "placement", "workers"},
+    "cluster": {"grpc", "ray", "dispatch", "errors", "failures", "formats", "placement", "shards"}
+    | {"workers"},
     # What is left behind.
-    "places": {"fsspec", "storage"},
+    "places": {"fsspec", "errors", "storage", "urls"},
     "records": {"errors"},
     "model_files": {"safetensors", "torch", "errors", "mixture", "parameters"}
-    | {"quantiles", "records"},
+    | {"quantiles", "records", "soundness"},
     "conditional": {"fsspec", "errors", "places", "storage"},
     "lease": {"fsspec", "conditional", "errors", "places", "storage"},
     "commit": {"errors", "lease", "mixture", "model_files", "places", "records", "storage"},
-    "checkpoint": {"safetensors", "torch", "errors", "model_files", "places", "records"},
+    "checkpoint": {"safetensors", "torch", "errors", "model_files", "places", "records"}
+    | {"storage"},
     "scoring": {"numpy", "pyarrow", "torch", "errors", "families", "parameters"},
     "scored": {"numpy", "pyarrow", "torch", "checkpoint", "commit", "lake", "places"}
     | {"errors", "listing", "records", "scoring", "shards", "storage", "streaming"},
     "runs": {"checkpoint", "commit", "errors", "lease", "places", "storage"},
     "score_runs": {"checkpoint", "commit", "errors", "lake", "places", "records", "runs"}
     | {"lease", "scored", "storage"},
-    "artifacts": {"commit", "errors", "mixture", "model_files", "places", "records", "storage"},
+    "artifacts": {"commit", "errors", "mixture", "model_files", "places", "records", "storage"}
+    | {"urls"},
     "gate": {"pyarrow", "errors"},
-    "registry": {"artifacts", "checkpoint", "commit", "conditional", "errors", "mixture"}
-    | {"places", "records", "storage"},
+    "registry": {"artifacts", "checkpoint", "commit", "conditional", "errors", "lease", "mixture"}
+    | {"places", "records", "storage", "urls"},
     # What people look at: neither torch, nor Ray, nor files.
-    "formats": set(),
     "planes": {"numpy"},
     "svg": {"matplotlib"},
     "figures": {"matplotlib", "numpy", "formats", "planes", "svg"},
     "report": {"jinja2", "markupsafe", "numpy", "figures", "formats", "planes", "svg"},
     # scikit-learn's face; a lake's rows are fitted where the cluster is.
-    "opened": set(),
     "trials": TENSORS
     | {"cohort", "families", "kernel", "lanes", "parameters", "shards", "statistics"},
     "resident": TENSORS | {"kernel", "shards", "statistics"},
-    "inputs": {"numpy", "sklearn", "torch"},
     "shares": TENSORS | {"inputs", "numpy", "sklearn"},
     "assembly": TENSORS
     | {"cluster", "config", "errors", "failures", "lake", "limits", "loading", "opened"}
     | {"parameters", "selection", "sweep"},
     "estimator": {"numpy", "sklearn", "torch"}
     | {"assembly", "config", "em", "errors", "families", "inputs", "mixture", "opened"}
-    | {"parameters", "resident", "selection", "shards", "shares", "statistics", "trials"}
-    | {"weighting"},
+    | {"parameters", "resident", "selection", "shards", "shares", "soundness", "statistics"}
+    | {"trials", "weighting"},
     "grid": {"matplotlib", "pandas", "torch"}
     | {"assembly", "config", "errors", "estimator", "families", "inputs", "opened", "resident"}
     | {"selection", "sweep"},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
+import time
 
 import lakes
 import pytest
 
-from gmm_dist import lake, listing, reading
+from gmm_dist import lake, listing, reading, storage
 from gmm_dist.errors import UserError
 
 NAN, INF = float("nan"), float("inf")
@@ -84,16 +87,76 @@ def test_hive_keys_have_types_and_nulls(tmp_path):
     assert lake.plan(str(tmp_path)).feature_names == ("x",)
 
 
+def test_a_link_to_nothing_is_refused_and_not_passed_over(two_files):
+    (two_files / "b.parquet").symlink_to("/no/such/file")
+    (two_files / ".#a.parquet").symlink_to("somebody@host.123:456")  # an editor's lock
+    (two_files / "notes.txt").symlink_to("/no/such/notes")
+    message = "/b.parquet: a link to /no/such/file, which is not there; mend the link or remove it"
+    with pytest.raises(UserError, match=message):
+        listing.find(str(two_files))
+    (two_files / "b.parquet").unlink()
+    assert len(listing.find(str(two_files)).files) == 2
+
+
+def test_a_link_to_itself_is_refused(two_files):
+    (two_files / "b.parquet").symlink_to("b.parquet")
+    with pytest.raises(UserError, match=r"/b\.parquet: a link to b\.parquet, which is not there"):
+        listing.find(str(two_files))
+    with pytest.raises(UserError, match=r"/b\.parquet.*: links lead round"):
+        listing.find(str(two_files / "b.parquet"))
+
+
+def test_a_pipe_is_passed_over_and_never_opened(two_files):
+    os.mkfifo(two_files / "b.parquet")
+    assert len(listing.find(str(two_files)).files) == 2
+    for path in (two_files / "b.parquet", "/dev/null"):
+        with pytest.raises(UserError, match=f"^{path}: neither a file nor a folder"):
+            listing.find(str(path))
+
+
+@pytest.mark.parametrize("name", [b"\xff.parquet", b"00000\xff"])
+def test_a_data_file_whose_name_is_not_utf8_is_refused(two_files, name):
+    path = two_files / os.fsdecode(name)
+    lakes.write(two_files / "b.parquet", {"x": [1.0]}).rename(path)
+    message = r"/.*\\udcff.*: its name is not UTF-8; rename it"
+    for url in (two_files, path):
+        with pytest.raises(UserError, match=message) as caught:
+            listing.find(str(url))
+        str(caught.value).encode()
+    path.unlink()
+    (two_files / os.fsdecode(b"\xff\n.txt")).write_text("passed over")
+    assert len(listing.find(str(two_files)).files) == 2
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "a\0b"])
+def test_a_name_that_no_disk_can_hold_is_not_there(tmp_path, name):
+    with pytest.raises(UserError, match=r"no such file or folder|a name is too long"):
+        listing.find(f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize("name", ["b[1]", "a*", "a?", "[!x]", "{a,b}", "**"])
+def test_names_are_no_patterns(tmp_path, name):
+    for folder, value in ((name, 1.0), ("b1", 2.0), ("ab", 3.0), ("a", 4.0)):
+        lakes.write(tmp_path / folder / f"{folder}.parquet", {"x": [value]})
+    assert lakes.read_all(lake.plan(str(tmp_path / name)))[0].ravel().tolist() == [1.0]
+    file = tmp_path / name / f"{name}.parquet"
+    assert lakes.read_all(lake.plan(str(file)))[0].ravel().tolist() == [1.0]
+
+
 def test_a_missing_path_is_an_error(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}/nope: no such file or folder; check the"):
         listing.find(f"{tmp_path}/nope")
 
 
 def test_a_folder_without_parquet_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"no Parquet file .* among 0 files \(found nothing\)"):
+    with pytest.raises(
+        UserError, match=r"no Parquet file that is not empty among 0 files \(found nothing\)"
+    ):
         listing.find(str(tmp_path))
     (tmp_path / "a.csv").write_text("x\n1\n")
-    with pytest.raises(UserError, match=r"no Parquet file .* among 1 files \(found a\.csv\)"):
+    with pytest.raises(
+        UserError, match=r"no Parquet file that is not empty among 1 files \(found a\.csv\)"
+    ):
         listing.find(str(tmp_path))
 
 
@@ -123,6 +186,55 @@ def test_a_file_that_changed_since_the_plan_is_an_error(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=message):
         lakes.read_all(plan)
+
+
+def replace(path, *, by):
+    """Put a file of equal size and mtime in a file's place, by renaming or by writing it anew."""
+    before = path.stat()
+    other = lakes.write(path.with_name("_other"), {"x": lakes.numbers(100, seed=1)})
+    assert other.stat().st_size == before.st_size
+    if by == "renaming":
+        os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+        other.rename(path)
+    else:
+        path.write_bytes(other.read_bytes())
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("by", ["renaming", "writing"])
+def test_a_file_that_hides_that_it_changed_is_an_error(tmp_path, by):
+    path = lakes.write(tmp_path / "a.parquet", {"x": lakes.numbers(100)})
+    plan = pickle.loads(pickle.dumps(lake.plan(str(tmp_path))))  # as workers get it
+    time.sleep(0.02)  # the clock that stamps files ticks every few milliseconds
+    replace(path, by=by)
+    with pytest.raises(UserError, match=f"{path}: changed since the plan was made; run again"):
+        lakes.read_all(plan)
+    # Another run has the same plan: what is compared within one is no part of it.
+    again = lake.plan(str(tmp_path))
+    assert (again, again.hash, again.versions) == (plan, plan.hash, plan.versions)
+    assert len(lakes.read_all(again)[0]) == 100
+
+
+def test_a_link_that_points_elsewhere_by_now_is_an_error(tmp_path):
+    for name, seed in (("one", 0), ("two", 1)):
+        path = lakes.write(tmp_path / name / "a.parquet", {"x": lakes.numbers(100, seed=seed)})
+        os.utime(path, (1e9, 1e9))
+    link = tmp_path / "lake" / "a.parquet"
+    link.parent.mkdir()
+    link.symlink_to("../one/a.parquet")
+    plan = lake.plan(str(tmp_path / "lake"))
+    link.unlink()
+    link.symlink_to("../two/a.parquet")
+    with pytest.raises(UserError, match="changed since the plan was made"):
+        lakes.read_all(plan)
+
+
+def test_another_hosts_view_of_a_file_raises_no_alarm(tmp_path, monkeypatch):
+    lakes.write(tmp_path / "a.parquet", {"x": lakes.numbers(100)})
+    plan = lake.plan(str(tmp_path))
+    monkeypatch.setattr(storage, "_boot_id", lambda: "another host")
+    (tmp_path / "a.parquet").chmod(0o600)
+    assert len(lakes.read_all(plan)[0]) == 100
 
 
 # --- on S3
@@ -173,6 +285,30 @@ def test_a_key_that_changes_while_it_is_read_is_an_error(tmp_path, s3_lake, monk
     lakes.upload(tmp_path, fs, s3_lake.url)
     with pytest.raises(UserError, match=f"{url}/a.parquet: changed since the plan was made"):
         next(rows)
+
+
+@pytest.mark.parametrize("name", ["b[1]", "a*?"])
+def test_keys_are_no_patterns(tmp_path, s3_lake, name):
+    for folder, value in ((name, 1.0), ("b1", 2.0), ("ab", 3.0)):
+        lakes.write(tmp_path / folder / "a.parquet", {"x": [value]})
+    url = lakes.upload(tmp_path, s3_lake.file_system(), s3_lake.url)
+    for lake_url in (f"{url}/{name}", f"{url}/{name}/a.parquet"):
+        assert lakes.read_all(lake.plan(lake_url))[0].ravel().tolist() == [1.0]
+
+
+def test_a_long_key_is_read(tmp_path, s3_lake):
+    path = lakes.write(tmp_path / "a.parquet", {"x": [1.0]})
+    fs = s3_lake.file_system()
+    fs.pipe_file(
+        f"{s3_lake.url}/{'x' * 200}/{'y' * 200}.parquet".removeprefix("s3://"), path.read_bytes()
+    )
+    assert lakes.read_all(lake.plan(s3_lake.url))[0].ravel().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("url", ["s3://b[1]", "s3://b[1]/x", "https://[b]/x"])
+def test_a_bucket_that_cannot_be_is_said(s3_lake, url):
+    with pytest.raises(UserError, match=rf"^{re.escape(url)}: .*check"):
+        listing.find(url)
 
 
 def test_a_truncated_key_is_named(tmp_path, s3_lake):

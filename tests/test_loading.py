@@ -99,13 +99,13 @@ def parts(loader: LakeLoader) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def test_held_out_rows_lie_beside_the_others_with_their_weights(tmp_path: Path) -> None:
     x = np.arange(200.0)
-    pq.write_table(pa.table({"x": x, "w": 2 * x}), tmp_path / "a.parquet", row_group_size=70)
+    pq.write_table(pa.table({"x": x, "w": 2 * x + 1}), tmp_path / "a.parquet", row_group_size=70)
     plan = lake.plan(str(tmp_path), weight_column="w", columns=["x"], n_shards=3, holdout=0.25)
     loader = LakeLoader(plan, np.array([100.0]), torch.float64)
     fitted, held, weight = parts(loader)
     assert 30 < held.shape[1] < 70
     assert torch.equal(torch.cat([fitted, held], 1).sort()[0][0] + 100, torch.from_numpy(x))
-    assert torch.equal(weight, 2 * (held[0] + 100))
+    assert torch.equal(weight, 2 * (held[0] + 100) + 1)
     counted = local(loader).run(count_rows)
     assert counted.n_rows == fitted.shape[1] == 200 - held.shape[1]
     assert counted.counts == RowCounts(read=200, held_out=held.shape[1])

@@ -134,9 +134,10 @@ def test_rows_of_another_width_are_refused(shape, make):
     model = Mixture(parameters, feature_names=("a", "b", "c", "d"))
     with pytest.raises(UserError) as error:
         model.predict(make(shape))
-    assert str(error.value) == (
-        f"X has shape {shape}: give rows (n, 4), one column per feature of the mixture (a, b, c, d)"
+    assert str(error.value).endswith(
+        ": give rows (n, 4), one column per feature of the mixture, in their order (a, b, c, d)"
     )
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("make", [np.zeros, torch.zeros])
@@ -166,6 +167,16 @@ def test_a_component_without_weight_gets_no_rows():
     resp = Mixture(empty).predict_proba(X)
     assert not resp[:, 1].any()
     torch.testing.assert_close(resp.sum(1), torch.ones(len(X), dtype=torch.float64))
+
+
+def test_its_repr_is_one_short_line():
+    parameters, _ = example("full")
+    said = "Mixture(n_components=3, n_features=4, covariance_type='full', feature_names="
+    assert repr(Mixture(parameters)) == f"{said}())"
+    assert repr(Mixture(parameters, ("a", "b\n", "c", "d"))) == f"{said}('a', 'b\\n', 'c', 'd'))"
+    wide = Mixture(mixtures.parameters("diag", 2, 300), tuple(f"{j}" * 300 for j in range(300)))
+    assert repr(wide).count("\n") == 0
+    assert len(repr(wide)) < 500
 
 
 @pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])

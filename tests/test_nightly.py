@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,9 @@ import nightly
 import nights
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import ray
 from conftest import S3Server
 from nights import Cluster
 from progress import Progress
@@ -27,6 +33,7 @@ from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.gate import Gate
 from gmm_dist.lease import LeaseLost
 from gmm_dist.loading import Counted, count_rows
+from gmm_dist.nights import NightKey
 from gmm_dist.registry import DRIFT, GATE, Lineage, Registry
 from gmm_dist.scoring import Scorer, Scoring
 from gmm_dist.shards import LocalShards, Shards
@@ -39,6 +46,9 @@ FIRST: dict[str, Cluster] = {"a": A, "b": B, "c": C}
 
 def night(day: int) -> str:
     return f"2026-11-{day:02d}"
+
+
+RESIDENT = fitting.Job.resident
 
 
 @contextmanager
@@ -241,7 +251,7 @@ def test_a_night_on_a_cluster_with_the_registry_on_s3(
     one_worker = ["--num-workers", "1", "--columns", "y", "x", "--k", "3"]
     one_worker += ["--scores", f"{s3_lake.url}/scores", "--keep", "id"]
     assert on.run(1, *one_worker) == 0
-    assert "scored 1,200 rows of 1 files by k=3" in capsys.readouterr().out
+    assert "scored 1,200 rows of 1 file by k=3" in capsys.readouterr().out
     assert on.run(1, *one_worker) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-3].endswith("published before")
@@ -335,6 +345,62 @@ def test_a_model_that_scores_held_out_rows_far_worse_is_kept_back(
     assert local.registry.latest() == night(2)
 
 
+UNITS = {"x": (5.0, 3.0, 1.0), "y": (17.0, 3.0, 1.0), "z": (5.0, 15.0, 1.0)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: 1.6 * x, lambda x: 1000 * x, lambda x: x + 4, lambda x: 1.8 * x + 32],
+    ids=["1.6", "1000", "shifted", "fahrenheit"],
+)
+def test_a_feature_in_another_unit_is_kept_back_until_it_is_accepted(
+    local: Nights, capsys: Errors, change: Callable[[Any], Any]
+) -> None:
+    one = ("--k", "3", "--n-init", "1")
+    local.write(1, UNITS)
+    assert local.run(1, *one) == 0
+    for day in (2, 3):
+        table = nights.rows(UNITS, 400, seed=day)
+        x = pa.array(change(table["x"].to_numpy()))
+        nights.write_night(local.lake, night(day), table.set_column(0, "x", x))
+    assert local.run(2, *one) == 3
+    out = capsys.readouterr().out.splitlines()[-1]
+    assert out.startswith(f"kept back {night(2)}: whole columns or most rows have changed since ")
+    assert "(--max-drift): 'x' is " in out
+    assert "more than 0.2 (--max-drift)" in out
+    assert "accept it, if it is meant, by --max-drift inf for this night alone" in out
+    verdict = local.gate(2)
+    assert verdict["max_drift"] == 0.2
+    assert verdict["column_drift"]["drift"] > 0.2
+    assert verdict["column_drift"]["columns"] == ["x"]
+    assert verdict["reasons"][0] in out
+    (candidate,) = (Path(local.url) / "candidates" / night(2)).iterdir()
+    drift = json.loads((candidate / "drift.json").read_text())
+    assert drift["columns"] == verdict["column_drift"]
+    assert "whole columns or most rows have changed" in (candidate / "report.html").read_text()
+    assert local.registry.latest() == night(1)
+    assert local.run(2, *one, "--max-drift", "inf") == 0  # once:
+    assert local.run(3, *one) == 0
+    assert local.drift(3)["columns"]["drift"] < 0.1
+
+
+def test_many_strangers_are_told_of_and_published(
+    local: Nights, capsys: Errors, caplog: pytest.LogCaptureFixture
+) -> None:
+    local.write(1, FIRST)
+    assert local.run(1, "--k", "3", "--n-init", "1") == 0
+    local.write(2, {**FIRST, "d": (90.0, 90.0, 1.0)})
+    capsys.readouterr()
+    assert local.run(2, "--k", "4", "--n-init", "1") == 0
+    warning = "25% of tonight's rows are strange to last night's model"
+    assert f"warning: {warning}" in capsys.readouterr().out.replace("\n", " ")
+    assert warning in caplog.text
+    url = local.registry.model_url(night(2))
+    assert warning in artifacts.read_report(url, GATE)["warnings"][0]
+    assert warning in artifacts.read_report(url)["warnings"][0]
+    assert local.drift(2)["columns"]["strangers"] == pytest.approx(0.25, abs=0.03)
+
+
 def test_another_try_takes_the_place_of_the_candidate(local: Nights) -> None:
     local.write(1, {"a": A}, n=100)
     for _ in range(2):
@@ -351,7 +417,7 @@ def test_fewer_rows_than_components_and_candidates_of_no_rank_are_kept_back(
     assert "--k asks for 4 components, but there are 3 rows" in capsys.readouterr().out
     local.write(2, {"a": A}, n=6)
     assert local.run(2, "--k", "4", "--min-rows", "1") == 3
-    assert "none of the 1 candidates could be ranked" in capsys.readouterr().out
+    assert "the one candidate could not be ranked" in capsys.readouterr().out
     assert local.registry.latest() is None
 
 
@@ -411,7 +477,7 @@ def test_a_pruned_night_is_not_fitted_again(local: Nights, capsys: Errors) -> No
     assert local.registry.new_ids(0) == 3
     argv = [local.data, "--registry", local.url, "--night", night(1), "--partition", "ds"]
     with pytest.raises(UserError, match=r"was published and pruned while this run waited"):
-        nightly._publish(nightly._parse([*argv, "--k", "3"]), local.registry, Gate())
+        nightly._publish(nightly._parse([*argv, "--k", "3"]), local.registry, Gate(), ExitStack())
 
 
 def test_scores_inside_the_lake_are_refused_before_any_fitting(
@@ -438,6 +504,173 @@ def test_scores_of_files_that_have_changed_since_stay(
     assert "or pass another --scores" in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------- in their order
+
+
+def test_a_night_that_another_one_came_before_while_it_was_fitted_is_fitted_anew(
+    local: Nights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = ("--k", "3", "--n-init", "1")
+    for day in (1, 2):
+        local.write(day, FIRST)
+    fit, began = fitting.Job.fit, []
+
+    def fit_the_first_one_first(self: fitting.Job, *args: Any) -> Any:
+        fitted = fit(self, *args)
+        began.append(self.options.night)
+        if began == [night(2)]:
+            assert local.run(1, *one) == 0
+        return fitted
+
+    monkeypatch.setattr(fitting.Job, "fit", fit_the_first_one_first)
+    assert local.run(2, *one) == 0
+    assert began == [night(2), night(1), night(2)]
+    assert "a night has been published in between: fitting anew" in caplog.text
+    assert (local.lineage(1).night_before, local.lineage(2).night_before) == (None, night(1))
+    assert local.named(1, FIRST) == local.named(2, FIRST)
+    assert f"warm start from {night(1)}" in caplog.text
+    assert local.registry.latest() == night(2)
+    # As if the nights had come one after the other.
+    again = Nights(local.lake, f"{local.url}-again", *local.common)
+    assert [again.run(day, *one) for day in (1, 2)] == [0, 0]
+    assert again.lineage(2) == local.lineage(2)
+    assert again.drift(2) == local.drift(2)
+
+
+def test_a_night_before_all_others_takes_its_numbers_from_the_one_after_it(local: Nights) -> None:
+    second = {**FIRST, "d": (12.0, 12.0, 1.0)}
+    local.write(2, FIRST)
+    local.write(1, second)
+    assert local.run(2, "--k", "3", "--n-init", "1") == 0
+    assert local.run(1, "--k", "4", "--n-init", "1") == 0
+    assert local.named(1, second) == {**local.named(2, FIRST), "d": 3}
+    lineage = local.lineage(1)
+    assert (lineage.night_before, lineage.born, lineage.dead) == (None, (3,), ())
+    assert local.registry.latest() == night(2)
+
+
+def test_a_night_whose_past_is_pruned_while_it_is_fitted_is_matched_against_it(
+    local: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = ("--k", "3", "--n-init", "1")
+    for day in (1, 2, 3):
+        local.write(day, FIRST)
+    for day in (1, 3):
+        assert local.run(day, *one) == 0
+    ids, fit = local.named(1, FIRST), fitting.Job.fit
+
+    def pruned_meanwhile(self: fitting.Job, *args: Any) -> Any:
+        local.registry._bury([night(1)])
+        local.registry._remove(night(1))
+        return fit(self, *args)
+
+    monkeypatch.setattr(fitting.Job, "fit", pruned_meanwhile)
+    assert local.run(2, *one) == 0
+    assert local.named(2, FIRST) == ids
+    assert local.lineage(2).night_before == night(1)
+
+
+def test_a_night_that_is_pruned_between_its_commit_and_the_pointer_says_so(
+    local: Nights, monkeypatch: pytest.MonkeyPatch, capsys: Errors
+) -> None:
+    one = ("--k", "3", "--n-init", "1")
+    for day in (1, 2):
+        local.write(day, FIRST)
+    assert local.run(2, *one) == 0
+    point_to = Registry.point_to
+
+    def pruned_meanwhile(self: Registry, night: str) -> bool:
+        self._bury([night])
+        self._remove(night)
+        return point_to(self, night)
+
+    monkeypatch.setattr(Registry, "point_to", pruned_meanwhile)
+    assert local.run(1, *one) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith(f"{night(1)}: published and pruned, nothing is left to do")
+    assert local.registry.latest() == night(2)
+
+
+def test_a_damaged_pointer_is_told_of_before_the_work(local: Nights, capsys: Errors) -> None:
+    local.write(1, FIRST)
+    Path(local.url).mkdir()
+    (Path(local.url) / "latest.json").write_text("{")
+    assert local.run(1) == 2
+    assert "latest.json is damaged or not ours" in capsys.readouterr().err
+    assert not (Path(local.url) / "models").exists()
+
+
+@pytest.mark.faults  # three jobs, each with Ray of its own
+def test_three_nights_at_once_keep_their_clusters_numbers(tmp_path: Path) -> None:
+    on = Nights(tmp_path / "lake", str(tmp_path / "reg"))
+    for day in (1, 2, 3):
+        on.write(day, FIRST)
+
+    def run(day: int) -> int:
+        job = [sys.executable, str(Path(nightly.__file__)), str(on.lake), "--registry", on.url]
+        job += ["--night", night(day), "--partition", "ds", "--k", "3", "--num-workers", "1"]
+        return subprocess.run(job, check=False, timeout=600).returncode
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, (3, 2, 1))) == [0, 0, 0]
+    assert [on.lineage(d).night_before for d in (1, 2, 3)] == [None, night(1), night(2)]
+    assert on.named(1, FIRST) == on.named(2, FIRST) == on.named(3, FIRST)
+    assert on.registry.new_ids(0) == 3
+
+
+# ------------------------------------------------------------------------- spellings of a night
+
+
+@pytest.mark.parametrize(
+    ("folder", "partition"),
+    [
+        ("dt={0:%Y%m%d}", ["dt"]),
+        ("year={0.year}/month={0.month}/day={0.day}", ["day"]),
+        ("year={0:%Y}/month={0:%m}/day={0:%d}/hour=00", ["year", "month", "day"]),
+        ("ds={0:%Y-%m-%d}T00%3A00%3A00", ["ds"]),
+    ],
+)
+def test_partitions_that_spell_a_night_otherwise(
+    local: Nights, capsys: Errors, folder: str, partition: list[str]
+) -> None:
+    for i, day in enumerate((date(2026, 10, 31), date(2026, 11, 1), date(2026, 11, 2))):
+        path = local.lake / folder.format(day) / "part.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(nights.rows(FIRST, 100 * (i + 4), seed=i), path)
+    options = ["--partition", *partition, "--k", "3", "--n-init", "1", "--days", "2"]
+    assert local.run(1, *options) == 0
+    assert local.lineage(1).n_rows == 3 * (400 + 500)
+    assert local.run(2, *options) == 0
+    assert local.lineage(2).n_rows == 3 * (500 + 600)
+    assert local.run(9, *options) == 3
+    assert "no rows of 2026-11-09 (" in capsys.readouterr().out
+
+
+def test_scores_are_of_the_night_alone_however_it_is_spelt_and_ray_starts_once(
+    local: Nights, tmp_path: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i, day in enumerate((30, 31, 1)):
+        path = local.lake / f"year=2026/month={10 if day > 1 else 11}/day={day}/part.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(nights.rows(FIRST, 100 * (i + 4), seed=i), path)
+    started, init = [], ray.init
+
+    def counted(*args: Any, **options: Any) -> Any:
+        started.append(args)
+        return init(*args, **options)
+
+    monkeypatch.setattr(ray, "init", counted)
+    monkeypatch.setattr(fitting.Job, "resident", RESIDENT)
+    options = ["--partition", "day", "--k", "3", "--n-init", "1", "--days", "3"]
+    options += ["--scores", str(tmp_path / "scores"), "--address", ray_address]
+    assert local.run(1, *options, "--num-workers", "1") == 0
+    assert len(started) == 1
+    assert not ray.is_initialized()
+    scores = pq.read_table(tmp_path / "scores" / night(1), partitioning=None)
+    assert len(scores) == 3 * 600
+    assert local.lineage(1).n_rows == 3 * (400 + 500 + 600)
+
+
 # ------------------------------------------------------------------------- interrupted
 
 
@@ -451,8 +684,7 @@ def test_a_crash_between_the_commit_and_the_pointer_is_mended_by_the_next_run(
             raise KeyboardInterrupt
 
         crash.setattr(Registry, "point_to", fall)
-        with pytest.raises(KeyboardInterrupt):
-            local.run(1, "--k", "3")
+        assert local.run(1, "--k", "3") == 130
     assert local.registry.latest() is None
     lineage = local.lineage(1)
     assert local.run(1, "--k", "3") == 0
@@ -472,8 +704,7 @@ def test_a_night_that_died_goes_on_with_resume(
             raise KeyboardInterrupt
 
         crash.setattr(fitting, "training_quantiles", fall)
-        with pytest.raises(KeyboardInterrupt):
-            local.run(1, "--k", "4")
+        assert local.run(1, "--k", "4") == 130
     assert local.run(1, "--k", "4") == 2
     assert "pass --resume to go on with it" in capsys.readouterr().err
     assert local.run(1, "--k", "4", "--resume") == 0
@@ -546,12 +777,16 @@ def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
         (["--max-drop", "-1"], "--max-drop is -1: give a number of nats >= 0"),
         (["--min-rows", "-1"], "--min-rows is -1: give a whole number >= 0"),
         (["--where", "x > 1 or x < 0"], "'or' is not supported"),
-        (["--partition", "dt"], "--partition 'dt' is no column; columns are x, y"),
+        (["--partition", "dt"], "--partition 'dt' is no column; columns are ds, x, y"),
         (["--keep", "id"], "--keep and --outliers are for --scores"),
         (["--outliers", "0.1"], "--keep and --outliers are for --scores"),
         (["--scores", "s", "--outliers", "2"], "--outliers is 2: give a share from 1e-06 to"),
         (["--scores", "s", "--keep", "idd"], "--keep 'idd' is no column among 'x', 'y', 'id'"),
-        (["--partition", "id"], "column 'id' has type int64"),
+        (["--partition", "id"], "'id' does not tell the night in one spelling"),
+        (["--partition", "x"], "its type is double; understood are 2026-11-21 (also with"),
+        (["--partition", "x", "y"], "give one column, or those of year, month and day"),
+        (["--partition", "x", "y", "id"], "no numbers of a year, a month and a day"),
+        (["--max-drift", "nan"], "--max-drift is nan: give a number of nats >= 0, or inf for any"),
         (["--columns", "x", "z"], "'z'"),
     ],
 )
@@ -575,8 +810,17 @@ def test_a_damaged_file_is_one_line_and_the_pointer_stays(local: Nights, capfd: 
     assert local.registry.latest() == night(1)
 
 
+def test_help_tells_this_jobs_own_default(capsys: Errors) -> None:
+    with pytest.raises(SystemExit):
+        nightly.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "kept out of them (default: 0.1)" in text
+    assert "inf accepts any (default: 0.2)" in text
+
+
 def test_the_filter_is_a_half_open_range_beside_the_users() -> None:
-    options = argparse.Namespace(night="2026-03-01", own_where="0 < x <= 5", partition="the day")
+    key = NightKey(("the day",))
+    options = argparse.Namespace(night="2026-03-01", own_where="0 < x <= 5", partition_key=key)
     assert nightly._rows_of(options, days=2).text == (
         "col('the day') < '2026-03-02' and col('the day') >= '2026-02-28' and x <= 5 and x > 0"
     )

@@ -62,6 +62,22 @@ def test_the_ranking_shows_best_first_and_failures_last() -> None:
     assert note.startswith("k=20 full: degenerate: a component has fewer rows")
 
 
+def test_where_the_table_does_not_fit_it_is_a_list_with_every_number() -> None:
+    X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    candidates = [Candidate(k, "spherical") for k in (1, 2)]
+    result = sweep(LocalShards.of(X), candidates, EMConfig(), StartConfig(n_init=1), n_features=2)
+    screen = io.StringIO()
+    Console(file=screen, width=30).print(ranking(result, 30))
+    seen = screen.getvalue()
+    assert "…" not in seen
+    assert max(map(len, seen.splitlines())) <= 30
+    assert seen.splitlines()[0].startswith("1. k=")
+    for scored in result.scored:
+        values = (scored.bic, scored.aic, scored.icl)
+        assert all(f"{value:,.1f}" in seen for value in values)
+        assert f"{scored.fit.log_likelihood / result.n_samples:.6f}" in seen
+
+
 def test_the_ranking_shows_held_out_likelihood_where_there_is_one() -> None:
     X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     candidates, settings = [Candidate(1, "full")], (EMConfig(), StartConfig(n_init=1))

@@ -75,8 +75,10 @@ def test_a_missing_value_is_an_error_that_names_the_first(tmp_path, value, text)
         "impute such rows first"
     )
     for n_shards in (1, 3, 10):
+        # Under a filter by row, which may leave nulls out, planning does not ask for them.
+        plan = lake.plan(url, columns=["x", "y"], n_shards=n_shards, where="i >= 0")
         with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-            lakes.read_all(lake.plan(url, columns=["x", "y"], n_shards=n_shards))
+            lakes.read_all(plan)
 
 
 def test_a_row_in_a_message_is_counted_before_the_filter(tmp_path):
@@ -134,6 +136,21 @@ def test_held_out_rows_are_marked_after_the_filter_and_the_dropped(tmp_path):
     assert next(reading.read(lake.plan(url, **options, missing="mean"), 0)).held_out is None
 
 
+def test_rows_of_zero_weight_are_left_out_and_counted(tmp_path):
+    x = np.arange(10.0)
+    weight = np.array([1, 0, 2, 0, 0, 1, 1, 1, 1, 0])
+    far = np.where(weight == 0, 1e9, x)
+    url = str(lakes.write(tmp_path / "a.parquet", {"x": far, "w": weight}, rows_per_group=4))
+    plan = lake.plan(url, weight_column="w", columns=["x"], n_shards=2, holdout=0.4)
+    X, left, counts = lakes.read_all(plan)
+    assert X[:, 0].tolist() == x[weight > 0].tolist()
+    assert left.tolist() == weight[weight > 0].tolist()
+    held = [plan.held_out(part) for shard in plan.shards for part in shard]
+    expected = int((np.concatenate(held) & (weight > 0)).sum())
+    assert counts == RowCounts(read=10, absent=4, held_out=expected)
+    assert reading.probe(plan).max() == x[weight > 0].max()
+
+
 @pytest.mark.parametrize("missing", ["error", "drop", "mean"])
 @pytest.mark.parametrize(("value", "text"), [(INF, "inf"), (-INF, "-inf")])
 def test_an_infinite_value_is_always_an_error(tmp_path, missing, value, text):
@@ -160,7 +177,7 @@ def test_embeddings_keep_their_rows_over_nulls_and_cuts(tmp_path):
     rows = [[float(i), None if i == 4 else i + 0.5] for i in range(12)]
     rows[7] = None
     lists = pa.array(rows, pa.list_(pa.float32(), 2))
-    lakes.write(tmp_path / "a.parquet", {"emb": lists}, rows_per_group=9)
+    lakes.write(tmp_path / "a.parquet", {"emb": lists, "i": range(12)}, rows_per_group=9)
     for n_shards in (1, 5):
         plan = lake.plan(str(tmp_path), missing="mean", n_shards=n_shards)
         X, _, counts = lakes.read_all(plan)
@@ -169,7 +186,7 @@ def test_embeddings_keep_their_rows_over_nulls_and_cuts(tmp_path):
         expected = [row for i, row in enumerate(rows) if i not in (4, 7)]
         assert np.delete(X, [4, 7], axis=0).tolist() == expected
     with pytest.raises(UserError, match=r"row group 0, row 4: column 'emb\[1\]' is null"):
-        lakes.read_all(lake.plan(str(tmp_path), n_shards=5))
+        lakes.read_all(lake.plan(str(tmp_path), n_shards=5, where="i >= 0"))
     assert len(lakes.read_all(lake.plan(str(tmp_path), missing="drop", n_shards=5))[0]) == 10
 
 

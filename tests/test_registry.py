@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ import gmm_dist
 from gmm_dist import commit, conditional, runs
 from gmm_dist.checkpoint import CHECKPOINTS
 from gmm_dist.errors import UserError
+from gmm_dist.lease import Held, cell_at
 from gmm_dist.places import Place
 from gmm_dist.registry import LINEAGE, Lineage, Registry, night_of
 from gmm_dist.storage import open_url
@@ -118,6 +120,44 @@ def test_a_lost_counter_goes_on_above_all_nights_and_those_that_were_pruned(url:
     assert place.new_ids(1) == 68  # what a late night took and nobody published, too
 
 
+@pytest.mark.parametrize("rolled_back", ['{"format_version": 1, "next_id": 2}', None])
+def test_a_counter_of_a_backup_goes_on_above_all_that_was_given(
+    url: str, rolled_back: str | None
+) -> None:
+    place = Registry(url)
+    assert place.new_ids(9) == 0
+    publish(url, NIGHTS[0], who=lineage(NIGHTS[0], (7, 8)))
+    publish(url, NIGHTS[1], who=lineage(NIGHTS[1], (0, 5), dead=(6,)))
+    place.prune(1, night=NIGHTS[1])
+    Place.of(url).remove("ids.json")
+    if rolled_back is not None:
+        Place.of(url).write(rolled_back.encode(), "ids.json")
+    assert place.new_ids(2) == 9
+    assert place.new_ids(1) == 11
+
+
+def test_ids_of_what_was_kept_back_are_not_given_again(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    place = Registry(url)
+    with commit.claim(place.candidate_url(NIGHTS[1], "a")) as held:
+        told = {"components": [{"id": 3}], "born": [{"id": None}], "dead": [{"id": 12}]}
+        held.write_json("drift.json", {"format_version": 1, **told})
+        held.commit()
+    with commit.claim(place.candidate_url(NIGHTS[2], "b")) as held:
+        held.write_json("drift.json", ["damaged"])
+        held.commit()
+    assert place.new_ids(1) == 13
+
+
+@pytest.mark.parametrize("value", ["-1", "true", '"7"', "1.5", "null", "1e400", "9" * 400, "[1]"])
+@pytest.mark.parametrize("name", ["ids.json", "pruned.json"])
+def test_a_counter_that_is_no_number_is_one_line(tmp_path: Path, name: str, value: str) -> None:
+    (tmp_path / name).write_text(f'{{"format_version": 1, "nights": [], "next_id": {value}}}')
+    with pytest.raises(UserError, match=rf"{name} has the next_id .*no whole number") as told:
+        Registry(str(tmp_path)).new_ids(1)
+    assert "\n" not in str(told.value)
+
+
 # ------------------------------------------------------------------------- nights
 
 
@@ -154,6 +194,56 @@ def test_the_pointer_never_moves_back(url: str) -> None:
     assert pointer == {"format_version": 1, "night": NIGHTS[3], "model": f"models/{NIGHTS[3]}"}
 
 
+@pytest.mark.parametrize(
+    ("night", "model"),
+    [
+        ("tonight", "models/tonight"),
+        ("2026-11-31", "models/2026-11-31"),
+        ("20261203", "models/20261203"),
+        ("2026-12-3", "models/2026-12-3"),
+        ("9999-12-31", "models/9999-12-31"),
+        (NIGHTS[0], f"models/{NIGHTS[1]}"),
+        (20261203, "models"),
+        (None, None),
+        ([], "../elsewhere"),
+    ],
+)
+def test_a_pointer_to_no_published_night_is_replaced_with_a_line(
+    tmp_path: Path, night: object, model: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = str(tmp_path)
+    place = Registry(url)
+    publish(url, NIGHTS[0])
+    pointer = {"format_version": 1, "night": night, "model": model}
+    (tmp_path / "latest.json").write_text(json.dumps(pointer))
+    assert place.latest() is None
+    assert "which is no published night: the next night replaces it" in caplog.text
+    assert place.prune(1, night=NIGHTS[0]) == []
+    assert place.point_to(NIGHTS[0])
+    assert place.latest() == NIGHTS[0]
+
+
+def test_a_pointer_ahead_of_the_calendar_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = str(tmp_path)
+    for night in (NIGHTS[0], "2999-01-01"):
+        publish(url, night)
+    assert Registry(url).point_to("2999-01-01")
+    assert not Registry(url).point_to(NIGHTS[0])
+    assert "names 2999-01-01, a night ahead of the calendar, and stays there" in caplog.text
+
+
+def test_a_night_that_was_pruned_before_it_was_pointed_to_is_not_pointed_to(url: str) -> None:
+    place = Registry(url)
+    for night in NIGHTS[:2]:
+        publish(url, night)
+    assert place.prune(1, night=NIGHTS[1]) == [NIGHTS[0]]  # nobody has pointed yet
+    assert not place.point_to(NIGHTS[0])
+    assert place.latest() is None
+    assert place.point_to(NIGHTS[1])
+
+
 def test_of_many_that_point_at_once_the_newest_wins(url: str) -> None:
     for night in NIGHTS[:5]:
         publish(url, night)
@@ -177,6 +267,101 @@ def test_whatever_the_order_the_pointer_is_at_the_newest_so_far(
         publish(url, night)
         Registry(url).point_to(night)
         assert Registry(url).latest() == max(order[: i + 1])
+
+
+# ------------------------------------------------------------------------- in their order
+
+
+def test_who_comes_while_an_earlier_night_is_at_work_waits_for_it(url: str) -> None:
+    place = Registry(url)
+    publish(url, NIGHTS[0])
+    with ThreadPoolExecutor(1) as pool:
+        with runs.claim(place.model_url(NIGHTS[2]), lease_seconds=3) as run:
+            waiting = pool.submit(place.await_earlier, NIGHTS[3])
+            place.await_earlier(NIGHTS[2])  # not for itself, nor for what is published
+            place.await_earlier(NIGHTS[0])
+            time.sleep(0.5)
+            assert not waiting.done()
+            run.attempt.write_model(race_model(1), PROVENANCE)
+            run.attempt.write_json(LINEAGE, lineage(NIGHTS[2]).to_json())
+            run.attempt.commit()
+        waiting.result(timeout=60)
+    before = place.newest_before(NIGHTS[3])
+    assert before is not None
+    assert before.night == NIGHTS[2]
+
+
+def test_a_dead_run_of_an_earlier_night_is_not_waited_for_longer_than_its_lease(
+    tmp_path: Path,
+) -> None:
+    place = Registry(str(tmp_path))
+    cell = cell_at(Place.of(place.model_url(NIGHTS[0])).below("_attempts", "lease"))
+    assert cell.create(Held("dead", 3, 0.3)) is not None
+    began = time.monotonic()
+    place.await_earlier(NIGHTS[1])
+    assert time.monotonic() - began >= 0.3
+    # One that published since makes older ones nobody's concern.
+    publish(str(tmp_path), NIGHTS[1])
+    assert cell.read() is not None
+    place.await_earlier(NIGHTS[2])
+
+
+def test_one_at_a_time_publishes_or_prunes(url: str) -> None:
+    place = Registry(url)
+    for night in NIGHTS[:3]:
+        publish(url, night)
+    inside: list[int] = []
+
+    def enter(number: int) -> None:
+        with Registry(url).turn(seconds=5) as turn:
+            inside.append(number)
+            time.sleep(0.2)
+            turn.check()
+            assert inside[-1] == number
+            inside.append(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        entered = [pool.submit(enter, number) for number in range(3)]
+        pruning = pool.submit(place.prune, 1, night=NIGHTS[2])
+        for done in entered:
+            done.result(timeout=120)
+        assert pruning.result(timeout=120) == NIGHTS[:2]
+    assert inside[::2] == inside[1::2]
+    assert sorted(inside[::2]) == [0, 1, 2]
+
+
+def test_a_dead_holder_of_the_registry_is_waited_out(tmp_path: Path) -> None:
+    cell = cell_at(Place.of(str(tmp_path)).below("_turn"))
+    assert cell.create(Held("dead", 7, 0.3)) is not None
+    with Registry(str(tmp_path)).turn(seconds=1) as turn:
+        turn.check()
+    assert cell.read() is None
+
+
+def test_a_night_that_is_pruned_while_it_is_read_makes_room_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = str(tmp_path)
+    place = Registry(url)
+    for night in NIGHTS[:3]:
+        publish(url, night)
+    read = Lineage.read
+
+    def pruned_meanwhile(found: str) -> Lineage:
+        if found.endswith(NIGHTS[1]):
+            monkeypatch.undo()
+            place._bury([NIGHTS[1]])
+            place._remove(NIGHTS[1])
+        return read(found)
+
+    monkeypatch.setattr(Lineage, "read", pruned_meanwhile)
+    before, after = place.newest_before(NIGHTS[2]), place.oldest_after(NIGHTS[0])
+    assert before is not None
+    assert after is not None
+    assert (before.night, after.night) == (NIGHTS[0], NIGHTS[2])
+    assert place.came_between(None, NIGHTS[2])
+    assert not place.came_between(NIGHTS[0], NIGHTS[2])
+    assert not place.came_between(None, NIGHTS[0])
 
 
 # ------------------------------------------------------------------------- pruning

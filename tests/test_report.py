@@ -6,18 +6,22 @@ import math
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree as ET
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pages
 import pytest
 from pages import Page, candidate, clusters, content, sample
 
 from gmm_dist import drift as drift_module
 from gmm_dist.em import Status
-from gmm_dist.report import render
+from gmm_dist.planes import Clusters
+from gmm_dist.report import Sample, render
 
 SWEEP = [candidate(k, rank) for k, rank in ((2, 2), (3, 1), (4, 3))]
+ONE = [candidate(3, 1, lower_bounds=[])]
 FAILED = candidate(9, None, status=Status.DEGENERATE.value, converged=False, bic=1.0)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -99,21 +103,32 @@ def test_equal_input_gives_equal_bytes():
     assert render(*given) == render(*given)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["</title><script>alert(1)</script>", '"><img src=x>', "$a_b$ {{ 7 }} 年齢 a\x00\ud800b"],
-)
+HOSTILE = [
+    "</title><script>alert(1)</script>",
+    "\"><img src=x> a & b < c > d ' e",
+    "$a_b$ {{ 7 }} 年齢 a\x00\ud800b \n \x1b[31m \u202e \ufffe",
+    "👩‍👩‍👧 עברית العربية हिन्दी",
+    "x" * 300,
+    "",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_are_text(name):
     names = (name, *(f"x{j}" for j in range(3)))
-    told = content(SWEEP, 4, feature_names=list(names), data=f"/tmp/{name}", warnings=[name])
+    told = content(ONE, 4, feature_names=list(names), data=f"/tmp/{name}", warnings=[name])
     nightly = {"night": name, "published": False, "reasons": [name]}
     nightly["drift"] = pages.drift((0, 1), names)
     found = replace(clusters(3, 4), feature_names=names)
     html, read = page(told, found, sample(3, 4), nightly)
     assert read.named("img") == []
-    shown = name.replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    shown = "".join(escaped)
+    shown = shown if len(shown) < 64 else f"{'x' * 42}…{'x' * 21}"
     assert any(row[1:2] == [shown] for row in read.rows)
     assert html.encode()
+    for drawing in re.findall("<svg.*?</svg>", html, re.DOTALL):
+        ET.fromstring(drawing)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +148,73 @@ def test_few_components_and_features_make_a_page(k, d, kind):
     assert "One candidate was fitted" in html
     assert "by-bic-title" not in found.ids
     assert "picture-title" in found.ids
+
+
+def fitted(X: np.ndarray, labels: np.ndarray, reg: float = 1e-12) -> tuple[Clusters, Sample]:
+    """Return the mixture that has these rows' own moments, and the rows as a sample."""
+    d, k = X.shape[1], int(labels.max()) + 1
+    groups = [X[labels == c] for c in range(k)]
+    apart = [g - g[0] - (g - g[0]).mean(0) for g in groups]
+    made = Clusters(
+        np.array([len(g) / len(X) for g in groups]),
+        np.stack([g[0] + (g - g[0]).mean(0) for g in groups]),
+        np.stack([a.T @ a / len(a) + reg * np.eye(d) for a in apart]),
+        "full",
+        tuple(f"x{j}" for j in range(d)),
+        tuple(str(c) for c in range(k)),
+    )
+    return made, Sample(X, labels)
+
+
+TWO = np.repeat([0, 1], 150)
+ALL = np.zeros(300, dtype=np.int64)
+Z = np.random.default_rng(0).normal(size=300) + 8 * TWO
+RARE = np.where(np.arange(300) == 7, 5.0, 0.0)
+ROWS = {
+    "an axis is flat": (np.c_[Z, np.ones(300)], TWO),
+    "an axis is flat for nearly all": (np.c_[Z, RARE], TWO),
+    "all rows are equal": (np.ones((300, 2)), TWO),
+    "all rows are equal, one component": (np.full((300, 3), -3e5), ALL),
+    "one feature, all rows equal": (np.full((300, 1), 0.1), TWO),
+    "one feature, nearly all rows equal": (RARE[:, None], ALL),
+    "flat and far from zero": (np.c_[Z, np.full(300, 1e17)], TWO),
+    "flat where squares overflow": (np.c_[Z, np.full(300, 1e300), Z], TWO),
+    "two features are equal": (np.c_[Z, Z], TWO),
+    "three features are one": (np.c_[Z, Z, -Z], TWO),
+    "a spread of some ulp": (np.c_[Z, 1 + 2e-16 * Z], TWO),
+    "tiny units": (1e-150 * np.c_[Z, Z**2], TWO),
+    "huge units": (1e150 * np.c_[Z, Z**2, np.sin(Z)], TWO),
+    "units far apart": (np.c_[1e-150 * Z, 1e150 * np.sin(Z), Z], TWO),
+    "one row": (np.array([[1.0, 2.0, 3.0]]), ALL[:1]),
+}
+
+
+@pytest.mark.parametrize(("X", "labels"), ROWS.values(), ids=ROWS)
+def test_whatever_the_rows_the_report_is_drawn(X, labels):
+    found, rows = fitted(X, labels, reg=0.0 if "e-150" in f"{X.max():.0e}" else 1e-12)
+    told = content([candidate(len(found.weights), 1, lower_bounds=[])], X.shape[1])
+    html, read = page(told, found, rows)
+    assert {"picture-title", "heat-map-title"} <= set(read.ids)
+    assert not re.search(r"\b(nan|inf)\b", " ".join(read.text))
+    assert not re.search(r"[ =\"](nan|inf)[ \"]", html)
+
+
+@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+def test_components_that_no_row_has_are_drawn(kind):
+    """Without weight, without a spread, and far from all rows."""
+    some, rows = clusters(3, 4, kind), sample(3, 4)
+    means = np.vstack([some.means[:2], np.full((1, 4), 1e12)])
+    found = replace(
+        some, weights=np.array([0.5, 0.5, 0.0]), means=means, covariances=0 * some.covariances
+    )
+    _, read = page(content(ONE, 4), found, rows)
+    empty = next(row for row in read.rows if row[0] == "2" and "%" in row[1])
+    assert (empty[1], empty[3]) == ("0.00\u202f%", "0")
+
+
+def test_rows_far_from_all_components_are_drawn():
+    only = replace(clusters(1, 2), means=np.full((1, 2), -1e9))
+    page(content([candidate(1, 1)], 2), only, replace(sample(3, 2), labels=np.zeros(2000, int)))
 
 
 def test_sixty_components_of_sixty_features_stay_small():
@@ -204,6 +286,17 @@ def test_the_drift_that_is_shown_has_the_fields_of_the_one_that_is_computed():
     assert set(told["densities"]) == set(drift_module.Densities.__dataclass_fields__)
     bins = drift_module.DensityHistogram((0.0, 1.0), (1.0,), (1.0,))
     assert set(told["densities"]["histogram"]) == set(asdict(bins))
+
+
+@pytest.mark.parametrize("edges", [[None, None], [5.0, 5.0], []])
+def test_a_night_of_no_densities_and_no_drift_is_drawn(edges):
+    nightly = {"night": "2026-11-21", "published": True, "reasons": []}
+    nightly["drift"] = told = pages.drift((0, 1), clusters(3, 4).feature_names)
+    shares = [None] * max(0, len(edges) - 1)
+    told["densities"]["histogram"] = {"edges": edges, "before": shares, "tonight": shares}
+    for component in told["components"]:
+        component |= dict.fromkeys(("mahalanobis", "weight_before", "overlap", "volume_ratio"))
+    page(content(ONE, 4, n_samples=0.0), clusters(3, 4), sample(3, 4), nightly)
 
 
 def test_a_night_that_was_not_fitted_says_why():

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import fit as fit_job
 import lakes
 import mixtures
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import score as score_job
@@ -115,7 +117,9 @@ def test_every_row_is_scored_in_its_place_and_a_second_time_there_is_nothing_to_
     assert report["outliers"] == found["outlier"].sum()
     assert report["components"] == np.bincount(expected.predict(X), minlength=4).tolist()
 
-    assert lake.plan(str(out), columns=["log_density"]).n_rows == 1200  # our readers take it too
+    assert (
+        lake.plan(str(out), columns=["log_density"], missing="drop").n_rows == 1200
+    )  # our readers take it too
     assert not list(out.rglob("*.part"))
     assert not (out / "_scored" / "_checkpoints").exists()
     stamp = (out / "_scored" / "manifest.json").stat().st_mtime_ns
@@ -186,7 +190,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, capfd: Errors) -> None:
     for more, message in (
         (
             ["--outliers", "1.5"],
-            "error: --outliers: the quantile at 1.5: give a share from 1e-06 to below 1",
+            "error: --outliers is 1.5: give a share from 1e-06 to below 1",
         ),
         (["--keep", "idd"], "--keep 'idd' is no column among 'y', 'id', 'x'; name one of them"),
         (["--where", "ds > '2027-01-01'"], "no rows match the filter ds > '2027-01-01'"),
@@ -276,3 +280,25 @@ def test_killed_half_way_and_resumed_it_gives_the_same_files(
     assert reports[0]["files"] == reports[1]["files"]
     assert not list(out.rglob("*.part"))
     assert json.loads((out / "_scored" / "manifest.json").read_text())["format_version"] == 1
+
+
+def test_lists_are_fitted_and_scored_whatever_their_kind(tmp_path: Path, ray_address: str) -> None:
+    X = mixtures.rows(MIXTURE, 600, seed=2).numpy()
+    kinds = [pa.list_(pa.float64()), pa.large_list(pa.float64()), pa.list_(pa.float64(), 2)]
+    ids = [pa.array(np.arange(200)), pa.array([2**64 - 1] * 200, pa.uint64()), pa.nulls(200)]
+    for i, (kind, own) in enumerate(zip(kinds, ids, strict=True)):
+        emb = pa.array(X[200 * i : 200 * i + 200].tolist(), kind)
+        lakes.write(tmp_path / "lake" / f"{i}.parquet", {"id": own, "emb": emb})
+    data, out = str(tmp_path / "lake"), str(tmp_path / "fit")
+    assert fit_job.main([data, "--k", "2", "--output", out, "--address", ray_address]) == 0
+    model = artifacts.load(out)
+    assert model.feature_names == ("emb[0]", "emb[1]")
+    scores = tmp_path / "scores"
+    argv = [data, "--model", out, "--output", str(scores), "--keep", "id", "emb"]
+    assert score_job.main([*argv, "--address", ray_address]) == 0
+    found = [pq.read_table(scores / f"{i}.parquet") for i in range(3)]
+    assert {table.schema.field("id").type for table in found} == {pa.decimal128(20, 0)}
+    np.testing.assert_array_equal(np.array(found[1]["emb"].to_pylist()), X[200:400])
+    assert [table["id"][7].as_py() for table in found] == [7, 2**64 - 1, None]
+    densities = np.concatenate([table["log_density"] for table in found])
+    np.testing.assert_allclose(densities, model.score_samples(X), rtol=1e-9)

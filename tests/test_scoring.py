@@ -59,7 +59,14 @@ def test_a_row_with_a_hole_keeps_its_place_with_nulls():
     for column in table.columns:
         assert column.is_valid().to_pylist() == whole.tolist()
     others = scored(X[whole], mixture, probabilities=True, threshold=-7.0)
-    assert table.filter(pa.array(whole)).equals(others)
+    left = table.filter(pa.array(whole))
+    # Rows lie elsewhere in the batch, so that the last bits may be others.
+    for name in others.column_names:
+        if name in ("component", "outlier"):
+            assert left[name].equals(others[name])
+        else:
+            mine, expected = (np.array(t[name].to_pylist()) for t in (left, others))
+            np.testing.assert_allclose(mine, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_outliers_lie_below_the_threshold():

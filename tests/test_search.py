@@ -307,7 +307,9 @@ def test_duplicates_a_constant_column_and_an_outlier_still_start(init):
         assert_positive_definite(start)
 
 
-@every_init
+# Random shares are so even that rounding would choose among the optima. Nothing hands over such
+# rows: see test_estimator's and test_reading's rows of zero weight.
+@pytest.mark.parametrize("init", [init for init in INITS if not init.startswith("random")])
 def test_rows_of_zero_weight_are_absent(init):
     """However far away, they change no start."""
     X, _ = clusters(8 * torch.eye(3, dtype=torch.float64), 300)

@@ -99,7 +99,7 @@ def test_a_scored_candidate_is_consistent():
 def test_columns_that_are_constant_or_dependent_are_a_warning():
     X = classic()
     X = torch.cat([X, torch.full((300, 1), 7.1, dtype=torch.float64), X.sum(1)[:, None]], 1)
-    result = run(X, [Candidate(1, "diag")], n_init=1)
+    result = run(X, [Candidate(1, "full")], n_init=1)
     assert result.warnings(["a", "b", "c", "d"]) == [
         "column 'c' is constant: leave it out with --columns",
         "1 of 4 columns are duplicates or sums of others, so full covariances rest on "

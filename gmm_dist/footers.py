@@ -1,0 +1,128 @@
+"""What the footer of a Parquet file tells of its rows, and of columns that no one has read yet."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gmm_dist.column_types import is_embedding, is_numeric
+from gmm_dist.comparing import Key, Passing, extremes, value_type
+
+Extent = tuple[Key, Key]
+
+
+def leaves(schema: pa.Schema) -> list[range]:
+    """Return, for each column, the numbers of the Parquet columns that it is stored in."""
+    ends = list(itertools.accumulate(map(_n_leaves, schema.types), initial=0))
+    return [range(first, stop) for first, stop in itertools.pairwise(ends)]
+
+
+def _n_leaves(type_: pa.DataType) -> int:
+    type_ = value_type(type_)
+    if is_numeric(type_):
+        return 1
+    return sum(_n_leaves(type_.field(i).type) for i in range(type_.num_fields)) or 1
+
+
+def index_columns(schema: pa.Schema) -> frozenset[str]:
+    """Return the columns that pandas wrote an index to, by its own account in the schema."""
+    listed: list[object] = []
+    with suppress(ValueError, TypeError, KeyError):
+        listed = json.loads((schema.metadata or {})[b"pandas"])["index_columns"]
+    if not isinstance(listed, list):
+        listed = []
+    # A range is kept as its bounds, and has no column.
+    told = {name for name in listed if isinstance(name, str)}
+    # Others copy the columns of such a file, and not what pandas said of them.
+    return frozenset(name for name in schema.names if name in told or _is_index_name(name))
+
+
+def _is_index_name(name: str) -> bool:
+    number = name.removeprefix("__index_level_").removesuffix("__")
+    return number.isdecimal() and name == f"__index_level_{number}__"
+
+
+def matching_groups(
+    metadata: pq.FileMetaData, schema: pa.Schema, tests: Iterable[tuple[str, Passing]]
+) -> list[int]:
+    """Return the row groups that may hold a row that passes, as far as the footer tells."""
+    places = leaves(schema)
+    columns = ((schema.get_field_index(name), passing) for name, passing in tests)
+    at = [(places[i].start, schema.field(i).type, passing) for i, passing in columns]
+    return [
+        group
+        for group in range(metadata.num_row_groups)
+        if all(_may_pass(metadata.row_group(group), *one) for one in at)
+    ]
+
+
+def _may_pass(group: pq.RowGroupMetaData, leaf: int, type_: pa.DataType, passing: Passing) -> bool:
+    if passing.never:
+        return False
+    chunk = group.column(leaf)
+    found = chunk.statistics
+    if found is not None and found.has_null_count and found.null_count == group.num_rows > 0:
+        return False
+    if type_ != passing.type or (pa.types.is_decimal(type_) and type_.bit_width < 128):
+        return True  # plans that were made before have read such row groups
+    bounds = extremes(chunk, type_)
+    return bounds is None or passing.may_hold(*bounds)
+
+
+def nulls(
+    metadata: pq.FileMetaData,
+    schema: pa.Schema,
+    groups: Iterable[int],
+    among: Collection[str] | None,
+    *,
+    most: int,
+) -> dict[str, tuple[int, int]]:
+    """Return the columns that have nulls: a row group, and how many; those that the footer tells.
+
+    Of columns that could be features and are `among` (None: all) these; `most` is how many
+    column chunks are looked at. Of lists both null lists and null elements count.
+    """
+    if among is not None and not among:
+        return {}
+    wanted = [
+        (name, place.start)
+        for name, place, type_ in zip(schema.names, leaves(schema), schema.types, strict=True)
+        if (among is None or name in among) and _could_be_feature(type_)
+    ]
+    found: dict[str, tuple[int, int]] = {}
+    for group in groups:
+        if (most := most - len(wanted)) < 0:
+            break
+        row_group = metadata.row_group(group)
+        for name, leaf in wanted:
+            told = row_group.column(leaf).statistics
+            if told is not None and told.has_null_count and told.null_count > 0:
+                found.setdefault(name, (group, told.null_count))
+    return found
+
+
+def _could_be_feature(type_: pa.DataType) -> bool:
+    return is_numeric(type_) or is_embedding(type_)
+
+
+def extents(
+    metadata: pq.FileMetaData, schema: pa.Schema, groups: Iterable[int], names: Collection[str]
+) -> Mapping[str, Extent]:
+    """Return the least and the largest key of columns, where the footer tells of any row group."""
+    places = leaves(schema)
+    found: dict[str, Extent] = {}
+    for name in names:
+        column = schema.get_field_index(name)
+        if column < 0:
+            continue
+        leaf, type_ = places[column].start, schema.field(column).type
+        bounds = [extremes(metadata.row_group(group).column(leaf), type_) for group in groups]
+        told = [bound for bound in bounds if bound is not None]
+        if told:
+            found[name] = min(low for low, _ in told), max(high for _, high in told)
+    return found

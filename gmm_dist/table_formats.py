@@ -1,0 +1,136 @@
+"""Tables whose folders also hold deleted rows: known by what they keep beside their data."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from gmm_dist import storage
+from gmm_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_LOOKS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """Name a table format and its mark: a folder that a table has, and the files in it.
+
+    `mark` is matched against the path of a file within the table; `file` against names in
+    `folder`, None where the folder alone tells.
+    """
+
+    kind: str
+    mark: re.Pattern[str]
+    folder: str | None = None
+    file: re.Pattern[str] | None = None
+
+
+_FORMATS = (
+    _Format("a Delta table", re.compile(r"(^|/)_delta_log/"), "_delta_log"),
+    _Format(
+        "an Iceberg table",
+        re.compile(r"(^|/)metadata/[^/]*\.metadata\.json(\.gz)?$"),
+        "metadata",
+        re.compile(r"\.metadata\.json(\.gz)?$"),
+    ),
+    _Format("a Hudi table", re.compile(r"(^|/)\.hoodie/"), ".hoodie"),
+    _Format("a Hudi table", re.compile(r"(^|/)\.hoodie_partition_metadata(\.\w+)?$")),
+    _Format("a Spark sink", re.compile(r"(^|/)_spark_metadata/"), "_spark_metadata"),
+    _Format(
+        "a Paimon table",
+        re.compile(r"(^|/)manifest/manifest-list-[^/]*$"),
+        "manifest",
+        re.compile(r"^manifest-list-"),
+    ),
+    # Of seven digits: a date has eight.
+    _Format(
+        "a transactional Hive table",
+        re.compile(r"(^|/)(base_\d{7}|(delete_)?delta_\d{7}_\d{7}(_\d{4})?)(_v\d+)?/"),
+    ),
+)
+
+
+def refuse_within(root: str, names: Iterable[str]) -> None:
+    """Raise a UserError when one of the files below `root` is part of such a table."""
+    for name in names:
+        for known in _FORMATS:
+            if known.mark.search(name):
+                raise _refusal(root, known, name)
+
+
+def refuse_around(fs: AbstractFileSystem, folder: str, root: str) -> None:
+    """Raise a UserError when `folder`, a path of `fs`, lies in such a table.
+
+    Looks at every folder from `folder` up to the top of the file system or bucket. A folder that
+    may not be looked at, or does not tell, is passed by.
+    """
+    above = list(_folders_up(fs, folder))
+    refuse_within(root, (f"{path}/" for path in above))
+    looks = [
+        partial(_mark_in, fs, path, known) for path in above for known in _FORMATS if known.folder
+    ]
+    if isinstance(fs, LocalFileSystem):
+        marks = [look() for look in looks]
+    else:
+        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+            marks = list(pool.map(lambda look: look(), looks))
+    for look, mark in zip(looks, marks, strict=True):
+        if mark is not None:
+            raise _refusal(root, look.args[2], storage.redacted(mark))
+
+
+def _refusal(root: str, known: _Format, mark: str) -> UserError:
+    return UserError(
+        f"{storage.redacted(root)}: {known.kind} ({mark}), whose folder also holds deleted rows; "
+        "export its current rows to a folder of Parquet files and give that"
+    )
+
+
+def _folders_up(fs: AbstractFileSystem, folder: str) -> Iterator[str]:
+    """Yield a folder and those above it; of a link, those above its target too."""
+    if isinstance(fs, LocalFileSystem):
+        given, target = Path(folder), Path(folder).resolve()
+        yield from dict.fromkeys(
+            path.as_posix() for path in (given, *given.parents, target, *target.parents)
+        )
+        return
+    scheme, separator, path = folder.partition("?")[0].rpartition("://")
+    while path:
+        yield f"{scheme}{separator}{path}"
+        path = path.rstrip("/").rpartition("/")[0]
+
+
+def _mark_in(fs: AbstractFileSystem, path: str, known: _Format) -> str | None:
+    """Return the mark of a table format that lies in a folder, None where there is none."""
+    folder = storage.join(path, known.folder or "")
+    try:
+        return storage.patiently(lambda: _found(fs, path, folder, known), folder)
+    except Exception as error:
+        # Whoever may read a folder need not be allowed to see those above.
+        if not (isinstance(error, OSError) or storage.is_http(fs)):
+            raise
+        logger.debug("%s: not looked at (%s)", storage.redacted(folder), error)
+        return None
+
+
+def _found(fs: AbstractFileSystem, path: str, folder: str, known: _Format) -> str | None:
+    if storage.is_http(fs):
+        # Some servers answer every address with a page: only what an index names is there.
+        listed = fs.ls(f"{path}/", detail=False)
+        if not any(name.rstrip("/") == folder for name in listed):
+            return None
+    if known.file is None:
+        return folder if storage.is_http(fs) or fs.info(folder)["type"] == "directory" else None
+    names = (name.rpartition("/")[2] for name in fs.ls(folder, detail=False))
+    file = next((name for name in names if known.file.search(name)), None)
+    return file and storage.join(folder, file)

@@ -1,0 +1,148 @@
+"""A URL that prints itself without its credentials, and texts rid of those in them."""
+
+from __future__ import annotations
+
+import re
+from typing import Self
+from urllib.parse import quote, unquote
+
+# `::` stands in IPv6 addresses and in names too.
+_CHAIN = re.compile(r"::(?=[A-Za-z][\w+.-]*://)")
+_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][\w+.:-]*)://(?P<rest>.*)", re.DOTALL)
+# Whatever stands before `@`: a password may hold slashes and question marks (AWS's secret keys do).
+_PASSWORD = re.compile(r"(?!arn:)([^/@:?]*:(?!\d+(?:[/?#]|$))[^@]*)@")
+_USER = re.compile(r"([^/@?#]*)@(?=[^/@]*(?:/|$))")
+# abfs://container@account: two names. They hold no password, or the pattern above has taken it.
+_NAMED = frozenset({"abfs", "abfss", "wasb", "wasbs"})
+# Names in a query that may hold a credential: `sig`, `X-Amz-Signature`, `access_token`, `apikey`.
+_SECRET_NAME = (
+    r"(?:[\w.]+[-_.])*(?:token|sig|signature|secret|passw(?:or)?d|pwd|credentials?|key|auth|sas|"
+    r"access_?key|secret_?key|secret_?access_?key|api_?key|(?:aws_?access_?)?key_?id)"
+)
+_SECRET_QUERY = re.compile(
+    rf"(?:\?|;|%3f|%3b)(?:[^/?#]*?(?:[&;]|%26|%3b))?{_SECRET_NAME}(?:=|%3d)", re.IGNORECASE
+)
+_PAIR = re.compile(rf"(?:^|[?#&;]|%26|%3f){_SECRET_NAME}(?:=|%3d)(?P<value>[^&;#]+)", re.IGNORECASE)
+_IN_TEXT = re.compile(r"""(?:\w+::)*[A-Za-z][\w+.-]*://[^\s'"<>|]+""")
+_ENDS = ".,;:!)]}"  # of a sentence rather than of a URL
+_LEAST = 6  # characters of a secret that is looked for by itself
+
+_known: set[str] = set()
+
+
+class Url(str):
+    """A path or URL whose text is without credentials; `reveal` gives the whole to who opens it.
+
+    Whatever is made of the text (messages, JSON, names, reprs, parts of it) holds none either:
+    user and password, http's query and fragment, and what follows `?token=` and its like
+    elsewhere. Equal are URLs of one text: a signature that was made anew names the same file. It
+    pickles as a whole, to be opened by workers. `storage.join` and `storage.absolute` keep what
+    is not shown; other operations of strings give the text alone.
+    """
+
+    _whole: str
+
+    def __new__(cls, url: str) -> Self:
+        if isinstance(url, Url):
+            url = url._whole
+        shown, secrets = _parted(url)
+        self = super().__new__(cls, shown)
+        self._whole = url
+        _known.update(spelt for secret in secrets for spelt in _spellings(secret))
+        return self
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+        return type(self), (self._whole,)
+
+    @property
+    def is_secret(self) -> bool:
+        """Say whether something is not shown."""
+        return self._whole != str(self)
+
+
+def reveal(url: str) -> str:
+    """Return the whole of a URL, credentials and all: for what opens it, and nothing else."""
+    return url._whole if isinstance(url, Url) else url
+
+
+def redacted(url: str) -> str:
+    """Return `url` without user, password, query and tokens, fit for messages and reports."""
+    return str(Url(url))
+
+
+def without_secrets(text: str) -> str:
+    """Return a text of somebody else's (a library's error, a command line) without credentials.
+
+    URLs in it are redacted, and what was part of a `Url` of this process is left out wherever
+    it stands.
+    """
+    text = _IN_TEXT.sub(_shown, text)
+    # The longest first: one may be part of another.
+    for secret in sorted(_known, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def split_query(url: str) -> tuple[str, str]:
+    """Return what stands before http's query or fragment, and these; ("...", "") without."""
+    *_, start = (0, *(match.end() for match in _CHAIN.finditer(url)))
+    if not re.match("https?://", url[start:], re.IGNORECASE):
+        return url, ""
+    # A question mark in a password is none of the query's.
+    after = url.index("://", start) + 3
+    password = _PASSWORD.match(url, after)
+    after = after if password is None else password.end()
+    found = _earlier(re.compile(r"[?#]").search(url, after), _SECRET_QUERY.search(url, after))
+    return (url, "") if found is None else (url[: found.start()], url[found.start() :])
+
+
+def links_of(url: str) -> list[str]:
+    """Return the URLs of a chain such as zip://a.parquet::s3://bucket/x.zip."""
+    return _CHAIN.split(url)
+
+
+def _shown(match: re.Match[str]) -> str:
+    whole = match[0]
+    url = whole.rstrip(_ENDS)
+    return _parted(url)[0] + whole[len(url) :]
+
+
+def _parted(url: str) -> tuple[str, list[str]]:
+    """Return what may be shown of a URL (of each in a chain), and what may not."""
+    links = [_link(link) for link in links_of(url)]
+    return "::".join(shown for shown, _ in links), [s for _, secrets in links for s in secrets]
+
+
+def _link(url: str) -> tuple[str, list[str]]:
+    match = _SCHEME.fullmatch(url)
+    if match is None:
+        return url, []
+    scheme, rest = match["scheme"], match["rest"]
+    secrets: list[str] = []
+    if found := _PASSWORD.match(rest):
+        user, _, password = found[1].partition(":")
+        secrets += [found[1], password, *([user] if len(user) >= 16 else [])]
+        rest = rest[found.end() :]
+    # A password that holds `@` itself leaves some of it.
+    while scheme.lower() not in _NAMED and (found := _USER.match(rest)):
+        # A short one is more likely a user's name, which may be any word of a text.
+        secrets += [found[1]] if len(found[1]) >= 16 else []
+        rest = rest[found.end() :]
+    is_http = scheme.lower() in ("http", "https")
+    found = _earlier(re.search(r"[?#]", rest) if is_http else None, _SECRET_QUERY.search(rest))
+    if found is not None:
+        query = rest[found.start() :]
+        secrets += [query[1:], *(pair["value"] for pair in _PAIR.finditer(query))]
+        rest = rest[: found.start()]
+    return f"{scheme}://{rest}", secrets
+
+
+def _earlier(one: re.Match[str] | None, other: re.Match[str] | None) -> re.Match[str] | None:
+    found = [match for match in (one, other) if match is not None]
+    return min(found, key=lambda match: match.start(), default=None)
+
+
+def _spellings(secret: str) -> set[str]:
+    plain = unquote(secret)
+    spelt = {secret, plain, quote(plain, safe=""), quote(plain)}
+    return {text for text in spelt if len(text) >= _LEAST}

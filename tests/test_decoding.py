@@ -1,0 +1,135 @@
+"""Old timestamps, checksums and footers that lie, wherever rows are read."""
+
+from __future__ import annotations
+
+import datetime as dt
+import io
+
+import lakes
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gmm_dist import lake, reading, streaming
+from gmm_dist.errors import UserError
+
+DAYS = [
+    dt.datetime(1, 1, 1),
+    dt.datetime(1600, 2, 29, 12),
+    dt.datetime(2026, 1, 1),
+    None,
+    dt.datetime(2262, 4, 12),
+    dt.datetime(9999, 12, 31, 23, 59, 59, 999999),
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached():
+    reading.release()
+
+
+def streamed(url, **options):
+    plan = lake.plan(str(url), missing="mean", **options)
+    groups = streaming.row_groups(plan)
+    parts = [part for i in range(len(plan.files)) for part in streaming.stream(plan, i, groups[i])]
+    return pa.concat_tables([kept for kept, _ in parts]), np.concatenate([X for _, X in parts], 1)
+
+
+# --- INT96
+
+
+@pytest.fixture(params=["int96", "int64"])
+def dated(request, tmp_path):
+    """A file of timestamps far and near; plain ones are the reference."""
+    table = pa.table({"x": np.arange(6.0), "until": pa.array(DAYS, pa.timestamp("us"))})
+    options = {"use_deprecated_int96_timestamps": request.param == "int96", "store_schema": False}
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2, **options)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ("until >= '2026-06-01'", [4, 5]),
+        ("until < '1677-01-01'", [0, 1]),
+        ("until == '9999-12-31 23:59:59.999999'", [5]),
+        ("until != '2026-01-01'", [0, 1, 4, 5]),
+        ("until > '2262-04-11' and until < '2263-01-01'", [4]),
+    ],
+)
+def test_far_timestamps_are_compared_as_they_are(dated, where, kept):
+    X, _, _ = lakes.read_all(lake.plan(str(dated), columns=["x"], where=where))
+    assert X.ravel().tolist() == kept
+    assert streamed(dated, columns=["x"], where=where)[1].ravel().tolist() == kept
+
+
+def test_far_timestamps_are_kept_as_they_are(dated):
+    kept, _ = streamed(dated, columns=["x"], keep=["until"])
+    assert kept["until"].to_pylist() == DAYS
+    assert kept.schema.field("until").type == pa.timestamp("us")
+
+
+# --- checksums of pages
+
+
+def test_a_page_with_a_wrong_checksum_is_named(tmp_path):
+    x = lakes.numbers(10_000)
+    buffer = io.BytesIO()
+    plain = {"compression": "NONE", "use_dictionary": False, "write_page_checksum": True}
+    pq.write_table(pa.table({"x": x, "i": np.arange(10_000)}), buffer, **plain)
+    data = bytearray(buffer.getvalue())
+    data[5000:5100] = bytes(100)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(data)
+    message = f"{path}: cannot be read as Parquet .*checksum.*; write the file again or move it"
+    for read in (
+        lambda: lakes.read_all(lake.plan(str(path), columns=["x"])),
+        lambda: reading.probe(lake.plan(str(path), columns=["x"])),
+        lambda: streamed(path, columns=["x"]),
+        lambda: streamed(path, columns=["i"], keep=["x"]),
+    ):
+        with pytest.raises(UserError, match=message):
+            read()
+    assert len(lakes.read_all(lake.plan(str(path), columns=["i"]))[0]) == 10_000
+
+
+# --- rows that the footer promises
+
+
+def promising(path, rows: int, promised: int, *, everywhere: bool):
+    """Write `rows` rows under a footer that has `promised` of them, in all places or in the last.
+
+    Thrift writes a number as zigzag varint, so that both take two bytes.
+    """
+    schema = pa.schema([pa.field("x", pa.float64(), nullable=False)])
+    table = pa.table({"x": lakes.numbers(rows)}, schema=schema)
+    plain = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, store_schema=False, **plain)
+    data = buffer.getvalue()
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    was, now = (bytes([2 * n & 0x7F | 0x80, 2 * n >> 7]) for n in (rows, promised))
+    body, footer = data[:start], data[start:]
+    assert footer.count(was) == 3  # of the file, the row group and its one column
+    footer = footer.replace(was, now) if everywhere else footer.replace(was, now, 1)
+    path.write_bytes(body + footer)
+    return path
+
+
+@pytest.mark.parametrize("n_shards", [1, 3])
+def test_a_row_group_with_fewer_rows_than_promised_is_named(tmp_path, n_shards):
+    lakes.write(tmp_path / "a.parquet", {"x": [1.0]})
+    path = promising(tmp_path / "b.parquet", 900, 1000, everywhere=True)
+    message = f"{path}, row group 0: 900 rows where the footer has 1,000; write the file again"
+    with pytest.raises(UserError, match=message):
+        lakes.read_all(lake.plan(str(tmp_path), n_shards=n_shards))
+    with pytest.raises(UserError, match=message):
+        streamed(tmp_path)
+
+
+def test_a_footer_that_contradicts_itself_is_named(tmp_path):
+    path = promising(tmp_path / "b.parquet", 900, 1000, everywhere=False)
+    message = f"{path}: the footer promises 1,000 rows, its row groups 900; write the file again"
+    with pytest.raises(UserError, match=message):
+        lake.plan(str(tmp_path))

@@ -1,0 +1,129 @@
+"""A table's folder, whatever part of it is given: it also holds rows that were deleted."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import threading
+from pathlib import Path
+
+import fsspec
+import lakes
+import pytest
+
+from gmm_dist import lake, table_formats
+from gmm_dist.errors import UserError
+
+REFUSED = r", whose folder also holds deleted rows; export its current rows to a folder of Parquet"
+
+# What a table keeps beside its data, and where its data may lie.
+TABLES = [
+    ("_delta_log/00000000000000000000.json", "ds=2026-11-21", "a Delta table"),
+    ("_delta_log/00000000000000000010.checkpoint.parquet", "a=1/b=2/c=3", "a Delta table"),
+    ("metadata/00001-abc.metadata.json", "data", "an Iceberg table"),
+    ("metadata/v3.gz.metadata.json", "data/day=1/hour=2", "an Iceberg table"),
+    (".hoodie/hoodie.properties", "region=eu/day=1", "a Hudi table"),
+    ("_spark_metadata/0", "ds=2026-11-21", "a Spark sink"),
+    ("manifest/manifest-list-0a1b-0", "dt=1/bucket-0", "a Paimon table"),
+]
+
+
+def table(folder: Path, mark: str, data: str) -> Path:
+    """Write what a reader of plain Parquet sees of a table: a current file and a removed one."""
+    (folder / mark).parent.mkdir(parents=True)
+    (folder / mark).write_text("{}")
+    for name, value in (("new.parquet", 1.0), ("old.parquet", 666.0)):
+        lakes.write(folder / data / name, {"x": [value]})
+    return folder
+
+
+def parts_of(url: str, data: str) -> list[str]:
+    """Return a table's root, all folders from there to its files, and a file."""
+    names = data.split("/")
+    folders = ["/".join(names[:i]) for i in range(len(names) + 1)]
+    return [*(f"{url}/{folder}".rstrip("/") for folder in folders), f"{url}/{data}/old.parquet"]
+
+
+@pytest.mark.parametrize(("mark", "data", "kind"), TABLES)
+def test_any_part_of_a_table_is_refused(tmp_path, mark, data, kind):
+    url = table(tmp_path / "table", mark, data).as_posix()
+    for part in parts_of(url, data):
+        with pytest.raises(UserError, match=rf"^{part}: {kind} \(.*\){REFUSED}"):
+            lake.plan(part)
+
+
+@pytest.mark.parametrize(("mark", "data", "kind"), [TABLES[1], TABLES[3], TABLES[5]])
+def test_any_part_of_a_table_on_s3_is_refused(tmp_path, s3_lake, mark, data, kind):
+    url = lakes.upload(table(tmp_path, mark, data), s3_lake.file_system(), s3_lake.url)
+    for part in parts_of(url, data)[-2:]:
+        with pytest.raises(UserError, match=rf"^{part}: {kind} \(.*\){REFUSED}"):
+            lake.plan(part)
+
+
+def test_a_partition_that_tells_of_its_table_is_refused(tmp_path):
+    # As of a partition that was copied alone.
+    lakes.write(tmp_path / "a.parquet", {"x": [1.0]})
+    (tmp_path / ".hoodie_partition_metadata").write_text("x")
+    with pytest.raises(UserError, match=rf"a Hudi table \(\.hoodie_partition_metadata\){REFUSED}"):
+        lake.plan(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "folder", ["base_0000002", "delta_0000003_0000003_0000", "base_0000002_v7"]
+)
+def test_a_transactional_hive_table_is_refused(tmp_path, folder):
+    lakes.write(tmp_path / "t" / folder / "000000_0", {"x": [1.0]})
+    for part in (tmp_path, tmp_path / "t", tmp_path / "t" / folder):
+        with pytest.raises(UserError, match=rf"a transactional Hive table \(.*\){REFUSED}"):
+            lake.plan(str(part))
+
+
+def test_a_partition_by_way_of_a_link_is_refused(tmp_path):
+    table(tmp_path / "table", "_delta_log/0.json", "ds=1")
+    (tmp_path / "link").symlink_to(tmp_path / "table" / "ds=1")
+    with pytest.raises(UserError, match=REFUSED):
+        lake.plan(str(tmp_path / "link"))
+
+
+def test_folders_that_are_merely_called_alike_are_read(tmp_path):
+    folder = tmp_path / "base_20261121" / "data"
+    lakes.write(folder / "a.parquet", {"x": [1.0]})
+    lakes.write(folder / "metadata" / "b.parquet", {"x": [2.0]})
+    for name in ("metadata/notes.json", "manifest/list.txt", "metadata.json"):
+        for beside in (folder, folder.parent):
+            (beside / name).parent.mkdir(exist_ok=True)
+            (beside / name).write_text("{}")
+    (folder.parent / "_delta_log").write_text("a file")
+    table(tmp_path / "base_20261121" / "a table beside", "_delta_log/0.json", "ds=1")
+    assert lakes.read_all(lake.plan(str(folder)))[0].ravel().tolist() == [1, 2]
+
+
+def test_what_may_not_be_looked_at_is_passed_by(tmp_path, monkeypatch):
+    lakes.write(tmp_path / "a.parquet", {"x": [1.0]})
+    fs = fsspec.filesystem("memory")
+
+    def denied(*_: object, **__: object) -> object:
+        raise PermissionError("AccessDenied")
+
+    monkeypatch.setattr(fs, "info", denied)
+    monkeypatch.setattr(fs, "ls", denied)
+    assert table_formats.refuse_around(fs, "/bucket/a/b", "memory://bucket/a/b") is None
+
+
+def test_a_partition_behind_a_web_server_is_refused(tmp_path):
+    table(tmp_path / "table", "_delta_log/0.json", "ds=1")
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}/table/ds=1"
+        try:
+            for part in (url, f"{url}/old.parquet"):
+                with pytest.raises(UserError, match=rf"^{part}: a Delta table \(.*\){REFUSED}"):
+                    lake.plan(part)
+        finally:
+            server.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass

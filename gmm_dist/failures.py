@@ -63,10 +63,9 @@ class FaultConfig:
         return float(min(self.max_backoff, self.backoff * 2.0 ** min(failures - 1, 60)))
 
 
-# A full or read-only disk, a forbidden or impossible name: no repetition helps.
-_PERMANENT = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
-}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+# Nor does repetition help with a forbidden or an impossible name.
+_PERMANENT = _FULL | {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 
 class Verdict(enum.Enum):
@@ -100,8 +99,7 @@ def judge(error: Exception) -> Verdict:
 
 def is_full(error: BaseException) -> bool:
     """Say whether a disk takes no more, or nothing at all."""
-    lasting = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    return isinstance(error, OSError) and error.errno in lasting
+    return isinstance(error, OSError) and error.errno in _FULL
 
 
 def is_permanent(error: BaseException) -> bool:

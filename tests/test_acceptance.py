@@ -25,7 +25,7 @@ import gmm_dist
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.timeout(1200)  # a minute where nothing else runs
+@pytest.mark.timeout(1200)  # two sweeps of a million rows: on a busy machine over 300 s
 def test_a_million_rows_have_eight_clusters_from_disk_and_from_s3_to_the_same_bits(
     tmp_path: Path, ray_address: str, s3_lake: S3Server
 ) -> None:
@@ -35,17 +35,7 @@ def test_a_million_rows_have_eight_clusters_from_disk_and_from_s3_to_the_same_bi
     hashes = []
     for name, data in (("disk", str(tmp_path / "lake")), ("s3", remote)):
         out = tmp_path / name
-        argv = [
-            data,
-            "--k",
-            "6..10",
-            "--n-init",
-            "4",
-            "--output",
-            str(out),
-            "--address",
-            ray_address,
-        ]
+        argv = [data, "--k", "2..12", "--output", str(out), "--address", ray_address]
         assert sweep_job.main([*argv, "--num-workers", "2"]) == 0
         report = json.loads((out / "sweep.json").read_text())
         assert report["best"] == {"k": 8, "covariance_type": "full"}

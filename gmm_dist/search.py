@@ -2,24 +2,21 @@
 
 Everything happens on samples that the driver holds, so that a search costs about as much as a
 few passes over a lake. What comes of a k depends on the rows, the random state and k alone,
-never on what else is asked for. Up to k = 32 the sizes are searched in blocks of four, from the
-first block up, asked for or not. All restarts and moves of a block are lanes of the same passes,
-and a block is always run whole, so even the bits are the same in any grid:
+never on what else is asked for. Each k is searched by itself, its lanes in passes of their own,
+so that even the bits are the same in any grid:
 
-1. `n_init` seeded starts of every k, a few steps of EM each, on a small sample;
-2. rounds of moves from the best: a split and a merge at once, and the best of k split for k + 1
-   or merged for k - 1, while anything gains;
-3. the best few of each, on a larger sample, until they stand still, and moves again.
+1. `n_init` seeded starts, a few steps of EM each, on a small sample; beside them what came of the
+   trail, which leads there from one component, whichever sizes are asked for;
+2. rounds of moves from the best, a split and a merge at once, while anything gains;
+3. the best few on a larger sample, until they stand still, and moves again.
 
-A block also searches the first k of the next one, which so begins with what came of it, and with
-the best of the last k split; no k ends below the smaller ones on the larger sample. Beyond 32 each
-k is a block of its own, and begins with its own restarts alone: a chain so long would cost more
-than it brings.
+The trail is what lets a k begin where a smaller one ended: from size to size the best mixture is
+split, in the most promising ways, and runs on the small sample beside two fresh starts.
+It ends at k = 32; beyond, each k has its own starts alone.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -40,8 +37,8 @@ from gmm_dist.statistics import TotalMoments
 Pair = tuple[int, str]
 """k and covariance type."""
 
-CHAIN, BLOCK = 32, 4
-"""Up to which k sizes are searched in blocks from 1 up, and how many are in a block."""
+TRAIL = 32
+"""Up to which k the trail leads."""
 
 # EM iterations of a restart, of a move's trial, of a short run, on the larger sample.
 _FIRST, _TRIAL, _SHORT, _LONG = 10, 12, 20, 100
@@ -56,7 +53,8 @@ _KEPT = 3  # from the small sample to the larger
 # Times d + 1 rows that a full covariance needs: with fewer it fits their noise, and hundreds of
 # nats of likelihood are to be had where nothing is (at d = 60 more than two clusters are worth).
 _SOUND = 2
-_PROPOSALS, _TO_NEXT = 4, 2  # moves tried in a round: of a k, and from it to each next one
+_PROPOSALS = 4  # moves tried in a round
+_GROWN, _FRESH = 2, 2  # splits and seeded starts that the trail tries for each size
 _SHARDS, _SHARD_ROWS = 8, 4096  # shards at the most, and rows of each at least
 _CHUNK_ROWS = 4096
 _STATISTICS_BYTES = 1 << 29  # of the lanes that run at once
@@ -65,31 +63,29 @@ _MENDING, _GROWING = 4, 5  # streams of keyed random numbers
 
 @dataclass(slots=True, eq=False)
 class _Field:
-    """The best fits of each k so far, all on the same rows; different optima only."""
+    """The best fits of one k so far, all on the same rows; different optima only."""
 
     n_samples: float
-    fits: dict[int, list[em.FitResult]] = field(default_factory=dict)
+    fits: list[em.FitResult] = field(default_factory=list)
 
     def add(self, fits: Sequence[em.FitResult]) -> None:
         """Enter fits, and let go of what is no longer among the best."""
         for fit in fits:
-            k = fit.parameters.n_components
-            ranked = sorted([*self.fits.get(k, []), fit], key=_merit, reverse=True)
+            ranked = sorted([*self.fits, fit], key=_merit, reverse=True)
             distinct = ranked[:1]
             for other in ranked[1:]:
                 gap = abs(distinct[-1].log_likelihood - other.log_likelihood)
                 if not gap < _SHORT_TOL * self.n_samples:
                     distinct.append(other)
-            self.fits[k] = distinct[:_KEPT]
+            self.fits = distinct[:_KEPT]
 
-    def best(self, k: int) -> em.FitResult:
-        return self.fits[k][0]
+    @property
+    def best(self) -> em.FitResult:
+        return self.fits[0]
 
-    def of(self, k: int) -> list[Parameters]:
-        return [fit.parameters for fit in self.fits[k]]
-
+    @property
     def mixtures(self) -> list[Parameters]:
-        return [fit.parameters for fits in self.fits.values() for fit in fits]
+        return [fit.parameters for fit in self.fits]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,11 +119,6 @@ class _Rows:
             results += em.fit(self.shards, batch, config, self.total)
         return results
 
-    def log_likelihood(self, parameters: Parameters, config: EMConfig) -> float:
-        """Return the log-likelihood (sum, nats) of a mixture as it is, in float64."""
-        once = replace(config, max_iter=1, precision="float64")
-        return self.run([parameters], once)[0].lower_bounds[0] * self.total.n_samples
-
     def splits(self, parameters: Parameters, generator: torch.Generator) -> list[moves.Split]:
         """Return the splits of the mixture's components, by the labels of these rows."""
         X, weight = self.sample.X, self.sample.sample_weight
@@ -156,16 +147,15 @@ def search(
     """
     climb = _Climb(config, start, warm)
     samples = _Samples(shards, start, total, n_threads)
-    below: dict[str, _Below] = {}
+    trail: dict[str, Parameters] = {}
     found: dict[Pair, list[Parameters]] = {}
-    for block, kind in _blocks(pairs):
-        chained = block[-1] <= CHAIN
-        on, before = samples.of(block[-1]), below.get(kind, _Below()) if chained else _Below()
-        looks_ahead = chained and block != [1]
-        best = climb(on, [*block, block[-1] + 1] if looks_ahead else block, kind, before)
-        found |= {(k, kind): best.of(k)[: start.finalists] for k in block}
-        if chained:
-            below[kind] = before.after(best, block)
+    for k, kind in _way(pairs):
+        on = samples.of(k)
+        if k <= TRAIL:
+            trail[kind] = climb.step(on.small, k, kind, trail.get(kind))
+        if (k, kind) in pairs:
+            starts = samples.seeds(k).starts(on.small.sample, k, kind)
+            found[k, kind] = climb(on, starts, [trail[kind]] if k <= TRAIL else [])
     return [found[pair] for pair in pairs]
 
 
@@ -196,73 +186,56 @@ def mend(
     return found
 
 
-def _blocks(pairs: Sequence[Pair]) -> list[tuple[list[int], str]]:
-    """Return the blocks of sizes to search for these, those that they stand on first."""
-    blocks: list[tuple[list[int], str]] = []
-    for kind in dict.fromkeys(kind for _, kind in pairs):
-        ks = {k for k, own in pairs if own == kind}
-        top = max((k for k in ks if k <= CHAIN), default=0)
-        ends = range(0, top + BLOCK, BLOCK)
-        # One component needs no search, and is a block of its own.
-        chain = [[1], *(list(range(max(end - BLOCK + 1, 2), end + 1)) for end in ends[1:])]
-        blocks += [(block, kind) for block in chain if block[0] <= top]
-        blocks += [([k], kind) for k in ks if k > CHAIN]
-    return sorted(blocks)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Below:
-    """What a block stands on: the best sound mixture below it, and what came of its first k."""
-
-    best: Parameters | None = None
-    first: Sequence[Parameters] = ()
-
-    def after(self, found: _Field, block: Sequence[int]) -> _Below:
-        """Return what the next block stands on."""
-        sound = [k for k in block if found.best(k).is_ranked]
-        best = found.best(sound[-1]).parameters if sound else self.best
-        ahead = block[-1] + 1
-        return _Below(best, found.of(ahead) if ahead in found.fits else ())
+def _way(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return what is asked for and the sizes that lead there, smaller ones first."""
+    asked = set(pairs)
+    led = [(k, kind) for k, kind in asked if k <= TRAIL]
+    return sorted(asked | {(size, kind) for k, kind in led for size in range(1, k)})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sample:
-    """The rows on which one k is searched, small ones first, and where its seeds come from."""
+    """The rows on which one k is searched, small ones first."""
 
     small: _Rows
     large: _Rows
-    seeds: _Seeds
 
 
 @dataclass(slots=True, eq=False)
 class _Samples:
     """The samples of all sizes: each depends on the rows, the random state and its k alone.
 
-    Only the last one is kept: ask in the order of k.
+    Only the last ones are kept: ask in the order of k.
     """
 
     shards: Shards
     start: StartConfig
     total: TotalMoments
     n_threads: int
-    last: tuple[int, _Sample] | None = None
+    _drawn: tuple[int, _Sample] | None = None
+    _seeds: tuple[int, _Seeds] | None = None
 
     def of(self, k: int) -> _Sample:
-        # Seeds by k-means|| are for a number of centres, other samples for a number of rows.
-        parallel, size = self.start.init == "k-means||", self._size(k)
-        key = _tier(k) if parallel else size
-        if self.last is None or self.last[0] != key:
-            self.last = key, self._draw(k, size)
-        return self.last[1]
+        size = self._size(k)
+        if self._drawn is None or self._drawn[0] != size:
+            self._drawn = size, self._draw(size)
+        return self._drawn[1]
 
-    def _draw(self, k: int, size: int) -> _Sample:
+    def seeds(self, k: int) -> _Seeds:
+        """Return where the restarts come from; k-means|| takes a few passes over all rows."""
+        tier = _tier(k)
+        if self._seeds is None or self._seeds[0] != tier:
+            self._seeds = tier, _Seeds.of(self.shards, tier, self.start, self.total)
+        return self._seeds[1]
+
+    def _draw(self, size: int) -> _Sample:
         task = DrawCoreset.of(self.total, _pool_size(size, self.total), self.start.random_state)
         pool = self.shards.run(task)
         part = pool.part(size, keyed_generator(self.start.random_state, 3))
         small = _Rows.of(part.per_row(), self.total, self.n_threads)
-        whole = len(pool.X) == len(part.X)
-        large = small if whole else _Rows.of(pool.per_row(), self.total, self.n_threads)
-        return _Sample(small, large, _Seeds.of(self.shards, _tier(k), self.start, self.total))
+        if len(pool.X) == len(part.X):
+            return _Sample(small, small)
+        return _Sample(small, _Rows.of(pool.per_row(), self.total, self.n_threads))
 
     def _size(self, k: int) -> int:
         """Return how many rows the small sample has: as asked, or enough for k's means."""
@@ -279,22 +252,37 @@ def _tier(k: int) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Climb:
-    """The search for the sizes of a block, from restarts and from what is below it."""
+    """The search for one k, from its restarts and from what the trail came to."""
 
     config: EMConfig
     start: StartConfig
     warm: Sequence[Parameters]
 
-    def __call__(self, on: _Sample, ks: Sequence[int], kind: str, below: _Below) -> _Field:
-        """Return the best on the larger sample; none is worse there than a smaller one."""
-        found, last = self._on_small(on, ks, kind, below), _Field(on.large.total.n_samples)
-        pairs = [(k, kind) for k in ks]
-        guests = [mixture for mixture in self.warm if _pair_of(mixture) in pairs]
+    def __call__(
+        self, on: _Sample, starts: Sequence[Parameters], led: Sequence[Parameters]
+    ) -> list[Parameters]:
+        """Return the best on the larger sample, the best first."""
+        first, found = _Field(on.small.total.n_samples), _Field(on.small.total.n_samples)
+        last = _Field(on.large.total.n_samples)
+        first.add(on.small.run(starts, self._trial(_FIRST)))
+        found.add(on.small.run([*first.mixtures, *led], self._short))
+        self._improve(on, on.small, found)
+        guests = [mixture for mixture in self.warm if _pair_of(mixture) == _pair_of(starts[0])]
         long = replace(self.config, max_iter=_LONG, tol=max(self.config.tol, _LONG_TOL))
-        last.add(on.large.run([*found.mixtures(), *guests], long))
+        last.add(on.large.run([*found.mixtures, *guests], long))
         self._improve(on, on.large, last)
-        self._lift(on.large, last, below.best, long)
-        return last
+        return last.mixtures[: self.start.finalists]
+
+    def step(self, rows: _Rows, k: int, kind: str, before: Parameters | None) -> Parameters:
+        """Return where the trail goes on from its mixture of k - 1 components."""
+        fresh = _Seeds(replace(self.start, init="k-means++", n_init=_FRESH), rows.total, None)
+        starts = fresh.starts(rows.sample, k, kind)
+        if before is not None:
+            apart = rows.splits(before, keyed_generator(self.start.random_state, k, _GROWING))
+            starts += [_split(before, split) for split in apart[:_GROWN]]
+        found = _Field(rows.total.n_samples)
+        found.add(rows.run(starts, self._short))
+        return found.best.parameters
 
     @property
     def _short(self) -> EMConfig:
@@ -304,48 +292,18 @@ class _Climb:
         """Return settings for so few steps that leaps do not pay."""
         return replace(self._short, max_iter=n_iter, accelerate=False)
 
-    def _on_small(self, on: _Sample, ks: Sequence[int], kind: str, below: _Below) -> _Field:
-        rows, short = on.small, self._short
-        seeded = [k for k in ks if not (below.first and k == ks[0])]
-        starts = [one for k in seeded for one in on.seeds.starts(rows.sample, k, kind)]
-        first, found = _Field(rows.total.n_samples), _Field(rows.total.n_samples)
-        first.add(rows.run(starts, self._trial(_FIRST)))
-        grown = self._grown(rows, below.best, ks[0])
-        found.add(rows.run([*first.mixtures(), *below.first, *grown], short))
-        self._improve(on, rows, found)
-        return found
-
-    def _grown(self, rows: _Rows, below: Parameters | None, k: int) -> list[Parameters]:
-        """Return mixtures one split away from the next smaller one."""
-        if below is None or below.n_components != k - 1:
-            return []
-        apart = rows.splits(below, keyed_generator(self.start.random_state, k, _GROWING))
-        return [_after(below, split) for split in apart[:_TO_NEXT]]
-
     def _improve(self, on: _Sample, rows: _Rows, found: _Field) -> None:
         """Move the best about while it gains: tried on the small sample, then run on `rows`."""
-        short, open_ = self._short, set(found.fits)
         for round in range(self.start.moves):
+            before, tried = found.best, _Field(on.small.total.n_samples)
             generator = keyed_generator(self.start.random_state, round, 2)
-            proposals = _proposals(on.small, found, open_, generator)
+            proposals = _proposals(on.small, before, generator)
             if not proposals:
                 return
-            before, tried = {k: found.best(k) for k in found.fits}, _Field(on.small.total.n_samples)
             tried.add(on.small.run(proposals, self._trial(_TRIAL)))
-            found.add(rows.run(tried.mixtures(), replace(short, max_iter=2 * _SHORT)))
-            open_ = {k for k in before if _gained(before[k], found.best(k), found)}
-
-    def _lift(self, rows: _Rows, last: _Field, below: Parameters | None, config: EMConfig) -> None:
-        """Where all of a k ended below a smaller mixture, go on from it with components halved."""
-        floor = -math.inf if below is None else rows.log_likelihood(below, config)
-        for k in sorted(last.fits):
-            best = last.best(k)
-            if below is not None and not (best.is_ranked and best.log_likelihood >= floor):
-                grown = [moves.halved(below, k), moves.halved(below, k, shift=0.0)]
-                last.add(rows.run(grown, config))
-                best = last.best(k)
-            if best.is_ranked and best.log_likelihood > floor:
-                below, floor = best.parameters, best.log_likelihood
+            found.add(rows.run(tried.mixtures, replace(self._short, max_iter=2 * _SHORT)))
+            if not _gained(before, found.best, found.n_samples):
+                return
 
 
 def _pool_size(size: int, total: TotalMoments) -> int:
@@ -417,39 +375,27 @@ class _Seeds:
         return seeding.nearest(Z, (member.T @ candidates) / mass[:, None])
 
 
-def _gained(before: em.FitResult, after: em.FitResult, found: _Field) -> bool:
+def _gained(before: em.FitResult, after: em.FitResult, n_samples: float) -> bool:
     (*rank, now), (*rank_before, then) = _merit(after), _merit(before)
-    gained = now - then > _SHORT_TOL * found.n_samples
-    return rank > rank_before or (rank == rank_before and gained)
+    return rank > rank_before or (rank == rank_before and now - then > _SHORT_TOL * n_samples)
 
 
-def _proposals(
-    rows: _Rows, found: _Field, open_: set[int], generator: torch.Generator
-) -> list[Parameters]:
-    """Return mixtures one move away from the best of the open sizes."""
-    starts: list[Parameters] = []
-    for k in sorted(open_):
-        fit = found.best(k)
-        parameters = fit.parameters
-        if fit.status is em.Status.COLLAPSED:
-            continue
-        apart = rows.splits(parameters, generator)
-        joined = moves.merges(parameters, rows.total.n_samples)
-        if bool(fit.degenerate.any()):
-            mended = moves.replace(parameters, fit.degenerate, apart)
-            starts += [] if mended is None else [mended]
-        starts += moves.split_and_merge(parameters, apart, joined, _PROPOSALS)
-        if k + 1 in found.fits:
-            starts += [_after(parameters, split) for split in apart[:_TO_NEXT]]
-        if k - 1 in found.fits:
-            starts += [_after(parameters, merge) for merge in joined[:_TO_NEXT]]
-    return starts
+def _proposals(rows: _Rows, fit: em.FitResult, generator: torch.Generator) -> list[Parameters]:
+    """Return mixtures one move away."""
+    parameters = fit.parameters
+    if fit.status is em.Status.COLLAPSED:
+        return []
+    apart = rows.splits(parameters, generator)
+    joined = moves.merges(parameters, rows.total.n_samples)
+    moved = moves.split_and_merge(parameters, apart, joined, _PROPOSALS)
+    if bool(fit.degenerate.any()):
+        mended = moves.replace(parameters, fit.degenerate, apart)
+        return moved if mended is None else [mended, *moved]
+    return moved
 
 
-def _after(parameters: Parameters, move: moves.Split | moves.Merge) -> Parameters:
-    if isinstance(move, moves.Split):
-        return moves.apply(parameters, drop=[move.component], add=move.parts)
-    return moves.apply(parameters, drop=move.pair, add=[move.part])
+def _split(parameters: Parameters, split: moves.Split) -> Parameters:
+    return moves.apply(parameters, drop=[split.component], add=split.parts)
 
 
 def _labels(parameters: Parameters, X: Float64[Tensor, "m d"]) -> Int64[Tensor, " m"]:

@@ -29,8 +29,8 @@ PAIRS = [(k, kind) for kind in COVARIANCE_TYPES for k in (1, 4)]
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Search each k by itself, as beyond the chain."""
-    monkeypatch.setattr(search_module, "CHAIN", 0)
+    """Search each k by its restarts alone, as beyond the trail."""
+    monkeypatch.setattr(search_module, "TRAIL", 0)
 
 
 def ones(n):
@@ -117,20 +117,20 @@ def test_many_restarts_find_what_one_misses(alone, kind):
 
 
 @pytest.mark.parametrize("random_state", [8, 9])
-def test_sizes_of_a_block_mend_each_other(random_state, monkeypatch):
+def test_the_trail_leads_out_of_an_optimum_that_no_move_leaves(random_state, monkeypatch):
     """Two components that pair four clusters the long way cannot both split and merge.
 
-    The best of a larger mixture, merged, or of a smaller one, split, is the better pairing.
+    One component, split, is the better pairing.
     """
     corners = torch.tensor([[0, 0], [0, 8], [12, 0], [12, 8]], dtype=torch.float64)
     X, labels = clusters(corners, 800)
     top = bound(X, start_of(X, ones(800), (labels >= 2).long(), 2, "full"))
     settings = {**ONE_RESTART, "random_state": random_state, "moves": 4}
-    (together,) = best(X, [(2, "full")], **settings)
-    monkeypatch.setattr(search_module, "CHAIN", 0)
+    (led,) = best(X, [(2, "full")], **settings)
+    monkeypatch.setattr(search_module, "TRAIL", 0)
     (by_itself,) = best(X, [(2, "full")], **settings)
     assert bound(X, by_itself) < top - 0.2
-    assert bound(X, together) > top - 1e-3
+    assert bound(X, led) > top - 1e-3
 
 
 # --- a k by itself and in a grid
@@ -149,26 +149,15 @@ def test_what_comes_of_a_k_has_the_same_bits_in_any_grid(init):
         assert_same_finalists([found[pairs.index((4, "diag"))]], [expected])
 
 
-def test_beyond_the_chain_each_k_is_searched_by_itself(monkeypatch):
-    monkeypatch.setattr(search_module, "CHAIN", 4)
+def test_beyond_the_trail_each_k_has_its_own_restarts_alone(monkeypatch):
+    monkeypatch.setattr(search_module, "TRAIL", 4)
     X = mixtures.rows(mixtures.parameters("full", 4, 2), 300)
     X, settings = X - X.mean(0), {"n_init": 2, "moves": 1}
     (expected,) = searched(X, [(6, "diag")], **settings)
     found = searched(X, [(k, "diag") for k in (6, 2, 5)], **settings)
     assert_same_finalists([found[0]], [expected])
-    monkeypatch.setattr(search_module, "CHAIN", 0)
+    monkeypatch.setattr(search_module, "TRAIL", 0)
     assert_same_finalists(searched(X, [(6, "diag")], **settings), [expected])
-
-
-@every_type
-def test_no_size_ends_below_a_smaller_one(kind):
-    """Where one cluster is all there is, restarts of a larger k easily do."""
-    X = mixtures.normal_rows(300, 3, seed=2)
-    X = X - X.mean(0)
-    ks = range(1, 8)
-    found = best(X, [(k, kind) for k in ks], n_init=1, init="random", moves=0)
-    bounds = [bound(X, start, 1) for start in found]
-    assert all(b >= a - 1e-6 for a, b in itertools.pairwise(bounds)), bounds
 
 
 @every_type

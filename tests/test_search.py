@@ -143,10 +143,9 @@ def test_what_comes_of_a_k_has_the_same_bits_in_any_grid(init):
     X = X - X.mean(0)
     settings = {"n_init": 2, "n_sample": 80, "moves": 1, "init": init}
     (expected,) = searched(X, [(4, "diag")], **settings)
-    for ks in [(2, 4), (4, 6), (1, 3, 4, 5)]:
-        pairs = [(k, kind) for kind in ("spherical", "diag") for k in ks]
-        found = searched(X, pairs, **settings)
-        assert_same_finalists([found[pairs.index((4, "diag"))]], [expected])
+    pairs = [(3, "spherical"), (5, "diag"), (4, "diag"), (2, "diag")]
+    found = searched(X, pairs, **settings)
+    assert_same_finalists([found[2]], [expected])
 
 
 def test_beyond_the_trail_each_k_has_its_own_restarts_alone(monkeypatch):

@@ -300,12 +300,9 @@ def _read_footers(root: str, files: Sequence[LakeFile], questions: _Questions) -
         with listing.opened(fs, path, root, file, footer=True) as source:
             parquet = parquet_file(source)
             footer = questions.of(file, parquet)
-        rows, promised = sum(footer.file.rows), parquet.metadata.num_rows
-        if rows != promised:
-            raise UserError(
-                f"{listing.name_of(root, file)}: the footer promises {promised:,} rows, its row "
-                f"groups {rows:,}; write the file again or move it away"
-            )
+        if lie := footers.contradiction(parquet.metadata):
+            name = listing.name_of(root, file)
+            raise UserError(f"{name}: {lie}; write the file again or move it away")
         schema = known.setdefault(footer.schema.serialize().to_pybytes(), footer.schema)
         return replace(footer, schema=schema)
 

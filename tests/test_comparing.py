@@ -215,6 +215,14 @@ def test_statistics_that_are_not_of_the_column_are_not_trusted(tmp_path: Path) -
     assert lake.plan(str(tmp_path), columns=["row"], where="c > 5").n_rows < 3
 
 
+def test_decimals_are_compared_with_all_digits_of_a_quoted_number(tmp_path: Path) -> None:
+    values = [Decimal(f"0.123456789012345678{digit}") for digit in range(3)]
+    lakes.write(tmp_path / "a.parquet", {"row": [0.0, 1.0, 2.0], "c": values})
+    assert _rows(tmp_path, "c >= '0.1234567890123456781'") == [1, 2]
+    with pytest.raises(UserError, match="more digits"):
+        _rows(tmp_path, "c >= 0.1234567890123456781")
+
+
 def _lie(path: Path, was: bytes, now: bytes) -> None:
     """Replace what a footer says."""
     data = path.read_bytes()

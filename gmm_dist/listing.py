@@ -286,6 +286,10 @@ def opened(
                 raise changed
             yield source if isinstance(source, pa.NativeFile) else _Exact(source, file.size)
     except UserError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise UserError(
+                f"{name}: the name of a column is not UTF-8; write the file again under other names"
+            ) from error
         is_gone = isinstance(error.__cause__, FileNotFoundError)
         if (is_gone and not storage.is_transient(error)) or _is_refused_as_other(error):
             raise changed from error

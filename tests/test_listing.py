@@ -149,6 +149,13 @@ def test_a_data_file_whose_name_is_not_utf8_is_refused(two_files, name):
     assert len(listing.find(str(two_files)).files) == 2
 
 
+def test_a_column_whose_name_is_not_utf8_is_refused(tmp_path):
+    path = lakes.write(tmp_path / "a.parquet", {"name": [1.0], "x": [1.0]})
+    path.write_bytes(path.read_bytes().replace(b"name", b"n\xe4me"))
+    with pytest.raises(UserError, match=f"^{path}: the name of a column is not UTF-8; write the"):
+        lake.plan(str(tmp_path), columns=["x"])
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "a\0b"])
 def test_a_name_that_no_disk_can_hold_is_not_there(tmp_path, name):
     with pytest.raises(UserError, match=r"no such file or folder|a name is too long"):

@@ -222,8 +222,11 @@ def plan(
     no_nulls = _columns_of(columns) if may_fail else ()
     questions = _Questions(tested, no_nulls, _CHUNKS_ASKED // len(files), keep)
     told = _read_footers(found.root, files, questions)
+    if not any(sum(footer.file.rows) for footer in told):
+        n_files = counted(len(told), "Parquet file")
+        raise NoRows(f"{storage.redacted(found.root)}: no rows in {n_files}; check the path")
     # Writers leave files without rows or even columns: these say nothing about the lake's.
-    filled = [footer for footer in told if any(footer.file.rows)] or told
+    filled = [footer for footer in told if any(footer.file.rows)]
     known = Columns.unify(
         found.root,
         ((footer.schema, footer.file) for footer in filled),
@@ -300,12 +303,9 @@ def _read_footers(root: str, files: Sequence[LakeFile], questions: _Questions) -
         with listing.opened(fs, path, root, file, footer=True) as source:
             parquet = parquet_file(source)
             footer = questions.of(file, parquet)
-        rows, promised = sum(footer.file.rows), parquet.metadata.num_rows
-        if rows != promised:
-            raise UserError(
-                f"{listing.name_of(root, file)}: the footer promises {promised:,} rows, its row "
-                f"groups {rows:,}; write the file again or move it away"
-            )
+        if lie := footers.contradiction(parquet.metadata):
+            name = listing.name_of(root, file)
+            raise UserError(f"{name}: {lie}; write the file again or move it away")
         schema = known.setdefault(footer.schema.serialize().to_pybytes(), footer.schema)
         return replace(footer, schema=schema)
 
@@ -328,10 +328,6 @@ def _row_groups(root: str, told: list[_Footer], condition: Where | None) -> list
         for group in footer.groups
         if footer.file.rows[group] > 0
     ]
-    if not any(sum(footer.file.rows) for footer in told):
-        raise NoRows(
-            f"{storage.redacted(root)}: no rows in {len(told)} Parquet files; check the path"
-        )
     if condition is not None and not groups:
         raise _nothing_matches(root, condition, "the row groups' statistics")
     return groups

@@ -97,8 +97,12 @@ def test_a_page_with_a_wrong_checksum_is_named(tmp_path):
 # --- rows that the footer promises
 
 
-def promising(path, rows: int, promised: int, *, everywhere: bool):
-    """Write `rows` rows under a footer that has `promised` of them, in all places or in the last.
+# The places where a footer of one column has the number of rows, in their order.
+OF_FILE, OF_COLUMN, OF_GROUP = range(3)
+
+
+def promising(path, rows: int, promised: int, *places: int):
+    """Write `rows` rows under a footer that has `promised` of them in some places.
 
     Thrift writes a number as zigzag varint, so that both take two bytes.
     """
@@ -111,16 +115,17 @@ def promising(path, rows: int, promised: int, *, everywhere: bool):
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     was, now = (bytes([2 * n & 0x7F | 0x80, 2 * n >> 7]) for n in (rows, promised))
     body, footer = data[:start], data[start:]
-    assert footer.count(was) == 3  # of the file, the row group and its one column
-    footer = footer.replace(was, now) if everywhere else footer.replace(was, now, 1)
-    path.write_bytes(body + footer)
+    parts = footer.split(was)
+    assert len(parts) == 4
+    told = [now if place in places else was for place in range(3)]
+    path.write_bytes(body + parts[0] + b"".join(map(bytes.__add__, told, parts[1:])))
     return path
 
 
 @pytest.mark.parametrize("n_shards", [1, 3])
 def test_a_row_group_with_fewer_rows_than_promised_is_named(tmp_path, n_shards):
     lakes.write(tmp_path / "a.parquet", {"x": [1.0]})
-    path = promising(tmp_path / "b.parquet", 900, 1000, everywhere=True)
+    path = promising(tmp_path / "b.parquet", 900, 1000, OF_FILE, OF_COLUMN, OF_GROUP)
     message = f"{path}, row group 0: 900 rows where the footer has 1,000; write the file again"
     with pytest.raises(UserError, match=message):
         lakes.read_all(lake.plan(str(tmp_path), n_shards=n_shards))
@@ -129,7 +134,18 @@ def test_a_row_group_with_fewer_rows_than_promised_is_named(tmp_path, n_shards):
 
 
 def test_a_footer_that_contradicts_itself_is_named(tmp_path):
-    path = promising(tmp_path / "b.parquet", 900, 1000, everywhere=False)
+    path = promising(tmp_path / "b.parquet", 900, 1000, OF_FILE)
     message = f"{path}: the footer promises 1,000 rows, its row groups 900; write the file again"
+    with pytest.raises(UserError, match=message):
+        lake.plan(str(tmp_path))
+
+
+def test_rows_beyond_those_that_a_footer_promises_are_not_passed_over(tmp_path):
+    # Arrow reads 900 of the 1,000 rows without a word.
+    path = promising(tmp_path / "b.parquet", 1000, 900, OF_FILE, OF_GROUP)
+    message = (
+        f"{path}: the footer promises 900 rows of row group 0, and 1,000 values of its columns; "
+        "write the file again or move it away"
+    )
     with pytest.raises(UserError, match=message):
         lake.plan(str(tmp_path))

@@ -24,7 +24,7 @@ import results
 import torch
 from ending import KEPT_BACK, run, said_how_to_resume
 from fitting import Job, none_ranked
-from options import Again, Parser, add_common, parse_k
+from options import Again, Parser, add_common, parse_k, parse_url
 from results import Fitted, mixture_of, print_table, spell_best
 from score import score_lake
 from stopping import holding
@@ -48,7 +48,7 @@ from gmm_dist.sample import Coreset, DrawCoreset
 from gmm_dist.selection import CRITERIA, SweepResult
 from gmm_dist.shards import Shards
 from gmm_dist.storage import absolute, join
-from gmm_dist.urls import Url, redacted
+from gmm_dist.urls import redacted
 from gmm_dist.where import Where, parse
 
 logger = logging.getLogger("gmm_dist.nightly")
@@ -224,7 +224,7 @@ def _add_own(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--registry",
         required=True,
-        type=Url,
+        type=parse_url,
         metavar="REG",
         help="folder or URL of the nights' models",
     )
@@ -264,7 +264,7 @@ def _add_own(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--scores",
-        type=Url,
+        type=parse_url,
         metavar="URL",
         help="once published, score the night's rows as score.py does, into URL/DATE",
     )
@@ -287,7 +287,12 @@ def _rows_of(options: argparse.Namespace, *, days: int) -> Where:
     """Return the filter of the rows of so many days, beside the user's own."""
     last = date.fromisoformat(options.night)
     own = parse(options.own_where).clauses if options.own_where is not None else ()
-    clauses = {*own, *options.partition_key.clauses(last - timedelta(days - 1), last)}
+    try:
+        clauses = {*own, *options.partition_key.clauses(last - timedelta(days - 1), last)}
+    except OverflowError as error:
+        raise UserError(
+            f"--days {days} up to --night {last}: no calendar has so many; give fewer days"
+        ) from error
     return Where(tuple(sorted(clauses, key=lambda c: (c[0], c[1], repr(c[2])))))
 
 

@@ -288,6 +288,7 @@ def test_as_a_user_starts_it_with_ray_embedded(tmp_path: Path) -> None:
         (["--k", "three"], r"--k: 'three' is not like 8, 4,8,16 or 2\.\.20; see sweep\.py --help"),
         (["--k", "5..2"], r"'5\.\.2' is not a range"),
         (["--k", "0"], r"'0' is not a range of whole numbers from 1 up"),
+        (["--k", "9" * 5000], r"--k: '9{50}' is not like 8, 4,8,16 or 2\.\.20; see"),
         (["--k", "2..601"], r"--k asks for 601 components, but there are 600 rows: give k of at"),
         (["--k", "2", "--tol", "-1"], r"tol is -1\.0: give a number >= 0"),
         (["--k", "2", "--n-init", "0"], r"n_init is 0: give a whole number >= 1"),
@@ -337,6 +338,23 @@ def test_options_out_of_range_are_refused_before_the_output_is_looked_at(
         assert "give a share from 1e-06 to below 1" in line
     line = refused(capfd, *scores, "--num-workers", "0", job=score_job.main)
     assert "num_workers is 0" in line
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_a_place_that_is_empty_is_not_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Errors, empty: str
+) -> None:
+    """As of a shell's variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    for option, argv in (
+        ("DATA", [empty, "--output", "out", "--k", "2"]),
+        ("--output", ["data", "--output", empty, "--k", "2"]),
+    ):
+        line = refused(capfd, *argv)
+        assert f"argument {option}: it is empty: give a path or URL, . for this folder" in line
+    score = ["data", "--output", "out", "--model", empty]
+    assert "argument --model: it is empty" in refused(capfd, *score, job=score_job.main)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_shows_the_holdout_that_a_job_has(capfd: Errors) -> None:

@@ -774,6 +774,15 @@ def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
         (["--night", "today"], "'today' is not a night: give a date such as 2026-11-21"),
         (["--holdout", "0"], "give a --holdout above 0; see nightly.py --help"),
         (["--days", "0"], "--days is 1 or more"),
+        (
+            ["--days", "9" * 20],
+            "up to --night 2026-11-01: no calendar has so many; give fewer",
+        ),
+        (
+            ["--days", "999999"],
+            "up to --night 2026-11-01: no calendar has so many; give fewer",
+        ),
+        (["--night", "9999-12-31"], "--night 9999-12-31: no calendar has so many"),
         (["--max-drop", "-1"], "--max-drop is -1: give a number of nats >= 0"),
         (["--min-rows", "-1"], "--min-rows is -1: give a whole number >= 0"),
         (["--where", "x > 1 or x < 0"], "'or' is not supported"),

@@ -66,6 +66,15 @@ def _is_index_name(name: str) -> bool:
     return number.isdecimal() and name == f"__index_level_{number}__"
 
 
+def old_timestamps(metadata: pq.FileMetaData, schema: pa.Schema) -> frozenset[str]:
+    """Return the columns that hold INT96 timestamps, alone or in lists and such."""
+    stored = [metadata.schema.column(i).physical_type for i in range(len(metadata.schema))]
+    if "INT96" not in stored:
+        return frozenset()
+    places = zip(schema.names, leaves(schema), strict=True)
+    return frozenset(name for name, place in places if "INT96" in stored[place.start : place.stop])
+
+
 def matching_groups(
     metadata: pq.FileMetaData, schema: pa.Schema, tests: Iterable[tuple[str, Passing]]
 ) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gmm_dist.em import FitResult, Status
 from gmm_dist.families import n_parameters
+from gmm_dist.formats import counted
 from gmm_dist.mixture import aic, bic, icl
 from gmm_dist.spikes import Profile
 from gmm_dist.statistics import Spike, TotalMoments
@@ -133,6 +134,7 @@ class SweepResult:
     `total` are the moments of the rows that were fitted, held-out ones not among them;
     `n_passes` over all of them scored lanes. `profile` is what a sample told of the features;
     `centre` (d,), in feature units, is what moments and profile are about (None: 0).
+    `weight` is the sum of the weights, where `total` has it in another unit.
     """
 
     scored: tuple[Scored, ...]
@@ -141,6 +143,7 @@ class SweepResult:
     n_passes: int = 0
     profile: Profile = field(default_factory=Profile)
     centre: Tensor | None = None
+    weight: float | None = None
 
     @property
     def n_samples(self) -> float:
@@ -243,10 +246,13 @@ class SweepResult:
 
     def _weights_note(self) -> list[str]:
         """Say so where the criteria took another n than the sum of the weights."""
-        if counts_rows(self.total):
+        weight, n_rows = self.weight, self.total.n_rows
+        weight = self.total.n_samples if weight is None else weight
+        if counts_rows(weight, n_rows):
             return []
+        summed = f"{weight:.3g}" if weight < math.inf else "more than float64 holds"
         return [
-            f"the weights sum to {self.total.n_samples:.3g} over {self.total.n_rows:,} rows, so "
+            f"the weights sum to {summed} over {counted(n_rows, 'row')}, so "
             f"they do not count rows: the criteria take n = (Σw)²/Σw² = {self.n_samples:,.1f}; "
             "weights of mean 1 would count each row as one"
         ]

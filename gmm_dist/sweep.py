@@ -27,7 +27,7 @@ from gmm_dist.shards import HeldOut, Shards
 from gmm_dist.snapshot import Snapshot
 from gmm_dist.spikes import profile
 from gmm_dist.statistics import TotalMoments
-from gmm_dist.weighting import ReweightedShards, as_given, criterion_size, unit_of
+from gmm_dist.weighting import ReweightedShards, as_given, criterion_size, given_weight, unit_of
 
 _SLACK = 1e-7  # nats per row by which a fit may end below a smaller one: rounding
 
@@ -124,8 +124,15 @@ def sweep(
             candidates, race.outcomes, likelihoods, strict=True
         )
     ]
-    given_total = as_given(total, scale)
-    return SweepResult(tuple(scored), criterion, given_total, race.n_passes, seen, centre)
+    return SweepResult(
+        tuple(scored),
+        criterion,
+        as_given(total, scale),
+        race.n_passes,
+        seen,
+        centre,
+        given_weight(total, scale),
+    )
 
 
 def _read_products(candidates: Sequence[Candidate]) -> bool:

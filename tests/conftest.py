@@ -30,6 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else item.path.name))
 
 
+@pytest.fixture(autouse=True)
+def _no_secrets_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no test's messages starred for what another one's URLs held."""
+    from gmm_dist import urls  # not before annotations are checked
+
+    monkeypatch.setattr(urls, "_known", type(urls._known)())
+
+
 # As the jobs do: the same bits on any machine, and no threads that spin beside other tests.
 torch.set_num_threads(1)
 

@@ -64,6 +64,41 @@ def test_far_timestamps_are_compared_as_they_are(dated, where, kept):
     assert streamed(dated, columns=["x"], where=where)[1].ravel().tolist() == kept
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ("until >= '2026-06-01'", [4, 5, 6]),
+        ("until < '2026-01-01 00:00:00.000000001'", [0, 1, 2]),
+        ("until == '2262-01-01 00:00:00.000000001'", [6]),
+        ("until > '9999-12-31 23:59:59.999998999'", [5]),
+    ],
+)
+def test_far_timestamps_beside_a_file_of_nanoseconds(dated, order, where, kept):
+    (dated / "a.parquet").rename(dated / f"{order[0]}.parquet")
+    near = np.array(["2262-01-01T00:00:00.000000001"], "datetime64[ns]")
+    lakes.write(dated / f"{order[1]}.parquet", {"x": [6.0], "until": near})
+    X, _, _ = lakes.read_all(lake.plan(str(dated), columns=["x"], where=where))
+    assert sorted(X.ravel()) == kept
+    assert sorted(streamed(dated, columns=["x"], where=where)[1].ravel()) == kept
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"where": "until > '2026-01-01'"}, True),
+        ({"keep": ["until"]}, True),
+        ({"where": "x > 1"}, False),
+    ],
+)
+def test_that_int96_is_read_to_the_microsecond_is_said(dated, request, caplog, options, told):
+    with caplog.at_level("INFO", "gmm_dist.lake"):
+        lake.plan(str(dated), columns=["x"], **options)
+    line = "INT96 timestamps are compared and kept to the microsecond, finer digits cut off: until"
+    is_int96 = request.node.callspec.params["dated"] == "int96"
+    assert (line in caplog.messages) is (told and is_int96)
+
+
 def test_far_timestamps_are_kept_as_they_are(dated):
     kept, _ = streamed(dated, columns=["x"], keep=["until"])
     assert kept["until"].to_pylist() == DAYS

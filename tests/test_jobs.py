@@ -489,6 +489,30 @@ def test_what_a_reader_of_the_table_should_know_is_said_with_a_remedy(
     assert np.isfinite(gmm_dist.load(str(out)).parameters.covariances.numpy()).all()
 
 
+def test_a_spike_and_weights_that_are_no_counts_are_said_by_a_job(
+    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = table()
+    amount = np.where(np.arange(600) % 2, 0.0, np.exp(rows["x"].to_numpy() / 5))
+    rows = rows.append_column("amount", pa.array(amount))
+    rows = rows.append_column("share", pa.array(rows["w"].to_numpy() / rows["w"].to_numpy().sum()))
+    data, out = lake(tmp_path / "lake", rows), tmp_path / "out"
+    argv = [data, "--columns", "amount", "y", "--weight-column", "share", "--k", "1..2"]
+    assert sweep_job.main([*argv, "--output", str(out), "--address", ray_address]) == 0
+    said = capsys.readouterr().out
+    warned = json.loads((out / "sweep.json").read_text())["warnings"]
+    weight = rows["share"].to_numpy()
+    zeros = weight[amount == 0].sum()
+    (spike,) = [line for line in warned if line.startswith("column 'amount': of its rows")]
+    assert f"{zeros:.0%} are exactly 0" in spike
+    assert "filter such rows with --where, raise --reg-covar" in spike
+    (unit,) = [line for line in warned if line.startswith("the weights sum to 1 over ")]
+    n = 1 / (weight**2).sum()  # Kish's number
+    assert f"{np.count_nonzero(weight):,} rows" in unit
+    assert f"n = (Σw)²/Σw² = {n:,.1f}; weights of mean 1 would count each row" in unit
+    assert all(f"warning: {line}" in said for line in (spike, unit))
+
+
 def test_rows_many_times_over_a_flat_column_and_an_outlier_still_give_a_table(
     tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,8 +50,8 @@ _TIER = 8  # sizes share a sample up to this k, then from one power of two to th
 _FEWEST_ROWS, _MOST_ROWS = (2048, 10_000), 65_536
 _POOL, _FEWEST_POOL = 4, 32_768  # the larger sample: in small ones, and in rows
 _KEPT = 3  # from the small sample to the larger
-# Times d + 1 rows that a full covariance needs: with fewer it fits their noise, and hundreds of
-# nats of likelihood are to be had where nothing is (at d = 60 more than two clusters are worth).
+# Times d + 1 rows that a full covariance needs: with fewer its correlations fit their noise, and
+# hundreds of nats are to be had where nothing is (at d = 60 more than two clusters are worth).
 _SOUND = 2
 _PROPOSALS = 4  # moves tried in a round
 _GROWN, _FRESH = 2, 2  # splits and seeded starts that the trail tries for each size
@@ -316,12 +316,23 @@ def _pair_of(parameters: Parameters) -> Pair:
     return parameters.n_components, parameters.covariance_type
 
 
-def _merit(fit: em.FitResult) -> tuple[bool, bool, float]:
-    """Order fits: a likelihood bought with a component of hardly more rows than d comes last."""
-    sound = fit.parameters.covariance_type != "full" or bool(
-        fit.rows.min() >= _SOUND * (fit.parameters.n_features + 1)
-    )
-    return fit.is_ranked, sound, fit.log_likelihood
+def _merit(fit: em.FitResult) -> tuple[bool, float]:
+    """Order fits by likelihood, less what may have been bought with noise."""
+    return fit.is_ranked, fit.log_likelihood - (_bought(fit) if fit.is_ranked else 0.0)
+
+
+def _bought(fit: em.FitResult) -> float:
+    """Return what components of hardly more rows than d gain by correlations, in nats.
+
+    By the variances alone they would be worth n_k / 2 · ln(|diag Σ| / |Σ|) less. A small cluster
+    far from all others is worth far more than that.
+    """
+    few = fit.rows < _SOUND * (fit.parameters.n_features + 1)
+    if fit.parameters.covariance_type != "full" or not bool(few.any()):
+        return 0.0
+    covariances = fit.parameters.covariances[few]
+    apart = covariances.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return float(fit.nk[few] @ (apart - torch.linalg.slogdet(covariances)[1])) / 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -351,17 +351,20 @@ class _Night:
             return [str(error)]
         warnings = [*work.warnings, *self._warnings(work.columns)]
         more = {"warnings": warnings, "seconds": time.monotonic() - began}
-        print_table(work.fitted.result, warnings)
         self.place.await_earlier(self.options.night)
         if self.place.came_between(self._night_before, self.options.night):
             return None
         if work.reasons:
             self._keep_back(run, work.reasons, work, more)
+            print_table(work.fitted.result, warnings)
             return work.reasons
         with self.place.turn() as turn:
             if self.place.came_between(self._night_before, self.options.night):
                 return None
-            self._publish(run, work, more, turn)
+            lineage = self._publish(run, work, more, turn)
+        # Results are committed before anybody is told: the reader may have gone.
+        print_table(work.fitted.result, warnings)
+        say(f"best by {work.best}; {_spell(lineage)}")
         return []
 
     def _fit(self, run: Run) -> _Work:
@@ -438,7 +441,7 @@ class _Night:
             )
         return reasons
 
-    def _publish(self, run: Run, work: _Work, more: dict[str, Any], turn: Lease) -> None:
+    def _publish(self, run: Run, work: _Work, more: dict[str, Any], turn: Lease) -> Lineage:
         mixture, reference = work.mixture, self._reference(work)
         known = () if reference is None else reference.lineage.ids
         matching = _match(reference, mixture)
@@ -460,9 +463,7 @@ class _Night:
         with holding():
             run.attempt.commit()
         self.place.point_to(self.options.night)
-        best = work.fitted.result.best
-        assert best is not None
-        say(f"best by {spell_best(best, work.fitted.result.criterion)}; {_spell(lineage)}")
+        return lineage
 
     def _keep_back(
         self,
@@ -571,6 +572,12 @@ class _Work:
     @property
     def mixture(self) -> Mixture:
         return mixture_of(self.fitted, self.job.loader)
+
+    @property
+    def best(self) -> str:
+        best, criterion = self.fitted.result.best, self.fitted.result.criterion
+        assert best is not None
+        return spell_best(best, criterion)
 
     @property
     def warnings(self) -> list[str]:

@@ -674,6 +674,23 @@ def test_scores_are_of_the_night_alone_however_it_is_spelt_and_ray_starts_once(
 # ------------------------------------------------------------------------- interrupted
 
 
+def test_nobody_is_told_of_a_night_before_it_is_committed(
+    local: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.write(1, FIRST)
+    local.write(2, FIRST, n=20)
+    there = []
+
+    def look(*_: object) -> None:
+        kept = list(Path(local.url).glob("candidates/*/*/manifest.json"))
+        there.append((local.registry.nights(), local.registry.latest(), len(kept)))
+
+    monkeypatch.setattr(nightly, "print_table", look)
+    assert local.run(1, "--k", "3", "--n-init", "1") == 0
+    assert local.run(2, "--k", "3", "--n-init", "1") == 3
+    assert there == [([night(1)], night(1), 0), ([night(1)], night(1), 1)]
+
+
 def test_a_crash_between_the_commit_and_the_pointer_is_mended_by_the_next_run(
     local: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:

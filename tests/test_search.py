@@ -341,6 +341,18 @@ def test_a_sample_smaller_than_k_still_runs():
     assert_positive_definite(start)
 
 
+@pytest.mark.parametrize(("n_features", "n_few"), [(1, 3), (2, 4)])
+def test_a_few_rows_far_away_are_a_cluster_under_full_covariances_too(n_features, n_few):
+    """More rows than a covariance needs, but fewer than twice as many."""
+    far = mixtures.normal_rows(n_few, n_features, seed=8) - 30
+    X = torch.cat([clusters(torch.tensor([[0.0], [12.0]]).expand(2, n_features), 200)[0], far])
+    labels = torch.arange(200 + n_few) % 2
+    labels[200:] = 2
+    (found,) = best(X - X.mean(0), [(3, "full")], n_init=4)
+    known = start_of(X - X.mean(0), ones(len(X)), labels, 3, "full")
+    assert bound(X - X.mean(0), found) == pytest.approx(bound(X - X.mean(0), known), abs=1e-3)
+
+
 def test_features_of_any_scale_start_alike():
     """Seeds are drawn, and components split, in units of each feature's spread."""
     X, _ = clusters(torch.tensor([[0, 0], [6, 0], [0, 6]], dtype=torch.float64), 300)

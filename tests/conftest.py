@@ -187,6 +187,22 @@ def s3_lake(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]
     forget_connections()
 
 
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the jobs that fit hold their rows in this process, and draw no pictures.
+
+    For what does not depend on who holds the rows: a job does the same, to the bit, in half a
+    second in place of eight. Some tests of each job do without this.
+    """
+    import fitting  # only now: annotations of modules that conftest.py imports go unchecked
+    import here
+
+    from gmm_dist import figures
+
+    monkeypatch.setattr(fitting.Job, "resident", here.resident)
+    monkeypatch.setattr(figures, "drawn", here.titled)
+
+
 @pytest.fixture(scope="session")
 def ray_address(s3: S3Server) -> Iterator[str]:
     """Run a real Ray cluster of four CPUs on loopback, whose workers know the S3 server."""

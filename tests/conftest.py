@@ -24,10 +24,16 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, and all that need the Ray cluster in one."""
+    """Keep a file's tests in one process, and all that need the Ray cluster in one.
+
+    These take longest, so they come first: the other processes have the files meanwhile.
+    """
+    needing: dict[bool, list[pytest.Item]] = {True: [], False: []}
     for item in items:
         needs_ray = "ray_address" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else item.path.name))
+        needing[needs_ray].append(item)
+    items[:] = needing[True] + needing[False]
 
 
 # As the jobs do: the same bits on any machine, and no threads that spin beside other tests.

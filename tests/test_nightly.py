@@ -6,9 +6,9 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,15 @@ import pytest
 import ray
 from conftest import S3Server
 from nights import Cluster
-from progress import Progress
 
 import gmm_dist
 from gmm_dist import artifacts, runs, scored
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.gate import Gate
 from gmm_dist.lease import LeaseLost
-from gmm_dist.loading import Counted, count_rows
 from gmm_dist.nights import NightKey
 from gmm_dist.registry import DRIFT, GATE, Lineage, Registry
 from gmm_dist.scoring import Scorer, Scoring
-from gmm_dist.shards import LocalShards, Shards
 from gmm_dist.storage import open_url
 
 Errors = pytest.CaptureFixture[str]
@@ -49,18 +46,6 @@ def night(day: int) -> str:
 
 
 RESIDENT = fitting.Job.resident
-
-
-@contextmanager
-def _here(job: fitting.Job, progress: Progress) -> Iterator[tuple[Shards, Counted]]:
-    shards = LocalShards([job.loader(shard) for shard in range(job.plan.n_shards)])
-    yield shards, shards.run(count_rows)
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hold the rows in this process: the logic of a night is the same, and Ray takes seconds."""
-    monkeypatch.setattr(fitting.Job, "resident", _here)
 
 
 class Nights:

@@ -52,8 +52,8 @@ class Selection:
     def rows(self) -> list[dict[str, Any]]:
         """Return one dictionary per candidate, the best first; those of no rank have None.
 
-        `log_likelihood` is the sum over all rows (nats), as in sweep.json; of `bic`, `aic` and
-        `icl` lower is better.
+        `log_likelihood` is the sum over all rows (nats), as in sweep.json, and
+        `mean_log_likelihood` that per row; of `bic`, `aic` and `icl` lower is better.
         """
         return [_row(rank, scored) for rank, scored in enumerate(self.result.ranked, start=1)]
 
@@ -227,6 +227,7 @@ def _row(rank: int, scored: Scored) -> dict[str, Any]:
         "aic": scored.aic,
         "icl": scored.icl,
         "log_likelihood": fit.log_likelihood,
+        "mean_log_likelihood": scored.mean_log_likelihood,
         "n_parameters": scored.n_parameters,
         "n_iter": fit.n_iter,
         "converged": fit.converged,

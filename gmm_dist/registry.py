@@ -28,7 +28,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -83,9 +83,9 @@ class Lineage:
             return cls(
                 night=content["night"],
                 night_before=content["night_before"],
-                ids=tuple(content["ids"]),
-                born=tuple(content["born"]),
-                dead=tuple(content["dead"]),
+                ids=_distinct(content["ids"]),
+                born=_distinct(content["born"]),
+                dead=_distinct(content["dead"]),
                 n_rows=content["n_rows"],
                 columns=dict(content["columns"]),
             )
@@ -97,6 +97,18 @@ class Published:
 
     mixture: Mixture
     lineage: Lineage
+
+    @classmethod
+    def read(cls, url: str) -> Self:
+        """Raises UserError where the two do not belong together."""
+        mixture, lineage = artifacts.load(url), Lineage.read(url)
+        if len(lineage.ids) != mixture.n_components:
+            raise UserError(
+                f"{url}: {LINEAGE} numbers {len(lineage.ids)} components, the model has "
+                f"{mixture.n_components}: restore both from a backup, or remove this night's "
+                "folder and run the night again"
+            )
+        return cls(mixture, lineage)
 
     @property
     def night(self) -> str:
@@ -120,6 +132,20 @@ def night_of(text: str) -> str:
     if not is_night(text):
         raise UserError(f"{text!r} is not a night: give a date such as 2026-11-21")
     return text
+
+
+def _distinct(ids: Sequence[object]) -> tuple[int, ...]:
+    """Return numbers of components; ValueError for others, and for one that comes twice."""
+    found = tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
+    if len(found) != len(ids) or len(set(found)) != len(found):
+        raise ValueError(f"{_shown(ids)} are not different whole numbers from 0 up")
+    return found
+
+
+def _shown(ids: Sequence[object]) -> str:
+    """Return the first few of them."""
+    few = ", ".join(map(str, ids[:8]))
+    return f"{few}, ... ({len(ids)} in all)" if len(ids) > 8 else few
 
 
 def is_night(text: object) -> bool:
@@ -184,7 +210,7 @@ class Registry:
                 return None
             url = self.model_url(night)
             try:
-                return Published(artifacts.load(url), Lineage.read(url))
+                return Published.read(url)
             except UserError:
                 if self.is_published(night):
                     raise
@@ -284,7 +310,8 @@ class Registry:
 
     def _candidates(self) -> list[tuple[str, str]]:
         place = self._place.below(CANDIDATES)
-        return [(n, a) for n in sorted(place.names()) for a in sorted(place.below(n).names())]
+        nights = sorted(filter(is_night, place.names()))
+        return [(n, a) for n in nights for a in sorted(place.below(n).names())]
 
     def _next_id(self, seen: conditional.Version, name: str) -> int:
         return _whole_number(parse(seen.data, name, self._place.url), name, self._place.url)
@@ -339,7 +366,7 @@ class Registry:
                 self._remove(old)
         oldest = min((n for n in nights if n in kept), default="")
         for name in sorted(self._place.below(CANDIDATES).names()):
-            if name < oldest:
+            if is_night(name) and name < oldest:
                 self._place.remove(CANDIDATES, name)
         return gone
 

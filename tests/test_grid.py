@@ -50,6 +50,7 @@ def test_it_prints_as_a_table_and_becomes_a_frame(selection):
     assert len(frame) == 6
     sums = [scored.fit.log_likelihood for scored in selection.result.ranked]
     assert frame["log_likelihood"].tolist() == sums
+    assert frame["mean_log_likelihood"].tolist() == [total / 600 for total in sums]
     assert frame["bic"].is_monotonic_increasing
     assert set(zip(frame["k"], frame["covariance_type"], strict=True)) == {
         (k, kind) for k in (3, 4, 5) for kind in ("full", "diag")

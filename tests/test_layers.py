@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,12 @@ def test_the_library_neither_reads_arguments_nor_configures_logging():
         text = path.read_text()
         for word in ("sys.argv", "basicConfig"):
             assert word not in text, f"{path.name}: {word}"
+
+
+def test_shapes_are_checked_of_every_module_that_tells_them():
+    """Each is named to jaxtyping, which else passes over its annotations without a word."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    options = settings["tool"]["pytest"]["ini_options"]["addopts"].split()
+    (option,) = (option for option in options if option.startswith("--jaxtyping-packages="))
+    named = {name.removeprefix("gmm_dist.") for name in option.partition("=")[2].split(",")}
+    assert {name for name, found in MODULES.items() if "jaxtyping" in found} <= named

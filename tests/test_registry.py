@@ -56,6 +56,36 @@ def everything(url: str) -> set[str]:
     return {name[len(path) :].lstrip("/") for name in fs.find(path)} - {""}
 
 
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ((0, 1, 2, 3, 4), "lineage.json numbers 5 components, the model has "),
+        ((0, 0), "0, 0 are not different whole numbers from 0 up"),
+        ((0, -1), "0, -1 are not different whole numbers from 0 up"),
+        ((0, True), "0, True are not different whole numbers from 0 up"),
+    ],
+)
+def test_numbers_that_are_not_the_models_are_refused(tmp_path: Path, ids, said: str) -> None:
+    publish(str(tmp_path), NIGHTS[0], who=lineage(NIGHTS[0], ids))
+    with pytest.raises(UserError, match=said):
+        Registry(str(tmp_path)).newest_before(NIGHTS[1])
+
+
+def test_pruning_leaves_what_is_no_candidate_of_ours(tmp_path: Path) -> None:
+    place = Registry(str(tmp_path))
+    for night in NIGHTS[:2]:
+        publish(str(tmp_path), night)
+        (tmp_path / "candidates" / night / "1").mkdir(parents=True)
+    for name in (".DS_Store", "2025 notes"):
+        (tmp_path / "candidates" / name).write_text("mine")
+    place.prune(1, night=NIGHTS[1])
+    assert {path.name for path in (tmp_path / "candidates").iterdir()} == {
+        ".DS_Store",
+        "2025 notes",
+        NIGHTS[1],
+    }
+
+
 # ------------------------------------------------------------------------- compare and swap
 
 

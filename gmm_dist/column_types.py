@@ -8,6 +8,12 @@ from gmm_dist.comparing import value_type
 
 _UNITS = ("s", "ms", "us", "ns")
 _DIGITS = {8: 3, 16: 5, 32: 10, 64: 19}
+_LISTS = (
+    (pa.types.is_list, pa.list_),
+    (pa.types.is_large_list, pa.large_list),
+    (pa.types.is_list_view, pa.list_view),
+    (pa.types.is_large_list_view, pa.large_list_view),
+)
 _MANTISSAS = ((11, pa.float16()), (24, pa.float32()))
 
 
@@ -50,10 +56,13 @@ def without_views(type_: pa.DataType) -> pa.DataType:
         return pa.large_binary()
     if pa.types.is_struct(type_):
         return pa.struct([_bare(field) for field in type_])
-    if pa.types.is_list(type_):
-        return pa.list_(_bare(type_.value_field))
-    if pa.types.is_large_list(type_):
-        return pa.large_list(_bare(type_.value_field))
+    if pa.types.is_map(type_):
+        return pa.map_(_bare(type_.key_field), _bare(type_.item_field), type_.keys_sorted)
+    if pa.types.is_fixed_size_list(type_):
+        return pa.list_(_bare(type_.value_field), type_.list_size)
+    for is_kind, kind in _LISTS:
+        if is_kind(type_):
+            return kind(_bare(type_.value_field))
     return type_
 
 

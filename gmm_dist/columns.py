@@ -181,6 +181,7 @@ class Columns:
         for name in names:
             self._check_present(name, remedy)
         self._check_feature_types(names)
+        self._check_unambiguous(names)
         fixed = self._width(names[0])
         return names, length if fixed is None else fixed
 
@@ -296,6 +297,20 @@ class Columns:
             raise SchemaError(
                 f"{name_of(self.root, file)}: feature column {name!r} has type {type_}; name "
                 "numeric columns, or one column of lists of numbers alone"
+            )
+
+    def _check_unambiguous(self, names: Sequence[str]) -> None:
+        """Raise where columns have the names of a list's features: a model could mean either."""
+        name = names[0] if is_embedding(self.types[names[0]]) else names[0].rpartition("[")[0]
+        first = f"{name}[0]"
+        if first in self.types and is_embedding(self.types.get(name, pa.null())):
+            both = next(
+                (file for types, file in self.stored if {name, first} <= types.keys()),
+                self.stored[0][1],
+            )
+            raise SchemaError(
+                f"{name_of(self.root, both)}: {first!r} is a column and the first feature of the "
+                f"lists in column {name!r}; rename one of them"
             )
 
     def _check_weight(self, weight: str | None, features: Sequence[str]) -> None:

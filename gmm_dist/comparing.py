@@ -137,11 +137,17 @@ def value_type(type_: pa.DataType) -> pa.DataType:
 def extremes(chunk: pq.ColumnChunkMetaData, type_: pa.DataType) -> tuple[Key, Key] | None:
     """Return least and largest key of a column's values in a row group, if its footer tells.
 
-    They are bounds: a writer may have cut long texts.
+    They are bounds: a writer may have cut long texts. Those of some writers are the wrong way
+    round, and tell nothing.
     """
     found = chunk.statistics
     if found is None or not found.has_min_max:
         return None
+    bounds = _bounds(found, type_)
+    return None if bounds is None or bounds[0] > bounds[1] else bounds
+
+
+def _bounds(found: pq.Statistics, type_: pa.DataType) -> Any:
     low, high = found.min_raw, found.max_raw
     if pa.types.is_floating(type_) and not pa.types.is_float16(type_):
         return None if low != low or high != high else (low, high)

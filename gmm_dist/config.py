@@ -52,7 +52,7 @@ class StartConfig:
 
     `n_init` seeded restarts per candidate, by the method `init`; `moves` rounds of splits and
     merges at the most; `finalists` of each go on to passes over all rows. `n_sample` rows make
-    the small sample (None: as many as the largest candidate asks for).
+    the small sample (None: as many as k asks for).
 
     Raises UserError for a value out of range.
     """

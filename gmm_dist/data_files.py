@@ -36,8 +36,13 @@ _MOST_FOREIGN = 10_000
 
 
 def is_hidden(name: str) -> bool:
-    """Say whether a part of the path begins with `_` or `.`: what Spark and Arrow pass over."""
-    return any(part.startswith(("_", ".")) for part in name.split("/"))
+    """Say whether a part of the path begins with `_` or `.`, as Spark does.
+
+    A hive key may begin with `_`: the rows below `_day=1/` count.
+    """
+    *folders, base = name.split("/")
+    parts = (*(folder for folder in folders if "=" not in folder[1:] or folder[0] == "."), base)
+    return any(part.startswith(("_", ".")) for part in parts)
 
 
 def is_named_parquet(name: str) -> bool:

@@ -576,7 +576,8 @@ class GaussianMixture(BaseMixture):
             found = sweep_lake(opened, [candidate], config, start_of(self), given=given)
         fit, space = found.result.scored[0].fit, Space(torch.float64)
         adopt(self, fit, found.centre, found.feature_names, space)
-        _warn_if_drowned(fit.parameters, found.result.total, self.reg_covar, found.feature_names)
+        names, total = found.feature_names, found.result.total
+        _warn_if_drowned(fit.parameters, total, self.reg_covar, names, stacklevel=4)
 
     def _given_start(self, opened: Lake) -> Parameters | None:
         """Return the one start that the parameters give, if they do."""
@@ -596,7 +597,7 @@ class GaussianMixture(BaseMixture):
     def _publish(self, model: MaximumLikelihood, rows: CentredRows, space: Space) -> None:
         publish(self, model.parameters.shifted(rows.centre), space)
         names = getattr(self, "feature_names_in_", ())
-        _warn_if_drowned(model.parameters, rows.total, self.reg_covar, names)
+        _warn_if_drowned(model.parameters, rows.total, self.reg_covar, names, stacklevel=5)
 
 
 @contextmanager
@@ -736,7 +737,12 @@ def _require_range(total: TotalMoments, names: Sequence[str]) -> None:
 
 
 def _warn_if_drowned(
-    learned: Parameters, total: TotalMoments, reg_covar: float, names: Sequence[str]
+    learned: Parameters,
+    total: TotalMoments,
+    reg_covar: float,
+    names: Sequence[str],
+    *,
+    stacklevel: int,
 ) -> None:
     """Warn of a feature whose variances are mostly reg_covar, which does not know its unit."""
     own = (learned.variances() - reg_covar).amax(0)
@@ -752,7 +758,7 @@ def _warn_if_drowned(
         f"component, so that the components hardly differ in it: scale the feature, or set "
         f"reg_covar far below {float(variances[j]):.2g}, its variance over all rows",
         UserWarning,
-        stacklevel=5,
+        stacklevel=stacklevel,
     )
 
 

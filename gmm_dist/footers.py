@@ -29,6 +29,25 @@ def _n_leaves(type_: pa.DataType) -> int:
     return sum(_n_leaves(type_.field(i).type) for i in range(type_.num_fields)) or 1
 
 
+def contradiction(metadata: pq.FileMetaData) -> str | None:
+    """Say where a footer tells the number of rows in two ways; None where it does not."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    rows = sum(group.num_rows for group in groups)
+    if rows != metadata.num_rows:
+        return f"the footer promises {metadata.num_rows:,} rows, its row groups {rows:,}"
+    leaves = range(metadata.num_columns)
+    # A column without lists has a value for each row, if only a null: one such column will tell.
+    flat = next((i for i in leaves if not metadata.schema.column(i).max_repetition_level), None)
+    for number, group in enumerate(groups):
+        values = group.num_rows if flat is None else group.column(flat).num_values
+        if group.num_rows < 0 or values != group.num_rows:
+            return (
+                f"the footer promises {group.num_rows:,} rows of row group {number}, and "
+                f"{values:,} values of its columns"
+            )
+    return None
+
+
 def index_columns(schema: pa.Schema) -> frozenset[str]:
     """Return the columns that pandas wrote an index to, by its own account in the schema."""
     listed: list[object] = []
@@ -45,6 +64,15 @@ def index_columns(schema: pa.Schema) -> frozenset[str]:
 def _is_index_name(name: str) -> bool:
     number = name.removeprefix("__index_level_").removesuffix("__")
     return number.isdecimal() and name == f"__index_level_{number}__"
+
+
+def old_timestamps(metadata: pq.FileMetaData, schema: pa.Schema) -> frozenset[str]:
+    """Return the columns that hold INT96 timestamps, alone or in lists and such."""
+    stored = [metadata.schema.column(i).physical_type for i in range(len(metadata.schema))]
+    if "INT96" not in stored:
+        return frozenset()
+    places = zip(schema.names, leaves(schema), strict=True)
+    return frozenset(name for name, place in places if "INT96" in stored[place.start : place.stop])
 
 
 def matching_groups(
@@ -67,7 +95,7 @@ def _may_pass(group: pq.RowGroupMetaData, leaf: int, type_: pa.DataType, passing
     chunk = group.column(leaf)
     found = chunk.statistics
     if found is not None and found.has_null_count and found.null_count == group.num_rows > 0:
-        return False
+        return bool(found.has_min_max)  # of nothing but nulls? then neither is to be trusted
     if type_ != passing.type or (pa.types.is_decimal(type_) and type_.bit_width < 128):
         return True  # plans that were made before have read such row groups
     bounds = extremes(chunk, type_)

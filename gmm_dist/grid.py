@@ -29,18 +29,21 @@ from gmm_dist.selection import CRITERIA, Candidate, Scored, SweepResult
 from gmm_dist.sweep import sweep
 
 _COLUMNS = ("rank", "k", "covariance_type", "bic", "aic", "icl", "log_likelihood", "status")
+_PER_ROW = "mean log-likelihood, nats per row"
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
     """What `select` found: prints as a table, the best first; `best` is fitted.
 
-    `result` has everything that was measured, about the rows' shared centre.
+    `result` has everything that was measured, about the rows' shared centre; of a lake
+    (`is_lake`), rows could be held out.
     """
 
     result: SweepResult
     best: GaussianMixture
     feature_names: tuple[str, ...]
+    is_lake: bool = False
 
     @property
     def criterion(self) -> str:
@@ -49,7 +52,8 @@ class Selection:
     def rows(self) -> list[dict[str, Any]]:
         """Return one dictionary per candidate, the best first; those of no rank have None.
 
-        `log_likelihood` is the mean per row (nats); of `bic`, `aic` and `icl` lower is better.
+        `log_likelihood` is the sum over all rows (nats), as in sweep.json; of `bic`, `aic` and
+        `icl` lower is better.
         """
         return [_row(rank, scored) for rank, scored in enumerate(self.result.ranked, start=1)]
 
@@ -57,7 +61,9 @@ class Selection:
         """Return what a reader of the table should know, each with what to do."""
         d = self.best.n_features_in_
         names = self.feature_names or tuple(f"x{j}" for j in range(d))
-        found = self.result.warnings(names, lambda k: f"select again with k from {k}")
+        found = self.result.warnings(
+            names, lambda k: f"select again with k from {k}", holds_out=self.is_lake
+        )
         return [of_arguments(text) for text in found]
 
     def to_frame(self) -> Any:
@@ -86,8 +92,10 @@ class Selection:
         return ax
 
     def __str__(self) -> str:
-        rows = self.rows()
-        shown = [*_COLUMNS, "holdout"] if "holdout" in rows[0] else [*_COLUMNS]
+        means = [scored.mean_log_likelihood for scored in self.result.ranked]
+        rows = [row | {_PER_ROW: mean} for row, mean in zip(self.rows(), means, strict=True)]
+        shown = [_PER_ROW if name == "log_likelihood" else name for name in _COLUMNS]
+        shown += ["holdout"] if "holdout" in rows[0] else []
         cells = [shown, *([_cell(row[name]) for name in shown] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         pairs = (zip(line, widths, strict=True) for line in cells)
@@ -151,8 +159,9 @@ def select(
 
             require_lake_settings(sample_weight, device, shards)
             lake = sweep_lake(X, candidates, config, start, criterion=criterion)
+            space = Space(torch.float64)
             return _selected(
-                best, lake.result, lake.centre, lake.feature_names, Space(torch.float64)
+                best, lake.result, lake.centre, lake.feature_names, space, is_lake=True
             )
         if criterion == "holdout":
             raise UserError("criterion 'holdout' is for lakes: open_lake(..., holdout=0.1)")
@@ -191,6 +200,8 @@ def _selected(
     centre: Tensor,
     names: tuple[str, ...],
     space: Space,
+    *,
+    is_lake: bool = False,
 ) -> Selection:
     if result.best is None:
         raise UserError(
@@ -200,7 +211,7 @@ def _selected(
     candidate = result.best.candidate
     best.set_params(n_components=candidate.k, covariance_type=candidate.covariance_type)
     adopt(best, result.best.fit, centre, names, space)
-    return Selection(result, best, names)
+    return Selection(result, best, names, is_lake)
 
 
 _LABELS = {"bic": "BIC", "aic": "AIC", "icl": "ICL", "holdout": "held-out log-likelihood per row"}
@@ -215,7 +226,7 @@ def _row(rank: int, scored: Scored) -> dict[str, Any]:
         "bic": scored.bic,
         "aic": scored.aic,
         "icl": scored.icl,
-        "log_likelihood": scored.mean_log_likelihood,
+        "log_likelihood": fit.log_likelihood,
         "n_parameters": scored.n_parameters,
         "n_iter": fit.n_iter,
         "converged": fit.converged,

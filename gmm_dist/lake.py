@@ -27,7 +27,7 @@ from gmm_dist.footers import Extent
 from gmm_dist.formats import counted
 from gmm_dist.listing import LakeFile, Listing
 from gmm_dist.urls import Url
-from gmm_dist.where import Where, parse
+from gmm_dist.where import Where, parse, shown_names
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,8 @@ class _Footer:
     """Hold what planning needs of one file's footer.
 
     `groups` are the row groups that may hold a matching row; `nulls` says of columns with nulls
-    in which of them the first are, and how many; `extents` are of columns to be kept.
+    in which of them the first are, and how many; `extents` are of columns to be kept;
+    `old_timestamps` are the columns of INT96 among those that are compared or kept.
     """
 
     file: LakeFile
@@ -140,6 +141,7 @@ class _Footer:
     groups: Sequence[int]
     nulls: Mapping[str, tuple[int, int]]
     extents: Mapping[str, Extent]
+    old_timestamps: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,7 @@ class _Questions:
         rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         bare = schema.remove_metadata()
         groups = self._groups(metadata, bare)
+        read = {*self.keep, *(self.tested.columns if self.tested else ())}
         return _Footer(
             replace(file, rows=rows),
             bare,
@@ -168,6 +171,7 @@ class _Questions:
             groups,
             footers.nulls(metadata, bare, groups, self.no_nulls, most=self.chunks),
             footers.extents(metadata, bare, groups, self.keep),
+            footers.old_timestamps(metadata, bare) & read if read else frozenset(),
         )
 
     def _groups(self, metadata: pq.FileMetaData, schema: pa.Schema) -> Sequence[int]:
@@ -222,8 +226,11 @@ def plan(
     no_nulls = _columns_of(columns) if may_fail else ()
     questions = _Questions(tested, no_nulls, _CHUNKS_ASKED // len(files), keep)
     told = _read_footers(found.root, files, questions)
+    if not any(sum(footer.file.rows) for footer in told):
+        n_files = counted(len(told), "Parquet file")
+        raise NoRows(f"{storage.redacted(found.root)}: no rows in {n_files}; check the path")
     # Writers leave files without rows or even columns: these say nothing about the lake's.
-    filled = [footer for footer in told if any(footer.file.rows)] or told
+    filled = [footer for footer in told if any(footer.file.rows)]
     known = Columns.unify(
         found.root,
         ((footer.schema, footer.file) for footer in filled),
@@ -257,7 +264,17 @@ def plan(
     what = counted(len(files), "file"), counted(result.n_rows, "row")
     logger.info("%s: %s, %s", storage.redacted(result.url), *what)
     logger.info("%s", known.described(chosen, weight_column))
+    _tell_of_old_timestamps(told)
     return result
+
+
+def _tell_of_old_timestamps(told: Sequence[_Footer]) -> None:
+    names = sorted(frozenset[str]().union(*{footer.old_timestamps for footer in told}))
+    if names:
+        logger.info(
+            "INT96 timestamps are compared and kept to the microsecond, finer digits cut off: %s",
+            shown_names(names),
+        )
 
 
 def _tested_by_row(condition: Where | None, keys: pa.Schema) -> Where | None:
@@ -300,12 +317,9 @@ def _read_footers(root: str, files: Sequence[LakeFile], questions: _Questions) -
         with listing.opened(fs, path, root, file, footer=True) as source:
             parquet = parquet_file(source)
             footer = questions.of(file, parquet)
-        rows, promised = sum(footer.file.rows), parquet.metadata.num_rows
-        if rows != promised:
-            raise UserError(
-                f"{listing.name_of(root, file)}: the footer promises {promised:,} rows, its row "
-                f"groups {rows:,}; write the file again or move it away"
-            )
+        if lie := footers.contradiction(parquet.metadata):
+            name = listing.name_of(root, file)
+            raise UserError(f"{name}: {lie}; write the file again or move it away")
         schema = known.setdefault(footer.schema.serialize().to_pybytes(), footer.schema)
         return replace(footer, schema=schema)
 
@@ -328,10 +342,6 @@ def _row_groups(root: str, told: list[_Footer], condition: Where | None) -> list
         for group in footer.groups
         if footer.file.rows[group] > 0
     ]
-    if not any(sum(footer.file.rows) for footer in told):
-        raise NoRows(
-            f"{storage.redacted(root)}: no rows in {len(told)} Parquet files; check the path"
-        )
     if condition is not None and not groups:
         raise _nothing_matches(root, condition, "the row groups' statistics")
     return groups

@@ -79,6 +79,7 @@ def find(url: str) -> Listing:
             )
         parent, name = storage.parent_and_name(root)
         table_formats.refuse_around(fs, path.rpartition("/")[0], root)
+        _refuse_links_into_tables(fs, root, {path: found[path]})
         return _partitioned(parent, [_listed(fs, name, found[path])])
     relative = {name.removeprefix(path).lstrip("/"): info for name, info in found.items()}
     table_formats.refuse_within(root, relative)
@@ -114,6 +115,7 @@ def _data_files(
     if isinstance(fs, LocalFileSystem):
         _refuse_links(root, seen)
         seen = {name: info for name, info in seen.items() if Path(info["name"]).is_file()}
+        _refuse_links_into_tables(fs, root, seen)
     empty = sorted(name for name, info in seen.items() if not info["size"])
     full = {name: seen[name] for name in sorted(seen.keys() - set(empty))}
     data, foreign = data_files.of(fs, root, full)
@@ -124,15 +126,25 @@ def _data_files(
             f"{storage.redacted(root)}: no Parquet file that is not empty among {len(found)} files "
             f"(found {some}); check the path"
         )
-    kinds = ((foreign, "that are not Parquet"), (empty, "that are empty"))
+    hidden = sorted(name for name in found.keys() - seen.keys() if _looks_like_rows(name))
+    kinds = (
+        *((foreign, "that are not Parquet"), (empty, "that are empty")),
+        (hidden, "that a name with _ or . in front hides"),
+    )
     for names, kind in ((names, kind) for names, kind in kinds if names):
         logger.warning(
             "%s: passed over %d of %d files, %s: %s",
-            *(storage.redacted(root), len(names), len(seen), kind, _some(names)),
+            *(storage.redacted(root), len(names), len(seen) + len(hidden), kind, _some(names)),
         )
     for name in data:
         _check_name(name, storage.join(root, name))
     return [(name, full[name]) for name in data]
+
+
+def _looks_like_rows(name: str) -> bool:
+    """Say whether a hidden file may have been meant as data, as `_metadata` never is."""
+    is_hidden = data_files.is_named_parquet(name) and data_files.is_hidden(name)
+    return is_hidden and not name.rpartition("/")[2].startswith("._")  # macOS's beside each file
 
 
 def _with_details(
@@ -207,6 +219,14 @@ def _refuse_links(root: str, found: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
+def _refuse_links_into_tables(
+    fs: AbstractFileSystem, root: str, found: Mapping[str, Mapping[str, Any]]
+) -> None:
+    linked = (info["name"] for info in found.values() if info.get("islink"))
+    for folder in sorted({Path(name).resolve().parent for name in linked}):
+        table_formats.refuse_around(fs, folder.as_posix(), root)
+
+
 def _partition(name: str) -> tuple[tuple[str, str | int | None], ...]:
     pairs = [part.partition("=") for part in name.split("/")[:-1] if "=" in part]
     values = {unquote(key): unquote(value) for key, _, value in pairs}
@@ -266,6 +286,10 @@ def opened(
                 raise changed
             yield source if isinstance(source, pa.NativeFile) else _Exact(source, file.size)
     except UserError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise UserError(
+                f"{name}: the name of a column is not UTF-8; write the file again under other names"
+            ) from error
         is_gone = isinstance(error.__cause__, FileNotFoundError)
         if (is_gone and not storage.is_transient(error)) or _is_refused_as_other(error):
             raise changed from error

@@ -21,7 +21,7 @@ from gmm_dist.families import FAMILIES
 from gmm_dist.parameters import Parameters
 
 _NEIGHBOURS = 6  # pairs are looked for among a component's nearest so many
-_LLOYD, _TRIALS = 10, 4
+_LLOYD, _TRIALS = 10, 2
 _TINY = 1e-300  # in place of a mixing weight of zero
 _FLAT = 1e-12  # of a feature's variance: directions below it are no directions
 _WIDE = 128  # features, beyond which diagonal covariances are moved without d x d matrices
@@ -250,6 +250,39 @@ def replace(
         return None
     drop = [*gone, *(split.component for split in chosen)]
     return apply(parameters, drop=drop, add=[part for split in chosen for part in split.parts])
+
+
+def halved(parameters: Parameters, k: int, *, shift: float = 0.2) -> Parameters:
+    """Return a mixture of k components in which the largest ones have been halved, one by one.
+
+    The halves lie `shift` spreads off either side of their mean, narrower by as much: a pair has
+    the mean and the covariance of the whole (tied ones keep the covariance that all share). With
+    a shift of 0 they are copies, and the mixture is the same density.
+    """
+    while parameters.n_components < k:
+        component = int(parameters.weights.argmax())
+        off, covariance = _narrowed(parameters, component, shift)
+        weight, mean = parameters.weights[component] / 2, parameters.means[component]
+        parts = [Part(weight, mean + side * off, covariance) for side in (1, -1)]
+        parameters = apply(parameters, drop=[component], add=parts)
+    return parameters
+
+
+def _narrowed(parameters: Parameters, component: int, shift: float) -> tuple[Tensor, Tensor]:
+    """Return a way (d,) from the mean, and the covariance less what two parts so far off add."""
+    kind = parameters.covariance_type
+    own = parameters.covariances if kind == "tied" else parameters.covariances[component]
+    if kind in ("full", "tied"):
+        # A column of the factor, which changes with the features' units as they do.
+        off = shift * torch.linalg.cholesky(own)[:, 0]
+        return off, own if kind == "tied" else own - torch.outer(off, off)
+    off = torch.zeros_like(parameters.means[component])
+    if kind == "diag":
+        widest = int((own / _variances(parameters).mean(0)).argmax())
+        off[widest] = shift * own[widest].sqrt()
+        return off, own - off.square()
+    off[0] = shift * own.sqrt()
+    return off, own * (1 - shift**2 / len(off))
 
 
 def _alone(parameters: Parameters, part: Part) -> Parameters:

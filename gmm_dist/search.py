@@ -1,12 +1,18 @@
 """The search for starts: many short runs on a sample, moves where they stall, the best few left.
 
-All restarts of all candidates are lanes of the same passes over a sample that the driver
-holds, so that a search costs about as much as a few passes over a lake:
+Everything happens on samples that the driver holds, so that a search costs about as much as a
+few passes over a lake. What comes of a k depends on the rows, the random state and k alone,
+never on what else is asked for. Each k is searched by itself, its lanes in passes of their own,
+so that even the bits are the same in any grid:
 
-1. `n_init` seeded starts of every candidate, a few steps of EM each, on a small sample;
-2. rounds of moves from the best: a split and a merge at once, and across the grid the best of
-   k split for k + 1 or merged for k - 1, while anything gains;
-3. the best few of each, on a larger sample, until they stand still.
+1. `n_init` seeded starts, a few steps of EM each, on a small sample; beside them what came of the
+   trail, which leads there from one component, whichever sizes are asked for;
+2. rounds of moves from the best, a split and a merge at once, while anything gains;
+3. the best few on a larger sample, until they stand still, and moves again.
+
+The trail is what lets a k begin where a smaller one ended: from size to size the best mixture is
+split, in the most promising ways, and runs on the small sample beside two fresh starts.
+It ends at k = 32; beyond, each k has its own starts alone.
 """
 
 from __future__ import annotations
@@ -28,47 +34,58 @@ from gmm_dist.sample import Coreset, DrawCoreset, Whitening, keyed_generator, wh
 from gmm_dist.shards import LocalShards, Shards
 from gmm_dist.statistics import TotalMoments
 
-Lanes = list[tuple["Pair", Parameters]]
 Pair = tuple[int, str]
 """k and covariance type."""
 
-_FIRST, _SHORT, _LONG = 10, 20, 100  # EM iterations of a restart, of a move, on the larger sample
-_SHORT_TOL = 1e-4  # a gain (nats per row) below which a short run or a round has stalled
-_ROWS_PER_MEAN = 50  # rows of the small sample, per value in the largest candidate's means
+TRAIL = 32
+"""Up to which k the trail leads."""
+
+# EM iterations of a restart, of a move's trial, of a short run, on the larger sample.
+_FIRST, _TRIAL, _SHORT, _LONG = 10, 12, 20, 100
+# Gains (nats per row) below which a short run or a round has stalled, and a long one is done: on
+# all rows EM goes on to the digit asked for.
+_SHORT_TOL, _LONG_TOL = 1e-4, 1e-5
+_ROWS_PER_MEAN = 50  # rows of the small sample, per value in the means
+_TIER = 8  # sizes share a sample up to this k, then from one power of two to the next
 _FEWEST_ROWS, _MOST_ROWS = (2048, 10_000), 65_536
 _POOL, _FEWEST_POOL = 4, 32_768  # the larger sample: in small ones, and in rows
-_KEPT = 3  # of each candidate, from the small sample to the larger
-# Times d + 1 rows that a full covariance needs: with fewer it fits their noise, and hundreds of
-# nats of likelihood are to be had where nothing is (at d = 60 more than two clusters are worth).
+_KEPT = 3  # from the small sample to the larger
+# Times d + 1 rows that a full covariance needs: with fewer its correlations fit their noise, and
+# hundreds of nats are to be had where nothing is (at d = 60 more than two clusters are worth).
 _SOUND = 2
-_PROPOSALS = 4  # moves of each kind tried in a round
+_PROPOSALS = 4  # moves tried in a round
+_GROWN, _FRESH = 2, 2  # splits and seeded starts that the trail tries for each size
 _SHARDS, _SHARD_ROWS = 8, 4096  # shards at the most, and rows of each at least
 _CHUNK_ROWS = 4096
 _STATISTICS_BYTES = 1 << 29  # of the lanes that run at once
+_MENDING, _GROWING = 4, 5  # streams of keyed random numbers
 
 
 @dataclass(slots=True, eq=False)
 class _Field:
-    """The best fits of each candidate so far, all on the same rows; different optima only."""
+    """The best fits of one k so far, all on the same rows; different optima only."""
 
     n_samples: float
-    fits: dict[Pair, list[em.FitResult]] = field(default_factory=dict)
+    fits: list[em.FitResult] = field(default_factory=list)
 
-    def add(self, pair: Pair, fit: em.FitResult) -> None:
-        """Enter a fit, and let go of what is no longer among the best."""
-        ranked = sorted([*self.fits.get(pair, []), fit], key=_merit, reverse=True)
-        distinct = ranked[:1]
-        for other in ranked[1:]:
-            gap = abs(distinct[-1].log_likelihood - other.log_likelihood)
-            if not gap < _SHORT_TOL * self.n_samples:
-                distinct.append(other)
-        self.fits[pair] = distinct[:_KEPT]
+    def add(self, fits: Sequence[em.FitResult]) -> None:
+        """Enter fits, and let go of what is no longer among the best."""
+        for fit in fits:
+            ranked = sorted([*self.fits, fit], key=_merit, reverse=True)
+            distinct = ranked[:1]
+            for other in ranked[1:]:
+                gap = abs(distinct[-1].log_likelihood - other.log_likelihood)
+                if not gap < _SHORT_TOL * self.n_samples:
+                    distinct.append(other)
+            self.fits = distinct[:_KEPT]
 
-    def best(self, pair: Pair) -> em.FitResult:
-        return self.fits[pair][0]
+    @property
+    def best(self) -> em.FitResult:
+        return self.fits[0]
 
-    def lanes(self) -> Lanes:
-        return [(pair, fit.parameters) for pair, fits in self.fits.items() for fit in fits]
+    @property
+    def mixtures(self) -> list[Parameters]:
+        return [fit.parameters for fit in self.fits]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,22 +100,23 @@ class _Rows:
     def of(cls, sample: Coreset, whole: TotalMoments, n_threads: int) -> _Rows:
         X, weight = sample.X, sample.sample_weight
         n_shards = min(_SHARDS, max(1, len(X) // _SHARD_ROWS))
-        local = LocalShards.of(X, weight, n_shards=n_shards, n_threads=n_threads)
+        # Of one shard by the caller's own thread: to call another takes longer than such a pass.
+        threads = 0 if n_shards == 1 else n_threads
+        local = LocalShards.of(X, weight, n_shards=n_shards, n_threads=threads)
         total = local.run(Total(X.shape[1], whole.is_whole))
         total = replace(total, spikes=whole.spikes)
         return cls(sample, local, total)
 
-    def run(self, lanes: Lanes, config: EMConfig) -> list[tuple[Pair, em.FitResult]]:
-        """Run EM for all lanes, as many at once as memory allows."""
-        if not lanes:
+    def run(self, starts: Sequence[Parameters], config: EMConfig) -> list[em.FitResult]:
+        """Run EM from all starts, as many at once as memory allows."""
+        if not starts:
             return []
-        size = lane_bytes([(p.n_components, p.covariance_type) for _, p in lanes], self.n_features)
-        at_once = max(1, len(lanes) * _STATISTICS_BYTES // size)
-        results: list[tuple[Pair, em.FitResult]] = []
-        for first in range(0, len(lanes), at_once):
-            batch = lanes[first : first + at_once]
-            fits = em.fit(self.shards, [start for _, start in batch], config, self.total)
-            results += [(pair, fit) for (pair, _), fit in zip(batch, fits, strict=True)]
+        size = lane_bytes([_pair_of(start) for start in starts], self.n_features)
+        at_once = max(1, len(starts) * _STATISTICS_BYTES // size)
+        results: list[em.FitResult] = []
+        for first in range(0, len(starts), at_once):
+            batch = starts[first : first + at_once]
+            results += em.fit(self.shards, batch, config, self.total)
         return results
 
     def splits(self, parameters: Parameters, generator: torch.Generator) -> list[moves.Split]:
@@ -123,30 +141,22 @@ def search(
 ) -> list[list[Parameters]]:
     """Return for each (k, covariance type) the starts worth full passes, the best first.
 
-    They are about the rows' shared centre, as are `warm` ones, which join the candidates of
-    their shape. `total` are the moments of all rows. `n_threads` of this process work on the
-    sample; they change no bit.
+    They are about the rows' shared centre, as are `warm` ones, which join the search for their
+    shape, asked for or not. `total` are the moments of all rows. `n_threads` of this process
+    work on the sample; they change no bit.
     """
-    size = _sample_size(pairs, start, total)
-    pool = _drawn(shards, size, start, total)
-    part = pool.part(size, keyed_generator(start.random_state, 3))
-    small = _Rows.of(part.per_row(), total, n_threads)
-    seeds = _Seeds.of(shards, pairs, start, total)
-    short = replace(config, max_iter=_SHORT, tol=max(config.tol, _SHORT_TOL))
-    first, found = _Field(small.total.n_samples), _Field(small.total.n_samples)
-    for pair, fit in small.run(seeds.lanes(small.sample), replace(short, max_iter=_FIRST)):
-        first.add(pair, fit)
-    for pair, fit in small.run(first.lanes(), short):
-        found.add(pair, fit)
-    _improve(small, found, short, start)
-    large = small if len(pool.X) == len(part.X) else _Rows.of(pool.per_row(), total, n_threads)
-    last = _Field(large.total.n_samples)
-    guests = [(_pair_of(p), p) for p in warm]
-    entrants = found.lanes() + [guest for guest in guests if guest[0] in found.fits]
-    for pair, fit in large.run(entrants, replace(config, max_iter=_LONG)):
-        last.add(pair, fit)
-    _improve(large, last, short, start)
-    return [[fit.parameters for fit in last.fits[pair][: start.finalists]] for pair in pairs]
+    climb = _Climb(config, start, warm)
+    samples = _Samples(shards, start, total, n_threads)
+    trail: dict[str, Parameters] = {}
+    found: dict[Pair, list[Parameters]] = {}
+    for k, kind in _way(pairs):
+        on = samples.of(k)
+        if k <= TRAIL:
+            trail[kind] = climb.step(on.small, k, kind, trail.get(kind))
+        if (k, kind) in pairs:
+            starts = samples.seeds(k).starts(on.small.sample, k, kind)
+            found[k, kind] = climb(on, starts, [trail[kind]] if k <= TRAIL else [])
+    return [found[pair] for pair in pairs]
 
 
 def mend(
@@ -162,30 +172,138 @@ def mend(
 
     Its useless components go, those that gain most are split instead, and EM runs on a coreset.
     """
-    found: list[list[Parameters]] = [[] for _ in fits]
+    # Nothing is seeded here.
+    samples = _Samples(shards, replace(start, init="k-means++"), total, n_threads)
     broken = [i for i, fit in enumerate(fits) if fit.status is em.Status.DEGENERATE]
-    if not broken:
-        return found
-    pairs = [_pair_of(fits[i].parameters) for i in broken]
-    size = _sample_size(pairs, start, total)
-    rows = _Rows.of(_drawn(shards, size, start, total).per_row(), total, n_threads)
-    generator = keyed_generator(start.random_state, 4)
-    lanes: Lanes = []
-    owners = []
-    for i, pair in zip(broken, pairs, strict=True):
+    found: list[list[Parameters]] = [[] for _ in fits]
+    for i in sorted(broken, key=lambda i: fits[i].parameters.n_components):
         parameters = fits[i].parameters
-        apart = rows.splits(parameters, generator)
+        rows = samples.of(parameters.n_components).large
+        apart = rows.splits(parameters, keyed_generator(start.random_state, _MENDING))
         if mended := moves.replace(parameters, fits[i].degenerate, apart):
-            lanes.append((pair, mended))
-            owners.append(i)
-    for i, (_, again) in zip(owners, rows.run(lanes, replace(config, max_iter=_LONG)), strict=True):
-        if again.is_ranked:
-            found[i] = [again.parameters]
+            (again,) = rows.run([mended], replace(config, max_iter=_LONG))
+            found[i] = [again.parameters] if again.is_ranked else []
     return found
 
 
-def _drawn(shards: Shards, size: int, start: StartConfig, total: TotalMoments) -> Coreset:
-    return shards.run(DrawCoreset.of(total, _pool_size(size, total), start.random_state))
+def _way(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return what is asked for and the sizes that lead there, smaller ones first."""
+    asked = set(pairs)
+    led = [(k, kind) for k, kind in asked if k <= TRAIL]
+    return sorted(asked | {(size, kind) for k, kind in led for size in range(1, k)})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sample:
+    """The rows on which one k is searched, small ones first."""
+
+    small: _Rows
+    large: _Rows
+
+
+@dataclass(slots=True, eq=False)
+class _Samples:
+    """The samples of all sizes: each depends on the rows, the random state and its k alone.
+
+    Only the last ones are kept: ask in the order of k.
+    """
+
+    shards: Shards
+    start: StartConfig
+    total: TotalMoments
+    n_threads: int
+    _drawn: tuple[int, _Sample] | None = None
+    _seeds: tuple[int, _Seeds] | None = None
+
+    def of(self, k: int) -> _Sample:
+        size = self._size(k)
+        if self._drawn is None or self._drawn[0] != size:
+            self._drawn = size, self._draw(size)
+        return self._drawn[1]
+
+    def seeds(self, k: int) -> _Seeds:
+        """Return where the restarts come from; k-means|| takes a few passes over all rows."""
+        tier = _tier(k)
+        if self._seeds is None or self._seeds[0] != tier:
+            self._seeds = tier, _Seeds.of(self.shards, tier, self.start, self.total)
+        return self._seeds[1]
+
+    def _draw(self, size: int) -> _Sample:
+        task = DrawCoreset.of(self.total, _pool_size(size, self.total), self.start.random_state)
+        pool = self.shards.run(task)
+        part = pool.part(size, keyed_generator(self.start.random_state, 3))
+        small = _Rows.of(part.per_row(), self.total, self.n_threads)
+        if len(pool.X) == len(part.X):
+            return _Sample(small, small)
+        return _Sample(small, _Rows.of(pool.per_row(), self.total, self.n_threads))
+
+    def _size(self, k: int) -> int:
+        """Return how many rows the small sample has: as asked, or enough for k's means."""
+        if self.start.n_sample:
+            return self.start.n_sample
+        wanted, n_rows = _ROWS_PER_MEAN * _tier(k) * len(self.total.sum_x), self.total.n_rows
+        few, many = _FEWEST_ROWS
+        return min(max(wanted, min(max(n_rows // 16, few), many)), _MOST_ROWS)
+
+
+def _tier(k: int) -> int:
+    return max(_TIER, 1 << (k - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Climb:
+    """The search for one k, from its restarts and from what the trail came to."""
+
+    config: EMConfig
+    start: StartConfig
+    warm: Sequence[Parameters]
+
+    def __call__(
+        self, on: _Sample, starts: Sequence[Parameters], led: Sequence[Parameters]
+    ) -> list[Parameters]:
+        """Return the best on the larger sample, the best first."""
+        first, found = _Field(on.small.total.n_samples), _Field(on.small.total.n_samples)
+        last = _Field(on.large.total.n_samples)
+        first.add(on.small.run(starts, self._trial(_FIRST)))
+        found.add(on.small.run([*first.mixtures, *led], self._short))
+        self._improve(on, on.small, found)
+        guests = [mixture for mixture in self.warm if _pair_of(mixture) == _pair_of(starts[0])]
+        long = replace(self.config, max_iter=_LONG, tol=max(self.config.tol, _LONG_TOL))
+        last.add(on.large.run([*found.mixtures, *guests], long))
+        self._improve(on, on.large, last)
+        return last.mixtures[: self.start.finalists]
+
+    def step(self, rows: _Rows, k: int, kind: str, before: Parameters | None) -> Parameters:
+        """Return where the trail goes on from its mixture of k - 1 components."""
+        fresh = _Seeds(replace(self.start, init="k-means++", n_init=_FRESH), rows.total, None)
+        starts = fresh.starts(rows.sample, k, kind)
+        if before is not None:
+            apart = rows.splits(before, keyed_generator(self.start.random_state, k, _GROWING))
+            starts += [_split(before, split) for split in apart[:_GROWN]]
+        found = _Field(rows.total.n_samples)
+        found.add(rows.run(starts, self._short))
+        return found.best.parameters
+
+    @property
+    def _short(self) -> EMConfig:
+        return replace(self.config, max_iter=_SHORT, tol=max(self.config.tol, _SHORT_TOL))
+
+    def _trial(self, n_iter: int) -> EMConfig:
+        """Return settings for so few steps that leaps do not pay."""
+        return replace(self._short, max_iter=n_iter, accelerate=False)
+
+    def _improve(self, on: _Sample, rows: _Rows, found: _Field) -> None:
+        """Move the best about while it gains: tried on the small sample, then run on `rows`."""
+        for round in range(self.start.moves):
+            before, tried = found.best, _Field(on.small.total.n_samples)
+            generator = keyed_generator(self.start.random_state, round, 2)
+            proposals = _proposals(on.small, before, generator)
+            if not proposals:
+                return
+            tried.add(on.small.run(proposals, self._trial(_TRIAL)))
+            found.add(rows.run(tried.mixtures, replace(self._short, max_iter=2 * _SHORT)))
+            if not _gained(before, found.best, found.n_samples):
+                return
 
 
 def _pool_size(size: int, total: TotalMoments) -> int:
@@ -194,59 +312,54 @@ def _pool_size(size: int, total: TotalMoments) -> int:
     return wanted if 2 * wanted < total.n_rows else 2 * total.n_rows
 
 
-def _sample_size(pairs: Sequence[Pair], start: StartConfig, total: TotalMoments) -> int:
-    """Return how many rows the small sample has: as asked, or enough for the largest k."""
-    if start.n_sample:
-        return start.n_sample
-    wanted = _ROWS_PER_MEAN * max(k for k, _ in pairs) * len(total.sum_x)
-    few, many = _FEWEST_ROWS
-    return min(max(wanted, min(max(total.n_rows // 16, few), many)), _MOST_ROWS)
-
-
 def _pair_of(parameters: Parameters) -> Pair:
     return parameters.n_components, parameters.covariance_type
 
 
-def _merit(fit: em.FitResult) -> tuple[bool, bool, float]:
-    """Order fits: a likelihood bought with a component of hardly more rows than d comes last."""
-    sound = fit.parameters.covariance_type != "full" or bool(
-        fit.rows.min() >= _SOUND * (fit.parameters.n_features + 1)
-    )
-    return fit.is_ranked, sound, fit.log_likelihood
+def _merit(fit: em.FitResult) -> tuple[bool, float]:
+    """Order fits by likelihood, less what may have been bought with noise."""
+    return fit.is_ranked, fit.log_likelihood - (_bought(fit) if fit.is_ranked else 0.0)
+
+
+def _bought(fit: em.FitResult) -> float:
+    """Return what components of hardly more rows than d gain by correlations, in nats.
+
+    By the variances alone they would be worth n_k / 2 · ln(|diag Σ| / |Σ|) less. A small cluster
+    far from all others is worth far more than that.
+    """
+    few = fit.rows < _SOUND * (fit.parameters.n_features + 1)
+    if fit.parameters.covariance_type != "full" or not bool(few.any()):
+        return 0.0
+    covariances = fit.parameters.covariances[few]
+    apart = covariances.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return float(fit.nk[few] @ (apart - torch.linalg.slogdet(covariances)[1])) / 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Seeds:
     """Where the restarts come from: the method, and k-means||'s candidates from all rows."""
 
-    pairs: Sequence[Pair]
     start: StartConfig
     total: TotalMoments
     parallel: tuple[Float64[Tensor, "c d"], Float64[Tensor, " c"]] | None
 
     @classmethod
-    def of(
-        cls, shards: Shards, pairs: Sequence[Pair], start: StartConfig, total: TotalMoments
-    ) -> _Seeds:
+    def of(cls, shards: Shards, most: int, start: StartConfig, total: TotalMoments) -> _Seeds:
+        """Make ready for up to `most` components."""
         parallel = None
         if start.init == "k-means||":
-            largest = max(k for k, _ in pairs)
             parallel = seeding.k_means_parallel(
-                shards, total, largest, random_state=start.random_state
+                shards, total, most, random_state=start.random_state
             )
-        return cls(pairs, start, total, parallel)
+        return cls(start, total, parallel)
 
-    def lanes(self, sample: Coreset) -> Lanes:
-        """Return `n_init` starts of every candidate; seeds of a smaller k begin a larger's."""
-        sizes, found = sorted({k for k, _ in self.pairs}), []
-        maps = self._maps()
-        for round in range(self.start.n_init):
+    def starts(self, sample: Coreset, k: int, kind: str) -> list[Parameters]:
+        """Return `n_init` starts of k components; of one component all would be the same."""
+        found, maps = [], self._maps()
+        for round in range(self.start.n_init if k > 1 else 1):
             generator = keyed_generator(self.start.random_state, round, 1)
-            shares = self._assignments(sample, sizes, maps[round % len(maps)], generator)
-            found += [
-                ((k, kind), seeding.start_of(sample.X, sample.sample_weight, shares[k], k, kind))
-                for k, kind in self.pairs
-            ]
+            shares = self._assignment(sample, k, maps[round % len(maps)], generator)
+            found.append(seeding.start_of(sample.X, sample.sample_weight, shares, k, kind))
         return found
 
     def _maps(self) -> list[Whitening]:
@@ -258,71 +371,42 @@ class _Seeds:
         scaled = Whitening(self.total.mean, self.total.scale.reciprocal())
         return [scaled, whitening(self.total)] if self.total.is_whole else [scaled]
 
-    def _assignments(
-        self, sample: Coreset, sizes: Sequence[int], to: Whitening, generator: torch.Generator
-    ) -> dict[int, Tensor]:
+    def _assignment(
+        self, sample: Coreset, k: int, to: Whitening, generator: torch.Generator
+    ) -> Tensor:
         Z = to(sample.X)
         if self.parallel is None:
             method, weight = self.start.init, sample.sample_weight
-            return seeding.assignments(method, Z, weight, sizes, generator)
+            return seeding.assignments(method, Z, weight, [k], generator)[k]
         rows, weight = self.parallel
-        candidates, shares = to(rows), {}
-        clusters = seeding.assignments("kmeans", candidates, weight, sizes, generator)
-        for k, labels in clusters.items():
-            member = torch.nn.functional.one_hot(labels, k).double() * weight[:, None]
-            mass = member.sum(0).clamp_min(1e-300)
-            shares[k] = seeding.nearest(Z, (member.T @ candidates) / mass[:, None])
-        return shares
+        candidates = to(rows)
+        labels = seeding.assignments("kmeans", candidates, weight, [k], generator)[k]
+        member = torch.nn.functional.one_hot(labels, k).double() * weight[:, None]
+        mass = member.sum(0).clamp_min(1e-300)
+        return seeding.nearest(Z, (member.T @ candidates) / mass[:, None])
 
 
-def _improve(rows: _Rows, found: _Field, config: EMConfig, start: StartConfig) -> None:
-    """Move the best of each candidate about while a round gains."""
-    open_ = set(found.fits)
-    for round in range(start.moves):
-        proposals = _proposals(rows, found, open_, keyed_generator(start.random_state, round, 2))
-        if not proposals:
-            return
-        before = {pair: found.best(pair) for pair in found.fits}
-        tried = _Field(found.n_samples)
-        for pair, fit in rows.run(proposals, config):
-            tried.add(pair, fit)
-        for pair, fit in rows.run(tried.lanes(), config):
-            found.add(pair, fit)
-        open_ = {pair for pair in found.fits if _gained(before[pair], found.best(pair), found)}
-
-
-def _gained(before: em.FitResult, after: em.FitResult, found: _Field) -> bool:
+def _gained(before: em.FitResult, after: em.FitResult, n_samples: float) -> bool:
     (*rank, now), (*rank_before, then) = _merit(after), _merit(before)
-    gained = now - then > _SHORT_TOL * found.n_samples
-    return rank > rank_before or (rank == rank_before and gained)
+    return rank > rank_before or (rank == rank_before and now - then > _SHORT_TOL * n_samples)
 
 
-def _proposals(rows: _Rows, found: _Field, open_: set[Pair], generator: torch.Generator) -> Lanes:
-    """Return mixtures one move away from the best of the open candidates."""
-    lanes: Lanes = []
-    for k, kind in sorted(open_):
-        fit = found.best((k, kind))
-        parameters = fit.parameters
-        if fit.status is em.Status.COLLAPSED:
-            continue
-        apart = rows.splits(parameters, generator)
-        joined = moves.merges(parameters, rows.total.n_samples)
-        if bool(fit.degenerate.any()):
-            mended = moves.replace(parameters, fit.degenerate, apart)
-            lanes += [] if mended is None else [((k, kind), mended)]
-        moved = moves.split_and_merge(parameters, apart, joined, _PROPOSALS)
-        lanes += [((k, kind), other) for other in moved]
-        if (k + 1, kind) in found.fits:
-            lanes += [((k + 1, kind), _after(parameters, split)) for split in apart[:2]]
-        if (k - 1, kind) in found.fits:
-            lanes += [((k - 1, kind), _after(parameters, merge)) for merge in joined[:2]]
-    return lanes
+def _proposals(rows: _Rows, fit: em.FitResult, generator: torch.Generator) -> list[Parameters]:
+    """Return mixtures one move away."""
+    parameters = fit.parameters
+    if fit.status is em.Status.COLLAPSED:
+        return []
+    apart = rows.splits(parameters, generator)
+    joined = moves.merges(parameters, rows.total.n_samples)
+    moved = moves.split_and_merge(parameters, apart, joined, _PROPOSALS)
+    if bool(fit.degenerate.any()):
+        mended = moves.replace(parameters, fit.degenerate, apart)
+        return moved if mended is None else [mended, *moved]
+    return moved
 
 
-def _after(parameters: Parameters, move: moves.Split | moves.Merge) -> Parameters:
-    if isinstance(move, moves.Split):
-        return moves.apply(parameters, drop=[move.component], add=move.parts)
-    return moves.apply(parameters, drop=move.pair, add=[move.part])
+def _split(parameters: Parameters, split: moves.Split) -> Parameters:
+    return moves.apply(parameters, drop=[split.component], add=split.parts)
 
 
 def _labels(parameters: Parameters, X: Float64[Tensor, "m d"]) -> Int64[Tensor, " m"]:

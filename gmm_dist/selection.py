@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from gmm_dist.em import FitResult, Status
 from gmm_dist.families import n_parameters
+from gmm_dist.formats import counted
 from gmm_dist.mixture import aic, bic, icl
 from gmm_dist.spikes import Profile
 from gmm_dist.statistics import Spike, TotalMoments
@@ -22,7 +22,7 @@ CRITERIA = ("bic", "aic", "icl", "holdout")
 # A gain in mean log-likelihood (nats per row) that is taken for none, as many take it for EM's tol.
 # Where a component costs BIC less than that, BIC no longer tells structure from misfit.
 _CHEAP = 1e-3
-_FEWEST_FOR_ELBOW = 4
+_FEWEST_TO_FALL = 4  # sizes of which one may say that a criterion goes on falling
 _MOST_IN_GRID = 20
 _MOST_NOTES = 8  # on features that no Gaussian fits
 _EXACT = 2.0**53  # float64 knows every whole number below
@@ -123,14 +123,6 @@ class Scored:
         return float(getattr(self, criterion))
 
 
-@dataclass(frozen=True, slots=True)
-class Elbow:
-    """Where the mean log-likelihood bends: beyond `k` no component gains more than `gain`."""
-
-    k: int
-    gain: float
-
-
 def _rerun_with(k: str) -> str:
     return f"run again with --k {k}"
 
@@ -142,6 +134,7 @@ class SweepResult:
     `total` are the moments of the rows that were fitted, held-out ones not among them;
     `n_passes` over all of them scored lanes. `profile` is what a sample told of the features;
     `centre` (d,), in feature units, is what moments and profile are about (None: 0).
+    `weight` is the sum of the weights, where `total` has it in another unit.
     """
 
     scored: tuple[Scored, ...]
@@ -150,6 +143,7 @@ class SweepResult:
     n_passes: int = 0
     profile: Profile = field(default_factory=Profile)
     centre: Tensor | None = None
+    weight: float | None = None
 
     @property
     def n_samples(self) -> float:
@@ -176,11 +170,16 @@ class SweepResult:
         return first if first.fit.is_ranked else None
 
     def warnings(
-        self, feature_names: Sequence[str], rerun: Callable[[str], str] = _rerun_with
+        self,
+        feature_names: Sequence[str],
+        rerun: Callable[[str], str] = _rerun_with,
+        *,
+        holds_out: bool = True,
     ) -> list[str]:
         """Return what a reader of the table should know, each with what to do.
 
-        `rerun` turns the next grid of k, as `--k` takes it, into what to do about it.
+        `rerun` turns the next grid of k, as `--k` takes it, into what to do about it; `holds_out`
+        says whether rows can be held out. Nothing is advised that the table refutes.
         """
         lines = [self._constant(j, feature_names[j]) for j in self.total.constant_features()]
         lines += self._shape_notes(feature_names)
@@ -191,7 +190,9 @@ class SweepResult:
                 f"{dependent} of {len(feature_names)} columns are duplicates or sums of others, so "
                 "full covariances rest on --reg-covar: leave them out with --columns"
             )
-        return lines + self._weights_note() + self._edge_warning(rerun) + self._elbow_note()
+        return (
+            lines + self._weights_note() + self._edge_warning(rerun) + self._falling_note(holds_out)
+        )
 
     def _constant(self, feature: int, name: str) -> str:
         at = 0.0 if self.centre is None else abs(float(self.centre[feature]))
@@ -245,10 +246,13 @@ class SweepResult:
 
     def _weights_note(self) -> list[str]:
         """Say so where the criteria took another n than the sum of the weights."""
-        if counts_rows(self.total):
+        weight, n_rows = self.weight, self.total.n_rows
+        weight = self.total.n_samples if weight is None else weight
+        if counts_rows(weight, n_rows):
             return []
+        summed = f"{weight:.3g}" if weight < math.inf else "more than float64 holds"
         return [
-            f"the weights sum to {self.total.n_samples:.3g} over {self.total.n_rows:,} rows, so "
+            f"the weights sum to {summed} over {counted(n_rows, 'row')}, so "
             f"they do not count rows: the criteria take n = (Σw)²/Σw² = {self.n_samples:,.1f}; "
             "weights of mean 1 would count each row as one"
         ]
@@ -264,67 +268,58 @@ class SweepResult:
             return [f"the best k is the smallest tried: {rerun(_grid(1, k))}"]
         return []
 
-    def _elbow_note(self) -> list[str]:
+    def _falling_note(self, holds_out: bool) -> list[str]:
         """Say what to do where BIC never stops falling because the rows outweigh its penalty."""
-        best = self.best
-        if self.criterion not in ("bic", "aic") or best is None:
+        best, largest = self.best, max(s.candidate.k for s in self.scored)
+        if self.criterion not in ("bic", "aic") or best is None or best.candidate.k < largest:
             return []
         kind = best.candidate.covariance_type
         family = [s for s in self.scored if s.fit.is_ranked and s.candidate.covariance_type == kind]
         family.sort(key=lambda s: s.candidate.k)
-        if len(family) < _FEWEST_FOR_ELBOW or best is not family[-1]:
+        if len(family) < _FEWEST_TO_FALL:
             return []
-        cost = self._cost(family[-2], best)
+        before = family[-2]
+        cost = self._cost(before, best)
         if cost > _CHEAP:
             return []
-        bend = elbow([(s.candidate.k, s.mean_log_likelihood) for s in family])
+        rise = best.mean_log_likelihood - before.mean_log_likelihood
+        gain = rise / (best.candidate.k - before.candidate.k)
         return [
-            f"{self.criterion.upper()} still falls at k={best.candidate.k}: with "
-            f"{self.total.n_rows:,} rows a component costs it only {cost:.1g} nats per row, so it "
-            f"may never rise; {_advice(bend)} --criterion icl or "
-            "--holdout 0.1 --criterion holdout"
+            f"{self.criterion.upper()} still falls at k={largest}: with {self.total.n_rows:,} rows "
+            f"a component costs it only {cost:.1g} nats per row, and the last one gained "
+            f"{gain:.2g}, so it may never rise; {self._advice(largest, holds_out)}"
         ]
+
+    def _advice(self, largest: int, holds_out: bool) -> str:
+        """Name the criteria that this table does not show to be best at its largest k, too."""
+        found, refuted = [], []
+        for criterion in ("bic", "icl", "holdout"):
+            if criterion == self.criterion:
+                continue
+            if (best := self._best_by(criterion)) is not None:
+                if best.candidate.k < largest:
+                    found.append(f"--criterion {criterion} (best at k={best.candidate.k})")
+                else:
+                    refuted.append(criterion)
+        if holds_out and self._best_by("holdout") is None:
+            found.append("--holdout 0.1 --criterion holdout")
+        if found:
+            return f"consider {' or '.join(found)}"
+        named = {"bic": "BIC", "icl": "ICL", "holdout": "the held-out log-likelihood"}
+        said = " and ".join(named[criterion] for criterion in refuted)
+        verb = "is" if len(refuted) == 1 else "are"
+        return f"{said} {verb} best there, too: choose as many components as are of use"
+
+    def _best_by(self, criterion: str) -> Scored | None:
+        """Return what another criterion would choose; None where it is not known."""
+        known = [s for s in self.scored if not math.isnan(s.value(criterion))]
+        return replace(self, scored=tuple(known), criterion=criterion).best if known else None
 
     def _cost(self, before: Scored, last: Scored) -> float:
         """Return what the criterion takes for one more component, in nats per row."""
         n_free = (last.n_parameters - before.n_parameters) / (last.candidate.k - before.candidate.k)
         each = math.log(self.n_samples) / 2 if self.criterion == "bic" else 1.0
         return n_free * each / self.n_samples
-
-
-def elbow(points: Sequence[tuple[int, float]]) -> Elbow | None:
-    """Return where a rising curve of (k, mean log-likelihood in nats per row) bends.
-
-    The point farthest above the chord from the first to the last point, with the best value so
-    far at each k (a fit that ended in a poor optimum is no bend): "Kneedle" (Satopää, Albrecht,
-    Irwin, Raghavan 2011, section II) on few exact points, hence without its smoothing. It needs
-    no scale and no threshold, and rows do not move it: both axes are normalised. None for fewer
-    than three points and for a curve that bends nowhere downwards.
-
-    `points` are in order of k.
-    """
-    ks = [k for k, _ in points]
-    bounds = list(itertools.accumulate((value for _, value in points), max))
-    if len(points) < 3 or bounds[-1] <= bounds[0]:
-        return None
-    rise, run = bounds[-1] - bounds[0], ks[-1] - ks[0]
-    above = [
-        (bound - bounds[0]) / rise - (k - ks[0]) / run for k, bound in zip(ks, bounds, strict=True)
-    ]
-    at = max(range(len(points)), key=above.__getitem__)
-    if above[at] <= 0:
-        return None
-    steps = zip(itertools.pairwise(bounds[at:]), itertools.pairwise(ks[at:]), strict=True)
-    return Elbow(ks[at], max((b - a) / (last - first) for (a, b), (first, last) in steps))
-
-
-def _advice(bend: Elbow | None) -> str:
-    if bend is None:
-        return "consider"
-    return (
-        f"the mean log-likelihood bends at k={bend.k}, after which a component gains at most "
-        f"{bend.gain:.2g} nats per row: consider --k {bend.k},"
-    )
 
 
 def _some(lines: list[str]) -> list[str]:

@@ -7,10 +7,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
-from gmm_dist import em, snapshot
+from gmm_dist import em, moves, snapshot
 from gmm_dist.cohort import Lane, regularisation
 from gmm_dist.cohort import Outcome as LaneOutcome
 from gmm_dist.config import EMConfig, StartConfig
@@ -18,6 +19,7 @@ from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.formats import counted
 from gmm_dist.holdout import mean_log_likelihoods
 from gmm_dist.kernel import Total
+from gmm_dist.lanes import Precision
 from gmm_dist.parameters import Parameters
 from gmm_dist.search import mend, search
 from gmm_dist.selection import Candidate, Outcome, Scored, SweepResult
@@ -25,7 +27,9 @@ from gmm_dist.shards import HeldOut, Shards
 from gmm_dist.snapshot import Snapshot
 from gmm_dist.spikes import profile
 from gmm_dist.statistics import TotalMoments
-from gmm_dist.weighting import ReweightedShards, as_given, criterion_size, unit_of
+from gmm_dist.weighting import ReweightedShards, as_given, criterion_size, given_weight, unit_of
+
+_SLACK = 1e-7  # nats per row by which a fit may end below a smaller one: rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,9 @@ def sweep(
     keep: Keep = lambda number, snapshot: None,
 ) -> SweepResult:
     """Fit every candidate in the same passes and rank them.
+
+    Within a covariance type the likelihood of ranked fits does not fall as k grows: a fit that
+    ends below one of fewer components goes on from that one, with components halved.
 
     With `holdout` the fits are also scored on the held-out rows, in one pass more. `given` are
     starts about the rows' shared `centre` (d,), one per candidate, instead of our own; `warm` ones
@@ -105,6 +112,8 @@ def sweep(
         fits = [outcome.fit for outcome in race.outcomes]
         race.enter(mend(shards, fits, config, start, total, n_threads=threads))
         race.run()
+    if given is None:
+        race.lift()
     likelihoods: Sequence[float | None] = [None] * len(candidates)
     if holdout or criterion == "holdout":
         likelihoods = mean_log_likelihoods(shards, [o.fit.parameters for o in race.outcomes])
@@ -115,8 +124,15 @@ def sweep(
             candidates, race.outcomes, likelihoods, strict=True
         )
     ]
-    given_total = as_given(total, scale)
-    return SweepResult(tuple(scored), criterion, given_total, race.n_passes, seen, centre)
+    return SweepResult(
+        tuple(scored),
+        criterion,
+        as_given(total, scale),
+        race.n_passes,
+        seen,
+        centre,
+        given_weight(total, scale),
+    )
 
 
 def _read_products(candidates: Sequence[Candidate]) -> bool:
@@ -143,6 +159,7 @@ class _Race:
         self._seconds: list[float] = []
         self.n_passes = 0
         self.mended = False
+        self._lifted: list[int] = []  # the candidates that went on from one of fewer components
 
     def enter(self, starts: Sequence[Sequence[Parameters]]) -> None:
         """Add a lane for each start of each candidate."""
@@ -164,6 +181,41 @@ class _Race:
             watch=self._passed,
         )
 
+    def lift(self) -> None:
+        """Have no ranked fit end below one of fewer components, of its covariance type."""
+        best: dict[str, em.FitResult] = {}
+        outcomes = self.outcomes
+        for i in sorted(range(len(self._candidates)), key=lambda i: self._candidates[i]):
+            kind, fit = self._candidates[i].covariance_type, outcomes[i].fit
+            floor = best.get(kind)
+            if floor is not None and fit.is_ranked and self._lacks(fit, floor):
+                self._go_on_from(floor.parameters, i)
+                outcomes = self.outcomes
+                fit = outcomes[i].fit
+            if fit.is_ranked and (floor is None or fit.log_likelihood > floor.log_likelihood):
+                best[kind] = fit
+
+    def _lacks(self, fit: em.FitResult, floor: em.FitResult) -> bool:
+        return floor.log_likelihood - fit.log_likelihood > _SLACK * self._total.n_samples
+
+    def _go_on_from(self, smaller: Parameters, i: int) -> None:
+        """Fit a candidate again from a smaller mixture; copies of components are the last resort.
+
+        These are scored as they are. Steps of EM from the same density would stand still, but
+        regularisation and rounding could lower what they come to. A candidate gets this once.
+        """
+        if i in self._lifted:
+            return
+        self._lifted.append(i)
+        k, scale = self._candidates[i].k, self._total.scale
+        copied = Lane.start(moves.halved(smaller, k, shift=0.0), self._config, scale)
+        copied.precision, copied.verdict = Precision.CENTRED, LaneOutcome.CONVERGED
+        for lane in (Lane.start(moves.halved(smaller, k), self._config, scale), copied):
+            self._lanes.append(lane)
+            self._owners.append(i)
+            self._seconds.append(time.monotonic() - self._began)
+        self.run()
+
     @property
     def outcomes(self) -> list[Outcome]:
         """The best of each candidate so far, in their order."""
@@ -176,14 +228,22 @@ class _Race:
     def snapshot(self) -> Snapshot:
         """Return all that the rest of the race depends on."""
         lanes = snapshot.taken(self._lanes)
-        own = {"owners": self._owners, "seconds": self._seconds, "n_passes": self.n_passes}
-        return Snapshot(lanes.tensors, {**lanes.state, **own, "mended": self.mended})
+        own: dict[str, Any] = {
+            "owners": list(self._owners),
+            "seconds": list(self._seconds),
+            "n_passes": self.n_passes,
+            "mended": self.mended,
+            "lifted": list(self._lifted),
+        }
+        return Snapshot(lanes.tensors, lanes.state | own)
 
     def restore(self, saved: Snapshot) -> None:
         """Go on where a race was that a snapshot was taken of."""
         self._lanes = snapshot.restored(saved)
         self._owners, self._seconds = list(saved.state["owners"]), list(saved.state["seconds"])
         self.n_passes, self.mended = saved.state["n_passes"], saved.state["mended"]
+        # Checkpoints of earlier versions do not have it.
+        self._lifted = list(saved.state.get("lifted", []))
 
     def _passed(self, lanes: Sequence[Lane]) -> None:
         self.n_passes += 1

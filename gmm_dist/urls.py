@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import quote, unquote
 
@@ -15,19 +16,63 @@ _USER = re.compile(r"([^/@?#]*)@(?=[^/@]*(?:/|$))")
 # abfs://container@account: two names. They hold no password, or the pattern above has taken it.
 _NAMED = frozenset({"abfs", "abfss", "wasb", "wasbs"})
 # Names in a query that may hold a credential: `sig`, `X-Amz-Signature`, `access_token`, `apikey`.
-_SECRET_NAME = (
-    r"(?:[\w.]+[-_.])*(?:token|sig|signature|secret|passw(?:or)?d|pwd|credentials?|key|auth|sas|"
+_SECRET_WORD = (
+    r"(?:token|sig|signature|secret|passw(?:or)?d|pwd|credentials?|key|auth|sas|"
     r"access_?key|secret_?key|secret_?access_?key|api_?key|(?:aws_?access_?)?key_?id)"
 )
+_SECRET_NAME = rf"(?:[\w.-]*[-_.])?{_SECRET_WORD}"
 _SECRET_QUERY = re.compile(
     rf"(?:\?|;|%3f|%3b)(?:[^/?#]*?(?:[&;]|%26|%3b))?{_SECRET_NAME}(?:=|%3d)", re.IGNORECASE
 )
 _PAIR = re.compile(rf"(?:^|[?#&;]|%26|%3f){_SECRET_NAME}(?:=|%3d)(?P<value>[^&;#]+)", re.IGNORECASE)
+# What calls the word after it a secret: `password='`, `"token": "`, `sig%3D`.
+_NAMING = rf"""{_SECRET_WORD}['"]?\s*(?:=|:|%3d|%3a)\s*[bu]?['"]?"""
 _IN_TEXT = re.compile(r"""(?:\w+::)*[A-Za-z][\w+.-]*://[^\s'"<>|]+""")
 _ENDS = ".,;:!)]}"  # of a sentence rather than of a URL
-_LEAST = 6  # characters of a secret that is looked for by itself
+_WORD = re.compile(r"[^\W\d_]+|\d+")
+_FEW, _MANY = 6, 16  # characters of a secret that may be part of other words, and that is none
 
-_known: set[str] = set()
+
+@dataclass(slots=True)
+class _Secrets:
+    """What was part of a URL of this process, by where it is looked for in texts of others.
+
+    A password may be any word, such as `data`, or `2026`: those, and short ones, are left out
+    only after what calls them a secret (`password='data'`). What is no word of any language is
+    left out wherever it stands by itself, and what is long even within other words.
+    """
+
+    anywhere: set[str] = field(default_factory=set)
+    apart: set[str] = field(default_factory=set)
+    named: set[str] = field(default_factory=set)
+
+    def add(self, secret: str) -> None:
+        """Remember a secret in all its spellings."""
+        for spelt in _spellings(secret):
+            if len(spelt) >= _MANY:
+                self.anywhere.add(spelt)
+            elif len(spelt) >= _FEW and not _WORD.fullmatch(spelt):
+                self.apart.add(spelt)
+            else:
+                self.named.add(spelt)
+
+    def without(self, text: str) -> str:
+        """Return a text with stars in place of secrets."""
+        if self.named:
+            words = _any_of(self.named)
+            text = re.sub(rf"(?i:({_NAMING}))(?:{words})(?!\w)", r"\1***", text)
+        if self.apart:
+            words = _any_of(self.apart)
+            text = re.sub(rf"(?:(?<!\w)|(?<=%[\dA-Fa-f]{{2}}))(?:{words})(?!\w)", "***", text)
+        return re.sub(_any_of(self.anywhere), "***", text) if self.anywhere else text
+
+
+def _any_of(secrets: set[str]) -> str:
+    # The longest first: one may be part of another.
+    return "|".join(map(re.escape, sorted(secrets, key=len, reverse=True)))
+
+
+_known = _Secrets()
 
 
 class Url(str):
@@ -48,7 +93,8 @@ class Url(str):
         shown, secrets = _parted(url)
         self = super().__new__(cls, shown)
         self._whole = url
-        _known.update(spelt for secret in secrets for spelt in _spellings(secret))
+        for secret in secrets:
+            _known.add(secret)
         return self
 
     def __reduce__(self) -> tuple[type[Self], tuple[str]]:
@@ -73,14 +119,10 @@ def redacted(url: str) -> str:
 def without_secrets(text: str) -> str:
     """Return a text of somebody else's (a library's error, a command line) without credentials.
 
-    URLs in it are redacted, and what was part of a `Url` of this process is left out wherever
-    it stands.
+    URLs in it are redacted, and what was part of a `Url` of this process is left out where it
+    stands by itself; of ordinary words that is so where the text calls them a secret.
     """
-    text = _IN_TEXT.sub(_shown, text)
-    # The longest first: one may be part of another.
-    for secret in sorted(_known, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return text
+    return _known.without(_IN_TEXT.sub(_shown, text))
 
 
 def split_query(url: str) -> tuple[str, str]:
@@ -145,4 +187,4 @@ def _earlier(one: re.Match[str] | None, other: re.Match[str] | None) -> re.Match
 def _spellings(secret: str) -> set[str]:
     plain = unquote(secret)
     spelt = {secret, plain, quote(plain, safe=""), quote(plain)}
-    return {text for text in spelt if len(text) >= _LEAST}
+    return {text for text in spelt if text}

@@ -17,6 +17,7 @@ from gmm_dist.statistics import TotalMoments
 S = TypeVar("S", bound=Summary)
 
 _FEW = 0.1  # of the rows: weights that sum to less do not count them
+_MANY = 1e290  # more are no counts, and their products with log-densities no numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +68,30 @@ def criterion_size(total: TotalMoments, scale: float) -> float:
     """Return the n of the criteria: Σ w, or Kish's number of rows where that is far below.
 
     `total` are moments of rows that weigh `scale` times what was given. Where the given weights
-    sum to less than a tenth of the rows they are no counts; then n = (Σ w)² / Σ w².
+    sum to less than a tenth of the rows, or to more than float64 can count with, they are no
+    counts; then n = (Σ w)² / Σ w².
     """
-    given = as_given(total, scale)
-    return given.n_samples if counts_rows(given) else total.n_effective
+    weight = given_weight(total, scale)
+    return weight if counts_rows(weight, total.n_rows) else total.n_effective
 
 
-def counts_rows(total: TotalMoments) -> bool:
-    """Say whether the weights sum to so much that they can be numbers of rows."""
-    return total.n_samples >= _FEW * total.n_rows
+def given_weight(total: TotalMoments, scale: float) -> float:
+    """Return the sum of the weights as they were given, inf where float64 does not hold it."""
+    return total.n_samples / scale
+
+
+def counts_rows(weight: float, n_rows: int) -> bool:
+    """Say whether the sum of the weights can be a number of rows."""
+    return _FEW * n_rows <= weight <= _MANY
 
 
 def as_given(total: TotalMoments, scale: float) -> TotalMoments:
-    """Return the moments of rows as they were given, before they weighed `scale` times as much."""
+    """Return the moments of rows as they were given, before they weighed `scale` times as much.
+
+    Where float64 would not hold these, the moments stay in the unit that they are in.
+    """
+    if given_weight(total, scale) > _MANY:
+        return total
     return replace(
         total,
         n_samples=total.n_samples / scale,

@@ -6,6 +6,7 @@ import ast
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import pairwise
 
 import numpy as np
@@ -103,6 +104,7 @@ def parse(text: str) -> Where:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"filter {_quoted(text)} cannot be read; {_syntax_remedy(text)}") from error
+    _refuse_rounded(tree, text)
     clauses = {clause for node in _conjuncts(tree, text) for clause in _comparisons(node, text)}
     # 1, 1.0 and True are equal but not the same literal: order by what is written.
     return Where(tuple(sorted(clauses, key=lambda c: (c[0], c[1], repr(c[2])))))
@@ -161,6 +163,20 @@ def _operand(node: ast.expr, text: str) -> ast.Name | Literal:
             if _is_number(value):
                 return -value
     raise _not_supported(node, text)
+
+
+def _refuse_rounded(tree: ast.expr, text: str) -> None:
+    """Raise for a number that Python rounds: decimals would be compared with another one."""
+    lines = text.strip().encode().splitlines()
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Constant) and isinstance(node.value, float)):
+            continue
+        spelt = lines[node.lineno - 1][node.col_offset : node.end_col_offset].decode()
+        if math.isfinite(node.value) and Decimal(spelt) != Decimal(repr(node.value)):
+            raise UserError(
+                f"filter {_quoted(text)}: {_shortened(spelt)} has more digits than a number here "
+                f"can have, and would be {node.value!r}; write it in quotes, or with fewer digits"
+            )
 
 
 def _is_number(value: float) -> bool:

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 import early  # noqa: F401 - first: signals while the rest is loaded
 from ending import run
 from fitting import fit_lake
-from options import Again, Parser, add_common, parse_k
-
-from gmm_dist.urls import Url
+from options import Again, Parser, add_common, parse_k, parse_url
 
 
 def fit(argv: Sequence[str]) -> None:
@@ -27,7 +25,7 @@ def fit(argv: Sequence[str]) -> None:
     add_common(parser)
     parser.add_argument("--k", type=parse_k, help="number of components (default: --start's)")
     parser.add_argument(
-        "--start", type=Url, metavar="MODEL", help="go on from this model's parameters"
+        "--start", type=parse_url, metavar="MODEL", help="go on from this model's parameters"
     )
     options = parser.parse_args(argv)
     if options.start is None and options.k is None:

@@ -24,7 +24,7 @@ import results
 import torch
 from ending import KEPT_BACK, run, said_how_to_resume
 from fitting import Job, none_ranked
-from options import Again, Parser, add_common, parse_k
+from options import Again, Parser, add_common, parse_k, parse_url
 from results import Fitted, mixture_of, print_table, spell_best
 from score import score_lake
 from stopping import holding
@@ -48,7 +48,7 @@ from gmm_dist.sample import Coreset, DrawCoreset
 from gmm_dist.selection import CRITERIA, SweepResult
 from gmm_dist.shards import Shards
 from gmm_dist.storage import absolute, join
-from gmm_dist.urls import Url, redacted
+from gmm_dist.urls import redacted
 from gmm_dist.where import Where, parse
 
 logger = logging.getLogger("gmm_dist.nightly")
@@ -226,7 +226,7 @@ def _add_own(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--registry",
         required=True,
-        type=Url,
+        type=parse_url,
         metavar="REG",
         help="folder or URL of the nights' models",
     )
@@ -266,7 +266,7 @@ def _add_own(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--scores",
-        type=Url,
+        type=parse_url,
         metavar="URL",
         help="once published, score the night's rows as score.py does, into URL/DATE",
     )
@@ -289,7 +289,12 @@ def _rows_of(options: argparse.Namespace, *, days: int) -> Where:
     """Return the filter of the rows of so many days, beside the user's own."""
     last = date.fromisoformat(options.night)
     own = parse(options.own_where).clauses if options.own_where is not None else ()
-    clauses = {*own, *options.partition_key.clauses(last - timedelta(days - 1), last)}
+    try:
+        clauses = {*own, *options.partition_key.clauses(last - timedelta(days - 1), last)}
+    except OverflowError as error:
+        raise UserError(
+            f"--days {days} up to --night {last}: no calendar has so many; give fewer days"
+        ) from error
     return Where(tuple(sorted(clauses, key=lambda c: (c[0], c[1], repr(c[2])))))
 
 
@@ -348,17 +353,20 @@ class _Night:
             return [str(error)]
         warnings = [*work.warnings, *self._warnings(work.columns)]
         more = {"warnings": warnings, "seconds": time.monotonic() - began}
-        print_table(work.fitted.result, warnings)
         self.place.await_earlier(self.options.night)
         if self.place.came_between(self._night_before, self.options.night):
             return None
         if work.reasons:
             self._keep_back(run, work.reasons, work, more)
+            print_table(work.fitted.result, warnings)
             return work.reasons
         with self.place.turn() as turn:
             if self.place.came_between(self._night_before, self.options.night):
                 return None
-            self._publish(run, work, more, turn)
+            lineage = self._publish(run, work, more, turn)
+        # Results are committed before anybody is told: the reader may have gone.
+        print_table(work.fitted.result, warnings)
+        say(f"best by {work.best}; {_spell(lineage)}")
         return []
 
     def _fit(self, run: Run) -> _Work:
@@ -435,7 +443,7 @@ class _Night:
             )
         return reasons
 
-    def _publish(self, run: Run, work: _Work, more: dict[str, Any], turn: Lease) -> None:
+    def _publish(self, run: Run, work: _Work, more: dict[str, Any], turn: Lease) -> Lineage:
         mixture, reference = work.mixture, self._reference(work)
         known = () if reference is None else reference.lineage.ids
         matching = _match(reference, mixture)
@@ -457,9 +465,7 @@ class _Night:
         with holding():
             run.attempt.commit()
         self.place.point_to(self.options.night)
-        best = work.fitted.result.best
-        assert best is not None
-        say(f"best by {spell_best(best, work.fitted.result.criterion)}; {_spell(lineage)}")
+        return lineage
 
     def _keep_back(
         self,
@@ -568,6 +574,12 @@ class _Work:
     @property
     def mixture(self) -> Mixture:
         return mixture_of(self.fitted, self.job.loader)
+
+    @property
+    def best(self) -> str:
+        best, criterion = self.fitted.result.best, self.fitted.result.criterion
+        assert best is not None
+        return spell_best(best, criterion)
 
     @property
     def warnings(self) -> list[str]:

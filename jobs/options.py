@@ -70,14 +70,21 @@ def parse_k(text: str) -> list[int]:
     """
     ks: dict[int, None] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*\.\.\s*(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?\s*", part)
         if match is None:
-            raise argparse.ArgumentTypeError(f"{text!r} is not like 8, 4,8,16 or 2..20")
+            raise argparse.ArgumentTypeError(f"{text[:50]!r} is not like 8, 4,8,16 or 2..20")
         first, last = int(match[1]), int(match[2] or match[1])
         if first < 1 or last < first or last > _MAX_K:
             raise argparse.ArgumentTypeError(f"{part!r} is not a range of whole numbers from 1 up")
         ks.update(dict.fromkeys(range(first, last + 1)))
     return list(ks)
+
+
+def parse_url(text: str) -> Url:
+    """Read a path or URL; an empty one, as of a variable that is not set, is none."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give a path or URL, . for this folder")
+    return Url(text)
 
 
 def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
@@ -86,11 +93,11 @@ def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
     Where a job's default is another one, the parser's `set_defaults` tells --help of it too.
     """
     parser.add_argument(
-        "data", type=Url, metavar="DATA", help="folder or file of Parquet, local or any URL"
+        "data", type=parse_url, metavar="DATA", help="folder or file of Parquet, local or any URL"
     )
     if output:
         parser.add_argument(
-            "--output", required=True, type=Url, metavar="OUT", help="a new folder or URL"
+            "--output", required=True, type=parse_url, metavar="OUT", help="a new folder or URL"
         )
     _add_rows(parser.add_argument_group("rows"))
     _add_fit(parser.add_argument_group("fit"))

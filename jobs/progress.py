@@ -128,7 +128,8 @@ def _standings_table(standings: Sequence[Standing], passes: int) -> RenderableTy
     return table
 
 
-_ALL = ("rank", "k", "covariance", "BIC", "AIC", "ICL", "mean log-lik.", "held-out", "starts")
+_PER_ROW = "mean log-likelihood,\nnats per row"  # on two lines: most terminals have 80 columns
+_ALL = ("rank", "k", "covariance", "BIC", "AIC", "ICL", _PER_ROW, "held-out", "starts")
 _MOST = ("AIC", "ICL", "starts")  # what a narrow table goes without
 
 
@@ -140,7 +141,7 @@ def ranking(result: SweepResult, width: int) -> RenderableType:
     names = [*_ALL, "iter.", "status"]
     if all(s.holdout is None for s in result.scored):
         names.remove("held-out")
-    rows = [(_cells(s, rank, result), _style(s, result)) for rank, s in _ranks(result)]
+    rows = [(_cells(s, rank), _style(s, result)) for rank, s in _ranks(result)]
     for columns in (names, [name for name in names if name not in _MOST]):
         if _natural_width(columns, rows) <= width:
             return _table(columns, rows)
@@ -159,7 +160,7 @@ def _style(scored: Scored, result: SweepResult) -> str:
     return "bold" if scored is result.best else "" if scored.fit.is_ranked else "dim"
 
 
-def _cells(s: Scored, rank: str, result: SweepResult) -> dict[str, str]:
+def _cells(s: Scored, rank: str) -> dict[str, str]:
     return {
         "rank": rank,
         "k": str(s.candidate.k),
@@ -167,7 +168,7 @@ def _cells(s: Scored, rank: str, result: SweepResult) -> dict[str, str]:
         "BIC": f"{s.bic:,.1f}",
         "AIC": f"{s.aic:,.1f}",
         "ICL": f"{s.icl:,.1f}",
-        "mean log-lik.": f"{s.fit.log_likelihood / result.n_samples:.6f}",
+        _PER_ROW: f"{s.mean_log_likelihood:.6f}",
         "held-out": "-" if s.holdout is None else f"{s.holdout:.6f}",
         "starts": _starts(s),
         "iter.": str(s.fit.n_iter),
@@ -176,7 +177,9 @@ def _cells(s: Scored, rank: str, result: SweepResult) -> dict[str, str]:
 
 
 def _natural_width(columns: Sequence[str], rows: _Rows) -> int:
-    widths = [max(len(name), *(len(cells[name]) for cells, _ in rows)) for name in columns]
+    widths = [
+        max(map(len, [*name.split("\n"), *(cells[name] for cells, _ in rows)])) for name in columns
+    ]
     return sum(widths) + 2 * len(widths)  # two spaces after each
 
 
@@ -196,7 +199,8 @@ def _list(names: Sequence[str], rows: _Rows) -> Group:
     for cells, style in rows:
         head = f"{cells['rank']}. k={cells['k']} {cells['covariance']}"
         lines.append(Text(head, style=style))
-        lines += [Text(f"  {name} {cells[name]}", style=style) for name in names[3:]]
+        texts = "\n".join(f"{name} {cells[name]}" for name in names[3:])
+        lines += [Text(f"  {line}", style=style) for line in texts.split("\n")]
     return Group(*lines)
 
 

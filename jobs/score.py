@@ -18,7 +18,7 @@ import early  # noqa: F401 - first: signals while the rest is loaded
 import pyarrow as pa
 import torch
 from ending import run, said_how_to_resume
-from options import Again, Parser, add_cluster
+from options import Again, Parser, add_cluster, parse_url
 from progress import Progress
 from stopping import finish
 from talking import say, screen
@@ -35,7 +35,7 @@ from gmm_dist.model_files import model_sha256
 from gmm_dist.runs import Run
 from gmm_dist.scored import Scored, ScoreFiles, collect
 from gmm_dist.scoring import Scoring
-from gmm_dist.urls import Url, redacted
+from gmm_dist.urls import redacted
 
 logger = logging.getLogger("gmm_dist.score")
 
@@ -54,13 +54,13 @@ def score(argv: Sequence[str]) -> None:
 def add_score(parser: argparse.ArgumentParser) -> None:
     """Add the options of scoring."""
     parser.add_argument(
-        "data", type=Url, metavar="DATA", help="folder or file of Parquet, local or any URL"
+        "data", type=parse_url, metavar="DATA", help="folder or file of Parquet, local or any URL"
     )
     parser.add_argument(
-        "--model", required=True, type=Url, help="a fit's output, or its model folder"
+        "--model", required=True, type=parse_url, help="a fit's output, or its model folder"
     )
     parser.add_argument(
-        "--output", required=True, type=Url, metavar="OUT", help="a new folder or URL"
+        "--output", required=True, type=parse_url, metavar="OUT", help="a new folder or URL"
     )
     rows = parser.add_argument_group("rows")
     rows.add_argument(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 SECONDS = 15.0  # until a job that has been told to end is ended
+_SAYING = 1.0  # seconds for its last words
 _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
@@ -85,7 +86,10 @@ class Stopper:
     def _watch(self, last_words: Callable[[], None]) -> None:
         self._noticed.wait()
         if not self._over.wait(SECONDS):
-            last_words()
+            # Who should read stderr may have stopped to: writing would never return then.
+            saying = threading.Thread(target=last_words, daemon=True)
+            saying.start()
+            saying.join(_SAYING)
             os._exit(self.status)
 
 

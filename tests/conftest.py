@@ -24,10 +24,24 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, and all that need the Ray cluster in one."""
+    """Keep a file's tests in one process, and all that need the Ray cluster in one.
+
+    These take longest, so they come first: the other processes have the files meanwhile.
+    """
+    needing: dict[bool, list[pytest.Item]] = {True: [], False: []}
     for item in items:
         needs_ray = "ray_address" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else item.path.name))
+        needing[needs_ray].append(item)
+    items[:] = needing[True] + needing[False]
+
+
+@pytest.fixture(autouse=True)
+def _no_secrets_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no test's messages starred for what another one's URLs held."""
+    from gmm_dist import urls  # not before annotations are checked
+
+    monkeypatch.setattr(urls, "_known", type(urls._known)())
 
 
 # As the jobs do: the same bits on any machine, and no threads that spin beside other tests.
@@ -185,6 +199,22 @@ def s3_lake(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]
     forget_connections()
     yield replace(s3, url=f"{s3.url}/{uuid.uuid4().hex}")
     forget_connections()
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the jobs that fit hold their rows in this process, and draw no pictures.
+
+    For what does not depend on who holds the rows: a job does the same, to the bit, in half a
+    second in place of eight. Some tests of each job do without this.
+    """
+    import fitting  # only now: annotations of modules that conftest.py imports go unchecked
+    import here
+
+    from gmm_dist import figures
+
+    monkeypatch.setattr(fitting.Job, "resident", here.resident)
+    monkeypatch.setattr(figures, "drawn", here.titled)
 
 
 @pytest.fixture(scope="session")

@@ -154,6 +154,23 @@ def test_texts_of_any_depth_lose_their_views() -> None:
 
 
 @pytest.mark.parametrize(
+    ("type_", "values"),
+    [
+        (pa.map_(pa.string_view(), pa.binary_view()), [[("a", b"b")], None, [("c", b"d")]]),
+        (pa.list_(pa.string_view(), 1), [["a"], None, ["c"]]),
+        (pa.list_(pa.list_(pa.string_view(), 1)), [[["a"]], [], [["c"]]]),
+    ],
+)
+def test_nested_texts_that_are_views_are_filtered_and_kept(
+    tmp_path: Path, type_: pa.DataType, values: list[Any]
+) -> None:
+    lakes.write(tmp_path / "a.parquet", {"row": [0.0, 1.0, 2.0], "c": pa.array(values, type_)})
+    plan = lake.plan(str(tmp_path), columns=["row"], missing="mean", keep=["c"], where="row >= 1")
+    ((kept, _),) = stream(plan, 0, row_groups(plan)[0])
+    assert kept["c"].to_pylist() == values[1:]
+
+
+@pytest.mark.parametrize(
     ("a", "b", "message"),
     [
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 import operator
+import struct
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -212,6 +213,39 @@ def test_statistics_that_are_not_of_the_column_are_not_trusted(tmp_path: Path) -
     lakes.write(tmp_path / "a.parquet", {"row": [0.0, 1.0, 2.0], "c": values}, rows_per_group=1)
     assert _rows(tmp_path, "c > 5") == [2]
     assert lake.plan(str(tmp_path), columns=["row"], where="c > 5").n_rows < 3
+
+
+def test_decimals_are_compared_with_all_digits_of_a_quoted_number(tmp_path: Path) -> None:
+    values = [Decimal(f"0.123456789012345678{digit}") for digit in range(3)]
+    lakes.write(tmp_path / "a.parquet", {"row": [0.0, 1.0, 2.0], "c": values})
+    assert _rows(tmp_path, "c >= '0.1234567890123456781'") == [1, 2]
+    with pytest.raises(UserError, match="more digits"):
+        _rows(tmp_path, "c >= 0.1234567890123456781")
+
+
+def _lie(path: Path, was: bytes, now: bytes) -> None:
+    """Replace what a footer says."""
+    data = path.read_bytes()
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    assert data[start:].count(was)
+    path.write_bytes(data[:start] + data[start:].replace(was, now))
+
+
+def test_statistics_that_contradict_themselves_are_not_trusted(tmp_path: Path) -> None:
+    options = {"use_dictionary": False, "compression": "NONE", "store_schema": False}
+    n = 1000
+    table = pa.table({"row": np.arange(float(n)), "c": [*[None] * 900, *np.arange(5000, 5100)]})
+    path = tmp_path / "a.parquet"
+    for change in ("the wrong way round", "nothing but nulls"):
+        lakes.pq.write_table(table, path, **options)
+        if change == "the wrong way round":
+            low, high = (struct.pack("<q", number) for number in (5000, 5099))
+            for was, now in ((low, b"........"), (high, low), (b"........", high)):
+                _lie(path, was, now)
+        else:
+            was, now = (bytes([2 * nulls & 0x7F | 0x80, 2 * nulls >> 7]) for nulls in (900, n))
+            _lie(path, was, now)
+        assert _rows(tmp_path, "c >= 5098") == [998, 999], change
 
 
 @pytest.mark.parametrize(

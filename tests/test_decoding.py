@@ -64,6 +64,41 @@ def test_far_timestamps_are_compared_as_they_are(dated, where, kept):
     assert streamed(dated, columns=["x"], where=where)[1].ravel().tolist() == kept
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ("until >= '2026-06-01'", [4, 5, 6]),
+        ("until < '2026-01-01 00:00:00.000000001'", [0, 1, 2]),
+        ("until == '2262-01-01 00:00:00.000000001'", [6]),
+        ("until > '9999-12-31 23:59:59.999998999'", [5]),
+    ],
+)
+def test_far_timestamps_beside_a_file_of_nanoseconds(dated, order, where, kept):
+    (dated / "a.parquet").rename(dated / f"{order[0]}.parquet")
+    near = np.array(["2262-01-01T00:00:00.000000001"], "datetime64[ns]")
+    lakes.write(dated / f"{order[1]}.parquet", {"x": [6.0], "until": near})
+    X, _, _ = lakes.read_all(lake.plan(str(dated), columns=["x"], where=where))
+    assert sorted(X.ravel()) == kept
+    assert sorted(streamed(dated, columns=["x"], where=where)[1].ravel()) == kept
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"where": "until > '2026-01-01'"}, True),
+        ({"keep": ["until"]}, True),
+        ({"where": "x > 1"}, False),
+    ],
+)
+def test_that_int96_is_read_to_the_microsecond_is_said(dated, request, caplog, options, told):
+    with caplog.at_level("INFO", "gmm_dist.lake"):
+        lake.plan(str(dated), columns=["x"], **options)
+    line = "INT96 timestamps are compared and kept to the microsecond, finer digits cut off: until"
+    is_int96 = request.node.callspec.params["dated"] == "int96"
+    assert (line in caplog.messages) is (told and is_int96)
+
+
 def test_far_timestamps_are_kept_as_they_are(dated):
     kept, _ = streamed(dated, columns=["x"], keep=["until"])
     assert kept["until"].to_pylist() == DAYS
@@ -97,8 +132,12 @@ def test_a_page_with_a_wrong_checksum_is_named(tmp_path):
 # --- rows that the footer promises
 
 
-def promising(path, rows: int, promised: int, *, everywhere: bool):
-    """Write `rows` rows under a footer that has `promised` of them, in all places or in the last.
+# The places where a footer of one column has the number of rows, in their order.
+OF_FILE, OF_COLUMN, OF_GROUP = range(3)
+
+
+def promising(path, rows: int, promised: int, *places: int):
+    """Write `rows` rows under a footer that has `promised` of them in some places.
 
     Thrift writes a number as zigzag varint, so that both take two bytes.
     """
@@ -111,16 +150,17 @@ def promising(path, rows: int, promised: int, *, everywhere: bool):
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     was, now = (bytes([2 * n & 0x7F | 0x80, 2 * n >> 7]) for n in (rows, promised))
     body, footer = data[:start], data[start:]
-    assert footer.count(was) == 3  # of the file, the row group and its one column
-    footer = footer.replace(was, now) if everywhere else footer.replace(was, now, 1)
-    path.write_bytes(body + footer)
+    parts = footer.split(was)
+    assert len(parts) == 4
+    told = [now if place in places else was for place in range(3)]
+    path.write_bytes(body + parts[0] + b"".join(map(bytes.__add__, told, parts[1:])))
     return path
 
 
 @pytest.mark.parametrize("n_shards", [1, 3])
 def test_a_row_group_with_fewer_rows_than_promised_is_named(tmp_path, n_shards):
     lakes.write(tmp_path / "a.parquet", {"x": [1.0]})
-    path = promising(tmp_path / "b.parquet", 900, 1000, everywhere=True)
+    path = promising(tmp_path / "b.parquet", 900, 1000, OF_FILE, OF_COLUMN, OF_GROUP)
     message = f"{path}, row group 0: 900 rows where the footer has 1,000; write the file again"
     with pytest.raises(UserError, match=message):
         lakes.read_all(lake.plan(str(tmp_path), n_shards=n_shards))
@@ -129,7 +169,18 @@ def test_a_row_group_with_fewer_rows_than_promised_is_named(tmp_path, n_shards):
 
 
 def test_a_footer_that_contradicts_itself_is_named(tmp_path):
-    path = promising(tmp_path / "b.parquet", 900, 1000, everywhere=False)
+    path = promising(tmp_path / "b.parquet", 900, 1000, OF_FILE)
     message = f"{path}: the footer promises 1,000 rows, its row groups 900; write the file again"
+    with pytest.raises(UserError, match=message):
+        lake.plan(str(tmp_path))
+
+
+def test_rows_beyond_those_that_a_footer_promises_are_not_passed_over(tmp_path):
+    # Arrow reads 900 of the 1,000 rows without a word.
+    path = promising(tmp_path / "b.parquet", 1000, 900, OF_FILE, OF_GROUP)
+    message = (
+        f"{path}: the footer promises 900 rows of row group 0, and 1,000 values of its columns; "
+        "write the file again or move it away"
+    )
     with pytest.raises(UserError, match=message):
         lake.plan(str(tmp_path))

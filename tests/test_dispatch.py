@@ -310,7 +310,7 @@ def test_a_stragglers_share_is_done_by_its_siblings_and_counts_once(
         assert all(total.counted == undisturbed for total in after)
         assert set(after[-1].pids) == workers
     assert load.counts() == Counter({s: 2 if s in (3, 4, 5) else 1 for s in range(N_SHARDS)})
-    assert "its 3 shards are done by 2 others too (not counted)" in caplog.text
+    assert "3 shards of it are done by 2 others too (not counted)" in caplog.text
 
 
 def test_a_straggler_may_still_be_the_first_to_reply(

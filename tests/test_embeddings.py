@@ -186,3 +186,15 @@ def test_empty_lists_are_no_features(tmp_path: Path) -> None:
     lakes.write(tmp_path / "a.parquet", nothing)
     with pytest.raises(SchemaError, match=r"column 'emb' has type fixed_size_list.*; name numeric"):
         lake.plan(str(tmp_path), columns=["emb"], missing="drop")
+
+
+@pytest.mark.parametrize("columns", [None, ["e"], ["e[0]", "e[1]"]])
+def test_what_a_model_could_not_find_again_is_refused(
+    tmp_path: Path, columns: list[str] | None
+) -> None:
+    # It would be fitted to the columns of these names, and score the lists.
+    numbers = {"e[0]": [1.0, 2.0], "e[1]": [3.0, 4.0], "e": [[5.0, 6.0], [7.0, 8.0]]}
+    path = lakes.write(tmp_path / "a.parquet", numbers)
+    message = rf"^{path}: 'e\[0\]' is a column and the first feature of the lists in column 'e'; re"
+    with pytest.raises(UserError, match=message):
+        lake.plan(str(tmp_path), columns=columns)

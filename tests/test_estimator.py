@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import lakes
@@ -714,6 +715,42 @@ def test_warnings_point_to_the_callers_line():
         with pytest.warns(ConvergenceWarning) as caught:
             verb(blobs())
         assert [Path(w.filename).name for w in caught] == ["test_estimator.py"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("verb", ["fit", "fit_predict"])
+def test_a_reg_covar_beyond_a_features_variance_is_told(kind, verb):
+    frame = pd.DataFrame(blobs() * [1.0, 1e-4, 1.0], columns=["a", "b", "c"])
+    if kind == "spherical":  # its one variance is dominated by the largest feature
+        frame *= 1e-5
+    model = GaussianMixture(2, covariance_type=kind, random_state=0)
+    name, variance = ("'a'" if kind == "spherical" else "'b'"), frame.var(ddof=0)
+    variance = variance["a" if kind == "spherical" else "b"]
+    with pytest.warns(UserWarning, match=f"more than the variance of feature {name}") as caught:
+        getattr(model, verb)(frame)
+    (told,) = caught
+    assert str(told.message).startswith("reg_covar=1e-06 is more than")
+    assert f"far below {variance:.2g}, its variance over all rows" in str(told.message)
+    assert Path(told.filename).name == "test_estimator.py"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reg_covar_below_every_variance_is_not_told(kind):
+    X = blobs() * [1.0, 1e-4, 1.0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Far below; and a feature that is constant has no variance to be compared.
+        GaussianMixture(2, covariance_type=kind, reg_covar=1e-12, random_state=0).fit(X)
+        flat = np.c_[blobs(), np.full(300, 7.0)]
+        GaussianMixture(1, covariance_type=kind, random_state=0).fit(flat)
+
+
+def test_a_reg_covar_beyond_a_lakes_variance_is_told(tmp_path, ray_address):
+    lakes.write(tmp_path / "a.parquet", {"x": blobs()[:, 0] * 1e-4, "y": blobs()[:, 1]})
+    lake = open_lake(str(tmp_path), address=ray_address, num_workers=1)
+    with pytest.warns(UserWarning, match="more than the variance of feature 'x'") as caught:
+        GaussianMixture(2, covariance_type="diag", n_init=1, random_state=0).fit(lake)
+    assert [Path(w.filename).name for w in caught] == ["test_estimator.py"]
 
 
 def test_a_record_batch_keeps_its_names():

@@ -75,11 +75,11 @@ def test_a_registry_is_read() -> None:
     assert artifacts.load(str(GOLDEN / "registry")).component_ids == before.lineage.ids
 
 
-def test_a_registry_is_continued(golden: Path, ray_address: str) -> None:
+def test_a_registry_is_continued(golden: Path, in_process: None) -> None:
     old = hashes(golden / "registry" / "models")
     argv = ["lake", "--k", "3", "--registry", "registry", "--night", "2026-11-23"]
     argv += ["--partition", "ds", "--columns", "x", "y", "--n-init", "4", "--min-rows", "50"]
-    argv += ["--max-drop", "1", "--num-workers", "1", "--address", ray_address]
+    argv += ["--max-drop", "1"]
     assert nightly_job.main(argv) == 0
     place = Registry("registry")
     assert place.latest() == "2026-11-23"

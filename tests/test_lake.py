@@ -210,10 +210,11 @@ def test_a_file_without_rows_does_not_block_a_lake(two_files, empty, where):
 
 
 def test_a_lake_without_rows_is_said(tmp_path):
-    lakes.write(tmp_path / "dt=1" / "a.parquet", pa.table({"x": pa.array([], pa.float64())}))
-    for where in (None, "dt == 1", "x > 0"):
-        with pytest.raises(NoRows, match="no rows in 1 Parquet files; check the path"):
-            lake.plan(str(tmp_path), where=where)
+    for table in (pa.table({"x": pa.array([], pa.float64())}), pa.table({})):
+        lakes.write(tmp_path / "dt=1" / "a.parquet", table)
+        for where in (None, "dt == 1", "x > 0"):
+            with pytest.raises(NoRows, match="no rows in 1 Parquet file; check the path"):
+                lake.plan(str(tmp_path), where=where)
 
 
 # --- the filter

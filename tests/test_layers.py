@@ -53,7 +53,8 @@ MAY_IMPORT = {
     "histogram": TENSORS | {"families", "kernel", "parameters", "quantiles", "shards"},
     "spikes": TENSORS | {"sample", "shards", "statistics"},
     "weighting": {"shards", "statistics"},
-    "selection": {"torch", "em", "families", "mixture", "spikes", "statistics", "weighting"},
+    "selection": {"torch", "em", "families", "formats", "mixture", "spikes", "statistics"}
+    | {"weighting"},
     "matching": TENSORS | {"scipy", "parameters"},
     "column_drift": TENSORS | {"scipy", "mixture", "parameters"},
     "drift": TENSORS | {"column_drift", "histogram", "holdout", "matching", "parameters", "shards"},
@@ -65,6 +66,8 @@ MAY_IMPORT = {
         "formats",
         "holdout",
         "kernel",
+        "lanes",
+        "moves",
         "parameters",
         "search",
         "selection",

@@ -40,6 +40,27 @@ def test_one_file_is_a_lake_whatever_its_name(tmp_path):
     assert lake.plan(str(path)).n_rows == 5
 
 
+def test_a_hive_key_may_begin_like_a_hidden_folder(tmp_path):
+    for day in (1, 2):
+        lakes.write(tmp_path / f"_day={day}" / "a.parquet", {"x": [float(day)]})
+    lakes.write(tmp_path / "_temporary" / "_day=3" / "a.parquet", {"x": [3.0]})
+    lakes.write(tmp_path / ".spark-staging-1" / "day=4" / "a.parquet", {"x": [4.0]})
+    plan = lake.plan(str(tmp_path), where="_day >= 2")
+    assert lakes.read_all(plan)[0].tolist() == [[2]]
+    assert lake.plan(str(tmp_path)).n_rows == 2
+
+
+def test_hidden_files_that_could_be_data_are_told(two_files, caplog):
+    for name in ("_b.parquet", "_temporary/0/c.parquet", "_metadata", "._a.parquet"):
+        lakes.write(two_files / name, {"x": [1.0]})
+    assert lake.plan(str(two_files)).n_rows == 50
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line == (
+        f"{two_files}: passed over 2 of 4 files, that a name with _ or . in front hides: "
+        "_b.parquet, _temporary/0/c.parquet"
+    )
+
+
 def test_a_linked_file_is_read(tmp_path):
     target = lakes.write(tmp_path / "elsewhere" / "a.parquet", {"x": lakes.numbers(5)})
     (tmp_path / "lake").mkdir()
@@ -126,6 +147,13 @@ def test_a_data_file_whose_name_is_not_utf8_is_refused(two_files, name):
     path.unlink()
     (two_files / os.fsdecode(b"\xff\n.txt")).write_text("passed over")
     assert len(listing.find(str(two_files)).files) == 2
+
+
+def test_a_column_whose_name_is_not_utf8_is_refused(tmp_path):
+    path = lakes.write(tmp_path / "a.parquet", {"name": [1.0], "x": [1.0]})
+    path.write_bytes(path.read_bytes().replace(b"name", b"n\xe4me"))
+    with pytest.raises(UserError, match=f"^{path}: the name of a column is not UTF-8; write the"):
+        lake.plan(str(tmp_path), columns=["x"])
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "a\0b"])

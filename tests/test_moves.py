@@ -439,3 +439,22 @@ def test_components_without_rows_make_no_nan(kind, weight):
     assert (mended.weights > 0.01).all()
     for after in [*moved, mended]:
         assert_sound(after)
+
+
+@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+def test_copies_of_components_are_the_same_density_and_halves_nearly(kind):
+    mixture = mixtures.parameters(kind, 3, 2)
+    X = 2 * mixtures.normal_rows(400, 2)
+    copied = moves.halved(mixture, 6, shift=0.0)
+    assert copied.n_components == 6
+    expected, found = (naive.e_step(X, p).log_likelihood for p in (mixture, copied))
+    assert found == pytest.approx(expected, rel=1e-12)
+    halved = moves.halved(mixture, 4)
+    assert halved.n_components == 4
+    near = naive.e_step(X, halved).log_likelihood
+    assert near != expected
+    assert near == pytest.approx(expected, abs=0.02 * len(X))
+    assert float(halved.weights.sum()) == pytest.approx(1)
+    # The largest was halved, and its halves lie on either side of its mean.
+    largest = int(mixture.weights.argmax())
+    torch.testing.assert_close(halved.means[-2:].mean(0), mixture.means[largest])

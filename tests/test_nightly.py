@@ -6,9 +6,9 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,15 @@ import pytest
 import ray
 from conftest import S3Server
 from nights import Cluster
-from progress import Progress
 
 import gmm_dist
 from gmm_dist import artifacts, runs, scored
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.gate import Gate
 from gmm_dist.lease import LeaseLost
-from gmm_dist.loading import Counted, count_rows
 from gmm_dist.nights import NightKey
 from gmm_dist.registry import DRIFT, GATE, Lineage, Registry
 from gmm_dist.scoring import Scorer, Scoring
-from gmm_dist.shards import LocalShards, Shards
 from gmm_dist.storage import open_url
 
 Errors = pytest.CaptureFixture[str]
@@ -49,18 +46,6 @@ def night(day: int) -> str:
 
 
 RESIDENT = fitting.Job.resident
-
-
-@contextmanager
-def _here(job: fitting.Job, progress: Progress) -> Iterator[tuple[Shards, Counted]]:
-    shards = LocalShards([job.loader(shard) for shard in range(job.plan.n_shards)])
-    yield shards, shards.run(count_rows)
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hold the rows in this process: the logic of a night is the same, and Ray takes seconds."""
-    monkeypatch.setattr(fitting.Job, "resident", _here)
 
 
 class Nights:
@@ -674,6 +659,23 @@ def test_scores_are_of_the_night_alone_however_it_is_spelt_and_ray_starts_once(
 # ------------------------------------------------------------------------- interrupted
 
 
+def test_nobody_is_told_of_a_night_before_it_is_committed(
+    local: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.write(1, FIRST)
+    local.write(2, FIRST, n=20)
+    there = []
+
+    def look(*_: object) -> None:
+        kept = list(Path(local.url).glob("candidates/*/*/manifest.json"))
+        there.append((local.registry.nights(), local.registry.latest(), len(kept)))
+
+    monkeypatch.setattr(nightly, "print_table", look)
+    assert local.run(1, "--k", "3", "--n-init", "1") == 0
+    assert local.run(2, "--k", "3", "--n-init", "1") == 3
+    assert there == [([night(1)], night(1), 0), ([night(1)], night(1), 1)]
+
+
 def test_a_crash_between_the_commit_and_the_pointer_is_mended_by_the_next_run(
     local: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -774,6 +776,15 @@ def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
         (["--night", "today"], "'today' is not a night: give a date such as 2026-11-21"),
         (["--holdout", "0"], "give a --holdout above 0; see nightly.py --help"),
         (["--days", "0"], "--days is 1 or more"),
+        (
+            ["--days", "9" * 20],
+            "up to --night 2026-11-01: no calendar has so many; give fewer",
+        ),
+        (
+            ["--days", "999999"],
+            "up to --night 2026-11-01: no calendar has so many; give fewer",
+        ),
+        (["--night", "9999-12-31"], "--night 9999-12-31: no calendar has so many"),
         (["--max-drop", "-1"], "--max-drop is -1: give a number of nats >= 0"),
         (["--min-rows", "-1"], "--min-rows is -1: give a whole number >= 0"),
         (["--where", "x > 1 or x < 0"], "'or' is not supported"),

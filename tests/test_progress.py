@@ -52,7 +52,9 @@ def test_the_ranking_shows_best_first_and_failures_last() -> None:
     for width, has_aic in ((80, False), (160, True)):
         screen = io.StringIO()
         Console(file=screen, width=width).print(ranking(result, width))
-        head, *rows = screen.getvalue().splitlines()
+        above, head, *rows = screen.getvalue().splitlines()
+        assert above.strip() == "mean log-likelihood,"
+        assert head.index("nats per row") + len("nats per row") == len(above.rstrip())
         assert ("AIC" in head) is has_aic
         assert "…" not in screen.getvalue()
         assert [row.split()[:2] for row in rows] == [["1", "1"], ["-", "20"]]
@@ -72,6 +74,7 @@ def test_where_the_table_does_not_fit_it_is_a_list_with_every_number() -> None:
     assert "…" not in seen
     assert max(map(len, seen.splitlines())) <= 30
     assert seen.splitlines()[0].startswith("1. k=")
+    assert "  mean log-likelihood,\n  nats per row -" in seen
     for scored in result.scored:
         values = (scored.bic, scored.aic, scored.icl)
         assert all(f"{value:,.1f}" in seen for value in values)

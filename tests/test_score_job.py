@@ -296,7 +296,9 @@ def test_killed_half_way_and_resumed_it_gives_the_same_files(
     assert json.loads((out / "_scored" / "manifest.json").read_text())["format_version"] == 1
 
 
-def test_lists_are_fitted_and_scored_whatever_their_kind(tmp_path: Path, ray_address: str) -> None:
+def test_lists_are_fitted_and_scored_whatever_their_kind(
+    tmp_path: Path, in_process: None, ray_address: str
+) -> None:
     X = mixtures.rows(MIXTURE, 600, seed=2).numpy()
     kinds = [pa.list_(pa.float64()), pa.large_list(pa.float64()), pa.list_(pa.float64(), 2)]
     ids = [pa.array(np.arange(200)), pa.array([2**64 - 1] * 200, pa.uint64()), pa.nulls(200)]
@@ -304,12 +306,12 @@ def test_lists_are_fitted_and_scored_whatever_their_kind(tmp_path: Path, ray_add
         emb = pa.array(X[200 * i : 200 * i + 200].tolist(), kind)
         lakes.write(tmp_path / "lake" / f"{i}.parquet", {"id": own, "emb": emb})
     data, out = str(tmp_path / "lake"), str(tmp_path / "fit")
-    assert fit_job.main([data, "--k", "2", "--output", out, "--address", ray_address]) == 0
+    assert fit_job.main([data, "--k", "2", "--output", out]) == 0
     model = artifacts.load(out)
     assert model.feature_names == ("emb[0]", "emb[1]")
     scores = tmp_path / "scores"
     argv = [data, "--model", out, "--output", str(scores), "--keep", "id", "emb"]
-    assert score_job.main([*argv, "--address", ray_address]) == 0
+    assert score_job.main([*argv, "--address", ray_address, "--num-workers", "1"]) == 0
     found = [pq.read_table(scores / f"{i}.parquet") for i in range(3)]
     assert {table.schema.field("id").type for table in found} == {pa.decimal128(20, 0)}
     np.testing.assert_array_equal(np.array(found[1]["emb"].to_pylist()), X[200:400])

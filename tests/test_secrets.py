@@ -116,7 +116,7 @@ def test_jobs_over_http_write_and_say_no_secret(
     cluster = ["--address", ray_address, "--num-workers", "1"]
     data, model = url.format("points.parquet"), url.format("fitted")
     runs = [
-        (sweep_job, [data, "--k", "2..3", "--output", f"{out}/sweep", *cluster]),
+        (sweep_job, [data, "--k", "2", "--output", f"{out}/sweep", *cluster]),
         (score_job, [data, "--model", model, "--output", f"{out}/scored", *cluster]),
     ]
     for job, argv in runs:

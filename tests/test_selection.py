@@ -11,7 +11,7 @@ import pytest
 from gmm_dist.config import EMConfig
 from gmm_dist.em import Status
 from gmm_dist.mixture import Mixture
-from gmm_dist.selection import Candidate, Elbow, Outcome, Scored, SweepResult, elbow
+from gmm_dist.selection import Candidate, Outcome, Scored, SweepResult
 from gmm_dist.statistics import TotalMoments
 
 X = mixtures.normal_rows(300, 2)
@@ -134,36 +134,7 @@ def test_held_out_likelihood_ranks_highest_first_and_ties_as_the_others_do(examp
     assert [scored.candidate.k for scored in ranked] == [3, 4, 5, 2]
 
 
-# --- the elbow
-
-
-def test_the_elbow_is_where_the_curve_is_farthest_from_its_chord():
-    bounds = [-10.0, -6.0, -4.0, -3.5, -3.1, -3.0]
-    points = list(zip((1, 2, 3, 5, 7, 8), bounds, strict=True))
-    # Distances from the chord (rise 7 over a run of 7): 0, 3, 4, 2.5, .9, 0 of 7.
-    assert elbow(points) == Elbow(3, pytest.approx(0.25))
-
-
-def test_scale_and_offset_do_not_move_the_elbow():
-    points = [(k, -1 / k) for k in range(1, 17)]
-    scaled = [(10 * k, 1e6 * value - 5e8) for k, value in points]
-    found, other = elbow(points), elbow(scaled)
-    # 1 - 1/k lies farthest above its chord at k = sqrt(16).
-    assert found.k == 4
-    assert other.k == 40
-    assert other.gain == pytest.approx(1e5 * found.gain)
-
-
-def test_a_fit_in_a_poor_optimum_is_no_elbow():
-    values = [-10.0, -6.0, -4.0, -3.5, -3.0, -9.0]
-    assert elbow(list(enumerate(values, start=1))) == Elbow(3, 0.5)
-
-
-@pytest.mark.parametrize(
-    "values", [[], [1.0], [1.0, 2.0], [1.0, 2.0, 3.0], [1.0, 1.1, 3.0], [3.0, 2.0, 1.0]]
-)
-def test_a_curve_that_does_not_bend_has_no_elbow(values):
-    assert elbow(list(enumerate(values, start=1))) is None
+# --- a criterion that never stops falling
 
 
 def falling(example, n: int, values: list[float]) -> tuple[Scored, ...]:
@@ -186,51 +157,98 @@ def falling(example, n: int, values: list[float]) -> tuple[Scored, ...]:
 
 
 CURVE = [-9.0, -7.0, -6.0, -5.9, -5.81, -5.75]
+MANY = 1_000_000
 
 
-def test_at_huge_n_a_bic_that_keeps_falling_comes_with_an_elbow_and_what_to_do(example):
-    n = 1_000_000
-    result = SweepResult(falling(example, n, CURVE), "bic", total(n))
-    edge, note = result.warnings(["x", "y"])
+def note_of(table, criterion="bic", **options) -> str:
+    edge, note = SweepResult(table, criterion, total(MANY)).warnings(["x", "y"], **options)
     assert edge.startswith("the best k is the largest tried")
+    return note
+
+
+def with_values(table, name: str, values) -> tuple[Scored, ...]:
+    return tuple(replace(s, **{name: v}) for s, v in zip(table, values, strict=True))
+
+
+def icl_best_at(table, k: int) -> tuple[Scored, ...]:
+    return with_values(table, "icl", [float(abs(s.candidate.k - k)) for s in table])
+
+
+def test_at_huge_n_a_bic_that_keeps_falling_says_so_and_what_it_means(example):
     # Of a diagonal component in two dimensions 5 parameters: 5 ln(1e6) / 2 / 1e6 = 3.5e-5.
-    assert note == (
+    assert note_of(icl_best_at(falling(example, MANY, CURVE), 3)) == (
         "BIC still falls at k=6: with 1,000,000 rows a component costs it only 3e-05 nats per row, "
-        "so it may never rise; the mean log-likelihood bends at k=3, after which a component gains "
-        "at most 0.1 nats per row: consider --k 3, --criterion icl or --holdout 0.1 --criterion "
-        "holdout"
+        "and the last one gained 0.06, so it may never rise; consider --criterion icl (best at "
+        "k=3) or --holdout 0.1 --criterion holdout"
     )
 
 
-def test_the_elbow_is_of_the_winners_family(example):
-    n = 1_000_000
+def test_nothing_is_advised_that_the_table_refutes(example):
+    table = icl_best_at(falling(example, MANY, CURVE), 6)
+    assert note_of(table).endswith("rise; consider --holdout 0.1 --criterion holdout")
+    assert note_of(table, holds_out=False).endswith(
+        "rise; ICL is best there, too: choose as many components as are of use"
+    )
+    held_out = with_values(table, "holdout", CURVE)
+    assert note_of(held_out).endswith(
+        "ICL and the held-out log-likelihood are best there, too: choose as many components as are "
+        "of use"
+    )
+    turned = with_values(table, "holdout", [*CURVE[:4], -5.95, -5.96])
+    assert note_of(turned).endswith("rise; consider --criterion holdout (best at k=4)")
+
+
+def test_aic_that_falls_is_held_to_bic(example):
+    table = with_values(icl_best_at(falling(example, MANY, CURVE), 6), "bic", [5, 4, 3, 2, 3, 4])
+    assert "consider --criterion bic (best at k=4) or --hold" in note_of(table, "aic")
+
+
+def test_what_another_criterion_chooses_is_asked_of_all_families_and_of_ranked_fits_alone(example):
+    own = icl_best_at(falling(example, MANY, CURVE), 6)
     others = [
-        replace(s, candidate=Candidate(s.candidate.k, "full"), bic=1e9)
-        for s in falling(example, n, [-9.0, -8.9, -8.8, -8.7, -6.0, -5.9])
+        replace(s, candidate=Candidate(s.candidate.k, "full"), bic=1e9, icl=float(s.candidate.k))
+        for s in own
     ]
-    table = (*falling(example, n, CURVE), *others)
-    (_, note) = SweepResult(table, "bic", total(n)).warnings(["x", "y"])
-    assert "bends at k=3" in note
-
-
-def test_without_a_bend_the_note_names_the_criteria_alone(example):
-    n = 1_000_000
-    table = falling(example, n, [-9.0, -8.0, -7.0, -6.0])
-    (_, note) = SweepResult(table, "bic", total(n)).warnings(["x", "y"])
-    assert note.endswith(
-        "never rise; consider --criterion icl or --holdout 0.1 --criterion holdout"
-    )
+    others = [replace(s, icl=-s.icl) for s in others]
+    assert "--criterion icl" not in note_of((*own, *others))  # full is best at k = 6
+    turned = [replace(s, icl=-99.0) if s.candidate.k == 2 else s for s in others]
+    assert "--criterion icl (best at k=2)" in note_of((*own, *turned))
+    failed = [
+        replace(s, outcome=Outcome.of(replace(s.fit, status=Status.DEGENERATE), 0.0))
+        for s in turned
+    ]
+    assert "--criterion icl" not in note_of((*own, *failed))
 
 
 @pytest.mark.parametrize(
     ("criterion", "n", "values"),
     [
         ("bic", 2000, CURVE),  # few rows: a falling BIC still means structure
-        ("icl", 1_000_000, CURVE),  # not what ranks
-        ("bic", 1_000_000, CURVE[:3]),  # too few to see a bend
-        ("bic", 1_000_000, [*CURVE, -5.76]),  # BIC has turned
+        ("icl", MANY, CURVE),  # not what ranks
+        ("bic", MANY, CURVE[:3]),  # too few to say that it goes on
+        ("bic", MANY, CURVE[:1]),
+        ("bic", MANY, [*CURVE, -5.76]),  # BIC has turned
     ],
 )
-def test_elsewhere_there_is_no_elbow_note(example, criterion, n, values):
+def test_elsewhere_there_is_no_such_note(example, criterion, n, values):
     told = SweepResult(falling(example, n, values), criterion, total(n)).warnings(["x", "y"])
     assert not any("falls" in line for line in told)
+
+
+def test_a_best_k_below_one_that_failed_is_not_at_the_edge(example):
+    *table, last = falling(example, MANY, [*CURVE, -5.7])
+    failed = replace(last, outcome=Outcome.of(replace(last.fit, status=Status.DEGENERATE), 0.0))
+    result = SweepResult((*table, failed), "bic", total(MANY))
+    assert result.best is table[-1]
+    assert result.warnings(["x", "y"]) == []
+
+
+def test_no_note_names_a_k_of_which_the_grid_decides(example):
+    """The point of a curve farthest from its chord moves with the chord's ends."""
+    values = [-math.sqrt(k) - 9 + 2 * math.log(k) for k in range(1, 17)]
+    values = [max(values[: i + 1]) + 1e-3 * i for i in range(16)]
+    notes = set()
+    for end in (8, 12, 16):
+        table = with_values(falling(example, MANY, values[:end]), "icl", [-k for k in range(end)])
+        notes.add(note_of(table, holds_out=False).partition("nats per row, ")[2][-60:])
+    assert notes == {"ICL is best there, too: choose as many components as are of use"[-60:]}

@@ -101,6 +101,22 @@ def test_a_job_that_does_not_end_is_ended(tmp_path: Path) -> None:
     assert done.stderr == b"error: stopped by SIGTERM, before all was tidied up\n"
 
 
+def test_last_words_that_nobody_reads_keep_no_job_from_ending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A full pipe takes no more, and who should empty it may have stopped."""
+    ended, read = threading.Event(), threading.Event()
+    monkeypatch.setattr(stopping, "SECONDS", 0.05)
+    monkeypatch.setattr(stopping, "_SAYING", 0.05)
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    stop = stopping.Stopper()
+    with stop.listening(lambda: read.wait(60)):  # type: ignore[arg-type, return-value]
+        stop.finish()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.wait(30)
+    read.set()
+
+
 def test_jobs_run_in_threads_too() -> None:
     """Handlers of signals are the main thread's to set."""
     statuses: list[int] = []

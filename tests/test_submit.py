@@ -82,6 +82,7 @@ def cluster() -> Iterator[Cluster]:
         with running(command, folder, environment):
             url = f"http://127.0.0.1:{dashboard}"
             _wait_for(f"{url}/api/jobs/", folder / "log")
+            _wait_for_agent(url, folder / "log")
             yield Cluster(url, folder / "log")
 
 
@@ -94,6 +95,18 @@ def _wait_for(url: str, log: Path, seconds: float = 120) -> None:
         except OSError:
             time.sleep(0.2)
     raise TimeoutError(f"{url} does not answer after {seconds} s:\n{log.read_text()}")
+
+
+def _wait_for_agent(url: str, log: Path, seconds: float = 120) -> None:
+    """Wait until the cluster takes jobs: its dashboard answers long before there is an agent."""
+    client, deadline = JobSubmissionClient(url), time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            client.submit_job(entrypoint="true")
+            return
+        except RuntimeError:
+            time.sleep(0.5)
+    raise TimeoutError(f"{url} takes no job after {seconds} s:\n{log.read_text()}")
 
 
 @pytest.mark.timeout(900)

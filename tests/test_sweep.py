@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import mixtures
@@ -9,13 +10,15 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
+import gmm_dist.sweep as sweep_module
 from gmm_dist import UserError
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em import Status
 from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import COVARIANCE_TYPES
+from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.selection import Candidate, SweepResult
 from gmm_dist.shards import Block, LocalShards, ShardRows
+from gmm_dist.snapshot import Snapshot
 from gmm_dist.sweep import require_rows, sweep
 
 TIGHT = EMConfig(tol=1e-9, max_iter=2000)
@@ -193,3 +196,123 @@ def test_progress_is_told_after_every_pass():
         assert last.n_iter == scored.fit.n_iter
         assert last.lower_bound == scored.fit.lower_bounds[-1]
         assert last.precision == "float64"
+
+
+# --- larger mixtures, and other grids
+
+
+def mixed(n: int, k: int, d: int, seed: int) -> torch.Tensor:
+    """Return n rows of k overlapping clusters."""
+    centres = 3 * mixtures.normal_rows(k, d, seed=seed)
+    labels = torch.arange(n) % k
+    return mixtures.normal_rows(n, d, seed=seed + 1) + centres[labels]
+
+
+def drops(result: SweepResult) -> list[float]:
+    """Return by how much (nats per row) ranked fits end below smaller ones of their type."""
+    found = []
+    for kind in COVARIANCE_TYPES:
+        own = [s for s in result.scored if s.candidate.covariance_type == kind and s.fit.is_ranked]
+        own.sort(key=lambda s: s.candidate.k)
+        found += [a.mean_log_likelihood - b.mean_log_likelihood for a, b in itertools.pairwise(own)]
+    return found
+
+
+LIGHT = StartConfig(n_init=1, moves=0, n_sample=100)
+"""A poor search on a sample much smaller than the rows, whose optima are not those of the rows."""
+
+
+def lightly(X, ks, kinds, start=LIGHT) -> SweepResult:
+    centred = LocalShards.of(X - X.mean(0), n_shards=3)
+    candidates = [Candidate(k, kind) for kind in kinds for k in ks]
+    return sweep(centred, candidates, EMConfig(max_iter=30), start, n_features=X.shape[1])
+
+
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+def test_the_likelihood_never_falls_as_k_grows(kind):
+    found = drops(lightly(mixed(600, 2, 2, seed=1), range(1, 6), [kind]))
+    assert len(found) >= 3
+    assert max(found) < 1e-6
+
+
+def test_a_k_ends_alike_in_any_grid():
+    X = mixed(600, 4, 2, seed=7)
+
+    def at_three(ks, kinds) -> float:
+        found = lightly(X, ks, kinds).scored
+        (own,) = (s for s in found if s.candidate == Candidate(3, "diag"))
+        return own.mean_log_likelihood
+
+    alone = at_three([3], ["diag"])
+    for ks, kinds in [((2, 3), ["diag"]), ((3, 4), ["diag"]), ((3,), ["spherical", "diag"])]:
+        assert at_three(ks, kinds) == pytest.approx(alone, abs=1e-3)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(8))
+def test_many_small_mixtures_neither_fall_nor_depend_on_the_grid(seed):
+    d, k, kind = 1 + seed, 3 + seed % 4, COVARIANCE_TYPES[seed % 4]
+    X = mixed(2000, k, d, seed)
+    start = StartConfig(n_init=4, moves=1, n_sample=300, random_state=seed)
+    whole = lightly(X, range(1, 9), [kind], start)
+    assert max(drops(whole)) < 1e-6
+    for ks in [(5,), (2, 3, 4, 5), (4, 5, 6, 7, 8)]:
+        for scored in lightly(X, ks, [kind], start).scored:
+            expected = whole.scored[scored.candidate.k - 1].mean_log_likelihood
+            assert scored.mean_log_likelihood == pytest.approx(expected, abs=1e-3)
+
+
+def badly(monkeypatch, k: int, scale: float) -> None:
+    """Have the search come back for one k with components that are all the same, and too wide."""
+    searched = sweep_module.search
+
+    def search(shards, pairs, *args, **options):
+        found = searched(shards, pairs, *args, **options)
+        for i, (size, kind) in enumerate(pairs):
+            if size == k:
+                one = mixtures.parameters(kind, k, 2, spread=0.0)
+                same = one.means[:1].expand(k, 2) * 0
+                wide = one.covariances * 0 + torch.eye(2, dtype=torch.float64) * scale
+                found[i] = [Parameters(torch.full((k,), 1 / k).double(), same, wide, kind)]
+        return found
+
+    monkeypatch.setattr(sweep_module, "search", search)
+
+
+def test_a_fit_that_ends_below_a_smaller_one_goes_on_from_that(monkeypatch):
+    X = classic()
+    candidates = [Candidate(k, "full") for k in (4, 2, 3)]
+    sound = run(X, candidates, EMConfig(), n_init=2)
+    badly(monkeypatch, 3, 50.0)
+    three = run(X, [Candidate(3, "full")], EMConfig(), n_init=2).scored[0]
+    assert three.mean_log_likelihood < sound.scored[1].mean_log_likelihood - 0.05
+    kept = {}
+    lifted = run(X, candidates, EMConfig(), n_init=2, keep=lambda n, take: kept.update({n: take()}))
+    assert max(drops(lifted)) < 1e-6
+    assert lifted.scored[2].outcome.n_starts == 3
+    assert lifted.scored[2].fit.is_ranked
+    for snapshot in kept.values():
+        again = run(X, candidates, EMConfig(), n_init=2, resume=snapshot)
+        assert again.n_passes == lifted.n_passes
+        for one, other in zip(again.scored, lifted.scored, strict=True):
+            mixtures.assert_same(one.fit.parameters, other.fit.parameters, rtol=0, atol=0)
+            assert one.fit.log_likelihood == other.fit.log_likelihood
+
+
+def test_where_em_may_not_step_a_smaller_mixtures_likelihood_is_kept_to_the_digit(monkeypatch):
+    """With one step and a large regularisation EM itself would lower it."""
+    X, config = classic(), EMConfig(max_iter=1, reg_covar=0.3)
+    badly(monkeypatch, 3, 50.0)
+    result = run(X, [Candidate(k, "full") for k in (2, 3)], config, n_init=1)
+    two, three = result.scored
+    assert three.mean_log_likelihood >= two.mean_log_likelihood - 1e-9
+
+
+def test_a_snapshot_of_an_earlier_version_goes_on():
+    """Which knew of no fit that goes on from a smaller one."""
+    X, candidates = classic(), [Candidate(k, "full") for k in (2, 3)]
+    kept = {}
+    whole = run(X, candidates, EMConfig(), keep=lambda n, take: kept.update({n: take()}))
+    old = Snapshot(kept[2].tensors, {k: v for k, v in kept[2].state.items() if k != "lifted"})
+    again = run(X, candidates, EMConfig(), resume=old)
+    assert [s.bic for s in again.scored] == [s.bic for s in whole.scored]

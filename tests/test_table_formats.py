@@ -81,8 +81,11 @@ def test_a_transactional_hive_table_is_refused(tmp_path, folder):
 def test_a_partition_by_way_of_a_link_is_refused(tmp_path):
     table(tmp_path / "table", "_delta_log/0.json", "ds=1")
     (tmp_path / "link").symlink_to(tmp_path / "table" / "ds=1")
-    with pytest.raises(UserError, match=REFUSED):
-        lake.plan(str(tmp_path / "link"))
+    lakes.write(tmp_path / "lake" / "a.parquet", {"x": [1.0]})
+    (tmp_path / "lake" / "b.parquet").symlink_to(tmp_path / "table" / "ds=1" / "old.parquet")
+    for part in ("link", "lake", "lake/b.parquet"):
+        with pytest.raises(UserError, match=rf"{part}: a Delta table \(.*\){REFUSED}"):
+            lake.plan(str(tmp_path / part))
 
 
 def test_folders_that_are_merely_called_alike_are_read(tmp_path):

@@ -74,7 +74,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 )
 def test_a_sweep_commits_whoever_listens(
     tmp_path: Path,
-    ray_address: str,
+    in_process: None,
     monkeypatch: pytest.MonkeyPatch,
     out: Callable[[], io.TextIOBase | None],
     err: Callable[[], io.TextIOBase | None],
@@ -84,7 +84,7 @@ def test_a_sweep_commits_whoever_listens(
     monkeypatch.setattr(sys, "stdout", heard)
     monkeypatch.setattr(sys, "stderr", read)
     argv = [data, "--columns", *NAMES, "--k", "2,3", "--output", str(output)]
-    assert sweep_job.main([*argv, "--address", ray_address]) == 0
+    assert sweep_job.main(argv) == 0
     assert (sys.stdout, sys.stderr) == (heard, read)
     assert gmm_dist.load(str(output)).feature_names == tuple(NAMES)
     if isinstance(heard, io.TextIOWrapper):
@@ -94,7 +94,7 @@ def test_a_sweep_commits_whoever_listens(
 
 
 def test_a_log_handler_and_a_table_that_fail_cost_nothing(
-    tmp_path: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Failing(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -109,7 +109,7 @@ def test_a_log_handler_and_a_table_that_fail_cost_nothing(
         logging.getLogger(name).addHandler(handler)
     try:
         argv = [lake(tmp_path / "lake"), "--columns", *NAMES, "--k", "2"]
-        argv += ["--output", str(tmp_path / "out"), "--address", ray_address]
+        argv += ["--output", str(tmp_path / "out")]
         assert sweep_job.main(argv) == 0
     finally:
         for name, handler in handlers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import mixtures
 import numpy as np
@@ -71,6 +72,29 @@ def test_weights_that_sum_to_one_count_as_kish_counts_them():
     assert "over 400 rows" in note
     assert f"{n:,.1f}" in note
     assert not any("weights sum to" in line for line in plain.warnings())
+
+
+@pytest.mark.parametrize("weight", [1e308, 1.7e308, 1e291])
+def test_weights_whose_sum_is_none_count_as_kish_counts_them(weight):
+    found, same = chosen(np.full(400, weight)), chosen(np.full(400, weight * 2.0**-1000))
+    assert figures(found) == figures(same)
+    assert found.result.n_samples == pytest.approx(400)
+    assert found.rows()[0]["k"] == 2
+    best = found.result.best
+    expected = -2 * 400 * best.mean_log_likelihood + best.n_parameters * math.log(400)
+    assert best.bic == pytest.approx(expected)
+    (note,) = found.warnings()
+    assert re.match(r"the weights sum to (more than float64 holds|4e\+293) over 400 rows", note)
+
+
+def test_light_rows_beside_the_heaviest_there_are():
+    heavy, plain = (np.where(LABELS, w, w / 4) for w in (1.7e308, 1.0))
+    found, expected = chosen(heavy), chosen(plain)
+    assert found.rows()[0]["k"] == expected.rows()[0]["k"]
+    model, other = (
+        GaussianMixture(2, random_state=0).fit(X, sample_weight=w) for w in (heavy, plain)
+    )
+    np.testing.assert_allclose(model.means_, other.means_, rtol=1e-9)
 
 
 def test_a_cluster_of_light_rows_has_its_rows():

@@ -127,6 +127,11 @@ def test_a_filter_means_what_it_says(text, expected):
         ("n < f()", r"'f\(\)' is not a comparison of a column"),
         ("n.real < 1", "'n.real' is not a comparison of a column"),
         ("n < " + "-" * 9999 + "1", "cannot be read|is not a comparison"),
+        (
+            "n < 0.12345678901234567",
+            "0.12345678901234567 has more digits than .* write it in quotes",
+        ),
+        ("(n < 2 and\nn > -1e-400)", "1e-400 has more digits than a number .* and would be 0.0"),
         ("n < 0x" + "f" * 9999, "is not a comparison"),
         ("n < -0x" + "f" * 9999, "is not a comparison"),
         ("a.b < 1", r"'a.b' is not a comp.* has dots, spaces and such is col\('dep delay'\)"),

@@ -85,7 +85,8 @@ def _start(scaling: ScalingConfig) -> None:
     except Exception as error:
         raise RunFailed(
             f"Ray did not start on this machine ({_line(error)}): free memory, or space in "
-            "/dev/shm and /tmp, or name a cluster with --address"
+            "/dev/shm and /tmp, try again when the machine is less busy, or name a cluster with "
+            "--address"
         ) from error
 
 

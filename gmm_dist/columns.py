@@ -160,7 +160,7 @@ class Columns:
         weights = "" if weight is None else f"; weights: {_short(weight)}"
         others = f"; numeric columns left out: {_some(left)}" if left else ""
         n = len(chosen.feature_names)
-        return f"{n} feature{'' if n == 1 else 's'}: {features}{weights}{others}"
+        return f"{n:,} feature{'' if n == 1 else 's'}: {features}{weights}{others}"
 
     def _features(
         self, columns: Sequence[str] | None, weight: str | None, remedy: str
@@ -255,10 +255,12 @@ class Columns:
         )
         if floating or len(lists) == 1:
             return floating or lists
+        numbers = [_short(name) for name in ever if all(is_numeric(type_) for type_ in ever[name])]
+        which = f", of the numeric {_some(numbers)}" if numbers else ""
         raise SchemaError(
             f"{storage.redacted(self.root)}: no floating-point column and {len(lists)} columns of "
             f"lists of numbers among {_quoted(self.types)}{self._but_indices()}; name the feature "
-            "columns with --columns"
+            f"columns with --columns{which}"
         )
 
     def _but_indices(self) -> str:
@@ -359,7 +361,7 @@ def _short(name: str) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 

@@ -220,7 +220,9 @@ def _look_at_nights(options: argparse.Namespace) -> None:
 
 def _add_own(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--k", required=True, type=parse_k, help="8, 4,8,16 or 2..20 (inclusive)")
-    group.add_argument("--criterion", choices=CRITERIA, default="bic", help="(default: bic)")
+    group.add_argument(
+        "--criterion", choices=CRITERIA, default="bic", help="what ranks the fits (default: bic)"
+    )
     group.add_argument(
         "--registry",
         required=True,

@@ -110,9 +110,12 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         "--columns",
         nargs="+",
         metavar="COLUMN",
-        help="numeric columns, or one column of lists of one length (default: all float columns)",
+        help="numeric columns, or one column of lists of one length (default: all float columns "
+        "but pandas' indices, else the one column of lists)",
     )
-    group.add_argument("--weight-column", metavar="COLUMN", help="sample weights, not negative")
+    group.add_argument(
+        "--weight-column", metavar="COLUMN", help="sample weights: 0 is no row, 2 is two"
+    )
     group.add_argument(
         "--where",
         metavar="TEXT",
@@ -122,7 +125,8 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         "--missing",
         choices=("error", "drop", "mean"),
         default="error",
-        help="what to do about nulls and NaN (default: %(default)s)",
+        help="nulls and NaN: refuse them, drop the row, or put the column's mean (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--holdout",
@@ -159,7 +163,12 @@ def _add_fit(group: argparse._ArgumentGroup) -> None:
         default=_EM.tol,
         help="stop when the mean log-likelihood gains less, in nats per row (default: %(default)s)",
     )
-    group.add_argument("--max-iter", type=int, default=_EM.max_iter, help="(default: %(default)s)")
+    group.add_argument(
+        "--max-iter",
+        type=int,
+        default=_EM.max_iter,
+        help="iterations over all rows at most (default: %(default)s)",
+    )
     group.add_argument(
         "--accelerate",
         action=argparse.BooleanOptionalAction,

@@ -209,7 +209,7 @@ class _Job:
         options, k, counts = self.options, self.mixture.n_components, scored.counts
         rows, files = counted(counts.rows, "row"), counted(len(scored.files), "file")
         parts = [f"scored {rows} of {files} by k={k}"]
-        if options.where is not None:
+        if counts.filtered:
             parts.append(f"{counted(counts.filtered, 'other')} in them did not pass --where")
         if counts.missing:
             verb = "misses" if counts.missing == 1 else "miss"

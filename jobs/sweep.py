@@ -26,7 +26,9 @@ def sweep(argv: Sequence[str]) -> None:
     )
     add_common(parser)
     parser.add_argument("--k", required=True, type=parse_k, help="8, 4,8,16 or 2..20 (inclusive)")
-    parser.add_argument("--criterion", choices=CRITERIA, default="bic", help="(default: bic)")
+    parser.add_argument(
+        "--criterion", choices=CRITERIA, default="bic", help="what ranks the fits (default: bic)"
+    )
     options = parser.parse_args(argv)
     if options.criterion == "holdout" and options.holdout == 0:
         parser.error("--criterion holdout needs rows to rank by: add --holdout 0.1")

@@ -163,6 +163,15 @@ def test_a_column_that_occurs_twice_in_a_file_is_refused(tmp_path):
 def test_no_default_feature_is_an_error(tmp_path, n_lists):
     columns = {"id": [1]} | {f"e{i}": lakes.embeddings([[1.0]]) for i in range(n_lists)}
     lakes.write(tmp_path / "a.parquet", columns)
-    message = f"no floating-point column and {n_lists} columns of lists of numbers among 'id'"
+    message = rf"no floating-point column and {n_lists} columns of lists of numbers among 'id'.*"
+    message += r"; name the feature columns with --columns, of the numeric id$"
     with pytest.raises(UserError, match=message):
         lake.plan(str(tmp_path))
+
+
+def test_a_wide_lake_is_told_of_in_a_short_line(tmp_path, caplog):
+    lakes.write(tmp_path / "a.parquet", {f"f{i}": [1.0] for i in range(1200)})
+    with caplog.at_level("INFO", "gmm_dist"):
+        lake.plan(str(tmp_path))
+    assert "1,200 features: f0, f1, " in caplog.text
+    assert caplog.text.rstrip().endswith("f11 and 1,188 more")

@@ -339,6 +339,15 @@ def test_options_out_of_range_are_refused_before_the_output_is_looked_at(
     assert "num_workers is 0" in line
 
 
+def test_help_tells_which_columns_are_taken_and_what_each_option_is_about(capfd: Errors) -> None:
+    with pytest.raises(SystemExit):
+        sweep_job.main(["--help"])
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "all float columns but pandas' indices, else the one column of lists)" in shown
+    for about in ("what ranks the fits", "iterations over all rows at most", "drop the row"):
+        assert about in shown
+
+
 @pytest.mark.parametrize("empty", ["", " "])
 def test_a_place_that_is_empty_is_not_this_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Errors, empty: str

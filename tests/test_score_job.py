@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fit as fit_job
 import lakes
@@ -30,6 +31,7 @@ from gmm_dist import artifacts, lake
 from gmm_dist.artifacts import read_report
 from gmm_dist.histogram import training_quantiles
 from gmm_dist.mixture import Mixture
+from gmm_dist.scored import Counts
 from gmm_dist.shards import LocalShards
 from gmm_dist.storage import Patience, open_url
 
@@ -131,6 +133,18 @@ def test_every_row_is_scored_in_its_place_and_a_second_time_there_is_nothing_to_
     assert (
         "holds the scores of another run: the settings differ: outliers was 0.05, is 0.01" in line
     )
+
+
+@pytest.mark.parametrize(
+    ("filtered", "said"), [(0, ""), (1, "; 1 other in them did not pass --where")]
+)
+def test_a_filter_is_told_of_only_where_it_left_rows_out(filtered: int, said: str) -> None:
+    # A night's own filter is one that the user did not give.
+    options = SimpleNamespace(where="ds == '2026-11-21'", outliers=None, output="out/")
+    job = SimpleNamespace(options=options, mixture=SimpleNamespace(n_components=4))
+    scored = SimpleNamespace(files={"a": None}, counts=Counts(600, filtered, 0, 0, (600,)))
+    line = score_job._Job.sentence(job, scored)
+    assert line == f"scored 600 rows of 1 file by k=4{said}; in out"
 
 
 def test_on_s3_with_a_filter_it_is_the_same(

@@ -217,7 +217,7 @@ class SweepResult:
             lines.append(
                 f"column {names[j]!r}: of its rows {values}, which no Gaussian fits: a component "
                 "there is as narrow as --reg-covar lets it be, and takes likelihood from that; "
-                "filter such rows with --where, raise --reg-covar, or leave the column out with "
+                f"{self._way_out(spikes)}, raise --reg-covar, or leave the column out with "
                 "--columns"
             )
         if any(s.fit.status in (Status.DEGENERATE, Status.COLLAPSED) for s in self.scored):
@@ -236,6 +236,16 @@ class SweepResult:
             for f in self.profile.dwarfed
         ]
         return _some(lines)
+
+    def _way_out(self, spikes: Sequence[Spike]) -> str:
+        """Say how to be rid of the rows; no filter tells those whose value has been filled in."""
+        j = spikes[0].feature
+        near = 1e-9 * float(self.total.scale[j])
+        if any(abs(spike.value - float(self.total.mean[j])) <= near for spike in spikes):
+            return (
+                "that is the column's mean: where --missing mean filled it in, try --missing drop"
+            )
+        return "filter such rows with --where"
 
     def _spell(self, feature: int, value: float) -> str:
         """Spell a value about the centre in feature units, without the centre's rounding."""

@@ -30,6 +30,17 @@ def test_a_zero_inflated_column_is_named_and_ranked():
     assert all(row["status"] != "degenerate" for row in found.rows())
 
 
+def test_a_spike_at_the_mean_may_be_what_was_filled_in():
+    """Which no filter tells, for it is asked of the values as they are stored."""
+    amount = RNG.lognormal(3, 1, 1000)
+    amount[::3] = np.delete(amount, np.s_[::3]).mean()
+    found = select(np.c_[amount, NOISE[:, 1]], [1, 2], "diag", n_init=2)
+    (note,) = [line for line in found.warnings() if "x0" in line]
+    assert "the column's mean: where" in note
+    assert "drop" in note
+    assert "filter such" not in note
+
+
 def test_both_bounds_of_a_capped_column_are_spikes():
     found = profile_of(with_column(np.clip(NOISE[:, 0], -1, 1.5)), REG)
     assert sorted(spike.value for spike in found.spikes) == [-1, 1.5]

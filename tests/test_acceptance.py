@@ -36,6 +36,7 @@ def test_a_million_rows_have_eight_clusters_from_disk_and_from_s3_to_the_same_bi
     for name, data in (("disk", str(tmp_path / "lake")), ("s3", remote)):
         out = tmp_path / name
         argv = [data, "--k", "7..9", "--output", str(out), "--address", ray_address]
+        argv += ["--n-init", "4"]  # of the search, whose annotations are executed here
         assert sweep_job.main([*argv, "--num-workers", "2"]) == 0
         report = json.loads((out / "sweep.json").read_text())
         assert report["best"] == {"k": 8, "covariance_type": "full"}

@@ -234,23 +234,22 @@ def test_the_random_state_decides_the_bits():
     X = mixtures.rows(mixtures.parameters("full", 4, 2), 400)
     X = X - X.mean(0)
     settings = {"n_init": 2, "n_sample": 100, "edges": [50, 170], "moves": 1}
-    one, same = (searched(X, PAIRS, random_state=3, **settings) for _ in range(2))
+    pairs = [(3, kind) for kind in COVARIANCE_TYPES]
+    one, same = (searched(X, pairs, random_state=3, **settings) for _ in range(2))
     assert_same_finalists(one, same)
-    other = searched(X, [(4, "full")], random_state=4, **settings)[0]
-    again = searched(X, [(4, "full")], random_state=3, **settings)[0]
-    assert not torch.equal(other[0].means, again[0].means)
+    (other,) = best(X, pairs[:1], random_state=4, **settings)
+    assert not torch.equal(other.means, one[0][0].means)
 
 
 def test_threads_change_no_bit():
     """Of more rows than one shard of the sample has."""
     X = mixtures.rows(mixtures.parameters("full", 3, 2), 9000)
     X = X - X.mean(0)
-    pairs = [(3, kind) for kind in COVARIANCE_TYPES]
+    pairs = [(2, kind) for kind in COVARIANCE_TYPES]
     settings = {"n_init": 2, "n_sample": 500, "moves": 1}
     expected = searched(X, pairs, n_threads=1, **settings)
     assert len(X) >= 2 * _SHARD_ROWS
-    for n_threads in (2, 4):
-        assert_same_finalists(searched(X, pairs, n_threads=n_threads, **settings), expected)
+    assert_same_finalists(searched(X, pairs, n_threads=3, **settings), expected)
 
 
 @pytest.mark.parametrize("init", ["k-means++", "k-means||"])
@@ -261,9 +260,9 @@ def test_who_holds_which_shard_changes_no_bit(init):
     shards = [ShardRows(i, [block]) for i, block in enumerate(cut)]
     total = LocalShards(shards).run(Total(2))
     start = StartConfig(n_init=2, init=init, n_sample=120, moves=1)
-    pairs = [(3, kind) for kind in COVARIANCE_TYPES]
+    pairs = [(3, "full"), (2, "diag")]
     expected = search(LocalShards(shards), pairs, EMConfig(), start, total)
-    for n_workers in (1, 2, 4):
+    for n_workers in (1, 3):
         held = Scattered(shards, n_workers, seed=n_workers)
         assert_same_finalists(search(held, pairs, EMConfig(), start, total), expected)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -22,7 +23,13 @@ WEIGHT = np.random.default_rng(6).uniform(0.5, 1.5, 400)
 
 
 def chosen(weight):
-    return select(X, [1, 2, 3], ("full", "diag"), sample_weight=weight, n_init=2)
+    return _chosen(tuple(weight))
+
+
+@functools.cache
+def _chosen(weight):
+    """Each once, however many tests compare with it."""
+    return select(X, [1, 2, 3], ("full", "diag"), sample_weight=np.array(weight), n_init=2)
 
 
 def figures(found):

@@ -228,7 +228,8 @@ def test_a_fit_goes_on_from_a_model(tmp_path: Path, in_process: None) -> None:
     argv = [data, "--start", str(first / "model"), "--output", str(second), *common]
     assert fit_job.main(argv) == 0
     one, two = gmm_dist.load(str(first)), gmm_dist.load(str(second))
-    assert two.log_likelihood >= one.log_likelihood
+    # Both have converged: what is left between them is rounding, either way.
+    assert two.log_likelihood >= one.log_likelihood * (1 + 1e-9)
     np.testing.assert_allclose(two.parameters.means, one.parameters.means, atol=0.05)
 
 

@@ -25,13 +25,7 @@ _MAX_K = 100_000
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command line in one line, and ends with status 2.
-
-    Options are given whole: `score.py --k 2` is not `--keep 2`.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, allow_abbrev=False)
+    """Says what is wrong with the command line in one line, and ends with status 2."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

@@ -90,11 +90,12 @@ def as_given(total: TotalMoments, scale: float) -> TotalMoments:
 
     Where float64 would not hold these, the moments stay in the unit that they are in.
     """
-    if given_weight(total, scale) > _MANY:
+    weight = given_weight(total, scale)
+    if weight > _MANY:
         return total
     return replace(
         total,
-        n_samples=total.n_samples / scale,
+        n_samples=weight,
         sum_x=total.sum_x / scale,
         sum_xx=total.sum_xx / scale,
         sum_ww=total.sum_ww / scale / scale,

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from gmm_dist import reading, storage
 from gmm_dist.comparing import stored
-from gmm_dist.decoding import parquet_file, wrong_rows
+from gmm_dist.decoding import parquet_file, statistics, stored_in, wrong_rows
 from gmm_dist.errors import UserError
 from gmm_dist.lake import Plan, RowRange
 from gmm_dist.listing import name_of, opened
@@ -146,8 +146,7 @@ class _Batches:
         wanted = {*self._plan.read_columns, *self._plan.kept} & set(
             metadata.schema.to_arrow_schema().names
         )
-        stored = metadata.row_group(group)
-        size = sum(chunk.total_compressed_size for chunk in _chunks(stored, wanted))
+        size = sum(chunk.total_compressed_size for _, chunk in _chunks(metadata, group, wanted))
         whole = size <= _WHOLE_BYTES
         parquet = parquet_file(
             self._source,
@@ -156,42 +155,43 @@ class _Batches:
             buffer_size=0 if whole else _BUFFER_BYTES,
         )
         self._batches = parquet.iter_batches(
-            self._batch_rows(stored), row_groups=[group], columns=sorted(wanted), use_threads=False
+            self._batch_rows(metadata, group),
+            row_groups=[group],
+            columns=sorted(wanted),
+            use_threads=False,
         )
         row = 0
         while row < start:
             row += next(self._batches).num_rows
 
-    def _batch_rows(self, group: pq.RowGroupMetaData) -> int:
+    def _batch_rows(self, metadata: pq.FileMetaData, group: int) -> int:
         """Return how many rows make up a batch; the file and the plan alone decide it."""
         plan = self._plan
         others = {*plan.read_columns, *plan.kept} - {*plan.columns}
         width = 8 * plan.n_features + self._beside
-        width += sum(_value_bytes(group, plan.schema.field(name)) for name in others)
+        width += sum(_value_bytes(metadata, group, plan.schema.field(name)) for name in others)
         return min(max(BATCH_BYTES // width, _LEAST_ROWS), BATCH_ROWS)
 
 
-def _chunks(group: pq.RowGroupMetaData, names: Collection[str]) -> list[pq.ColumnChunkMetaData]:
-    """Return what a row group stores of columns: a name may have dots, and nested ones add more."""
-    chunks = [group.column(i) for i in range(group.num_columns)]
-    nested = tuple(f"{name}." for name in names)
+def _chunks(
+    metadata: pq.FileMetaData, group: int, names: Collection[str]
+) -> list[tuple[str, pq.ColumnChunkMetaData]]:
+    """Return what a row group stores of columns, and their types by the schema."""
+    stored = metadata.row_group(group)
     return [
-        chunk
-        for chunk in chunks
-        if chunk.path_in_schema in names or chunk.path_in_schema.startswith(nested)
+        (metadata.schema.column(i).physical_type, stored.column(i))
+        for i in stored_in(metadata, names)
     ]
 
 
-def _value_bytes(group: pq.RowGroupMetaData, field: pa.Field) -> int:
+def _value_bytes(metadata: pq.FileMetaData, group: int, field: pa.Field) -> int:
     """Return about how many bytes a column's value takes when it is decoded."""
-    chunks = _chunks(group, [field.name])
-    stored: int = sum(chunk.total_uncompressed_size for chunk in chunks) // max(group.num_rows, 1)
+    chunks = _chunks(metadata, group, [field.name])
+    rows = max(metadata.row_group(group).num_rows, 1)
+    stored: int = sum(chunk.total_uncompressed_size for _, chunk in chunks) // rows
     # A dictionary stores once what is decoded many times: then the type or the extremes tell.
-    texts = [
-        chunk.statistics
-        for chunk in chunks
-        if chunk.physical_type == "BYTE_ARRAY" and chunk.statistics and chunk.statistics.has_min_max
-    ]
+    told = [statistics(chunk, type_) for type_, chunk in chunks if type_ == "BYTE_ARRAY"]
+    texts = [found for found in told if found is not None and found.has_min_max]
     longest = sum(max(len(found.min_raw), len(found.max_raw)) for found in texts)
     fixed = field.type.bit_width // 8 if pa.types.is_primitive(field.type) else 0
     return max(stored, longest, fixed)

@@ -89,7 +89,7 @@ MAY_IMPORT = {
     "listing": {"fsspec", "pyarrow", "data_files", "errors", "storage", "table_formats"} | {"urls"},
     "column_types": {"pyarrow", "comparing"},
     "columns": {"pyarrow", "column_types", "errors", "listing", "storage", "where"},
-    "footers": {"pyarrow", "column_types", "comparing"},
+    "footers": {"pyarrow", "column_types", "comparing", "decoding"},
     "nights": {"pyarrow", "decoding", "errors", "listing", "storage", "urls", "where"},
     "lake": {"numpy", "pyarrow", "columns", "comparing", "decoding", "errors", "footers"}
     | {"formats", "listing", "nights", "storage", "urls", "where"},

@@ -80,7 +80,8 @@ MAY_IMPORT = {
         "weighting",
     },
     # The lake: neither EM, nor torch, nor Ray.
-    "storage": {"fsspec", "errors", "urls"},
+    "web_folders": {"fsspec"},
+    "storage": {"fsspec", "errors", "urls", "web_folders"},
     "comparing": {"numpy", "pyarrow"},
     "where": {"numpy", "pyarrow", "comparing", "errors"},
     "decoding": {"pyarrow", "errors"},

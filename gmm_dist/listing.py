@@ -78,11 +78,14 @@ def find(url: str) -> Listing:
                 f"{root}: neither a file nor a folder (a pipe or a device); check the path"
             )
         parent, name = storage.parent_and_name(root)
+        table_formats.refuse_within(root, [name])
         table_formats.refuse_around(fs, path.rpartition("/")[0], root)
         _refuse_links_into_tables(fs, root, {path: found[path]})
         return _partitioned(parent, [_listed(fs, parent, name, found[path])])
     relative = {name.removeprefix(path).lstrip("/"): info for name, info in found.items()}
     table_formats.refuse_within(root, relative)
+    with storage.explained(root):
+        table_formats.refuse_uncommitted(fs, root, relative)
     table_formats.refuse_around(fs, path, root)
     with storage.explained(root):
         files = [_listed(fs, root, *item) for item in _data_files(fs, root, relative)]

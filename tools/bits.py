@@ -225,6 +225,7 @@ def servers() -> Iterator[tuple[Path, str, S3Server]]:
 
 def main(_: Sequence[str] = ()) -> int:
     """Print the list, a line as soon as it is known."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers end too
     torch.set_num_threads(1)
     with servers() as (folder, address, server):
         jobs = Jobs(folder / "out", address, server.environment | {"RAY_AUTH_MODE": "disabled"})

@@ -6,6 +6,7 @@ And how a footer is looked into: Arrow ends the process where a damaged one is a
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
@@ -29,14 +30,17 @@ def parquet_file(source: Any, **options: Any) -> pq.ParquetFile:
     )
 
 
-def stored_in(metadata: pq.FileMetaData, names: Collection[str]) -> list[int]:
-    """Return the numbers of the Parquet columns that hold columns of these names.
+def stored_in(metadata: pq.FileMetaData, names: Collection[str]) -> dict[str, list[int]]:
+    """Return the numbers of the Parquet columns that hold each column of these names.
 
     A name may have dots, and nested columns add more.
     """
-    paths = (metadata.schema.column(i).path for i in range(metadata.num_columns))
-    nested = tuple(f"{name}." for name in names)
-    return [i for i, path in enumerate(paths) if path in names or path.startswith(nested)]
+    found: dict[str, list[int]] = {name: [] for name in names}
+    for i in range(metadata.num_columns):
+        for name in itertools.accumulate(metadata.schema.column(i).path.split("."), "{}.{}".format):
+            if name in found:
+                found[name].append(i)
+    return found
 
 
 def require_sound(metadata: pq.FileMetaData, size: int, leaves: Sequence[int]) -> None:

@@ -36,8 +36,10 @@ def looked_at(metadata: pq.FileMetaData, names: Collection[str] | None) -> list[
     One at least is without lists, where there is any: see `contradiction`.
     """
     every = range(metadata.num_columns)
-    found = list(every) if names is None else stored_in(metadata, names)
-    return found if _flat(metadata, found) else sorted({*found, *_flat(metadata, every)[:1]})
+    if names is None:
+        return list(every)
+    found = set(itertools.chain.from_iterable(stored_in(metadata, names).values()))
+    return sorted(found if _flat(metadata, found) else {*found, *_flat(metadata, every)[:1]})
 
 
 def _flat(metadata: pq.FileMetaData, leaves: Iterable[int]) -> list[int]:

@@ -26,6 +26,8 @@ _LEAST_ROWS = 1024
 _WHOLE_BYTES = 1 << 27  # up to here a row group is fetched at once
 _BUFFER_BYTES = 1 << 22  # of each column, of a larger one
 
+_Chunk = tuple[str, pq.ColumnChunkMetaData]
+
 
 def row_groups(plan: Plan) -> tuple[tuple[int, ...], ...]:
     """Return, for each file of a plan, its row groups that may hold a row that passes."""
@@ -146,7 +148,8 @@ class _Batches:
         wanted = {*self._plan.read_columns, *self._plan.kept} & set(
             metadata.schema.to_arrow_schema().names
         )
-        size = sum(chunk.total_compressed_size for _, chunk in _chunks(metadata, group, wanted))
+        chunks = itertools.chain.from_iterable(_chunks(metadata, group, wanted).values())
+        size = sum(chunk.total_compressed_size for _, chunk in chunks)
         whole = size <= _WHOLE_BYTES
         parquet = parquet_file(
             self._source,
@@ -169,26 +172,28 @@ class _Batches:
         plan = self._plan
         others = {*plan.read_columns, *plan.kept} - {*plan.columns}
         width = 8 * plan.n_features + self._beside
-        width += sum(_value_bytes(metadata, group, plan.schema.field(name)) for name in others)
+        rows = metadata.row_group(group).num_rows
+        width += sum(
+            _value_bytes(rows, chunks, plan.schema.field(name))
+            for name, chunks in _chunks(metadata, group, others).items()
+        )
         return min(max(BATCH_BYTES // width, _LEAST_ROWS), BATCH_ROWS)
 
 
 def _chunks(
     metadata: pq.FileMetaData, group: int, names: Collection[str]
-) -> list[tuple[str, pq.ColumnChunkMetaData]]:
-    """Return what a row group stores of columns, and their types by the schema."""
+) -> dict[str, list[_Chunk]]:
+    """Return what a row group stores of each column, and its types by the schema."""
     stored = metadata.row_group(group)
-    return [
-        (metadata.schema.column(i).physical_type, stored.column(i))
-        for i in stored_in(metadata, names)
-    ]
+    return {
+        name: [(metadata.schema.column(i).physical_type, stored.column(i)) for i in leaves]
+        for name, leaves in stored_in(metadata, names).items()
+    }
 
 
-def _value_bytes(metadata: pq.FileMetaData, group: int, field: pa.Field) -> int:
+def _value_bytes(rows: int, chunks: Sequence[_Chunk], field: pa.Field) -> int:
     """Return about how many bytes a column's value takes when it is decoded."""
-    chunks = _chunks(metadata, group, [field.name])
-    rows = max(metadata.row_group(group).num_rows, 1)
-    stored: int = sum(chunk.total_uncompressed_size for _, chunk in chunks) // rows
+    stored: int = sum(chunk.total_uncompressed_size for _, chunk in chunks) // max(rows, 1)
     # A dictionary stores once what is decoded many times: then the type or the extremes tell.
     told = [statistics(chunk, type_) for type_, chunk in chunks if type_ == "BYTE_ARRAY"]
     texts = [found for found in told if found is not None and found.has_min_max]

@@ -42,6 +42,18 @@ def complain(line: str) -> None:
 
 
 @contextlib.contextmanager
+def quiet(name: str = "gmm_dist") -> Iterator[None]:
+    """Log nothing below an error in the block, for what is said once more after it."""
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+@contextlib.contextmanager
 def bearing() -> Iterator[None]:
     """Bear whatever goes wrong while something is said; rich even exits where a pipe is cut."""
     try:

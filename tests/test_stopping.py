@@ -14,6 +14,7 @@ from pathlib import Path
 import ending
 import pytest
 import stopping
+import talking
 from ending import run, said_how_to_resume
 from options import Again
 from test_jobs import ROOT, Errors
@@ -115,6 +116,37 @@ def test_last_words_that_nobody_reads_keep_no_job_from_ending(
         os.kill(os.getpid(), signal.SIGTERM)
         assert ended.wait(30)
     read.set()
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_a_reader_that_has_stopped_holds_up_no_job_that_is_told_to_end(
+    is_committed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once all is committed, the job also ends as if all had been read."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(os, "_exit", lambda status: os.close(reader))  # were it not so
+    kept = os.dup(1)
+    os.dup2(writer, 1)
+    stdout, sys.stdout = sys.stdout, open(1, "w", closefd=False)  # noqa: SIM115
+
+    def job(argv: Sequence[str]) -> None:
+        if is_committed:
+            stopping.finish()
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        talking.say("x" * 1_000_000)
+
+    began = time.monotonic()
+    try:
+        status = run(job, [])
+        sys.stdout.close()
+    finally:
+        sys.stdout = stdout
+        os.dup2(kept, 1)
+        for descriptor in (writer, kept):
+            os.close(descriptor)
+    assert time.monotonic() - began < stopping.SECONDS / 2
+    assert status == (0 if is_committed else 143)
+    os.close(reader)
 
 
 def test_jobs_run_in_threads_too() -> None:

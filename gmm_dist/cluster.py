@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 
 from gmm_dist.dispatch import Dispatcher, machines
 from gmm_dist.errors import RunFailed, UserError
@@ -27,6 +28,7 @@ from gmm_dist.workers import ShardActor, Source, Work, Worker
 
 logger = logging.getLogger(__name__)
 
+_HERE = "local"  # the address that has Ray start on this machine
 _ANSWER_SECONDS = 10.0  # for a cluster's head to answer
 _PLACES_SECONDS = 60.0  # for the first machine of a cluster to join
 # Of the longest name of a socket below Ray's folder: /ray/session_..._PID/sockets/plasma_store.
@@ -64,9 +66,9 @@ def connected(address: str | None, scaling: ScalingConfig) -> Iterator[None]:
         _require_places(scaling)
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = _where(address)
     try:
-        if address == "local":
+        if address == _HERE:
             _start(scaling)
         else:
             _join(address)
@@ -77,11 +79,32 @@ def connected(address: str | None, scaling: ScalingConfig) -> Iterator[None]:
             ray.shutdown()
 
 
+def most_memory(address: str | None, scaling: ScalingConfig, n_shards: int) -> int:
+    """Return the bytes that a worker can have at most, without asking Ray.
+
+    They are known where `connected` would start Ray on this machine, and workers use its CPUs.
+    """
+    may_use_gpu = scaling.use_gpu is not False and torch.cuda.is_available()
+    if ray.is_initialized() or _where(address) != _HERE or may_use_gpu:
+        return sys.maxsize
+    n_workers = min(scaling.num_workers or _n_cpus(scaling), n_shards)
+    return int(ray._private.utils.get_system_memory()) // max(1, n_workers)
+
+
+def _where(address: str | None) -> str:
+    return address or os.environ.get("RAY_ADDRESS") or _HERE
+
+
+def _n_cpus(scaling: ScalingConfig) -> int:
+    """Return how many CPUs Ray is told that this machine has."""
+    return max(os.cpu_count() or 1, scaling.num_workers or 1)
+
+
 def _start(scaling: ScalingConfig) -> None:
     logger.info("starting Ray on this machine")
-    n_cpus = max(os.cpu_count() or 1, scaling.num_workers or 1)
+    n_cpus = _n_cpus(scaling)
     try:
-        _init("local", num_cpus=n_cpus, include_dashboard=False, _temp_dir=_temp_dir())
+        _init(_HERE, num_cpus=n_cpus, include_dashboard=False, _temp_dir=_temp_dir())
     except Exception as error:
         raise RunFailed(
             f"Ray did not start on this machine ({_line(error)}): free memory, or space in "

@@ -309,6 +309,19 @@ def test_a_process_that_is_connected_stays_so(ray_address: str) -> None:
         ray.shutdown()
 
 
+def test_memory_is_known_without_ray_only_where_ray_would_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    one, two = (cluster.most_memory(None, ScalingConfig(n, False), 8) for n in (1, 2))
+    assert 2 * two <= one <= total
+    assert cluster.most_memory(None, ScalingConfig(2, False), 1) == one  # one shard, one worker
+    assert cluster.most_memory("head:6379", ScalingConfig(), 8) == sys.maxsize
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert cluster.most_memory(None, ScalingConfig(), 8) == sys.maxsize
+
+
 def test_no_workers_are_refused() -> None:
     with pytest.raises(UserError, match="num_workers is 0"):
         ScalingConfig(num_workers=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
@@ -29,6 +30,7 @@ from gmm_dist.workers import ShardActor, Source, Work, Worker
 logger = logging.getLogger(__name__)
 
 _HERE = "local"  # the address that has Ray start on this machine
+_ACTION_BYTES = 512  # more than any system's struct sigaction has
 _ANSWER_SECONDS = 10.0  # for a cluster's head to answer
 _PLACES_SECONDS = 60.0  # for the first machine of a cluster to join
 # Of the longest name of a socket below Ray's folder: /ray/session_..._PID/sockets/plasma_store.
@@ -88,7 +90,8 @@ def most_memory(address: str | None, scaling: ScalingConfig, n_shards: int) -> i
     if ray.is_initialized() or _where(address) != _HERE or may_use_gpu:
         return sys.maxsize
     n_workers = min(scaling.num_workers or _n_cpus(scaling), n_shards)
-    return int(ray._private.utils.get_system_memory()) // max(1, n_workers)
+    utils: Any = ray._private.utils
+    return int(utils.get_system_memory()) // max(1, n_workers)
 
 
 def _where(address: str | None) -> str:
@@ -125,33 +128,67 @@ def _join(address: str) -> None:
 
 
 def _init(address: str, **options: Any) -> None:
-    is_told_to_end = False
     with _kept_handlers():
         # Ray warns of what it did by default (token files and the like): not our user's concern.
-        try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except SystemExit as error:
-            is_told_to_end = error.code == signal.SIGTERM  # by Ray's own handler, while it starts
-            if not is_told_to_end:
-                raise
-    if is_told_to_end:
-        signal.raise_signal(signal.SIGTERM)
-        raise SystemExit(128 + signal.SIGTERM)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
 @contextmanager
 def _kept_handlers() -> Iterator[None]:
-    """Give the process back its handlers of signals.
+    """Have the process keep its handlers of signals while Ray starts or ends.
 
-    Ray sets its own as it starts, in Python and below it, and at its end the system's defaults.
+    In Python, Ray sets one for SIGTERM, whose SystemExit is lost where nobody catches it.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with (
+            _replaced(ray._private.utils, "set_sigterm_handler", lambda handler: None),
+            _kept_action(signal.SIGTERM),
+        ):
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def _kept_action(number: int) -> Iterator[None]:
+    """Keep what the system does about a signal.
+
+    Below Python, Ray sets a handler that aborts the process, and takes it back to the system's
+    default long before all of Ray has ended. Who sets it cannot be asked not to: it is set back
+    a millisecond later.
+    """
+    sigaction = ctypes.CDLL(None).sigaction
+    ours = ctypes.create_string_buffer(_ACTION_BYTES)
+    sigaction(number, None, ours)
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(0.001):
+            sigaction(number, ours, None)
+
+    keeper = threading.Thread(target=keep, daemon=True, name="handlers")
+    keeper.start()
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler or signal.SIG_DFL)
+        over.set()
+        keeper.join()
+        sigaction(number, ours, None)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def _temp_dir() -> str | None:

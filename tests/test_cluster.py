@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import operator
 import os
@@ -271,22 +272,33 @@ def test_the_process_keeps_its_handlers_of_signals(ray_address: str) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_signal_while_ray_starts_reaches_the_process_own_handler(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("at", ["init", "shutdown"])
+def test_a_signal_while_ray_starts_or_ends_reaches_the_process_own_handler(
+    monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
+    """Neither what Ray sets in Python is in its way, nor what it sets and takes back below."""
+
     def ours(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        seen.append(number)
 
-    def init(address: str, **options: object) -> None:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+    def meddle(*asked: object, **options: object) -> None:
+        ray._private.utils.set_sigterm_handler(lambda number, frame: sys.exit(number))
+        default = ctypes.create_string_buffer(512)  # SIG_DFL is 0
+        ctypes.CDLL(None).sigaction(signal.SIGTERM, default, None)
+        time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
+        time.sleep(0.1)
 
-    monkeypatch.setattr(ray, "init", init)
+    seen: list[int] = []
+    for name in ("init", "shutdown"):
+        monkeypatch.setattr(ray, name, meddle if name == at else lambda *asked, **options: None)
+    monkeypatch.setattr(cluster, "_require_places", lambda scaling: None)
     before = signal.signal(signal.SIGTERM, ours)
     try:
-        with pytest.raises(KeyboardInterrupt), connected("local", ScalingConfig()):
+        with connected("local", ScalingConfig()):
             pass
+        assert seen == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)
 

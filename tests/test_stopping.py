@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import early
 import ending
 import pytest
 import stopping
@@ -49,6 +50,20 @@ def test_a_signal_ends_the_job_with_its_status_and_the_command_that_goes_on(
     assert err.startswith(f"error: stopped by {number.name}; go on with: python ")
     assert err.endswith("sweep.py D --k 2 --output O --resume\n")
     assert [signal.getsignal(each) for each in STATUSES] == before
+
+
+def test_a_signal_as_the_interpreter_ends_changes_nothing(
+    capfd: Errors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(early, "_has_begun", False)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("the process was ended"))
+    before = signal.signal(signal.SIGTERM, early._end)
+    try:
+        assert run(lambda argv: None, []) == 0
+        signal.raise_signal(signal.SIGTERM)  # the handler that it had before is there again
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr().err == ""
 
 
 def test_an_error_that_a_signal_caused_is_told_as_the_signal(capfd: Errors) -> None:

@@ -95,7 +95,7 @@ def resident_lake(
     Yields the shards, and their rows' shared centre (d,) in feature units. Raises UserError as
     `cluster.connected` does, and where rows or memory are too few.
     """
-    scaling = ScalingConfig(opened.num_workers, opened.use_gpu)
+    scaling = ScalingConfig(opened.num_workers, opened.use_gpu).at_most(plan.n_shards)
     require_means(plan, candidates, scaling, opened.address)
     loader = loader_for(plan)
     with connected(opened.address, scaling):

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -48,6 +48,12 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 1:
             raise UserError(f"num_workers is {self.num_workers}: give a whole number >= 1")
+
+    def at_most(self, n_shards: int) -> ScalingConfig:
+        """Return as many workers as have something to do: Ray starts a process for each at once."""
+        if self.num_workers is None:
+            return self
+        return replace(self, num_workers=min(self.num_workers, max(1, n_shards)))
 
 
 @contextmanager

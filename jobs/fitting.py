@@ -186,7 +186,7 @@ class Job:
     def resident(self, progress: Progress) -> Iterator[tuple[Shards, Counted]]:
         """Keep the rows in the memory of a cluster's workers, and count them."""
         options = self.options
-        scaling = ScalingConfig(options.num_workers, options.use_gpu)
+        scaling = ScalingConfig(options.num_workers, options.use_gpu).at_most(self.plan.n_shards)
         with connected(options.address, scaling):
             faults = FaultConfig(max_failures=options.max_failures, grace=options.grace)
             shards = start_workers(self.loader, self.candidates, scaling, faults)

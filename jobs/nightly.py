@@ -388,6 +388,7 @@ class _Night:
 
         if self.options.scores is not None:  # whose scoring is to find Ray as the fit leaves it
             scaling = ScalingConfig(self.options.num_workers, self.options.use_gpu)
+            scaling = scaling.at_most(max(plan.n_shards, len(plan.files)))
             self.session.enter_context(connected(self.options.address, scaling))
         fitted = job.fit(run, look)
         densities, columns = None, None

@@ -189,7 +189,15 @@ def test_what_is_no_ray_is_told_in_time(
 
 
 @pytest.mark.parametrize(
-    "address", ["http://127.0.0.1:8265", "127.0.0.1", "https://x", "host:port", "/tmp/ray", "a b:1"]
+    "address",
+    [
+        "http://127.0.0.1:8265",
+        "127.0.0.1",
+        "https://x",
+        "host:port",
+        "/tmp/ray",
+        "a b:1",
+    ],
 )
 def test_an_address_that_is_none_is_told_what_one_is(address: str) -> None:
     with (
@@ -332,6 +340,20 @@ def test_memory_is_known_without_ray_only_where_ray_would_start(
     assert cluster.most_memory("head:6379", ScalingConfig(), 8) == sys.maxsize
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert cluster.most_memory(None, ScalingConfig(), 8) == sys.maxsize
+
+
+def test_ray_is_started_for_no_more_workers_than_have_shards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It starts a process for each CPU that it is told of, before any is asked for."""
+    asked: list[object] = []
+    monkeypatch.setattr(ray, "init", lambda *_, **options: asked.append(options["num_cpus"]))
+    monkeypatch.setattr(cluster, "_require_places", lambda scaling: None)
+    n_cpus = os.cpu_count() or 1
+    for n_workers in (None, 10**23, 1):
+        with connected("local", ScalingConfig(n_workers).at_most(n_cpus + 3)):
+            pass
+    assert asked == [n_cpus, n_cpus + 3, n_cpus]
 
 
 def test_no_workers_are_refused() -> None:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from gmm_dist.workers import ShardActor, Source, Work, Worker
 logger = logging.getLogger(__name__)
 
 _HERE = "local"  # the address that has Ray start on this machine
+_LAST_PORT = 2**16 - 1
 _ACTION_BYTES = 512  # more than any system's struct sigaction has
 _ANSWER_SECONDS = 10.0  # for a cluster's head to answer
 _PLACES_SECONDS = 60.0  # for the first machine of a cluster to join
@@ -134,7 +136,7 @@ def _join(address: str) -> None:
 
 
 def _init(address: str, **options: Any) -> None:
-    with _kept_handlers():
+    with _kept_handlers(), warnings.catch_warnings(action="ignore"):
         # Ray warns of what it did by default (token files and the like): not our user's concern.
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
 
@@ -226,7 +228,7 @@ def _require_ray(address: str) -> str:
                 "(`ray start --head`), or leave --address out to run Ray on this machine alone"
             ) from error
     match = re.fullmatch(r"(ray://)?(\[[^\[\]/]+\]|[^\[\]/:\s]+):(\d{1,5})/?", address)
-    if match is None:
+    if match is None or int(match[3]) > _LAST_PORT:
         raise UserError(
             f"--address or RAY_ADDRESS is {address!r}: give HOST:PORT of a Ray head (`ray start "
             "--head` prints it, 6379 by default; the dashboard's 8265 is for `ray job submit`), "

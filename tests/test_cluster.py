@@ -197,6 +197,7 @@ def test_what_is_no_ray_is_told_in_time(
         "host:port",
         "/tmp/ray",
         "a b:1",
+        "127.0.0.1:65536",  # gRPC would ask at port 0
     ],
 )
 def test_an_address_that_is_none_is_told_what_one_is(address: str) -> None:

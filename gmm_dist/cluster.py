@@ -136,7 +136,9 @@ def _join(address: str) -> None:
 
 
 def _init(address: str, **options: Any) -> None:
-    with _kept_handlers(), warnings.catch_warnings(action="ignore"):
+    # A thread of Ray's prints a page to stdout where a worker dies; our log has a line on that.
+    hushed = _replaced(ray._private.worker, "listen_error_messages", lambda worker, over: None)
+    with _kept_handlers(), hushed, warnings.catch_warnings(action="ignore"):
         # Ray warns of what it did by default (token files and the like): not our user's concern.
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
 

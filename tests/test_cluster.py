@@ -343,6 +343,22 @@ def test_memory_is_known_without_ray_only_where_ray_would_start(
     assert cluster.most_memory(None, ScalingConfig(), 8) == sys.maxsize
 
 
+def test_ray_prints_nothing_of_workers_that_die(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it starts a thread for would ask a cluster, and print what that says."""
+    said: list[object] = []
+
+    def init(address: str, **options: object) -> None:
+        said.append(ray._private.worker.listen_error_messages(None, threading.Event()))
+
+    theirs = ray._private.worker.listen_error_messages
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "_require_places", lambda scaling: None)
+    with connected("local", ScalingConfig()):
+        pass
+    assert said == [None]
+    assert ray._private.worker.listen_error_messages is theirs
+
+
 def test_ray_is_started_for_no_more_workers_than_have_shards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist import lake
-from gmm_dist.cluster import RayShards, ScalingConfig, connected
+from gmm_dist.cluster import RayShards, ScalingConfig, connected, most_memory
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.failures import FaultConfig
@@ -95,14 +95,27 @@ def resident_lake(
     Yields the shards, and their rows' shared centre (d,) in feature units. Raises UserError as
     `cluster.connected` does, and where rows or memory are too few.
     """
-    require_rows(candidates, plan.n_rows)
+    scaling = ScalingConfig(opened.num_workers, opened.use_gpu).at_most(plan.n_shards)
+    require_means(plan, candidates, scaling, opened.address)
     loader = loader_for(plan)
-    scaling = ScalingConfig(opened.num_workers, opened.use_gpu)
     with connected(opened.address, scaling):
         shards = start_workers(loader, candidates, scaling)
         load_rows(shards, loader)
         yield shards, torch.from_numpy(loader.centre)
         shards.close()
+
+
+def require_means(
+    plan: Plan, candidates: Sequence[Candidate], scaling: ScalingConfig, address: str | None
+) -> None:
+    """Raise UserError where rows or memory are too few, as far as that is known without Ray."""
+    require_rows(candidates, plan.n_rows)
+    available = most_memory(address, scaling, plan.n_shards)
+    require_memory(_lanes(candidates), plan.n_features, available)
+
+
+def _lanes(candidates: Sequence[Candidate]) -> list[tuple[int, str]]:
+    return [(candidate.k, candidate.covariance_type) for candidate in candidates]
 
 
 def start_workers(
@@ -116,7 +129,7 @@ def start_workers(
     Raises UserError when it is too much.
     """
     plan = loader.plan
-    lanes = [(candidate.k, candidate.covariance_type) for candidate in candidates]
+    lanes = _lanes(candidates)
     statistics = lane_bytes(lanes, plan.n_features)
     shards = RayShards(loader, plan.n_shards, scaling, faults, reserve=statistics)
     available = shards.worker_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
@@ -10,12 +11,14 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+import torch
 
 from gmm_dist.dispatch import Dispatcher, machines
 from gmm_dist.errors import RunFailed, UserError
@@ -27,6 +30,9 @@ from gmm_dist.workers import ShardActor, Source, Work, Worker
 
 logger = logging.getLogger(__name__)
 
+_HERE = "local"  # the address that has Ray start on this machine
+_LAST_PORT = 2**16 - 1
+_ACTION_BYTES = 512  # more than any system's struct sigaction has
 _ANSWER_SECONDS = 10.0  # for a cluster's head to answer
 _PLACES_SECONDS = 60.0  # for the first machine of a cluster to join
 # Of the longest name of a socket below Ray's folder: /ray/session_..._PID/sockets/plasma_store.
@@ -44,6 +50,12 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 1:
             raise UserError(f"num_workers is {self.num_workers}: give a whole number >= 1")
+
+    def at_most(self, n_shards: int) -> ScalingConfig:
+        """Return as many workers as have something to do: Ray starts a process for each at once."""
+        if self.num_workers is None:
+            return self
+        return replace(self, num_workers=min(self.num_workers, max(1, n_shards)))
 
 
 @contextmanager
@@ -64,9 +76,9 @@ def connected(address: str | None, scaling: ScalingConfig) -> Iterator[None]:
         _require_places(scaling)
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = _where(address)
     try:
-        if address == "local":
+        if address == _HERE:
             _start(scaling)
         else:
             _join(address)
@@ -77,11 +89,33 @@ def connected(address: str | None, scaling: ScalingConfig) -> Iterator[None]:
             ray.shutdown()
 
 
+def most_memory(address: str | None, scaling: ScalingConfig, n_shards: int) -> int:
+    """Return the bytes that a worker can have at most, without asking Ray.
+
+    They are known where `connected` would start Ray on this machine, and workers use its CPUs.
+    """
+    may_use_gpu = scaling.use_gpu is not False and torch.cuda.is_available()
+    if ray.is_initialized() or _where(address) != _HERE or may_use_gpu:
+        return sys.maxsize
+    n_workers = min(scaling.num_workers or _n_cpus(scaling), n_shards)
+    utils: Any = ray._private.utils
+    return int(utils.get_system_memory()) // max(1, n_workers)
+
+
+def _where(address: str | None) -> str:
+    return address or os.environ.get("RAY_ADDRESS") or _HERE
+
+
+def _n_cpus(scaling: ScalingConfig) -> int:
+    """Return how many CPUs Ray is told that this machine has."""
+    return max(os.cpu_count() or 1, scaling.num_workers or 1)
+
+
 def _start(scaling: ScalingConfig) -> None:
     logger.info("starting Ray on this machine")
-    n_cpus = max(os.cpu_count() or 1, scaling.num_workers or 1)
+    n_cpus = _n_cpus(scaling)
     try:
-        _init("local", num_cpus=n_cpus, include_dashboard=False, _temp_dir=_temp_dir())
+        _init(_HERE, num_cpus=n_cpus, include_dashboard=False, _temp_dir=_temp_dir())
     except Exception as error:
         raise RunFailed(
             f"Ray did not start on this machine ({_line(error)}): free memory, or space in "
@@ -102,33 +136,69 @@ def _join(address: str) -> None:
 
 
 def _init(address: str, **options: Any) -> None:
-    is_told_to_end = False
-    with _kept_handlers():
+    # A thread of Ray's prints a page to stdout where a worker dies; our log has a line on that.
+    hushed = _replaced(ray._private.worker, "listen_error_messages", lambda worker, over: None)
+    with _kept_handlers(), hushed, warnings.catch_warnings(action="ignore"):
         # Ray warns of what it did by default (token files and the like): not our user's concern.
-        try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except SystemExit as error:
-            is_told_to_end = error.code == signal.SIGTERM  # by Ray's own handler, while it starts
-            if not is_told_to_end:
-                raise
-    if is_told_to_end:
-        signal.raise_signal(signal.SIGTERM)
-        raise SystemExit(128 + signal.SIGTERM)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
 @contextmanager
 def _kept_handlers() -> Iterator[None]:
-    """Give the process back its handlers of signals.
+    """Have the process keep its handlers of signals while Ray starts or ends.
 
-    Ray sets its own as it starts, in Python and below it, and at its end the system's defaults.
+    In Python, Ray sets one for SIGTERM, whose SystemExit is lost where nobody catches it.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with (
+            _replaced(ray._private.utils, "set_sigterm_handler", lambda handler: None),
+            _kept_action(signal.SIGTERM),
+        ):
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def _kept_action(number: int) -> Iterator[None]:
+    """Keep what the system does about a signal.
+
+    Below Python, Ray sets a handler that aborts the process, and takes it back to the system's
+    default long before all of Ray has ended. Who sets it cannot be asked not to: it is set back
+    a millisecond later.
+    """
+    sigaction = ctypes.CDLL(None).sigaction
+    ours = ctypes.create_string_buffer(_ACTION_BYTES)
+    sigaction(number, None, ours)
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(0.001):
+            sigaction(number, ours, None)
+
+    keeper = threading.Thread(target=keep, daemon=True, name="handlers")
+    keeper.start()
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler or signal.SIG_DFL)
+        over.set()
+        keeper.join()
+        sigaction(number, ours, None)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def _temp_dir() -> str | None:
@@ -160,7 +230,7 @@ def _require_ray(address: str) -> str:
                 "(`ray start --head`), or leave --address out to run Ray on this machine alone"
             ) from error
     match = re.fullmatch(r"(ray://)?(\[[^\[\]/]+\]|[^\[\]/:\s]+):(\d{1,5})/?", address)
-    if match is None:
+    if match is None or int(match[3]) > _LAST_PORT:
         raise UserError(
             f"--address or RAY_ADDRESS is {address!r}: give HOST:PORT of a Ray head (`ray start "
             "--head` prints it, 6379 by default; the dashboard's 8265 is for `ray job submit`), "

@@ -38,7 +38,7 @@ def require_memory(lanes: Sequence[tuple[int, str]], n_features: int, available:
     families = f"--covariance-type {fitting[-1]}, " if fitting else ""
     raise UserError(
         f"the statistics of {sum(k for k, _ in lanes):,} components with {n_features:,} features "
-        f"need {_gigabytes(needed)} in every worker, which has {_gigabytes(available)}: "
+        f"need {_gigabytes(needed)} in every worker, which has at most {_gigabytes(available)}: "
         f"use {families}smaller --k, fewer --columns, or fewer workers per machine"
     )
 

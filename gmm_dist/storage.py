@@ -35,6 +35,9 @@ _CHAINING = {"simplecache", "filecache", "blockcache", "cached", "zip", "tar", "
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or an instance role"
 
 
+_MOST_WORDS = 200  # characters of an error that is not ours
+
+
 def open_url(url: str) -> tuple[AbstractFileSystem, str]:
     """Return the file system of `url` and the path within it.
 
@@ -58,6 +61,15 @@ def open_url(url: str) -> tuple[AbstractFileSystem, str]:
             if "://" not in url or "Protocol not known" in str(error):
                 raise
             raise UserError(f"{url}: no URL ({line_of(error)}); check its spelling") from error
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            # No file was asked for yet: what speaks the protocol is not all there, or its host.
+            reason = line_of(error)[:_MOST_WORDS]
+            raise UserError(
+                f"{url}: this protocol cannot be spoken here ({reason}); check the host, and "
+                "install what the protocol needs, as hdfs needs Java and Hadoop"
+            ) from error
     # Instances are shared within a process, and others write to the lake while we run.
     fs.invalidate_cache()
     return fs, path

@@ -1,6 +1,8 @@
 """End quietly when told to while the libraries are still being loaded: nothing is held yet.
 
 Imported before all else by the scripts, and of no effect where they are imported themselves.
+Once a job has begun, its own handlers take over; after it, a signal that comes while the
+interpreter ends changes nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +14,18 @@ from pathlib import Path
 from types import FrameType
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+_has_begun = False
+
+
+def begun() -> None:
+    """Note that a job has begun, and set its own handlers."""
+    global _has_begun
+    _has_begun = True
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    if _has_begun:
+        return
     try:
         os.write(2, f"error: {signal.Signals(number).name}: nothing was begun yet\n".encode())
     finally:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import early
 import talking
 from options import Again
 from ray.exceptions import RayError, RayTaskError
@@ -56,7 +57,8 @@ def said_how_to_resume(again: Again) -> Iterator[None]:
 def run(job: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a job and return its exit status; whatever ends it is told in one line on stderr."""
     _to_resume[0] = None
-    with talking.unfailing(), stopper(_last_words) as stop:
+    with talking.unfailing(), stopper(_last_words, talking.hurry) as stop:
+        early.begun()
         try:
             status = job(sys.argv[1:] if argv is None else argv) or 0
             stop.finish()

@@ -23,7 +23,7 @@ from stopping import finish
 from talking import say, screen
 
 from gmm_dist import artifacts, lake, runs
-from gmm_dist.assembly import load_rows, start_workers
+from gmm_dist.assembly import load_rows, require_means, start_workers
 from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.cluster import ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
@@ -39,7 +39,7 @@ from gmm_dist.runs import Run
 from gmm_dist.selection import Candidate, SweepResult
 from gmm_dist.shards import Shards
 from gmm_dist.snapshot import Snapshot
-from gmm_dist.sweep import Keep, Watch, require_rows, sweep
+from gmm_dist.sweep import Keep, Watch, sweep
 
 logger = logging.getLogger("gmm_dist.fitting")
 
@@ -121,7 +121,8 @@ class Job:
         start = StartConfig(options.n_init, options.init, random_state=options.random_state)
         candidates = _candidates(options, given)
         plan = plan or plan_rows(options)
-        require_rows(candidates, plan.n_rows)
+        scaling = ScalingConfig(options.num_workers, options.use_gpu)
+        require_means(plan, candidates, scaling, options.address)
         loader = loader_for(plan)
         starts, guests = (
             None if model is None else [about_centre(model, loader)] for model in (given, warm)
@@ -185,7 +186,7 @@ class Job:
     def resident(self, progress: Progress) -> Iterator[tuple[Shards, Counted]]:
         """Keep the rows in the memory of a cluster's workers, and count them."""
         options = self.options
-        scaling = ScalingConfig(options.num_workers, options.use_gpu)
+        scaling = ScalingConfig(options.num_workers, options.use_gpu).at_most(self.plan.n_shards)
         with connected(options.address, scaling):
             faults = FaultConfig(max_failures=options.max_failures, grace=options.grace)
             shards = start_workers(self.loader, self.candidates, scaling, faults)

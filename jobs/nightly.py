@@ -28,7 +28,7 @@ from options import Again, Parser, add_common, parse_k, parse_url
 from results import Fitted, mixture_of, print_table, spell_best
 from score import score_lake
 from stopping import holding
-from talking import say
+from talking import quiet, say
 
 from gmm_dist import artifacts, commit, gate, lake, nights, registry, runs, score_runs, scored
 from gmm_dist.cluster import ScalingConfig, connected
@@ -139,7 +139,8 @@ def _telling_of(option: str) -> Iterator[None]:
 def _check_scores(options: argparse.Namespace) -> None:
     """Refuse before any fitting what the scoring would refuse after it."""
     try:
-        plan = _plan(options, days=1, missing="mean", keep=options.keep)
+        with quiet():  # the plans of the fit and of the scoring tell the same
+            plan = _plan(options, days=1, missing="mean", keep=options.keep)
     except (TooFewRows, SchemaError):
         return  # for the gate to tell
     output = absolute(join(options.scores, options.night))
@@ -214,7 +215,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _look_at_nights(options: argparse.Namespace) -> None:
     """Find out how the lake spells a night, and choose the rows by it."""
     if options.partition_key is None:
-        options.partition_key = nights.find(options.data, options.partition)
+        with quiet("gmm_dist.listing"):  # planning lists the same files
+            options.partition_key = nights.find(options.data, options.partition)
         options.where = _rows_of(options, days=options.days).text
 
 
@@ -386,6 +388,7 @@ class _Night:
 
         if self.options.scores is not None:  # whose scoring is to find Ray as the fit leaves it
             scaling = ScalingConfig(self.options.num_workers, self.options.use_gpu)
+            scaling = scaling.at_most(max(plan.n_shards, len(plan.files)))
             self.session.enter_context(connected(self.options.address, scaling))
         fitted = job.fit(run, look)
         densities, columns = None, None
@@ -404,7 +407,8 @@ class _Night:
         reasons = gate.on_columns(gate.kinds(plan.schema, plan.columns), columns)
         if not reasons and plan.columns != tuple(columns):
             self.options.columns = list(columns)
-            plan = self._rows()
+            with quiet():
+                plan = self._rows()
         return plan, reasons
 
     def _rows(self) -> Plan:

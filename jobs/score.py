@@ -178,7 +178,7 @@ class _Job:
         options, n_files = self.options, len(self.plan.files)
         loader = ScoreFiles(self.plan, self.scoring, options.output, self.identity, run.attempt.id)
         progress = Progress(screen(stderr=True))
-        scaling = ScalingConfig(options.num_workers, options.use_gpu)
+        scaling = ScalingConfig(options.num_workers, options.use_gpu).at_most(n_files)
 
         def watch(done: int, n_rows: int) -> None:
             run.check()

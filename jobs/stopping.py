@@ -24,8 +24,9 @@ _SIGNALS = tuple(
 class Stopper:
     """Notes the signal that ends the job; `holding` keeps it from breaking off what must not be."""
 
-    def __init__(self) -> None:
+    def __init__(self, hurry: Callable[[], None] = lambda: None) -> None:
         self.number: int | None = None
+        self._hurry = hurry
         self._held = 0
         self._noticed, self._over = threading.Event(), threading.Event()
 
@@ -80,6 +81,7 @@ class Stopper:
             return
         self.number = number
         self._noticed.set()
+        self._hurry()
         if not self._held:
             raise KeyboardInterrupt
 
@@ -97,9 +99,14 @@ _current: list[Stopper] = []
 
 
 @contextlib.contextmanager
-def stopper(last_words: Callable[[Stopper], None]) -> Iterator[Stopper]:
-    """Have signals end the block; `holding` and `finish` are then about this one."""
-    one = Stopper()
+def stopper(
+    last_words: Callable[[Stopper], None], hurry: Callable[[], None] = lambda: None
+) -> Iterator[Stopper]:
+    """Have signals end the block; `holding` and `finish` are then about this one.
+
+    `hurry` is called as the first signal comes, by its handler.
+    """
+    one = Stopper(hurry)
     _current.append(one)
     try:
         with one.listening(lambda: last_words(one)):

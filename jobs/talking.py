@@ -9,9 +9,11 @@ characters escaped, so that it can neither move the cursor nor begin a line of i
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
+import select
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ logger = logging.getLogger("gmm_dist.talking")
 
 DEBUG = "GMM_DIST_DEBUG"  # an environment variable; 1 shows tracebacks and what else is traced
 _WIDE = 160  # columns, where there is no terminal
+_READER_SECONDS = 0.5  # for a stream to take more, once the job has been told to end
 _GUARDED = "_gmm_dist_guarded"
 
 
@@ -39,6 +42,29 @@ def complain(line: str) -> None:
     """Print a line about what went wrong on stderr."""
     with bearing():
         print(printable(without_secrets(line)), file=sys.stderr, flush=True)
+
+
+def hurry() -> None:
+    """Have nobody who has stopped reading hold up a job that has been told to end.
+
+    For a signal's handler: a write that it interrupted goes on, and into nothing if the stream
+    takes no more.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Unfailing):
+            stream.give_up_if_stuck(_READER_SECONDS)
+
+
+@contextlib.contextmanager
+def quiet(name: str = "gmm_dist") -> Iterator[None]:
+    """Log nothing below an error in the block, for what is said once more after it."""
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 @contextlib.contextmanager
@@ -94,6 +120,19 @@ class Unfailing(io.TextIOBase):
 
     def close(self) -> None:
         """Leave the stream below as it is: it is not ours."""
+
+    def give_up_if_stuck(self, seconds: float) -> None:
+        """Say nothing more if the descriptor takes nothing within so many seconds."""
+        if self.lost is None and not self._takes_more(seconds):
+            self._lose(BrokenPipeError(errno.EPIPE, "its reader has stopped to read"))
+
+    def _takes_more(self, seconds: float) -> bool:
+        try:
+            poll = select.poll()
+            poll.register(self.fileno(), select.POLLOUT)
+            return bool(poll.poll(1000 * seconds))
+        except (AttributeError, OSError, ValueError):
+            return True  # no descriptor that could be full
 
     def _encodable(self, text: str) -> str:
         try:

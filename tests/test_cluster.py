@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import operator
 import os
@@ -188,7 +189,16 @@ def test_what_is_no_ray_is_told_in_time(
 
 
 @pytest.mark.parametrize(
-    "address", ["http://127.0.0.1:8265", "127.0.0.1", "https://x", "host:port", "/tmp/ray", "a b:1"]
+    "address",
+    [
+        "http://127.0.0.1:8265",
+        "127.0.0.1",
+        "https://x",
+        "host:port",
+        "/tmp/ray",
+        "a b:1",
+        "127.0.0.1:65536",  # gRPC would ask at port 0
+    ],
 )
 def test_an_address_that_is_none_is_told_what_one_is(address: str) -> None:
     with (
@@ -271,22 +281,33 @@ def test_the_process_keeps_its_handlers_of_signals(ray_address: str) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_signal_while_ray_starts_reaches_the_process_own_handler(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("at", ["init", "shutdown"])
+def test_a_signal_while_ray_starts_or_ends_reaches_the_process_own_handler(
+    monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
+    """Neither what Ray sets in Python is in its way, nor what it sets and takes back below."""
+
     def ours(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        seen.append(number)
 
-    def init(address: str, **options: object) -> None:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+    def meddle(*asked: object, **options: object) -> None:
+        ray._private.utils.set_sigterm_handler(lambda number, frame: sys.exit(number))
+        default = ctypes.create_string_buffer(512)  # SIG_DFL is 0
+        ctypes.CDLL(None).sigaction(signal.SIGTERM, default, None)
+        time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
+        time.sleep(0.1)
 
-    monkeypatch.setattr(ray, "init", init)
+    seen: list[int] = []
+    for name in ("init", "shutdown"):
+        monkeypatch.setattr(ray, name, meddle if name == at else lambda *asked, **options: None)
+    monkeypatch.setattr(cluster, "_require_places", lambda scaling: None)
     before = signal.signal(signal.SIGTERM, ours)
     try:
-        with pytest.raises(KeyboardInterrupt), connected("local", ScalingConfig()):
+        with connected("local", ScalingConfig()):
             pass
+        assert seen == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -307,6 +328,49 @@ def test_a_process_that_is_connected_stays_so(ray_address: str) -> None:
         assert ray.is_initialized()
     finally:
         ray.shutdown()
+
+
+def test_memory_is_known_without_ray_only_where_ray_would_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    one, two = (cluster.most_memory(None, ScalingConfig(n, False), 8) for n in (1, 2))
+    assert 2 * two <= one <= total
+    assert cluster.most_memory(None, ScalingConfig(2, False), 1) == one  # one shard, one worker
+    assert cluster.most_memory("head:6379", ScalingConfig(), 8) == sys.maxsize
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert cluster.most_memory(None, ScalingConfig(), 8) == sys.maxsize
+
+
+def test_ray_prints_nothing_of_workers_that_die(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it starts a thread for would ask a cluster, and print what that says."""
+    said: list[object] = []
+
+    def init(address: str, **options: object) -> None:
+        said.append(ray._private.worker.listen_error_messages(None, threading.Event()))
+
+    theirs = ray._private.worker.listen_error_messages
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "_require_places", lambda scaling: None)
+    with connected("local", ScalingConfig()):
+        pass
+    assert said == [None]
+    assert ray._private.worker.listen_error_messages is theirs
+
+
+def test_ray_is_started_for_no_more_workers_than_have_shards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It starts a process for each CPU that it is told of, before any is asked for."""
+    asked: list[object] = []
+    monkeypatch.setattr(ray, "init", lambda *_, **options: asked.append(options["num_cpus"]))
+    monkeypatch.setattr(cluster, "_require_places", lambda scaling: None)
+    n_cpus = os.cpu_count() or 1
+    for n_workers in (None, 10**23, 1):
+        with connected("local", ScalingConfig(n_workers).at_most(n_cpus + 3)):
+            pass
+    assert asked == [n_cpus, n_cpus + 3, n_cpus]
 
 
 def test_no_workers_are_refused() -> None:

@@ -34,8 +34,8 @@ def test_what_fits_passes() -> None:
 def test_what_does_not_fit_is_one_line_with_the_numbers_and_a_remedy() -> None:
     wanted = (
         r"^the statistics of 54 components with 5,000 features need 64\.1 GiB in every worker, "
-        r"which has 2\.0 GiB: use --covariance-type diag, smaller --k, fewer --columns, or fewer "
-        r"workers per machine$"
+        r"which has at most 2\.0 GiB: use --covariance-type diag, smaller --k, fewer --columns, or "
+        r"fewer workers per machine$"
     )
     with pytest.raises(UserError, match=wanted):
         require_memory([(k, "full") for k in range(2, 11)], 5000, 2 * 2**30)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -474,6 +474,19 @@ def test_scores_inside_the_lake_are_refused_before_any_fitting(
     assert local.run(1, "--scores", str(local.lake / "scores")) == 2
     assert "lies inside the lake, whose rows would double: give --scores" in capsys.readouterr().err
     assert not Path(local.url).exists()
+
+
+def test_a_plan_that_is_made_twice_is_told_of_once(
+    local: Nights, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nightly, "score_lake", lambda *asked: None)
+    monkeypatch.setattr(nightly, "connected", lambda *asked: nullcontext())
+    local.write(1, FIRST)
+    (local.lake / "notes.txt").write_text("no rows")
+    with caplog.at_level("INFO", "gmm_dist"):
+        assert local.run(1, "--scores", str(tmp_path / "scores")) == 0
+    for words in ("1 file, 1,200 rows", "2 features: x, y", "passed over 1 of 2 files"):
+        assert sum(words in line for line in caplog.messages) == 1, words
 
 
 def test_scores_of_files_that_have_changed_since_stay(

@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import early
 import ending
 import pytest
 import stopping
+import talking
 from ending import run, said_how_to_resume
 from options import Again
 from test_jobs import ROOT, Errors
@@ -60,6 +62,20 @@ def test_a_signal_ends_the_job_with_its_status_and_the_command_that_goes_on(
     assert err.startswith(f"error: stopped by {number.name}; go on with: python ")
     assert err.endswith("sweep.py D --k 2 --output O --resume\n")
     assert [signal.getsignal(each) for each in STATUSES] == before
+
+
+def test_a_signal_as_the_interpreter_ends_changes_nothing(
+    capfd: Errors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(early, "_has_begun", False)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("the process was ended"))
+    before = signal.signal(signal.SIGTERM, early._end)
+    try:
+        assert run(lambda argv: None, []) == 0
+        signal.raise_signal(signal.SIGTERM)  # the handler that it had before is there again
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("number", STATUSES)
@@ -141,6 +157,37 @@ def test_last_words_that_nobody_reads_keep_no_job_from_ending(
         os.kill(os.getpid(), signal.SIGTERM)
         assert ended.wait(30)
     read.set()
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_a_reader_that_has_stopped_holds_up_no_job_that_is_told_to_end(
+    is_committed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once all is committed, the job also ends as if all had been read."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(os, "_exit", lambda status: os.close(reader))  # were it not so
+    kept = os.dup(1)
+    os.dup2(writer, 1)
+    stdout, sys.stdout = sys.stdout, open(1, "w", closefd=False)  # noqa: SIM115
+
+    def job(argv: Sequence[str]) -> None:
+        if is_committed:
+            stopping.finish()
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        talking.say("x" * 1_000_000)
+
+    began = time.monotonic()
+    try:
+        status = run(job, [])
+        sys.stdout.close()
+    finally:
+        sys.stdout = stdout
+        os.dup2(kept, 1)
+        for descriptor in (writer, kept):
+            os.close(descriptor)
+    assert time.monotonic() - began < stopping.SECONDS / 2
+    assert status == (0 if is_committed else 143)
+    os.close(reader)
 
 
 def test_jobs_run_in_threads_too() -> None:

@@ -68,6 +68,16 @@ def test_a_wrong_url_is_explained(url, message):
         look(url)
 
 
+def test_a_protocol_that_lacks_more_than_a_package_is_explained(monkeypatch):
+    def opened(*asked):
+        raise OSError("Unable to load libjvm\n" + "a path " * 99)  # as pyarrow has it, for hdfs
+
+    monkeypatch.setattr(storage, "_opened", opened)
+    with pytest.raises(UserError, match=r"^hdfs://h/x: this protocol .*\(Unable to load") as told:
+        look("hdfs://h/x")
+    assert len(str(told.value)) < 400
+
+
 def test_other_errors_pass_unchanged():
     with pytest.raises(ZeroDivisionError), storage.explained("s3://lake"):
         raise ZeroDivisionError

@@ -113,7 +113,7 @@ def in_processes(shape: str, rounds: int) -> dict[str, Any]:
     return {"benchmark": "estimator", **own, "laps": laps, "times_faster": ratio}
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Run all shapes and print a JSON line for each result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,7 +123,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--iterations", type=int, default=20, help="from the given start")
     parser.add_argument("--processes", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, metavar="FILE", help="append results to this file")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
     about = machine.description()
     for shape in options.shapes:
@@ -139,4 +139,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -147,7 +147,8 @@ class _Batches:
             metadata.schema.to_arrow_schema().names
         )
         stored = metadata.row_group(group)
-        size = sum(chunk.total_compressed_size for chunk in _chunks(stored, wanted))
+        chunks = itertools.chain.from_iterable(_chunks(stored, wanted).values())
+        size = sum(chunk.total_compressed_size for chunk in chunks)
         whole = size <= _WHOLE_BYTES
         parquet = parquet_file(
             self._source,
@@ -167,25 +168,29 @@ class _Batches:
         plan = self._plan
         others = {*plan.read_columns, *plan.kept} - {*plan.columns}
         width = 8 * plan.n_features + self._beside
-        width += sum(_value_bytes(group, plan.schema.field(name)) for name in others)
+        width += sum(
+            _value_bytes(group.num_rows, chunks, plan.schema.field(name))
+            for name, chunks in _chunks(group, others).items()
+        )
         return min(max(BATCH_BYTES // width, _LEAST_ROWS), BATCH_ROWS)
 
 
-def _chunks(group: pq.RowGroupMetaData, names: Collection[str]) -> list[pq.ColumnChunkMetaData]:
-    """Return what a row group stores of columns: a name may have dots, and nested ones add more."""
-    chunks = [group.column(i) for i in range(group.num_columns)]
-    nested = tuple(f"{name}." for name in names)
-    return [
-        chunk
-        for chunk in chunks
-        if chunk.path_in_schema in names or chunk.path_in_schema.startswith(nested)
-    ]
+def _chunks(
+    group: pq.RowGroupMetaData, names: Collection[str]
+) -> dict[str, list[pq.ColumnChunkMetaData]]:
+    """Return what a row group stores of each column: a name may have dots, nested ones add more."""
+    found: dict[str, list[pq.ColumnChunkMetaData]] = {name: [] for name in names}
+    for index in range(group.num_columns):
+        chunk = group.column(index)
+        for name in itertools.accumulate(chunk.path_in_schema.split("."), "{}.{}".format):
+            if name in found:
+                found[name].append(chunk)
+    return found
 
 
-def _value_bytes(group: pq.RowGroupMetaData, field: pa.Field) -> int:
+def _value_bytes(rows: int, chunks: Sequence[pq.ColumnChunkMetaData], field: pa.Field) -> int:
     """Return about how many bytes a column's value takes when it is decoded."""
-    chunks = _chunks(group, [field.name])
-    stored: int = sum(chunk.total_uncompressed_size for chunk in chunks) // max(group.num_rows, 1)
+    stored: int = sum(chunk.total_uncompressed_size for chunk in chunks) // max(rows, 1)
     # A dictionary stores once what is decoded many times: then the type or the extremes tell.
     texts = [
         chunk.statistics

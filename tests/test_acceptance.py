@@ -24,6 +24,8 @@ import gmm_dist
 
 ROOT = Path(__file__).parent.parent
 
+pytestmark = pytest.mark.unchecked  # whole jobs
+
 
 @pytest.mark.timeout(1200)  # two sweeps of a million rows, where other work is going on
 def test_a_million_rows_have_eight_clusters_from_disk_and_from_s3_to_the_same_bits(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,38 @@ import pytest
 from problems import Mixture
 from quality import BestSeen, Contest, Fit, is_degenerate, scored
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = [
+    pytest.mark.unchecked,
+    # In their own processes warnings are no errors: a peer that stops early warns.
+    pytest.mark.filterwarnings("default"),
+]
+
+Run = Callable[..., str]
 
 
-def run(name: str, *arguments: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs a benchmark in this process, and returns what it printed."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        capsys.readouterr()
+        assert importlib.import_module(name).main() == 0
+        return capsys.readouterr().out
+
+    return run
 
 
 def parsed(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_ours_and_scikit_learn_make_the_same_iterations(tmp_path: Path) -> None:
+def test_ours_and_scikit_learn_make_the_same_iterations(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     shapes = ["--shapes", "diag:4000:5:4"]
     contenders = ["--contenders", "ours-f32", "sklearn-f64"]
     quick = ["--repeats", "1", "--iterations", "3", "--peak-seconds", "0.05"]
-    out = run("passes.py", *shapes, *contenders, *quick, "--json", str(path))
+    out = run("passes", *shapes, *contenders, *quick, "--json", str(path))
     assert "| sklearn-f64 |" in out
     results = parsed(path.read_text())
     assert [r["contender"] for r in results] == contenders[1:]
@@ -47,12 +60,12 @@ def test_ours_and_scikit_learn_make_the_same_iterations(tmp_path: Path) -> None:
     assert {r["contender"]: r["e_steps"] for r in results}["sklearn-f64"] == 4
 
 
-def test_a_contender_that_cannot_run_is_a_row_of_the_table(tmp_path: Path) -> None:
+def test_a_contender_that_cannot_run_is_a_row_of_the_table(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     pytest.importorskip("sklearn")
     quick = ["--rows", "1500", "--features", "3", "--k", "2", "4", "--peak-seconds", "0"]
     quick += ["--repeats", "1", "--iterations", "2", "--json", str(path), "--contenders"]
-    out = run("sweeps.py", *quick, "ours-f32", "ours-separate-f32", "torchgmm-f32")
+    out = run("sweeps", *quick, "ours-f32", "ours-separate-f32", "torchgmm-f32")
     together, separate, peer = parsed(path.read_text())
     assert len(together["log_likelihood"]) == 3
     assert together["log_likelihood"] == pytest.approx(separate["log_likelihood"], abs=1e-6)
@@ -61,8 +74,8 @@ def test_a_contender_that_cannot_run_is_a_row_of_the_table(tmp_path: Path) -> No
         assert "skipped: torchgmm is not installed: pip install -e '.[bench]'" in out
 
 
-def test_the_gpu_benchmark_runs_on_a_cpu() -> None:
-    results = parsed(run("gpu.py", "--device", "cpu", "--scale", "0.0003", "--repeats", "1"))
+def test_the_gpu_benchmark_runs_on_a_cpu(run: Run) -> None:
+    results = parsed(run("gpu", "--device", "cpu", "--scale", "0.0003", "--repeats", "1"))
     checks = [r for r in results if r["benchmark"] == "gpu-check"]
     timed = [r for r in results if r["benchmark"] == "gpu"]
     assert len(checks) == 8
@@ -71,12 +84,12 @@ def test_the_gpu_benchmark_runs_on_a_cpu() -> None:
     assert all(r["pass_seconds"] > 0 and r["machine"]["device"] for r in timed)
 
 
-def test_quality_compares_notes_the_best_and_hunts_for_better(tmp_path: Path) -> None:
+def test_quality_compares_notes_the_best_and_hunts_for_better(tmp_path: Path, run: Run) -> None:
     pytest.importorskip("sklearn")
     path, best = tmp_path / "results.jsonl", tmp_path / "best.json"
     files = ["--best", str(best), "--json", str(path)]
     quick = ["--datasets", "overlap4", "--rows", "1200", *files]
-    out = run("quality.py", *quick, "--k", "2", "3", "--repeats", "2")
+    out = run("quality", *quick, "--k", "2", "3", "--repeats", "2")
     results = parsed(path.read_text())
     sizes = {(r["data_set"], r["n"], r["d"]) for r in results}
     assert sizes == {("overlap4", 1200, 4)}
@@ -97,22 +110,22 @@ def test_quality_compares_notes_the_best_and_hunts_for_better(tmp_path: Path) ->
         assert f"| overlap4 | {k} |" in out
     assert "in 1/40 of n_init=10's time" in out
 
-    run("quality.py", *quick, "--k", "3", "--hunt", "--hunt-seconds", "0")
+    run("quality", *quick, "--k", "3", "--hunt", "--hunt-seconds", "0")
     hunted = json.loads(best.read_text())["overlap4"]["best"]["3"]
     assert hunted["log_likelihood"] > seen["3"]["log_likelihood"] - 1e-7
 
     few = ["--k", "3", "--repeats", "1", "--skip-peers"]
-    out = run("quality.py", *quick, *few, "--ablate")
+    out = run("quality", *quick, *few, "--ablate")
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| overlap4 | 3")]
     assert {row[2] for row in rows} >= {"defaults"}
     assert all(float(row[6]) > -1e-6 for row in rows)  # below the best
 
 
-def test_scored_files_agree_with_scikit_learn(tmp_path: Path) -> None:
+def test_scored_files_agree_with_scikit_learn(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     shape = ["--rows", "6000", "--features", "3", "--k", "4", "--files", "2"]
     contenders = ["--contenders", "one-worker", "sklearn"]
-    run("scoring.py", *shape, *contenders, "--json", str(path))
+    run("scoring", *shape, *contenders, "--json", str(path))
     results = parsed(path.read_text())
     assert [r["contender"] for r in results] == contenders[1:]
     for result in results:
@@ -165,11 +178,11 @@ def test_aims_are_judged_where_the_peer_is_not_degenerate() -> None:
     assert "-3.0000 (degenerate)" in contest.row()
 
 
-def test_the_estimator_is_timed_beside_scikit_learns(tmp_path: Path) -> None:
+def test_the_estimator_is_timed_beside_scikit_learns(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     quick = ["--shapes", "400:2:2", "--rounds", "1", "--iterations", "3", "--json", str(path)]
     quick += ["--no-processes"]
-    printed = parsed(run("estimator.py", *quick))
+    printed = parsed(run("estimator", *quick))
     assert printed == parsed(path.read_text())
     assert [result["start"] for result in printed] == ["k-means", "given start"]
     for result in printed:

@@ -64,3 +64,18 @@ def test_the_job_takes_the_command() -> None:
     assert options.output == "s3://models/points/models/2026-11-21"
     assert options.resume
     assert options.partition == ["ds"]
+
+
+def test_the_image_holds_what_it_needs_and_the_ray_that_the_tests_run_with() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
+    assert f"ray=={arguments['RAY']}" in (ROOT / "constraints.txt").read_text().split()
+    assert arguments["DEVICE"] == "cpu"
+    copied = [
+        source
+        for line in re.findall(r"^COPY --chown=\S+ (.*)$", text, re.MULTILINE)
+        for source in line.split()[:-1]
+    ]
+    assert all((ROOT / source).exists() for source in copied)
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
+    assert kept == set(copied)

@@ -33,6 +33,8 @@ from gmm_dist.reading import read
 ROOT = Path(__file__).parent.parent
 Errors = pytest.CaptureFixture[str]
 
+pytestmark = pytest.mark.unchecked  # whole jobs
+
 
 def table(n: int = 600, *, seed: int = 0) -> pa.Table:
     """Return rows of three clusters, in two float columns, with a day and a weight."""

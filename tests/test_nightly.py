@@ -40,6 +40,8 @@ Errors = pytest.CaptureFixture[str]
 A, B, C = (0.0, 0.0, 1.0), (12.0, 0.0, 1.0), (0.0, 12.0, 1.0)
 FIRST: dict[str, Cluster] = {"a": A, "b": B, "c": C}
 
+pytestmark = pytest.mark.unchecked  # whole jobs
+
 
 def night(day: int) -> str:
     return f"2026-11-{day:02d}"

@@ -40,6 +40,8 @@ MIXTURE = mixtures.parameters("full", 4, 2)
 TRAINING = mixtures.rows(MIXTURE, 20_000)
 Errors = pytest.CaptureFixture[str]
 
+pytestmark = pytest.mark.unchecked  # whole jobs
+
 
 def model_at(url: str, **changes: object) -> str:
     """Commit a model of the features x and y, and return where."""

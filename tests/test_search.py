@@ -230,6 +230,7 @@ def test_finalists_are_the_best_first_and_different_optima(alone):
 # --- the same bits ---
 
 
+@pytest.mark.unchecked
 def test_the_random_state_decides_the_bits():
     X = mixtures.rows(mixtures.parameters("full", 4, 2), 400)
     X = X - X.mean(0)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ending
@@ -23,6 +23,18 @@ from gmm_dist.errors import UserError
 
 AGAIN = Again(str(ROOT / "jobs" / "sweep.py"), ["D", "--k", "2", "--output", "O"])
 STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_a_terminal_leaves_them() -> Iterator[None]:
+    """Have no signal ignored, though nohup may run the tests."""
+    before = {number: signal.getsignal(number) for number in STATUSES}
+    for number in STATUSES:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", STATUSES)
@@ -48,6 +60,20 @@ def test_a_signal_ends_the_job_with_its_status_and_the_command_that_goes_on(
     assert err.startswith(f"error: stopped by {number.name}; go on with: python ")
     assert err.endswith("sweep.py D --k 2 --output O --resume\n")
     assert [signal.getsignal(each) for each in STATUSES] == before
+
+
+@pytest.mark.parametrize("number", STATUSES)
+def test_a_signal_that_the_parent_has_ignored_stays_ignored(number: signal.Signals) -> None:
+    done = []
+
+    def job(argv: Sequence[str]) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        done.append(True)
+
+    signal.signal(number, signal.SIG_IGN)
+    assert run(job, []) == 0
+    assert done == [True]
 
 
 def test_an_error_that_a_signal_caused_is_told_as_the_signal(capfd: Errors) -> None:

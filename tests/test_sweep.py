@@ -47,6 +47,7 @@ def scikit_learns_bic(X, k, kind) -> float:
     return model.fit(X.numpy()).bic(X.numpy())
 
 
+@pytest.mark.unchecked
 def test_bic_finds_the_three_clusters():
     X = classic()
     result = run(X, [Candidate(k, "full") for k in range(1, 7)])
@@ -65,6 +66,7 @@ def test_equals_scikit_learns_best_of_ten_starts(kind):
     assert result.scored[0].bic == pytest.approx(scikit_learns_bic(X, 3, kind), rel=1e-6)
 
 
+@pytest.mark.unchecked
 def test_types_compete_and_share_the_passes():
     result = run(classic(), [Candidate(k, kind) for kind in COVARIANCE_TYPES for k in (2, 3, 4)])
     assert result.best is not None
@@ -279,6 +281,7 @@ def badly(monkeypatch, k: int, scale: float) -> None:
     monkeypatch.setattr(sweep_module, "search", search)
 
 
+@pytest.mark.unchecked
 def test_a_fit_that_ends_below_a_smaller_one_goes_on_from_that(monkeypatch):
     X = classic()
     candidates = [Candidate(k, "full") for k in (4, 2, 3)]

@@ -21,6 +21,8 @@ LABELS = np.arange(400) % 4 > 0
 X = np.random.default_rng(5).normal(size=(400, 2)) + 6.0 * LABELS[:, None]
 WEIGHT = np.random.default_rng(6).uniform(0.5, 1.5, 400)
 
+pytestmark = pytest.mark.unchecked  # long fits
+
 
 def chosen(weight):
     return _chosen(tuple(weight))

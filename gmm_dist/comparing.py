@@ -134,13 +134,12 @@ def value_type(type_: pa.DataType) -> pa.DataType:
     return type_
 
 
-def extremes(chunk: pq.ColumnChunkMetaData, type_: pa.DataType) -> tuple[Key, Key] | None:
+def extremes(found: pq.Statistics | None, type_: pa.DataType) -> tuple[Key, Key] | None:
     """Return least and largest key of a column's values in a row group, if its footer tells.
 
     They are bounds: a writer may have cut long texts. Those of some writers are the wrong way
     round, and tell nothing.
     """
-    found = chunk.statistics
     if found is None or not found.has_min_max:
         return None
     bounds = _bounds(found, type_)

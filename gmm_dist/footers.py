@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from gmm_dist.column_types import is_embedding, is_numeric
 from gmm_dist.comparing import Key, Passing, extremes, value_type
+from gmm_dist.decoding import statistics, stored_in
 
 Extent = tuple[Key, Key]
 
@@ -29,15 +30,33 @@ def _n_leaves(type_: pa.DataType) -> int:
     return sum(_n_leaves(type_.field(i).type) for i in range(type_.num_fields)) or 1
 
 
-def contradiction(metadata: pq.FileMetaData) -> str | None:
-    """Say where a footer tells the number of rows in two ways; None where it does not."""
+def looked_at(metadata: pq.FileMetaData, names: Collection[str] | None) -> list[int]:
+    """Return the Parquet columns to ask of when those of these names are wanted (None: all).
+
+    One at least is without lists, where there is any: see `contradiction`.
+    """
+    every = range(metadata.num_columns)
+    if names is None:
+        return list(every)
+    found = set(itertools.chain.from_iterable(stored_in(metadata, names).values()))
+    return sorted(found if _flat(metadata, found) else {*found, *_flat(metadata, every)[:1]})
+
+
+def _flat(metadata: pq.FileMetaData, leaves: Iterable[int]) -> list[int]:
+    return [i for i in leaves if not metadata.schema.column(i).max_repetition_level]
+
+
+def contradiction(metadata: pq.FileMetaData, leaves: Iterable[int]) -> str | None:
+    """Say where a footer tells the number of rows in two ways; None where it does not.
+
+    Only these Parquet columns are asked of.
+    """
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     rows = sum(group.num_rows for group in groups)
     if rows != metadata.num_rows:
         return f"the footer promises {metadata.num_rows:,} rows, its row groups {rows:,}"
-    leaves = range(metadata.num_columns)
     # A column without lists has a value for each row, if only a null: one such column will tell.
-    flat = next((i for i in leaves if not metadata.schema.column(i).max_repetition_level), None)
+    flat = next(iter(_flat(metadata, leaves)), None)
     for number, group in enumerate(groups):
         values = group.num_rows if flat is None else group.column(flat).num_values
         if group.num_rows < 0 or values != group.num_rows:
@@ -85,20 +104,27 @@ def matching_groups(
     return [
         group
         for group in range(metadata.num_row_groups)
-        if all(_may_pass(metadata.row_group(group), *one) for one in at)
+        if all(_may_pass(metadata, group, *one) for one in at)
     ]
 
 
-def _may_pass(group: pq.RowGroupMetaData, leaf: int, type_: pa.DataType, passing: Passing) -> bool:
+def _told(metadata: pq.FileMetaData, group: int, leaf: int) -> pq.Statistics | None:
+    return statistics(
+        metadata.row_group(group).column(leaf), metadata.schema.column(leaf).physical_type
+    )
+
+
+def _may_pass(
+    metadata: pq.FileMetaData, group: int, leaf: int, type_: pa.DataType, passing: Passing
+) -> bool:
     if passing.never:
         return False
-    chunk = group.column(leaf)
-    found = chunk.statistics
-    if found is not None and found.has_null_count and found.null_count == group.num_rows > 0:
+    found, rows = _told(metadata, group, leaf), metadata.row_group(group).num_rows
+    if found is not None and found.has_null_count and found.null_count == rows > 0:
         return bool(found.has_min_max)  # of nothing but nulls? then neither is to be trusted
     if type_ != passing.type or (pa.types.is_decimal(type_) and type_.bit_width < 128):
         return True  # plans that were made before have read such row groups
-    bounds = extremes(chunk, type_)
+    bounds = extremes(found, type_)
     return bounds is None or passing.may_hold(*bounds)
 
 
@@ -118,7 +144,7 @@ def nulls(
     if among is not None and not among:
         return {}
     wanted = [
-        (name, place.start)
+        (name, place.start, metadata.schema.column(place.start).physical_type)
         for name, place, type_ in zip(schema.names, leaves(schema), schema.types, strict=True)
         if (among is None or name in among) and _could_be_feature(type_)
     ]
@@ -127,8 +153,8 @@ def nulls(
         if (most := most - len(wanted)) < 0:
             break
         row_group = metadata.row_group(group)
-        for name, leaf in wanted:
-            told = row_group.column(leaf).statistics
+        for name, leaf, physical_type in wanted:
+            told = statistics(row_group.column(leaf), physical_type)
             if told is not None and told.has_null_count and told.null_count > 0:
                 found.setdefault(name, (group, told.null_count))
     return found
@@ -149,7 +175,7 @@ def extents(
         if column < 0:
             continue
         leaf, type_ = places[column].start, schema.field(column).type
-        bounds = [extremes(metadata.row_group(group).column(leaf), type_) for group in groups]
+        bounds = [extremes(_told(metadata, group, leaf), type_) for group in groups]
         told = [bound for bound in bounds if bound is not None]
         if told:
             found[name] = min(low for low, _ in told), max(high for _, high in told)

@@ -25,6 +25,7 @@ Array = npt.NDArray[Any]
 Rows = Array | Tensor
 
 _MOST_NAMES = 8  # of features, in a message
+_TIME = re.compile(r"[<>=]?(date|time|duration|[mM]8)", re.IGNORECASE)
 # Stands for a model that was loaded, by its name, where scikit-learn checks rows.
 _Loaded: type[BaseEstimator] = type("Mixture", (BaseEstimator,), {})
 
@@ -191,6 +192,11 @@ def checked_start(value: Any, shape: tuple[int, ...], name: str) -> Tensor:
 
 
 def _checked_tensor(estimator: BaseEstimator, X: Tensor, reset: bool, n_min: int) -> Tensor:
+    kind = next(
+        (kind for kind in ("nested", "quantized", "meta") if getattr(X, f"is_{kind}")), None
+    )
+    if kind is not None:
+        raise ValueError(f"X is a {kind} tensor: give a dense one of numbers")
     if X.layout is not torch.strided:
         raise ValueError(f"X is a sparse tensor ({X.layout}): give a dense one, X.to_dense()")
     if X.ndim != 2:
@@ -214,10 +220,31 @@ def _readable(X: Any) -> Any:
     if not isinstance(X, Tensor) and is_foreign(X):
         return from_dlpack(X)
     X = unmasked(X, "X")
+    _refuse_no_numbers(X)
     pa = sys.modules.get("pyarrow")
     if pa is not None and isinstance(X, pa.RecordBatch):
         return pa.Table.from_batches([X])  # whose names scikit-learn reads
     return X
+
+
+def _refuse_no_numbers(X: Any) -> None:
+    """Raise ValueError for kinds of X that NumPy would misread or not explain."""
+    if type(X).__name__ == "LazyFrame":
+        raise ValueError("X is a LazyFrame, whose rows are not there yet: give X.collect()")
+    if isinstance(X, np.ndarray) and X.dtype.names:
+        raise ValueError(
+            "X is a structured array: give a table of its columns, or rows of numbers "
+            "(numpy.lib.recfunctions.structured_to_unstructured)"
+        )
+    schema = getattr(X, "schema", None)  # of pyarrow and polars; pandas and NumPy have dtypes
+    found = getattr(schema, "types", getattr(X, "dtypes", [getattr(X, "dtype", "")]))
+    types = found if hasattr(found, "__iter__") else [found]  # of a series
+    # An instant that is missing would be the number -9.2e18.
+    times = [str(type_) for type_ in types if _TIME.match(str(type_))]
+    if times:
+        raise ValueError(
+            f"X holds dates, times or durations ({times[0]}): give numbers, in a unit of your own"
+        )
 
 
 def _shaped(estimator: BaseEstimator, X: Any, reset: bool, n_min: int) -> Rows:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from gmm_dist import footers, listing, nights, storage
 from gmm_dist.columns import Chosen, Columns
 from gmm_dist.comparing import stored
-from gmm_dist.decoding import parquet_file
+from gmm_dist.decoding import parquet_file, require_sound
 from gmm_dist.errors import NoRows, TooFewRows, UserError
 from gmm_dist.footers import Extent
 from gmm_dist.formats import counted
@@ -148,10 +148,11 @@ class _Footer:
 class _Questions:
     """Say what is asked of footers: the filter by row, columns that may have no null or are kept.
 
-    `no_nulls` are the names (None: all columns) to be asked for nulls, `chunks` how many of a
-    file's column chunks at most.
+    `names` are the columns that may be read (None: all), `no_nulls` those of them to be asked for
+    nulls, `chunks` how many of a file's column chunks at most.
     """
 
+    names: Collection[str] | None
     tested: Where | None
     no_nulls: Collection[str] | None
     chunks: int
@@ -224,7 +225,10 @@ def plan(
     files = _matching_files(found, condition)
     may_fail = missing == "error" and tested is None
     no_nulls = _columns_of(columns) if may_fail else ()
-    questions = _Questions(tested, no_nulls, _CHUNKS_ASKED // len(files), keep)
+    names = _columns_of(columns)
+    if names is not None:
+        names = {*names, *keep, *(tested.columns if tested else ()), *filter(None, [weight_column])}
+    questions = _Questions(names, tested, no_nulls, _CHUNKS_ASKED // len(files), keep)
     told = _read_footers(found.root, files, questions)
     if not any(sum(footer.file.rows) for footer in told):
         n_files = counted(len(told), "Parquet file")
@@ -316,8 +320,10 @@ def _read_footers(root: str, files: Sequence[LakeFile], questions: _Questions) -
     def read(file: LakeFile) -> _Footer:
         with listing.opened(fs, path, root, file, footer=True) as source:
             parquet = parquet_file(source)
+            leaves = footers.looked_at(parquet.metadata, questions.names)
+            require_sound(parquet.metadata, file.size, leaves)
             footer = questions.of(file, parquet)
-        if lie := footers.contradiction(parquet.metadata):
+        if lie := footers.contradiction(parquet.metadata, leaves):
             name = listing.name_of(root, file)
             raise UserError(f"{name}: {lie}; write the file again or move it away")
         schema = known.setdefault(footer.schema.serialize().to_pybytes(), footer.schema)

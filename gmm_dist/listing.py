@@ -78,14 +78,17 @@ def find(url: str) -> Listing:
                 f"{root}: neither a file nor a folder (a pipe or a device); check the path"
             )
         parent, name = storage.parent_and_name(root)
+        table_formats.refuse_within(root, [name])
         table_formats.refuse_around(fs, path.rpartition("/")[0], root)
         _refuse_links_into_tables(fs, root, {path: found[path]})
-        return _partitioned(parent, [_listed(fs, name, found[path])])
+        return _partitioned(parent, [_listed(fs, parent, name, found[path])])
     relative = {name.removeprefix(path).lstrip("/"): info for name, info in found.items()}
     table_formats.refuse_within(root, relative)
+    with storage.explained(root):
+        table_formats.refuse_uncommitted(fs, root, relative)
     table_formats.refuse_around(fs, path, root)
     with storage.explained(root):
-        files = [_listed(fs, *item) for item in _data_files(fs, root, relative)]
+        files = [_listed(fs, root, *item) for item in _data_files(fs, root, relative)]
     return _partitioned(root, files)
 
 
@@ -193,8 +196,8 @@ def _check_name(name: str, where: str) -> None:
         ) from None
 
 
-def _listed(fs: AbstractFileSystem, name: str, info: Mapping[str, Any]) -> LakeFile:
-    size = _sized(name, info)["size"]
+def _listed(fs: AbstractFileSystem, root: Url, name: str, info: Mapping[str, Any]) -> LakeFile:
+    size = _sized(storage.join(root, name), info)["size"]
     # A web server's index spells names as URLs do.
     partition = _partition(unquote(name) if storage.is_http(fs) else name)
     version, identity = storage.version(fs, info), storage.identity(fs, info)
@@ -284,7 +287,8 @@ def opened(
             info = getattr(source, "details", None) or fs.info(path)
             if _is_other(fs, info, file):
                 raise changed
-            yield source if isinstance(source, pa.NativeFile) else _Exact(source, file.size)
+            is_native = isinstance(source, pa.NativeFile)
+            yield source if is_native else _Exact(source, file.size, is_http=storage.is_http(fs))
     except UserError as error:
         if isinstance(error.__cause__, UnicodeDecodeError):
             raise UserError(
@@ -297,7 +301,12 @@ def opened(
     except Exception as error:
         if type(error).__name__ == "FileExpired":  # s3fs: the store answered 412
             raise changed from error
-        if storage.is_transient(error) or not _is_about_the_file(fs, error):
+        if isinstance(error, _NoParts) or _is_about_parts(fs, error):
+            raise UserError(
+                f"{name}: the server sends no parts of the file; copy it to a disk or an object "
+                "store"
+            ) from error
+        if storage.is_transient(error) or not _is_about_the_file(error):
             raise
         reason = storage.line_of(error)
         # What the disk holds does not change on the way here.
@@ -319,13 +328,16 @@ def _is_refused_as_other(error: Exception) -> bool:
     return storage.http_status(error) in (404, 410, 412)
 
 
-def _is_about_the_file(fs: AbstractFileSystem, error: Exception) -> bool:
+def _is_about_parts(fs: AbstractFileSystem, error: Exception) -> bool:
+    # fsspec's way to say that a web server sends whole files alone.
+    is_arrows = isinstance(error, pa.ArrowInvalid)
+    return storage.is_http(fs) and isinstance(error, ValueError) and not is_arrows
+
+
+def _is_about_the_file(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno is None
-    # fsspec's way to say that a web server sends whole files alone.
-    return isinstance(error, pa.ArrowInvalid | pa.ArrowNotImplementedError) or (
-        storage.is_http(fs) and isinstance(error, ValueError)
-    )
+    return isinstance(error, pa.ArrowInvalid | pa.ArrowNotImplementedError)
 
 
 def _open(fs: AbstractFileSystem, path: str, file: LakeFile, *, footer: bool) -> Any:
@@ -357,14 +369,18 @@ def _open_http(fs: AbstractFileSystem, path: str, cache_type: str) -> Any:
     return source
 
 
+class _NoParts(Exception):  # noqa: N818 - it says what is wrong
+    """Report that a web server refuses to send a part of a file: fsspec makes it no bytes."""
+
+
 class _Exact(io.RawIOBase):
     """A file that reads as many bytes as are asked for and there, or raises TornReadError.
 
     Arrow would take what it gets, and blame the file.
     """
 
-    def __init__(self, source: Any, size: int) -> None:
-        self._source, self._size = source, size
+    def __init__(self, source: Any, size: int, *, is_http: bool = False) -> None:
+        self._source, self._size, self._is_http = source, size, is_http
 
     def readable(self) -> bool:
         return True
@@ -383,6 +399,8 @@ class _Exact(io.RawIOBase):
         there = max(self._size - start, 0)
         wanted = there if size is None or size < 0 else min(size, there)
         data: bytes = self._source.read(wanted)
+        if self._is_http and wanted and not data:
+            raise _NoParts(f"{wanted} bytes from {start} on")
         if len(data) != wanted:
             raise storage.TornReadError(f"{len(data)} of {wanted} bytes came from {start} on")
         return data

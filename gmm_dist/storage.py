@@ -71,6 +71,10 @@ def _opened(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]
     # Names may hold `::`, which url_to_fs would take for a chain.
     cls = fsspec.get_filesystem_class(protocol)
     options = {**cls._get_kwargs_from_urls(url), **options}
+    if protocol in ("http", "https"):
+        from gmm_dist.web_folders import WebFolders  # aiohttp, only when a URL needs it
+
+        return WebFolders(**options), cls._strip_protocol(url)
     return fsspec.filesystem(protocol, **options), cls._strip_protocol(url)
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from gmm_dist import reading, storage
 from gmm_dist.comparing import stored
-from gmm_dist.decoding import parquet_file, wrong_rows
+from gmm_dist.decoding import parquet_file, statistics, stored_in, wrong_rows
 from gmm_dist.errors import UserError
 from gmm_dist.lake import Plan, RowRange
 from gmm_dist.listing import name_of, opened
@@ -25,6 +25,8 @@ BATCH_BYTES = 1 << 25
 _LEAST_ROWS = 1024
 _WHOLE_BYTES = 1 << 27  # up to here a row group is fetched at once
 _BUFFER_BYTES = 1 << 22  # of each column, of a larger one
+
+_Chunk = tuple[str, pq.ColumnChunkMetaData]
 
 
 def row_groups(plan: Plan) -> tuple[tuple[int, ...], ...]:
@@ -146,9 +148,8 @@ class _Batches:
         wanted = {*self._plan.read_columns, *self._plan.kept} & set(
             metadata.schema.to_arrow_schema().names
         )
-        stored = metadata.row_group(group)
-        chunks = itertools.chain.from_iterable(_chunks(stored, wanted).values())
-        size = sum(chunk.total_compressed_size for chunk in chunks)
+        chunks = itertools.chain.from_iterable(_chunks(metadata, group, wanted).values())
+        size = sum(chunk.total_compressed_size for _, chunk in chunks)
         whole = size <= _WHOLE_BYTES
         parquet = parquet_file(
             self._source,
@@ -157,46 +158,45 @@ class _Batches:
             buffer_size=0 if whole else _BUFFER_BYTES,
         )
         self._batches = parquet.iter_batches(
-            self._batch_rows(stored), row_groups=[group], columns=sorted(wanted), use_threads=False
+            self._batch_rows(metadata, group),
+            row_groups=[group],
+            columns=sorted(wanted),
+            use_threads=False,
         )
         row = 0
         while row < start:
             row += next(self._batches).num_rows
 
-    def _batch_rows(self, group: pq.RowGroupMetaData) -> int:
+    def _batch_rows(self, metadata: pq.FileMetaData, group: int) -> int:
         """Return how many rows make up a batch; the file and the plan alone decide it."""
         plan = self._plan
         others = {*plan.read_columns, *plan.kept} - {*plan.columns}
         width = 8 * plan.n_features + self._beside
+        rows = metadata.row_group(group).num_rows
         width += sum(
-            _value_bytes(group.num_rows, chunks, plan.schema.field(name))
-            for name, chunks in _chunks(group, others).items()
+            _value_bytes(rows, chunks, plan.schema.field(name))
+            for name, chunks in _chunks(metadata, group, others).items()
         )
         return min(max(BATCH_BYTES // width, _LEAST_ROWS), BATCH_ROWS)
 
 
 def _chunks(
-    group: pq.RowGroupMetaData, names: Collection[str]
-) -> dict[str, list[pq.ColumnChunkMetaData]]:
-    """Return what a row group stores of each column: a name may have dots, nested ones add more."""
-    found: dict[str, list[pq.ColumnChunkMetaData]] = {name: [] for name in names}
-    for index in range(group.num_columns):
-        chunk = group.column(index)
-        for name in itertools.accumulate(chunk.path_in_schema.split("."), "{}.{}".format):
-            if name in found:
-                found[name].append(chunk)
-    return found
+    metadata: pq.FileMetaData, group: int, names: Collection[str]
+) -> dict[str, list[_Chunk]]:
+    """Return what a row group stores of each column, and its types by the schema."""
+    stored = metadata.row_group(group)
+    return {
+        name: [(metadata.schema.column(i).physical_type, stored.column(i)) for i in leaves]
+        for name, leaves in stored_in(metadata, names).items()
+    }
 
 
-def _value_bytes(rows: int, chunks: Sequence[pq.ColumnChunkMetaData], field: pa.Field) -> int:
+def _value_bytes(rows: int, chunks: Sequence[_Chunk], field: pa.Field) -> int:
     """Return about how many bytes a column's value takes when it is decoded."""
-    stored: int = sum(chunk.total_uncompressed_size for chunk in chunks) // max(rows, 1)
+    stored: int = sum(chunk.total_uncompressed_size for _, chunk in chunks) // max(rows, 1)
     # A dictionary stores once what is decoded many times: then the type or the extremes tell.
-    texts = [
-        chunk.statistics
-        for chunk in chunks
-        if chunk.physical_type == "BYTE_ARRAY" and chunk.statistics and chunk.statistics.has_min_max
-    ]
+    told = [statistics(chunk, type_) for type_, chunk in chunks if type_ == "BYTE_ARRAY"]
+    texts = [found for found in told if found is not None and found.has_min_max]
     longest = sum(max(len(found.min_raw), len(found.max_raw)) for found in texts)
     fixed = field.type.bit_width // 8 if pa.types.is_primitive(field.type) else 0
     return max(stored, longest, fixed)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -52,6 +55,9 @@ _FORMATS = (
         "manifest",
         re.compile(r"^manifest-list-"),
     ),
+    # Whose catalogue is elsewhere; and a folder of data that was copied without the table's.
+    _Format("a DuckLake table", re.compile(r"(^|/)ducklake-[0-9a-f-]{36}(-delete)?\.parquet$")),
+    _Format("an Iceberg table", re.compile(r"(^|/)\d{5}-\d+-[0-9a-f-]{36}-\d+-deletes\.parquet$")),
     # Of seven digits: a date has eight.
     _Format(
         "a transactional Hive table",
@@ -66,6 +72,58 @@ def refuse_within(root: str, names: Iterable[str]) -> None:
         for known in _FORMATS:
             if known.mark.search(name):
                 raise _refusal(root, known, name)
+
+
+_MARK = re.compile(r"(?P<folder>(?:.*/)?)_(?P<step>started|committed)_(?P<id>\d+)")
+_TID = re.compile(r"(?P<folder>(?:.*/)?)[^/]*-tid-(?P<id>\d+)-[^/]*")
+
+
+def refuse_uncommitted(
+    fs: AbstractFileSystem, root: str, found: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise a UserError for files of a write of Databricks that was not committed, or undone.
+
+    It writes `_started_7` and, when all files `*-tid-7-*` are there, `_committed_7`, a list of what
+    was added and what, though there, is removed.
+
+    Raises:
+        UserError: `found` are a folder's files, by name, and there are such among them.
+    """
+    marks = [(name, mark) for name in sorted(found) if (mark := _MARK.fullmatch(name))]
+    steps = {(mark["folder"], mark["id"], mark["step"]) for _, mark in marks}
+    for name in sorted(found) if marks else ():
+        part = _TID.fullmatch(name)
+        if part is None:
+            continue
+        is_started, is_committed = (
+            (part["folder"], part["id"], step) in steps for step in ("started", "committed")
+        )
+        if is_started and not is_committed:
+            raise _uncommitted(root, name, f"was never committed ({_step(part, 'started')})")
+    for name, mark in marks:
+        if mark["step"] == "committed":
+            for removed in _removed(fs, found[name]["name"]):
+                if mark["folder"] + removed in found:
+                    raise _uncommitted(root, mark["folder"] + removed, f"was removed ({name})")
+
+
+def _step(part: re.Match[str], step: str) -> str:
+    return f"{part['folder']}_{step}_{part['id']}"
+
+
+def _uncommitted(root: str, name: str, what: str) -> UserError:
+    return UserError(
+        f"{storage.redacted(storage.join(root, name))}: a file of Databricks that {what}; remove "
+        "such files (VACUUM does), or export the rows to a folder of Parquet files and give that"
+    )
+
+
+def _removed(fs: AbstractFileSystem, path: str) -> list[str]:
+    text = storage.patiently(lambda: fs.cat_file(path), path)
+    listed: object = []
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        listed = json.loads(text)["removed"]
+    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
 
 
 def refuse_around(fs: AbstractFileSystem, folder: str, root: str) -> None:

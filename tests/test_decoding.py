@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 import io
 
@@ -9,6 +10,7 @@ import lakes
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
 import pytest
 
 from gmm_dist import lake, reading, streaming
@@ -184,3 +186,70 @@ def test_rows_beyond_those_that_a_footer_promises_are_not_passed_over(tmp_path):
     )
     with pytest.raises(UserError, match=message):
         lake.plan(str(tmp_path))
+
+
+# --- footers in which Arrow ends the process, where it is asked from Python
+
+
+def with_footer(path, was: bytes, now: bytes):
+    """Replace the first place of some bytes in a file's footer."""
+    data = path.read_bytes()
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    assert was in data[start:]
+    path.write_bytes(data[:start] + data[start:].replace(was, now, 1))
+
+
+DAMAGES = {
+    # Thrift has the type of a chunk (DOUBLE is 5, FIXED_LEN_BYTE_ARRAY 7) before its encodings.
+    "type": (b"\x15\x0a\x19", b"\x15\x0e\x19", "says both DOUBLE and FIXED_LEN_BYTE_ARRAY of"),
+    # OPTIONAL, of a column of the schema, becomes REQUIRED, which no histogram of levels fits.
+    "levels": (b"\x25\x02", b"\x25\x00", "level histogram size mismatch"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_footer_is_named_and_ends_no_process(tmp_path, damage):
+    was, now, reason = DAMAGES[damage]
+    columns = {"x": lakes.numbers(20), "y": lakes.numbers(20)}
+    path = lakes.write(tmp_path / "a.parquet", columns, rows_per_group=10)
+    with_footer(path, was, now)
+    message = f"{path}: cannot be read as Parquet .*{reason}.*; write the file again or move it"
+    for options in ({}, {"columns": ["x"]}, {"columns": ["y"], "where": "x > 0"}):
+        with pytest.raises(UserError, match=message):
+            lake.plan(str(path), **options)
+    with pytest.raises(UserError, match=message):
+        lake.plan(str(path), columns=["y"], keep=["x"], missing="mean")
+    if damage == "type":  # the chunk's alone: of another column it is no matter
+        assert lakes.read_all(lake.plan(str(path), columns=["y"]))[0].shape == (20, 1)
+
+
+class _Keys(encryption.KmsClient):
+    """Hands keys out unwrapped, to whoever asks."""
+
+    def __init__(self, _: object) -> None:
+        super().__init__()
+
+    def wrap_key(self, key_bytes, master_key_identifier):
+        return base64.b64encode(key_bytes)
+
+    def unwrap_key(self, wrapped_key, master_key_identifier):
+        return base64.b64decode(wrapped_key)
+
+
+def test_columns_beside_one_that_is_encrypted_are_read(tmp_path):
+    config = encryption.EncryptionConfiguration(
+        footer_key="f", column_keys={"c": ["secret"]}, plaintext_footer=True
+    )
+    locked = encryption.CryptoFactory(_Keys).file_encryption_properties(
+        encryption.KmsConnectionConfig(), config
+    )
+    table = pa.table({"secret": lakes.numbers(5), "x": np.arange(5.0), "i": np.arange(5)})
+    path = tmp_path / "a.parquet"
+    with pq.ParquetWriter(path, table.schema, encryption_properties=locked) as writer:
+        writer.write_table(table)
+    plan = lake.plan(str(path), columns=["x"], where="i >= 2")
+    assert lakes.read_all(plan)[0].ravel().tolist() == [2, 3, 4]
+    assert streamed(path, columns=["x"], keep=["i"])[0]["i"].to_pylist() == [0, 1, 2, 3, 4]
+    for options in ({}, {"columns": ["x"], "keep": ["secret"]}):
+        with pytest.raises(UserError, match=r"^\S*a\.parquet: cannot be read as Parquet .*decrypt"):
+            lake.plan(str(path), **options)

@@ -13,7 +13,7 @@ import lakes
 import numpy as np
 import pytest
 
-from gmm_dist import lake, listing, reading
+from gmm_dist import lake, listing, reading, web_folders
 from gmm_dist.errors import UserError
 
 
@@ -22,7 +22,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     etag = '"{}"'  # of the file's mtime; "" for none
-    dated, ranges = True, True
+    dated, ranges, refuses_ranges, sized = True, True, False, True
 
     def log_message(self, *_: object) -> None:
         pass
@@ -42,6 +42,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if "Range" in self.headers and not identity:
             self.send_error(406)
             return None
+        if "Range" in self.headers and self.refuses_ranges:
+            self.send_error(416)
+            return None
         asked = self.headers.get("Range") if self.ranges else None
         first, last = (
             map(int, asked.removeprefix("bytes=").split("-")) if asked else (0, len(whole))
@@ -55,7 +58,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             if value and (self.dated or name == "ETag"):
                 self.send_header(name, value)
         self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("Content-Length", str(len(part)))
+        if self.sized:
+            self.send_header("Content-Length", str(len(part)))
+        else:
+            self.send_header("Connection", "close")
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(part)
@@ -133,8 +139,53 @@ def test_a_server_without_ranges_serves_what_is_small(served, tmp_path, monkeypa
     url = f"{served}/dt=2026-11-02/a.parquet"
     assert len(lakes.read_all(lake.plan(url, columns=["i"]))[0]) == 50_000
     monkeypatch.setattr(listing, "_SMALL_BYTES", 0)
-    with pytest.raises(UserError, match=rf"^{url}: cannot be read .*support range requests"):
+    message = (
+        f"^{url}: the server sends no parts of the file; copy it to a disk or an object store$"
+    )
+    with pytest.raises(UserError, match=message):
         lake.plan(url)
+
+
+@pytest.mark.parametrize("small", [0, 2**21], ids=["ranges", "whole"])
+def test_a_server_that_refuses_ranges_is_not_waited_for(served, monkeypatch, small):
+    monkeypatch.setattr(listing, "_SMALL_BYTES", small)
+    monkeypatch.setattr(Handler, "refuses_ranges", True)
+    url = f"{served}/dt=2026-11-02/a.parquet"
+    with pytest.raises(UserError, match=f"^{url}: the server sends no parts of the file; copy"):
+        lake.plan(url)
+
+
+def test_a_server_that_tells_no_size_is_named(served, monkeypatch):
+    monkeypatch.setattr(Handler, "sized", False)
+    url = f"{served}/dt=2026-11-02/a.parquet"
+    with pytest.raises(UserError, match=f"^{url}: the server does not tell the size of the file"):
+        lake.plan(url)
+
+
+@pytest.mark.parametrize(
+    ("links", "names"),
+    [
+        # nginx, Apache and Python's; Caddy's; absolute ones, spelt otherwise than the folder.
+        ('<a href="../">../</a><A HREF="http.parquet">x</A>', ["http.parquet"]),
+        ("<a href='./a.parquet'>a</a><a href='./'>.</a>", ["a.parquet"]),
+        ('<a href="/lake/dt%3D1/a.parquet">a</a><a href="/other/b">b</a>', ["a.parquet"]),
+        ('<a href="HTTP_HOST/lake/dt=1/https-logs/">a</a>', ["https-logs/"]),
+        ('<a href="a&amp;b.parquet">a</a><a href="it&#39;s">b</a>', ["a&b.parquet", "it's"]),
+        ('<a href="12:00.parquet#top">x</a><a href="javascript:void(0)">x</a>', ["12:00.parquet"]),
+        ('<a href="mailto:a@b">x</a><a href="../c.parquet">x</a><a href="#x">x</a><a>x</a>', []),
+        ('<a href="http://elsewhere/lake/dt=1/a.parquet">x</a><a href="//e/lake/dt=1/a">x</a>', []),
+    ],
+)
+def test_what_an_index_page_names(links, names):
+    host = "http://host:8000"
+    for url in (f"{host}/lake/dt=1", f"{host}/lake/dt=1/"):
+        found = web_folders.named(links.replace("HTTP_HOST", host), url)
+        assert found == {f"{host}/lake/dt=1/{name}" for name in names}
+
+
+def test_files_and_folders_whose_names_begin_with_http_are_read(served, tmp_path):
+    lakes.write(tmp_path / "lake" / "https-logs" / "http.parquet", {"x": [1.0], "i": [50]})
+    assert sorted(lakes.read_all(lake.plan(served, columns=["i"]))[0].ravel()) == list(range(51))
 
 
 def test_what_is_not_there_is_said(served):

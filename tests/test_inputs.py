@@ -168,6 +168,25 @@ NO_ROWS = {
     "three axes": (np.zeros((2, 2, 2)), "dim 3"),
     "three axes of a tensor": (torch.zeros(2, 2, 2), "got 3D array"),
     "ragged": ([[1.0], [2.0, 3.0]], "inhomogeneous"),
+    "instants": (
+        np.array([[0, "NaT"]], "M8[s]"),
+        r"X holds dates, times or durations \(datetime64",
+    ),
+    "durations": (np.zeros((2, 2), "m8[D]"), r"X holds dates, times or durations \(timedelta64"),
+    "a frame of dates": (
+        frame().astype("int32").astype("date32[day][pyarrow]"),
+        r"dates, .* \(date32\[day\]",
+    ),
+    "a table with a time": (
+        pa.table({"x": [0.0], "y": pa.array([0], pa.timestamp("us"))}),
+        r"dates, times or durations \(timestamp\[us\]\)",
+    ),
+    "structured": (
+        np.zeros(2, [("x", "f8"), ("y", "f8")]),
+        "X is a structured array: give a table",
+    ),
+    "a meta tensor": (torch.empty(2, 2, device="meta"), "X is a meta tensor: give a dense one"),
+    "lazy": (type("LazyFrame", (), {})(), r"X is a LazyFrame, .*: give X.collect\(\)"),
     "a number": (3.0, "scalar"),
     "nothing": (None, "scalar"),
     "a mapping": ({"x": [0.0]}, "not 'dict'"),

@@ -80,7 +80,8 @@ MAY_IMPORT = {
         "weighting",
     },
     # The lake: neither EM, nor torch, nor Ray.
-    "storage": {"fsspec", "errors", "urls"},
+    "web_folders": {"fsspec"},
+    "storage": {"fsspec", "errors", "urls", "web_folders"},
     "comparing": {"numpy", "pyarrow"},
     "where": {"numpy", "pyarrow", "comparing", "errors"},
     "decoding": {"pyarrow", "errors"},
@@ -89,7 +90,7 @@ MAY_IMPORT = {
     "listing": {"fsspec", "pyarrow", "data_files", "errors", "storage", "table_formats"} | {"urls"},
     "column_types": {"pyarrow", "comparing"},
     "columns": {"pyarrow", "column_types", "errors", "listing", "storage", "where"},
-    "footers": {"pyarrow", "column_types", "comparing"},
+    "footers": {"pyarrow", "column_types", "comparing", "decoding"},
     "nights": {"pyarrow", "decoding", "errors", "listing", "storage", "urls", "where"},
     "lake": {"numpy", "pyarrow", "columns", "comparing", "decoding", "errors", "footers"}
     | {"formats", "listing", "nights", "storage", "urls", "where"},

@@ -279,7 +279,7 @@ def test_an_outage_between_listing_and_footers_is_outlasted(proxied):
     proxy, url = proxied
     found = listing.find(url)
     with proxy.outage(3):
-        footers = lake._read_footers(url, found.files, lake._Questions(None, (), 0, ()))
+        footers = lake._read_footers(url, found.files, lake._Questions(None, None, (), 0, ()))
     assert [footer.file.rows for footer in footers] == [(1000, 1000, 1000)] * 2
 
 

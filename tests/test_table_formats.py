@@ -78,6 +78,44 @@ def test_a_transactional_hive_table_is_refused(tmp_path, folder):
             lake.plan(str(part))
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ducklake-01963f4e-7c4a-7f00-8d2b-3a1b2c3d4e5f.parquet", "a DuckLake table"),
+        ("ducklake-01963f4e-7c4a-7f00-8d2b-3a1b2c3d4e5f-delete.parquet", "a DuckLake table"),
+        ("00000-4-0d3c1a52-7f00-4d2b-8a1b-2c3d4e5f6a7b-00001-deletes.parquet", "an Iceberg table"),
+    ],
+)
+def test_files_that_are_called_as_a_tables_are_refused(tmp_path, name, kind):
+    lakes.write(tmp_path / "main" / "t" / name, {"x": [1.0]})
+    for part in (tmp_path, tmp_path / "main" / "t" / name):
+        with pytest.raises(UserError, match=rf"^{part}: {kind} \(.*{name}\){REFUSED}"):
+            lake.plan(str(part))
+
+
+@pytest.mark.parametrize("folder", ["", "ds=1/"])
+def test_what_databricks_did_not_commit_is_refused(tmp_path, folder):
+    at = tmp_path / folder
+    kept, torn = (at / f"part-0-tid-{i}-ab-1-c000.snappy.parquet" for i in (12, 345))
+    for path, value in ((kept, 1.0), (torn, 2.0)):
+        lakes.write(path, {"x": [value]})
+    (at / "_started_12").touch()
+    (at / "_committed_12").write_text(f'{{"added":["{kept.name}"],"removed":["gone"]}}')
+    (at / "_started_345").touch()
+    (at / "_committed_vacuum5").write_text("{}")
+    message = f"^{torn}: a file of Databricks that was never committed .{folder}_started_345.; rem"
+    with pytest.raises(UserError, match=message):
+        lake.plan(str(tmp_path))
+    (at / "_committed_345").write_text(f'{{"added":["{torn.name}"],"removed":["{kept.name}"]}}')
+    message = (
+        f"^{kept}: a file of Databricks that was removed .{folder}_committed_345.; remove such"
+    )
+    with pytest.raises(UserError, match=message):
+        lake.plan(str(tmp_path))
+    (at / "_committed_345").write_text("no list")
+    assert lakes.read_all(lake.plan(str(tmp_path)))[0].ravel().tolist() == [1, 2]
+
+
 def test_a_partition_by_way_of_a_link_is_refused(tmp_path):
     table(tmp_path / "table", "_delta_log/0.json", "ds=1")
     (tmp_path / "link").symlink_to(tmp_path / "table" / "ds=1")

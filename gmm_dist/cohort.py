@@ -393,7 +393,9 @@ def _lead(lanes: Sequence[Lane], total: TotalMoments) -> float:
 
 
 def _is_useless(lane: Lane, total: TotalMoments) -> bool:
-    return lane.outcome is Outcome.SINGULAR or bool(degenerate_components(lane, total).any())
+    if lane.outcome is Outcome.SINGULAR or bool(_have_few_rows(lane).any()):
+        return True
+    return bool(degenerate_components(lane, total).any())
 
 
 def degenerate_components(lane: Lane, total: TotalMoments) -> Bool[Tensor, " k"]:
@@ -405,7 +407,8 @@ def degenerate_components(lane: Lane, total: TotalMoments) -> Bool[Tensor, " k"]
     """
     d, reg, kind = lane.parameters.n_features, lane.reg, lane.parameters.covariance_type
     few = _have_few_rows(lane)
-    if not bool((reg > 0).any()):
+    # Nothing more to know: the eigenvalues of wide covariances take longer than a pass.
+    if not bool((reg > 0).any()) or bool(few.all()):
         return few
     stack = Stack.of([lane.parameters])
     if kind == "spherical":  # whose one variance takes the mean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from gmm_dist.errors import UserError
 
@@ -36,10 +37,9 @@ class EMConfig:
     reg_unit: str = RELATIVE
 
     def __post_init__(self) -> None:
-        _require(self.tol >= 0 and math.isfinite(self.tol), "tol", self.tol, "a number >= 0")
-        _require(self.max_iter >= 1, "max_iter", self.max_iter, "a whole number >= 1")
-        reg_ok = self.reg_covar >= 0 and math.isfinite(self.reg_covar)
-        _require(reg_ok, "reg_covar", self.reg_covar, "a number >= 0")
+        _require(_is_size(self.tol), "tol", self.tol, "a number >= 0")
+        _require(_is_whole(self.max_iter, 1), "max_iter", self.max_iter, "a whole number >= 1")
+        _require(_is_size(self.reg_covar), "reg_covar", self.reg_covar, "a number >= 0")
         units = " or ".join(REG_UNITS)
         _require(self.reg_unit in REG_UNITS, "reg_unit", self.reg_unit, units)
         allowed = ", ".join(PRECISIONS)
@@ -65,14 +65,22 @@ class StartConfig:
     random_state: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.n_init >= 1, "n_init", self.n_init, "a whole number >= 1")
+        _require(_is_whole(self.n_init, 1), "n_init", self.n_init, "a whole number >= 1")
         _require(self.init in INITS, "init", self.init, f"one of {', '.join(INITS)}")
-        _require(self.moves >= 0, "moves", self.moves, "a whole number >= 0")
-        _require(self.finalists >= 1, "finalists", self.finalists, "a whole number >= 1")
-        sample_ok = self.n_sample is None or self.n_sample >= 1
+        _require(_is_whole(self.moves, 0), "moves", self.moves, "a whole number >= 0")
+        _require(_is_whole(self.finalists, 1), "finalists", self.finalists, "a whole number >= 1")
+        sample_ok = self.n_sample is None or _is_whole(self.n_sample, 1)
         _require(sample_ok, "n_sample", self.n_sample, "a whole number >= 1")
-        seed_ok = 0 <= self.random_state < 2**63
+        seed_ok = _is_whole(self.random_state, 0) and self.random_state < 2**63
         _require(seed_ok, "random_state", self.random_state, "a whole number from 0 to 2**63 - 1")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, Real) and 0 <= float(value) < math.inf
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and int(value) >= least
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

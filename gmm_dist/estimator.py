@@ -342,7 +342,13 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return self._best_of((trials[:1], trials[1:]), resident)
 
     def _require_warm(self, n_features: int) -> None:
-        if (fitted := tensor_of(self.means_).shape[1]) != n_features:
+        n_fitted, fitted = tensor_of(self.means_).shape
+        if n_fitted != self.n_components:
+            raise ValueError(
+                f"warm_start goes on from a fit of {n_fitted} components, but n_components is "
+                f"{self.n_components}: set it back, or fit without warm_start"
+            )
+        if fitted != n_features:
             raise ValueError(
                 f"warm_start goes on from a fit to {fitted} features, but X has {n_features}: "
                 "give rows of the same features, or a new estimator"
@@ -582,6 +588,7 @@ class GaussianMixture(BaseMixture):
     def _given_start(self, opened: Lake) -> Parameters | None:
         """Return the one start that the parameters give, if they do."""
         if self.warm_start and hasattr(self, "converged_"):
+            self._require_warm(self.means_.shape[1])  # of the lake's columns the sweep tells
             return self._parameters()
         given = (self.weights_init, self.means_init, self.precisions_init)
         if all(value is None for value in given):

@@ -389,6 +389,14 @@ def n_parameters(covariance_type: str, n_components: int, n_features: int) -> in
     return others + family.n_covariance_parameters(n_components, n_features)
 
 
+def most_components(covariance_type: str, n_rows: int, n_features: int) -> int:
+    """Return of how many components a fit to so many rows may be ranked; 0 for none."""
+    family = FAMILIES[covariance_type]
+    if n_rows < family.least_rows_in_all(n_features):
+        return 0
+    return n_rows // family.least_rows(n_features)
+
+
 def log_weights(stack: Stack) -> Float64[Tensor, " K"]:
     """Return the logarithms of the mixing weights, with `NEVER` in place of -inf."""
     given = stack.weights.log() if stack.log_weights is None else stack.log_weights

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.errors import UserError
+from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.estimator import (
     GaussianMixture,
     adopt,
@@ -21,12 +21,16 @@ from gmm_dist.estimator import (
     require_lake_settings,
     seed_of,
 )
-from gmm_dist.families import FAMILIES
+from gmm_dist.families import FAMILIES, most_components
+from gmm_dist.formats import counted
 from gmm_dist.inputs import Space, require_rows_or_lake, space_of
 from gmm_dist.opened import Lake
 from gmm_dist.resident import one_thread
 from gmm_dist.selection import CRITERIA, Candidate, Scored, SweepResult
-from gmm_dist.sweep import sweep
+from gmm_dist.sweep import require_rows, sweep
+
+SIZES, KINDS = range(2, 21), ("full", "diag")
+"""What is tried where nothing is asked for: of these, what the rows can tell apart."""
 
 _COLUMNS = ("rank", "k", "covariance_type", "bic", "aic", "icl", "log_likelihood", "status")
 _PER_ROW = "mean log-likelihood, nats per row"
@@ -37,13 +41,15 @@ class Selection:
     """What `select` found: prints as a table, the best first; `best` is fitted.
 
     `result` has everything that was measured, about the rows' shared centre; of a lake
-    (`is_lake`), rows could be held out.
+    (`is_lake`), rows could be held out. `left_out` says which of the default candidates were not
+    fitted, for the rows are too few for them; "" for none.
     """
 
     result: SweepResult
     best: GaussianMixture
     feature_names: tuple[str, ...]
     is_lake: bool = False
+    left_out: str = ""
 
     @property
     def criterion(self) -> str:
@@ -64,7 +70,8 @@ class Selection:
         found = self.result.warnings(
             names, lambda k: f"select again with k from {k}", holds_out=self.is_lake
         )
-        return [of_arguments(text) for text in found]
+        found = [of_arguments(text) for text in found]
+        return [self.left_out, *found] if self.left_out else found
 
     def to_frame(self) -> Any:
         """Return `rows` as a pandas DataFrame. Raises ImportError without pandas."""
@@ -107,8 +114,8 @@ class Selection:
 
 def select(
     X: Any,
-    k: int | Iterable[int] = range(2, 21),
-    covariance_types: str | Sequence[str] = ("full", "diag"),
+    k: int | Iterable[int] = SIZES,
+    covariance_types: str | Sequence[str] = KINDS,
     criterion: str = "bic",
     *,
     sample_weight: Any = None,
@@ -125,10 +132,12 @@ def select(
     """Fit every k with every covariance type in the same passes over the rows, and rank them.
 
     `X` is what `GaussianMixture.fit` takes: rows in memory (n, d), with `sample_weight` (n,),
-    `device` and `shards` as there, or a lake. Starts come from a search on a sample, `n_init`
-    seeded by `init_params` and then moved about. `reg_covar` counts in units of each feature's
-    variance over all rows, as in the jobs, so that the features' units change nothing; a fit of
-    `GaussianMixture` itself takes it as scikit-learn does, in squared feature units.
+    `device` and `shards` as there, or a lake. Of the default `k` and `covariance_types` those are
+    left out for which rows in memory are too few; what is asked for is fitted, ranked or not.
+    Starts come from a search on a sample, `n_init` seeded by `init_params` and then moved about.
+    `reg_covar` counts in units of each feature's variance over all rows, as in the jobs, so that
+    the features' units change nothing; a fit of `GaussianMixture` itself takes it as scikit-learn
+    does, in squared feature units.
     `criterion`: "bic", "aic", "icl" (lower is better), or "holdout", the mean log-likelihood of
     a lake's held-out rows. `random_state` is what scikit-learn takes.
 
@@ -138,8 +147,7 @@ def select(
     candidates = _candidates(k, covariance_types)
     if criterion not in CRITERIA:
         raise UserError(f"criterion is {criterion!r}: give one of {', '.join(CRITERIA)}")
-    config = EMConfig(tol, max_iter, reg_covar, precision)
-    start = StartConfig(n_init, init_params, random_state=seed_of(random_state))
+    seed = seed_of(random_state)
     best = GaussianMixture(
         tol=tol,
         max_iter=max_iter,
@@ -151,6 +159,8 @@ def select(
         covariance_type=candidates[0].covariance_type,
     )
     best._validate_params()
+    config = EMConfig(tol, max_iter, reg_covar, precision)
+    start = StartConfig(n_init, init_params, random_state=seed)
     require_rows_or_lake(X)
     with one_thread(), in_python():
         if isinstance(X, Lake):
@@ -166,9 +176,14 @@ def select(
         if criterion == "holdout":
             raise UserError("criterion 'holdout' is for lakes: open_lake(..., holdout=0.1)")
         rows, weight = best._checked_rows(X, sample_weight)
+        if k is not SIZES:
+            require_rows(candidates, len(rows))
+        asked, n, d = candidates, len(rows), rows.shape[1]
+        candidates = _bearable(asked, n, d, any_k=k is SIZES, any_kind=covariance_types is KINDS)
+        left_out = _left_out(asked, candidates, n, d)
+        best.set_params(covariance_type=candidates[0].covariance_type)
         names = tuple(getattr(best, "feature_names_in_", ()))
         resident = best._resident(rows, weight)
-        d = rows.shape[1]
         result = sweep(
             resident.shards,
             candidates,
@@ -179,11 +194,12 @@ def select(
             centre=resident.centre,
             criterion=criterion,
         )
-        return _selected(best, result, resident.centre, names, space_of(X, rows))
+        space = space_of(X, rows)
+        return _selected(best, result, resident.centre, names, space, left_out=left_out)
 
 
 def _candidates(k: int | Iterable[int], kinds: str | Sequence[str]) -> list[Candidate]:
-    ks = [k] if isinstance(k, Integral) or not isinstance(k, Iterable) else list(k)
+    ks = list(k) if isinstance(k, Iterable) and not isinstance(k, str) else [k]
     if wrong := [size for size in ks if not isinstance(size, Integral) or isinstance(size, bool)]:
         raise UserError(f"k has {wrong[0]!r}: give a whole number >= 1, or several")
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
@@ -194,6 +210,40 @@ def _candidates(k: int | Iterable[int], kinds: str | Sequence[str]) -> list[Cand
     return [Candidate(int(size), kind) for kind, size in itertools.product(kinds, ks)]
 
 
+def _bearable(
+    candidates: Sequence[Candidate], n_rows: int, d: int, *, any_k: bool, any_kind: bool
+) -> list[Candidate]:
+    """Return the candidates that so many rows can rank, of those that were not asked for by name.
+
+    `any_k` and `any_kind` say that sizes, covariance types are the default ones. Raises TooFewRows
+    where none is left.
+    """
+    least = min(candidate.k for candidate in candidates)
+    kept = []
+    for candidate in candidates:
+        most = most_components(candidate.covariance_type, n_rows, d)
+        if not (any_k and candidate.k > most) and not (any_kind and least > most):
+            kept.append(candidate)
+    if not kept:
+        kinds = " or ".join(dict.fromkeys(candidate.covariance_type for candidate in candidates))
+        raise TooFewRows(
+            f"{counted(n_rows, 'row')} of {counted(d, 'feature')} are too few for "
+            f"{counted(least, 'component')}, {kinds}: give more rows, or ask for a smaller k or "
+            "for other covariance_types"
+        )
+    return kept
+
+
+def _left_out(asked: Sequence[Candidate], kept: Sequence[Candidate], n_rows: int, d: int) -> str:
+    """Say which candidates are not among those that are kept."""
+    told = []
+    for kind in dict.fromkeys(c.covariance_type for c in asked if c not in kept):
+        most = max((c.k for c in kept if c.covariance_type == kind), default=0)
+        told.append(f"{kind} with k above {most}" if most else f"{kind} covariances")
+    rows = f"{counted(n_rows, 'row')} of {counted(d, 'feature')} are too few for them"
+    return f"not tried: {' and '.join(told)}, for {rows}" if told else ""
+
+
 def _selected(
     best: GaussianMixture,
     result: SweepResult,
@@ -202,6 +252,7 @@ def _selected(
     space: Space,
     *,
     is_lake: bool = False,
+    left_out: str = "",
 ) -> Selection:
     if result.best is None:
         raise UserError(
@@ -211,7 +262,7 @@ def _selected(
     candidate = result.best.candidate
     best.set_params(n_components=candidate.k, covariance_type=candidate.covariance_type)
     adopt(best, result.best.fit, centre, names, space)
-    return Selection(result, best, names, is_lake)
+    return Selection(result, best, names, is_lake, left_out)
 
 
 _LABELS = {"bic": "BIC", "aic": "AIC", "icl": "ICL", "holdout": "held-out log-likelihood per row"}

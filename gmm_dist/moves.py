@@ -88,9 +88,10 @@ def _split(
         seeds = seeding.k_means_plus_plus(Z, weight, 2, generator)
         trials.append(seeding.nearest(Z, seeding.lloyd(Z, weight, Z[seeds], _LLOYD)))
     own = _own_type(parameters)
-    whole = seeding.start_of(X, weight, torch.zeros(len(X), dtype=torch.int64), 1, own)
+    pooled = seeding.Pooled.of(X, weight, own)
+    whole = seeding.start_of(X, weight, torch.zeros(len(X), dtype=torch.int64), 1, own, pooled)
     found = [
-        _split_by(parameters, component, X, weight, labels, whole)
+        _split_by(parameters, component, X, weight, labels, whole, pooled)
         for labels in trials
         if 0 < int(labels.sum()) < len(labels)
     ]
@@ -122,12 +123,13 @@ def _split_by(
     weight: Tensor,
     labels: Tensor,
     whole: Parameters,
+    pooled: seeding.Pooled,
 ) -> Split:
     """Return the split by labels 0 and 1; `whole` is the one Gaussian of all the rows."""
     kind = parameters.covariance_type
     mass = torch.stack([weight[labels == 0].sum(), weight[labels == 1].sum()])
     share = mass / mass.sum()
-    halves = seeding.start_of(X, weight, labels, 2, _own_type(parameters))
+    halves = seeding.start_of(X, weight, labels, 2, _own_type(parameters), pooled)
     if kind == "tied":
         covariances = [parameters.covariances] * 2
         n_samples = mass.sum() / parameters.weights[component].clamp_min(_TINY)

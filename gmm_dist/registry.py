@@ -86,7 +86,7 @@ class Lineage:
                 ids=_distinct(content["ids"]),
                 born=_distinct(content["born"]),
                 dead=_distinct(content["dead"]),
-                n_rows=content["n_rows"],
+                n_rows=_count(content["n_rows"]),
                 columns=dict(content["columns"]),
             )
 
@@ -140,6 +140,13 @@ def _distinct(ids: Sequence[object]) -> tuple[int, ...]:
     if len(found) != len(ids) or len(set(found)) != len(found):
         raise ValueError(f"{_shown(ids)} are not different whole numbers from 0 up")
     return found
+
+
+def _count(value: object) -> int:
+    """Return a number of rows; ValueError for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no number of rows")
+    return value
 
 
 def _shown(ids: Sequence[object]) -> str:
@@ -210,7 +217,13 @@ class Registry:
                 return None
             url = self.model_url(night)
             try:
-                return Published.read(url)
+                found = Published.read(url)
+                if found.night != night:  # by which it is looked for: a copy of another's folder
+                    raise UserError(
+                        f"{url}: {LINEAGE} is that of {_shown([found.night])}, as in a copied or "
+                        "renamed folder: restore this night's own, or remove the folder"
+                    )
+                return found
             except UserError:
                 if self.is_published(night):
                     raise
@@ -389,7 +402,10 @@ class Registry:
         content = parse(seen.data, PRUNED, self._place.url)
         next_id = _whole_number(content, PRUNED, self._place.url)
         with whole(PRUNED, self._place.url):
-            return _Pruned(frozenset(map(str, content["nights"])), next_id)
+            nights = content["nights"]
+            if not isinstance(nights, list) or not all(map(is_night, nights)):
+                raise ValueError("nights are no list of dates")
+            return _Pruned(frozenset(nights), next_id)
 
     def _remove(self, night: str) -> None:
         # The manifest first: a reader finds a whole model or none.

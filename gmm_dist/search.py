@@ -355,11 +355,14 @@ class _Seeds:
 
     def starts(self, sample: Coreset, k: int, kind: str) -> list[Parameters]:
         """Return `n_init` starts of k components; of one component all would be the same."""
-        found, maps = [], self._maps()
-        for round in range(self.start.n_init if k > 1 else 1):
+        X, weight = sample.X, sample.sample_weight
+        found, pooled = [], seeding.Pooled.of(X, weight, kind)
+        n_starts = self.start.n_init if k > 1 else 1
+        maps = [(to, to(X)) for to in self._maps()[:n_starts]]
+        for round in range(n_starts):
             generator = keyed_generator(self.start.random_state, round, 1)
-            shares = self._assignment(sample, k, maps[round % len(maps)], generator)
-            found.append(seeding.start_of(sample.X, sample.sample_weight, shares, k, kind))
+            shares = self._assignment(weight, k, *maps[round % len(maps)], generator)
+            found.append(seeding.start_of(X, weight, shares, k, kind, pooled))
         return found
 
     def _maps(self) -> list[Whitening]:
@@ -372,16 +375,15 @@ class _Seeds:
         return [scaled, whitening(self.total)] if self.total.is_whole else [scaled]
 
     def _assignment(
-        self, sample: Coreset, k: int, to: Whitening, generator: torch.Generator
+        self, weight: Tensor, k: int, to: Whitening, Z: Tensor, generator: torch.Generator
     ) -> Tensor:
-        Z = to(sample.X)
+        """Share out rows of such weights, at `Z` in the coordinates of a map, among k."""
         if self.parallel is None:
-            method, weight = self.start.init, sample.sample_weight
-            return seeding.assignments(method, Z, weight, [k], generator)[k]
-        rows, weight = self.parallel
+            return seeding.assignments(self.start.init, Z, weight, [k], generator)[k]
+        rows, mass_near = self.parallel
         candidates = to(rows)
-        labels = seeding.assignments("kmeans", candidates, weight, [k], generator)[k]
-        member = torch.nn.functional.one_hot(labels, k).double() * weight[:, None]
+        labels = seeding.assignments("kmeans", candidates, mass_near, [k], generator)[k]
+        member = torch.nn.functional.one_hot(labels, k).double() * mass_near[:, None]
         mass = member.sum(0).clamp_min(1e-300)
         return seeding.nearest(Z, (member.T @ candidates) / mass[:, None])
 

@@ -8,7 +8,7 @@ seeds of a smaller k are the first of a larger.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,28 +130,53 @@ def nearest(Z: Float64[Tensor, "m r"], centres: Float64[Tensor, "k r"]) -> Int64
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pooled:
+    """What starts of one kind on the same rows have in common.
+
+    `spread` is the covariance of all rows, (d, d) or its diagonal (d,), and `floor` (d,) what is
+    added to it; `counted` (m,) is 1 where a row has weight.
+    """
+
+    mean: Float64[Tensor, " d"]
+    counted: Float64[Tensor, " m"]
+    spread: Float64[Tensor, ...]
+    floor: Float64[Tensor, " d"]
+
+    @classmethod
+    def of(cls, X: Float64[Tensor, "m d"], weight: Float64[Tensor, " m"], kind: str) -> Pooled:
+        """Compute it of the rows; `start_of` of each start would else do so again."""
+        mean = (weight @ X) / weight.sum()
+        spread = _scatter(kind)(X - mean, weight) / weight.sum()
+        return cls(mean, (weight > 0).double(), spread, _floor(X, weight, mean))
+
+
+def _scatter(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return _diagonal_scatter if kind in ("diag", "spherical") else _full_scatter
+
+
 def start_of(
     X: Float64[Tensor, "m d"],
     weight: Float64[Tensor, " m"],
     assignment: Tensor,
     k: int,
     kind: str,
+    pooled: Pooled | None = None,
 ) -> Parameters:
     """Return the parameters of an assignment, covariances shrunk towards that of all rows.
 
-    `assignment` is labels (m,) or responsibilities (m, k); rows are in data units. Each
+    `assignment` is labels (m,) or responsibilities (m, k); rows are in data units, and `pooled` is
+    theirs. Each
     component counts as many more rows than it has as its family needs at least (full d + 1,
     others 2), of its own rows' mean weight, spread like the whole sample
     about its mean: one of few rows does not start singular, however much each row of a coreset
     weighs.
     """
-    d, mean = X.shape[1], (weight @ X) / weight.sum()
-    counted = (weight > 0).double()
-    scatter = _diagonal_scatter if kind in ("diag", "spherical") else _full_scatter
-    pooled = scatter(X - mean, weight) / weight.sum()
-    floor = _floor(X, weight, mean)
-    more = FAMILIES[kind].least_rows(d)
-    prior = more * (pooled + (floor if pooled.ndim == 1 else floor.diag()))
+    pooled = Pooled.of(X, weight, kind) if pooled is None else pooled
+    scatter, counted = _scatter(kind), pooled.counted
+    more = FAMILIES[kind].least_rows(X.shape[1])
+    floor = pooled.floor if pooled.spread.ndim == 1 else pooled.floor.diag()
+    prior = more * (pooled.spread + floor)
     nk, means, within = [], [], []
     for component in range(k):
         rows, share = _members(assignment, component)
@@ -159,7 +184,7 @@ def start_of(
         mass, count = own.sum(), counted[rows] @ share
         occupied = bool(mass > 0)
         per_row = mass / count if occupied else weight.sum() / counted.sum()
-        centre = (own @ x) / mass if occupied else mean
+        centre = (own @ x) / mass if occupied else pooled.mean
         centred = x - centre
         nk.append(mass + per_row * more)
         means.append(centre)

@@ -10,7 +10,7 @@ from typing import Self
 from torch import Tensor
 
 from gmm_dist.em import FitResult, Status
-from gmm_dist.families import n_parameters
+from gmm_dist.families import most_components, n_parameters
 from gmm_dist.formats import counted
 from gmm_dist.mixture import aic, bic, icl
 from gmm_dist.spikes import Profile
@@ -271,7 +271,8 @@ class SweepResult:
         ks = sorted({s.candidate.k for s in self.scored})
         if self.best is None or len(ks) == 1:
             return []
-        k, most = self.best.candidate.k, self.total.n_rows
+        k, kind = self.best.candidate.k, self.best.candidate.covariance_type
+        most = most_components(kind, self.total.n_rows, len(self.total.sum_x))
         if k == ks[-1] and k < most:
             return [f"the best k is the largest tried: {rerun(_grid(k, min(2 * k, most)))}"]
         if k == ks[0] and k > 1:

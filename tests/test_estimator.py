@@ -671,6 +671,14 @@ def test_sparse_tensors_are_refused():
         GaussianMixture().fit(torch.eye(4).to_sparse())
 
 
+@pytest.mark.parametrize("kind", [GaussianMixture, gmm_dist.BayesianGaussianMixture])
+def test_a_warm_start_wants_the_same_number_of_components(kind):
+    model = kind(n_components=2, random_state=0, warm_start=True).fit(blobs())
+    with pytest.raises(ValueError, match="from a fit of 2 components, but n_components is 3"):
+        model.set_params(n_components=3).fit(blobs())
+    assert model.set_params(n_components=2).fit(blobs()).means_.shape[0] == 2
+
+
 def test_a_warm_start_wants_the_same_features_and_covariance_type():
     model = GaussianMixture(2, random_state=0, warm_start=True).fit(blobs())
     with pytest.raises(ValueError, match="fit to 3 features, but X has 2: give rows of the same"):

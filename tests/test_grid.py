@@ -112,7 +112,7 @@ def test_weights_count(X):
         ({"k": []}, "at least one of each"),
         ({"k": 0}, "k >= 1"),
         ({"k": 601}, "^k asks for 601 components, but there are 600 rows"),
-        ({"k": "3"}, "k has '3': give a whole number"),
+        ({"k": "3..5"}, r"k has '3\.\.5': give a whole number"),
         ({"k": [2.5]}, r"k has 2\.5: give a whole number"),
         ({"k": None}, "k has None"),
         ({"k": [True]}, "k has True"),
@@ -123,7 +123,33 @@ def test_what_it_does_not_take(X, options, message):
         select(X, **options)
 
 
+def test_of_the_defaults_those_are_fitted_that_the_rows_can_rank(X):
+    found = select(X[:8], n_init=1)
+    asked = sorted((row["covariance_type"], row["k"]) for row in found.rows())
+    # 4 rows of 3 features make a full covariance, 2 make variances.
+    assert asked == [("diag", 2), ("diag", 3), ("diag", 4), ("full", 2)]
+    note = "not tried: full with k above 2 and diag with k above 4, for 8 rows of 3 features"
+    assert note in found.warnings()[0]
+    assert not any("again with k from 4" in text for text in found.warnings())
+
+
+def test_full_covariances_of_more_features_than_rows_are_not_tried_unasked():
+    rows = make_blobs(40, 60, centers=2, random_state=0)[0]
+    found = select(rows, k=[1, 2], n_init=1)
+    assert [row["covariance_type"] for row in found.rows()] == ["diag", "diag"]
+    assert found.best.covariance_type == "diag"
+    assert "not tried: full covariances, for 40 rows of 60 features" in found.warnings()[0]
+    with pytest.raises(UserError, match=r"^40 rows of 60 features are too few for 2 .*, full:"):
+        select(rows, covariance_types="full")
+    with pytest.raises(UserError, match=r"^3 rows of 60 .* for 2 components, full or diag: give"):
+        select(rows[:3])
+
+
 def test_settings_are_checked_as_the_estimators(X):
+    with pytest.raises(ValueError, match="'tol' parameter of GaussianMixture"):
+        select(X, k=2, tol="a")
+    with pytest.raises(UserError, match=r"^n_init is 2\.5: give a whole number >= 1"):
+        select(X, k=2, n_init=2.5)
     with pytest.raises(ValueError, match="'shards' parameter of GaussianMixture"):
         select(X, k=2, shards=0)
     with pytest.raises(ValueError, match="cannot be used to seed"):

@@ -146,8 +146,8 @@ MAY_IMPORT = {
     | {"parameters", "resident", "selection", "shards", "shares", "soundness", "statistics"}
     | {"trials", "weighting"},
     "grid": {"matplotlib", "pandas", "torch"}
-    | {"assembly", "config", "errors", "estimator", "families", "inputs", "opened", "resident"}
-    | {"selection", "sweep"},
+    | {"assembly", "config", "errors", "estimator", "families", "formats", "inputs", "opened"}
+    | {"resident", "selection", "sweep"},
     "bayesian": {"numpy", "sklearn", "torch"}
     | {"assembly", "config", "estimator", "families", "inputs", "kernel", "opened", "parameters"}
     | {"resident", "search", "selection", "shards", "statistics", "sweep", "trials"}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,32 @@ def test_numbers_that_are_not_the_models_are_refused(tmp_path: Path, ids, said: 
     publish(str(tmp_path), NIGHTS[0], who=lineage(NIGHTS[0], ids))
     with pytest.raises(UserError, match=said):
         Registry(str(tmp_path)).newest_before(NIGHTS[1])
+
+
+def test_a_copied_folder_is_no_night_of_its_own(tmp_path: Path) -> None:
+    place = Registry(str(tmp_path))
+    publish(str(tmp_path), NIGHTS[0])
+    shutil.copytree(tmp_path / "models" / NIGHTS[0], tmp_path / "models" / NIGHTS[1])
+    said = f"{NIGHTS[1]}: lineage.json is that of {NIGHTS[0]}, as in a copied or renamed folder"
+    with pytest.raises(UserError, match=said):
+        place.newest_before(NIGHTS[2])
+    with pytest.raises(UserError, match="restore this night's own, or remove the folder"):
+        place.oldest_after(NIGHTS[0])
+
+
+@pytest.mark.parametrize("count", ["1200", 1e3, -1, True, None])
+def test_rows_that_are_no_number_are_one_line(tmp_path: Path, count) -> None:
+    publish(str(tmp_path), NIGHTS[0], who=replace(lineage(NIGHTS[0]), n_rows=count))
+    with pytest.raises(UserError, match=f"lineage.json has an entry.*{count!r} is no number of"):
+        Registry(str(tmp_path)).newest_before(NIGHTS[1])
+
+
+@pytest.mark.parametrize("nights", ["2026-11-01", ["yesterday"], [["2026-11-01"]], {}, 7])
+def test_a_list_of_the_pruned_that_is_none_is_one_line(tmp_path: Path, nights) -> None:
+    content = {"format_version": 1, "next_id": 3, "nights": nights}
+    (tmp_path / "pruned.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"pruned\.json has an entry that makes no sense"):
+        Registry(str(tmp_path)).is_pruned(NIGHTS[0])
 
 
 def test_pruning_leaves_what_is_no_candidate_of_ours(tmp_path: Path) -> None:

@@ -100,9 +100,9 @@ def test_the_next_grid_never_has_more_components_than_rows_nor_too_many(example)
         return [line.removeprefix("the best k is the largest tried: ") for line in told]
 
     assert next_grid(20, 300) == ["20..40"]
-    assert next_grid(20, 25) == ["20..25"]
-    assert next_grid(20, 20) == []
-    assert next_grid(64, 300) == ["64,70,77,83,90,96,102,109,115,122,128"]
+    assert next_grid(20, 75) == ["20..25"]
+    assert next_grid(20, 60) == []
+    assert next_grid(64, 600) == ["64,70,77,83,90,96,102,109,115,122,128"]
 
 
 def test_the_caller_spells_what_to_do_about_the_next_grid(example):
@@ -233,6 +233,17 @@ def test_what_another_criterion_chooses_is_asked_of_all_families_and_of_ranked_f
 def test_elsewhere_there_is_no_such_note(example, criterion, n, values):
     told = SweepResult(falling(example, n, values), criterion, total(n)).warnings(["x", "y"])
     assert not any("falls" in line for line in told)
+
+
+def test_the_next_grid_ends_where_the_rows_do(example):
+    def next_grid(kind: str, n_rows: int) -> list[str]:
+        table = (made(example, 3, kind, 20.0, 9), made(example, 4, kind, 10.0, 9))
+        return SweepResult(table, "bic", total(n_rows)).warnings(["x", "y"])
+
+    # Of two features: 3 rows for each full covariance, 2 for each diagonal one.
+    assert next_grid("full", 17) == ["the best k is the largest tried: run again with --k 4..5"]
+    assert next_grid("diag", 13) == ["the best k is the largest tried: run again with --k 4..6"]
+    assert next_grid("full", 14) == []
 
 
 def test_a_best_k_below_one_that_failed_is_not_at_the_edge(example):

@@ -181,7 +181,7 @@ def test_a_poor_warm_start_does_no_harm(alone, kind):
     (cold,) = best(X, [(6, kind)], **settings)
     (found,) = best(X, [(6, kind)], warm=[poor], **settings)
     assert bound(X, poor, 1) < bound(X, cold, 1) - 0.2
-    assert bound(X, found, 1) >= bound(X, cold, 1)
+    assert bound(X, found, 1) > bound(X, cold, 1) - 1e-9  # nats per row: rounding
 
 
 def test_mending_puts_useless_components_elsewhere():

@@ -217,8 +217,7 @@ class SweepResult:
             lines.append(
                 f"column {names[j]!r}: of its rows {values}, which no Gaussian fits: a component "
                 "there is as narrow as --reg-covar lets it be, and takes likelihood from that; "
-                f"{self._way_out(spikes)}, raise --reg-covar, or leave the column out with "
-                "--columns"
+                f"{self._way_out(spikes)}raise --reg-covar, or leave the column out with --columns"
             )
         if any(s.fit.status in (Status.DEGENERATE, Status.COLLAPSED) for s in self.scored):
             lines += [
@@ -238,14 +237,19 @@ class SweepResult:
         return _some(lines)
 
     def _way_out(self, spikes: Sequence[Spike]) -> str:
-        """Say how to be rid of the rows; no filter tells those whose value has been filled in."""
+        """Say how to be rid of the rows, if others are left.
+
+        No filter tells those whose value has been filled in.
+        """
+        if sum(spike.share for spike in spikes) > 1 - 1e-9:
+            return ""
         j = spikes[0].feature
         near = 1e-9 * float(self.total.scale[j])
         if any(abs(spike.value - float(self.total.mean[j])) <= near for spike in spikes):
             return (
-                "that is the column's mean: where --missing mean filled it in, try --missing drop"
+                "that is the column's mean: where --missing mean filled it in, try --missing drop, "
             )
-        return "filter such rows with --where"
+        return "filter such rows with --where, "
 
     def _spell(self, feature: int, value: float) -> str:
         """Spell a value about the centre in feature units, without the centre's rounding."""

@@ -13,6 +13,8 @@ import gmm_dist
 from gmm_dist import UserError, open_lake, select
 from gmm_dist.estimator import of_arguments
 
+pytestmark = pytest.mark.unchecked  # whole searches
+
 
 @pytest.fixture(scope="module")
 def X() -> pd.DataFrame:  # noqa: N802 - the field's own capital

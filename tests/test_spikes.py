@@ -41,6 +41,12 @@ def test_a_spike_at_the_mean_may_be_what_was_filled_in():
     assert "filter such" not in note
 
 
+def test_of_a_column_that_is_all_spikes_no_rows_would_be_left():
+    found = select(np.c_[RNG.random(1000) < 0.4, NOISE[:, 1]], [1, 2], "diag", n_init=2)
+    (note,) = [line for line in found.warnings() if "x0" in line]
+    assert "from that; raise reg_covar, or leave the column out" in note
+
+
 def test_both_bounds_of_a_capped_column_are_spikes():
     found = profile_of(with_column(np.clip(NOISE[:, 0], -1, 1.5)), REG)
     assert sorted(spike.value for spike in found.spikes) == [-1, 1.5]

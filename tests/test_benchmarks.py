@@ -40,6 +40,7 @@ def parsed(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.long
 def test_ours_and_scikit_learn_make_the_same_iterations(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     shapes = ["--shapes", "diag:4000:5:4"]
@@ -60,6 +61,7 @@ def test_ours_and_scikit_learn_make_the_same_iterations(tmp_path: Path, run: Run
     assert {r["contender"]: r["e_steps"] for r in results}["sklearn-f64"] == 4
 
 
+@pytest.mark.long
 def test_a_contender_that_cannot_run_is_a_row_of_the_table(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     pytest.importorskip("sklearn")
@@ -84,6 +86,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu(run: Run) -> None:
     assert all(r["pass_seconds"] > 0 and r["machine"]["device"] for r in timed)
 
 
+@pytest.mark.long
 def test_quality_compares_notes_the_best_and_hunts_for_better(tmp_path: Path, run: Run) -> None:
     pytest.importorskip("sklearn")
     path, best = tmp_path / "results.jsonl", tmp_path / "best.json"
@@ -121,6 +124,7 @@ def test_quality_compares_notes_the_best_and_hunts_for_better(tmp_path: Path, ru
     assert all(float(row[6]) > -1e-6 for row in rows)  # below the best
 
 
+@pytest.mark.long
 def test_scored_files_agree_with_scikit_learn(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     shape = ["--rows", "6000", "--features", "3", "--k", "4", "--files", "2"]

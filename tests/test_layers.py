@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -106,7 +107,7 @@ MAY_IMPORT = {
     "workers": {"ray", "torch", "shards"},
     "dispatch": {"ray", "errors", "failures", "formats", "placement", "workers"},
     "cluster": {"grpc", "ray", "dispatch", "errors", "failures", "formats", "placement", "shards"}
-    | {"workers"},
+    | {"torch", "workers"},  # torch tells whether this machine has a GPU
     # What is left behind.
     "places": {"fsspec", "errors", "storage", "urls"},
     "records": {"errors"},
@@ -208,3 +209,9 @@ def test_shapes_are_checked_of_every_module_that_tells_them():
     (option,) = (option for option in options if option.startswith("--jaxtyping-packages="))
     named = {name.removeprefix("gmm_dist.") for name in option.partition("=")[2].split(",")}
     assert {name for name, found in MODULES.items() if "jaxtyping" in found} <= named
+
+
+def test_a_files_tests_stay_in_one_process(request: pytest.FixtureRequest) -> None:
+    """Where a version of pytest-xdist loses the groups, each process has a cluster of its own."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert request.node.nodeid.endswith("@test_layers.py")

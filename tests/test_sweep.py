@@ -143,6 +143,7 @@ def partly_held_out(X, held) -> LocalShards:
     )
 
 
+@pytest.mark.unchecked
 def test_held_out_rows_rank_and_nothing_is_fitted_to_them():
     X, held = classic(), torch.arange(300) % 5 == 0
     candidates = [Candidate(k, "full") for k in (1, 3, 6)]
@@ -302,6 +303,7 @@ def test_a_fit_that_ends_below_a_smaller_one_goes_on_from_that(monkeypatch):
             assert one.fit.log_likelihood == other.fit.log_likelihood
 
 
+@pytest.mark.unchecked
 def test_where_em_may_not_step_a_smaller_mixtures_likelihood_is_kept_to_the_digit(monkeypatch):
     """With one step and a large regularisation EM itself would lower it."""
     X, config = classic(), EMConfig(max_iter=1, reg_covar=0.3)

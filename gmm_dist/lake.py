@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from gmm_dist import footers, listing, nights, storage
 from gmm_dist.columns import Chosen, Columns
 from gmm_dist.comparing import stored
-from gmm_dist.decoding import parquet_file, require_sound
+from gmm_dist.decoding import parquet_file
 from gmm_dist.errors import NoRows, TooFewRows, UserError
 from gmm_dist.footers import Extent
 from gmm_dist.formats import counted
@@ -321,7 +321,7 @@ def _read_footers(root: str, files: Sequence[LakeFile], questions: _Questions) -
         with listing.opened(fs, path, root, file, footer=True) as source:
             parquet = parquet_file(source)
             leaves = footers.looked_at(parquet.metadata, questions.names)
-            require_sound(parquet.metadata, file.size, leaves)
+            footers.require_sound(parquet.metadata, file.size, leaves)
             footer = questions.of(file, parquet)
         if lie := footers.contradiction(parquet.metadata, leaves):
             name = listing.name_of(root, file)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 
 from gmm_dist import reading, storage
 from gmm_dist.comparing import stored
-from gmm_dist.decoding import parquet_file, statistics, stored_in, wrong_rows
+from gmm_dist.decoding import parquet_file, wrong_rows
 from gmm_dist.errors import UserError
+from gmm_dist.footers import statistics, stored_in
 from gmm_dist.lake import Plan, RowRange
 from gmm_dist.listing import name_of, opened
 
@@ -148,8 +149,9 @@ class _Batches:
         wanted = {*self._plan.read_columns, *self._plan.kept} & set(
             metadata.schema.to_arrow_schema().names
         )
-        chunks = itertools.chain.from_iterable(_chunks(metadata, group, wanted).values())
-        size = sum(chunk.total_compressed_size for _, chunk in chunks)
+        chunks = _chunks(metadata, group, wanted)
+        every = itertools.chain.from_iterable(chunks.values())
+        size = sum(chunk.total_compressed_size for _, chunk in every)
         whole = size <= _WHOLE_BYTES
         parquet = parquet_file(
             self._source,
@@ -158,7 +160,7 @@ class _Batches:
             buffer_size=0 if whole else _BUFFER_BYTES,
         )
         self._batches = parquet.iter_batches(
-            self._batch_rows(metadata, group),
+            self._batch_rows(metadata.row_group(group).num_rows, chunks),
             row_groups=[group],
             columns=sorted(wanted),
             use_threads=False,
@@ -167,15 +169,13 @@ class _Batches:
         while row < start:
             row += next(self._batches).num_rows
 
-    def _batch_rows(self, metadata: pq.FileMetaData, group: int) -> int:
+    def _batch_rows(self, rows: int, chunks: Mapping[str, Sequence[_Chunk]]) -> int:
         """Return how many rows make up a batch; the file and the plan alone decide it."""
         plan = self._plan
         others = {*plan.read_columns, *plan.kept} - {*plan.columns}
         width = 8 * plan.n_features + self._beside
-        rows = metadata.row_group(group).num_rows
         width += sum(
-            _value_bytes(rows, chunks, plan.schema.field(name))
-            for name, chunks in _chunks(metadata, group, others).items()
+            _value_bytes(rows, chunks.get(name, ()), plan.schema.field(name)) for name in others
         )
         return min(max(BATCH_BYTES // width, _LEAST_ROWS), BATCH_ROWS)
 

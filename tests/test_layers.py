@@ -91,14 +91,14 @@ MAY_IMPORT = {
     "listing": {"fsspec", "pyarrow", "data_files", "errors", "storage", "table_formats"} | {"urls"},
     "column_types": {"pyarrow", "comparing"},
     "columns": {"pyarrow", "column_types", "errors", "listing", "storage", "where"},
-    "footers": {"pyarrow", "column_types", "comparing", "decoding"},
+    "footers": {"pyarrow", "column_types", "comparing"},
     "nights": {"pyarrow", "decoding", "errors", "listing", "storage", "urls", "where"},
     "lake": {"numpy", "pyarrow", "columns", "comparing", "decoding", "errors", "footers"}
     | {"formats", "listing", "nights", "storage", "urls", "where"},
     "reading": {"numpy", "pyarrow", "column_types", "comparing", "decoding", "errors", "lake"}
     | {"listing", "storage"},
-    "streaming": {"numpy", "pyarrow", "comparing", "decoding", "errors", "lake", "listing"}
-    | {"reading", "storage"},
+    "streaming": {"numpy", "pyarrow", "comparing", "decoding", "errors", "footers", "lake"}
+    | {"listing", "reading", "storage"},
     # A lake's rows become resident blocks: the one place where the two meet.
     "loading": {"numpy", "torch", "lake", "reading", "shards"},
     # The cluster: neither files, nor EM.

@@ -187,9 +187,9 @@ def wait_until_ready(server: S3Server, log: Path, seconds: float = 60) -> None:
     raise TimeoutError(f"no S3 server after {seconds} s:\n{log.read_text()}")
 
 
-@pytest.fixture(scope="session")
-def s3() -> Iterator[S3Server]:
-    """Run a real S3 server (SeaweedFS) on loopback for the whole session."""
+@contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """Run a real S3 server (SeaweedFS) on loopback."""
     # Not pytest's own folder: Unix sockets have names of at most 108 bytes.
     folder = Path(tempfile.mkdtemp(prefix="weed-"))
     try:
@@ -201,6 +201,13 @@ def s3() -> Iterator[S3Server]:
     finally:
         forget_connections()
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """Run a real S3 server on loopback for the whole session."""
+    with s3_server() as server:
+        yield server
 
 
 @pytest.fixture
@@ -229,8 +236,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "drawn", here.titled)
 
 
-@pytest.fixture(scope="session")
-def ray_address(s3: S3Server) -> Iterator[str]:
+@contextmanager
+def ray_cluster(server: S3Server) -> Iterator[str]:
     """Run a real Ray cluster of four CPUs on loopback, whose workers know the S3 server."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     (port,) = free_ports(1)
@@ -240,13 +247,20 @@ def ray_address(s3: S3Server) -> Iterator[str]:
     # Drivers in this process and the cluster must agree; a token file would be the developer's.
     os.environ["RAY_AUTH_MODE"] = "disabled"
     tests = str(Path(__file__).parent)  # where workers find loaders and tasks defined in tests
-    environment = s3.environment | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": tests}
+    environment = server.environment | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": tests}
     try:
         with running(command, folder, environment):
             wait_for_port(port, folder / "log")
             yield f"127.0.0.1:{port}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_address(s3: S3Server) -> Iterator[str]:
+    """Run a real Ray cluster for the whole session."""
+    with ray_cluster(s3) as address:
+        yield address
 
 
 def wait_for_port(port: int, log: Path, seconds: float = 60) -> None:

@@ -18,8 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import datasets  # noqa: E402
-from conftest import S3Server, free_ports, running, wait_for_port, wait_until_ready, weed_command  # noqa: E402
+import lakes  # noqa: E402
+from conftest import S3Server, ray_cluster, s3_server  # noqa: E402
 
 import gmm_dist  # noqa: E402
 
@@ -202,36 +202,20 @@ def estimators(data: str) -> Iterator[tuple[str, str]]:
     yield "select", of_arrays(best.weights_, best.means_, best.covariances_)
 
 
-@contextmanager
-def servers() -> Iterator[tuple[Path, str, S3Server]]:
-    """Run a Ray cluster and an S3 server on loopback; yield a folder, the address, the server."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-        for name in ("s3", "ray"):
-            (folder / name).mkdir()
-        command, endpoint = weed_command(folder / "s3")
-        server = S3Server(endpoint, "tester", "not-a-secret", "s3://lake/bits")
-        stack.enter_context(running(command, folder / "s3", server.environment))
-        wait_until_ready(server, folder / "s3" / "log")
-        (port,) = free_ports(1)
-        ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
-        ray += ["--num-cpus=4", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
-        ray += [f"--port={port}", f"--temp-dir={folder / 'ray'}"]
-        environment = server.environment | {"RAY_AUTH_MODE": "disabled"}
-        stack.enter_context(running(ray, folder, environment))
-        wait_for_port(port, folder / "log")
-        yield folder, f"127.0.0.1:{port}", server
-
-
-def main(_: Sequence[str] = ()) -> int:
+def main() -> int:
     """Print the list, a line as soon as it is known."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers end too
     torch.set_num_threads(1)
-    with servers() as (folder, address, server):
-        jobs = Jobs(folder / "out", address, server.environment | {"RAY_AUTH_MODE": "disabled"})
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name,
+        s3_server() as server,
+        ray_cluster(server) as address,
+    ):
+        folder = Path(name)
+        jobs = Jobs(folder / "out", address, server.environment)
         data = lake(folder / "lake")
-        server.file_system().put(data, server.url.removeprefix("s3://") + "/lake", recursive=True)
-        for results in (estimators(data), fits(jobs, data, f"{server.url}/lake", server)):
+        remote = lakes.upload(Path(data), server.file_system(), f"{server.url}/points")
+        for results in (estimators(data), fits(jobs, data, remote, server)):
             for name, digest in results:
                 print(f"{digest}  {name}", flush=True)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,6 @@ import numpy as np
 import pytest
 from problems import Mixture
 from quality import BestSeen, Contest, Fit, is_degenerate, scored
-
-pytestmark = [
-    pytest.mark.unchecked,
-    # In their own processes warnings are no errors: a peer that stops early warns.
-    pytest.mark.filterwarnings("default"),
-]
 
 Run = Callable[..., str]
 
@@ -30,7 +25,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         capsys.readouterr()
-        assert importlib.import_module(name).main() == 0
+        with warnings.catch_warnings(action="default"):  # a peer that stops early warns
+            assert importlib.import_module(name).main() == 0
         return capsys.readouterr().out
 
     return run
@@ -41,6 +37,7 @@ def parsed(text: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.long
+@pytest.mark.unchecked
 def test_ours_and_scikit_learn_make_the_same_iterations(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     shapes = ["--shapes", "diag:4000:5:4"]
@@ -62,6 +59,7 @@ def test_ours_and_scikit_learn_make_the_same_iterations(tmp_path: Path, run: Run
 
 
 @pytest.mark.long
+@pytest.mark.unchecked
 def test_a_contender_that_cannot_run_is_a_row_of_the_table(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     pytest.importorskip("sklearn")
@@ -76,6 +74,7 @@ def test_a_contender_that_cannot_run_is_a_row_of_the_table(tmp_path: Path, run: 
         assert "skipped: torchgmm is not installed: pip install -e '.[bench]'" in out
 
 
+@pytest.mark.unchecked
 def test_the_gpu_benchmark_runs_on_a_cpu(run: Run) -> None:
     results = parsed(run("gpu", "--device", "cpu", "--scale", "0.0003", "--repeats", "1"))
     checks = [r for r in results if r["benchmark"] == "gpu-check"]
@@ -87,6 +86,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu(run: Run) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.unchecked
 def test_quality_compares_notes_the_best_and_hunts_for_better(tmp_path: Path, run: Run) -> None:
     pytest.importorskip("sklearn")
     path, best = tmp_path / "results.jsonl", tmp_path / "best.json"
@@ -125,6 +125,7 @@ def test_quality_compares_notes_the_best_and_hunts_for_better(tmp_path: Path, ru
 
 
 @pytest.mark.long
+@pytest.mark.unchecked
 def test_scored_files_agree_with_scikit_learn(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     shape = ["--rows", "6000", "--features", "3", "--k", "4", "--files", "2"]
@@ -182,6 +183,7 @@ def test_aims_are_judged_where_the_peer_is_not_degenerate() -> None:
     assert "-3.0000 (degenerate)" in contest.row()
 
 
+@pytest.mark.unchecked
 def test_the_estimator_is_timed_beside_scikit_learns(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     quick = ["--shapes", "400:2:2", "--rounds", "1", "--iterations", "3", "--json", str(path)]

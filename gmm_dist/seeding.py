@@ -166,11 +166,9 @@ def start_of(
     """Return the parameters of an assignment, covariances shrunk towards that of all rows.
 
     `assignment` is labels (m,) or responsibilities (m, k); rows are in data units, and `pooled` is
-    theirs. Each
-    component counts as many more rows than it has as its family needs at least (full d + 1,
-    others 2), of its own rows' mean weight, spread like the whole sample
-    about its mean: one of few rows does not start singular, however much each row of a coreset
-    weighs.
+    theirs. Each component counts as many more rows than it has as its family needs at least (full
+    d + 1, others 2), of its own rows' mean weight, spread like the whole sample about its mean: one
+    of few rows does not start singular, however much each row of a coreset weighs.
     """
     pooled = Pooled.of(X, weight, kind) if pooled is None else pooled
     scatter, counted = _scatter(kind), pooled.counted

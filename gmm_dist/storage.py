@@ -33,8 +33,6 @@ _LOG_SECONDS = 10.0  # between two lines that say what is being tried again
 _REREADS = 2  # of a file that seems damaged
 _CHAINING = {"simplecache", "filecache", "blockcache", "cached", "zip", "tar", "libarchive", "dir"}
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or an instance role"
-
-
 _MOST_WORDS = 200  # characters of an error that is not ours
 
 

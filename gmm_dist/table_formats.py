@@ -99,16 +99,13 @@ def refuse_uncommitted(
             (part["folder"], part["id"], step) in steps for step in ("started", "committed")
         )
         if is_started and not is_committed:
-            raise _uncommitted(root, name, f"was never committed ({_step(part, 'started')})")
+            started = f"{part['folder']}_started_{part['id']}"
+            raise _uncommitted(root, name, f"was never committed ({started})")
     for name, mark in marks:
         if mark["step"] == "committed":
             for removed in _removed(fs, found[name]["name"]):
                 if mark["folder"] + removed in found:
                     raise _uncommitted(root, mark["folder"] + removed, f"was removed ({name})")
-
-
-def _step(part: re.Match[str], step: str) -> str:
-    return f"{part['folder']}_{step}_{part['id']}"
 
 
 def _uncommitted(root: str, name: str, what: str) -> UserError:

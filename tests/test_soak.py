@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,11 @@ def test_a_process_is_found_by_its_mark_however_it_was_orphaned() -> None:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
     try:
+        # The shell tells the number of its copy, which becomes the command a moment later.
+        deadline = time.monotonic() + 30
+        while b"sleep\0" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         assert soak.marked("GMM_SOAK_ROUND", mark) == {pid: "sleep 60"}
         assert soak.marked("GMM_SOAK_ROUND", f"{mark}-other") == {}
     finally:

@@ -129,7 +129,7 @@ def _ray_shards(problem: Problem, folder: Path) -> Any:
     import ray
     from processes import Loader
 
-    from gmm_dist.cluster import RayShards, ScalingConfig
+    from gmm_dist.shards.ray_shards import RayShards, ScalingConfig
 
     here = {"PYTHONPATH": str(Path(__file__).parent)}
     os.environ["RAY_AUTH_MODE"] = "disabled"

@@ -31,7 +31,8 @@ from gmm_dist.config import EMConfig
 from gmm_dist.families import FAMILIES
 from gmm_dist.kernel import EStep, Precision, Total
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
-from gmm_dist.shards import Block, ShardRows, run_on
+from gmm_dist.shards.protocol import Block, ShardRows
+from gmm_dist.shards.tree_sum import run_on
 from gmm_dist.statistics import PassStatistics
 
 CHECKED = (3_000, 16, 5)  # n, d, K

@@ -31,15 +31,17 @@ import ray
 import torch
 from machine import append, description, n_cores
 
-from gmm_dist import dispatch, em, runs
+from gmm_dist import em, runs
 from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
-from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.cohort import Lane, grouped, task_of
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.failures import FaultConfig
 from gmm_dist.parameters import Parameters
 from gmm_dist.selection import Candidate
-from gmm_dist.shards import Block, ShardRows, TreeSum
+from gmm_dist.shards import dispatch
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.protocol import Block, ShardRows
+from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected
+from gmm_dist.shards.tree_sum import TreeSum
 from gmm_dist.snapshot import Snapshot
 from gmm_dist.sweep import Standing, sweep
 

@@ -40,7 +40,7 @@ from gmm_dist.kernel import EStep, Total
 from gmm_dist.lake import default_shards
 from gmm_dist.parameters import Parameters
 from gmm_dist.selection import Candidate, Scored
-from gmm_dist.shards import S, Shards, Task
+from gmm_dist.shards.protocol import S, Shards, Task
 from gmm_dist.sweep import sweep
 
 Rows = npt.NDArray[np.float32]

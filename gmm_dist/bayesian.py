@@ -32,7 +32,7 @@ from gmm_dist.parameters import Parameters
 from gmm_dist.resident import Resident, one_thread
 from gmm_dist.search import search
 from gmm_dist.selection import Candidate
-from gmm_dist.shards import Shards
+from gmm_dist.shards.protocol import Shards
 from gmm_dist.statistics import TotalMoments
 from gmm_dist.sweep import require_rows
 from gmm_dist.trials import Trial

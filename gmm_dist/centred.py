@@ -9,7 +9,7 @@ from torch import Tensor
 from gmm_dist.families import FAMILIES, Densities
 from gmm_dist.features import Features
 from gmm_dist.lanes import LaneGroup
-from gmm_dist.shards import Block
+from gmm_dist.shards.protocol import Block
 from gmm_dist.statistics import SufficientStatistics
 
 

@@ -14,7 +14,7 @@ from gmm_dist.histogram import Histograms, Tally
 from gmm_dist.holdout import mean_log_likelihoods
 from gmm_dist.matching import Matching, overlaps
 from gmm_dist.parameters import Parameters
-from gmm_dist.shards import Shards
+from gmm_dist.shards.protocol import Shards
 
 _BINS = 60
 _TAIL = 0.001  # of the rows lie beyond either end of the histogram's bins

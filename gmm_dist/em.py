@@ -21,7 +21,7 @@ from gmm_dist.cohort import (
 )
 from gmm_dist.config import EMConfig
 from gmm_dist.parameters import Parameters
-from gmm_dist.shards import Shards
+from gmm_dist.shards.protocol import Shards
 from gmm_dist.statistics import TotalMoments
 
 

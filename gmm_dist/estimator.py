@@ -56,7 +56,7 @@ from gmm_dist.opened import Lake
 from gmm_dist.parameters import Parameters
 from gmm_dist.resident import Resident, one_thread
 from gmm_dist.selection import Candidate
-from gmm_dist.shards import Shards
+from gmm_dist.shards.protocol import Shards
 from gmm_dist.shares import INIT_PARAMS, shares_of
 from gmm_dist.soundness import flaw
 from gmm_dist.statistics import TotalMoments

@@ -27,7 +27,7 @@ from gmm_dist.families import Densities
 from gmm_dist.kernel import chunks
 from gmm_dist.parameters import Parameters, Stack
 from gmm_dist.quantiles import LEVELS, Quantiles
-from gmm_dist.shards import ShardRows, Shards
+from gmm_dist.shards.protocol import ShardRows, Shards
 
 _CHUNK, _CUDA_CHUNK = 2048, 1 << 14
 _SCALE, _STEP = 16.0, 1 / 1024

@@ -13,7 +13,7 @@ from torch import Tensor
 from gmm_dist.families import FAMILIES, Densities
 from gmm_dist.kernel import chunks
 from gmm_dist.parameters import Parameters, Stack
-from gmm_dist.shards import HeldOut, ShardRows, Shards
+from gmm_dist.shards.protocol import HeldOut, ShardRows, Shards
 
 _CHUNK, _CUDA_CHUNK = 2048, 1 << 14
 

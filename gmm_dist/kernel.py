@@ -22,7 +22,7 @@ from gmm_dist.families import FAMILIES
 from gmm_dist.features import Features
 from gmm_dist.lanes import LaneGroup, Precision
 from gmm_dist.products import MatrixPass
-from gmm_dist.shards import Block, ShardRows
+from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.statistics import PassStatistics, TotalMoments
 
 N_CHECKED = 64

@@ -12,7 +12,7 @@ from torch import Tensor
 from gmm_dist import reading
 from gmm_dist.lake import Plan
 from gmm_dist.reading import RowCounts
-from gmm_dist.shards import Block, ShardRows, Shards
+from gmm_dist.shards.protocol import Block, ShardRows, Shards
 
 # float32 rounds a value by 6e-8 of its distance from the centre: harmless below a thousandth
 # of the spread around it.

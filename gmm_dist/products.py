@@ -12,7 +12,7 @@ from torch import Tensor
 from gmm_dist.families import NEVER
 from gmm_dist.features import Features
 from gmm_dist.lanes import LaneGroup
-from gmm_dist.shards import Block
+from gmm_dist.shards.protocol import Block
 from gmm_dist.statistics import SufficientStatistics
 
 _CARRY_ROWS = 2048  # rows after which sums in the working precision are carried to float64

@@ -13,7 +13,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.kernel import Total
-from gmm_dist.shards import LocalShards
+from gmm_dist.shards.local import LocalShards
 from gmm_dist.statistics import TotalMoments
 
 _SHARD_ROWS, _MOST_SHARDS = 16_384, 64

@@ -9,7 +9,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.kernel import chunks
-from gmm_dist.shards import ShardRows
+from gmm_dist.shards.protocol import ShardRows
 from gmm_dist.statistics import TotalMoments
 
 _CORESET = 2  # the stream of keyed random numbers that a coreset draws from

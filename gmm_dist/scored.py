@@ -49,7 +49,7 @@ from gmm_dist.scoring import (
     Scoring,
     device,
 )
-from gmm_dist.shards import Block, ShardRows
+from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.storage import absolute, explained
 from gmm_dist.streaming import row_groups, stream
 

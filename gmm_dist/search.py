@@ -31,7 +31,8 @@ from gmm_dist.kernel import Total
 from gmm_dist.limits import lane_bytes
 from gmm_dist.parameters import Parameters, Stack
 from gmm_dist.sample import Coreset, DrawCoreset, Whitening, keyed_generator, whitening
-from gmm_dist.shards import LocalShards, Shards
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Shards
 from gmm_dist.statistics import TotalMoments
 
 Pair = tuple[int, str]

@@ -19,7 +19,7 @@ from gmm_dist.families import FAMILIES, Moments, maximise
 from gmm_dist.kernel import chunks
 from gmm_dist.parameters import Parameters
 from gmm_dist.sample import Whitening, keyed_generator, whitening
-from gmm_dist.shards import ShardRows, Shards
+from gmm_dist.shards.protocol import ShardRows, Shards
 from gmm_dist.statistics import CONSTANT, TotalMoments
 
 METHODS = ("kmeans", "k-means++", "random", "random_from_data")

@@ -23,7 +23,7 @@ from gmm_dist.lanes import Precision
 from gmm_dist.parameters import Parameters
 from gmm_dist.search import mend, search
 from gmm_dist.selection import Candidate, Outcome, Scored, SweepResult
-from gmm_dist.shards import HeldOut, Shards
+from gmm_dist.shards.protocol import HeldOut, Shards
 from gmm_dist.snapshot import Snapshot
 from gmm_dist.spikes import profile
 from gmm_dist.statistics import TotalMoments

@@ -22,7 +22,7 @@ from gmm_dist.families import Moments, maximise, natural
 from gmm_dist.kernel import EStep
 from gmm_dist.lanes import LaneGroup, Precision
 from gmm_dist.parameters import Parameters, Stack
-from gmm_dist.shards import Shards
+from gmm_dist.shards.protocol import Shards
 from gmm_dist.statistics import SufficientStatistics, TotalMoments
 
 _FORMS = (Precision.FLOAT32, Precision.FLOAT64, Precision.CENTRED)

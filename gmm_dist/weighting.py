@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from gmm_dist.shards import Block, ShardRows, Shards, Summary, Task
+from gmm_dist.shards.protocol import Block, ShardRows, Shards, Summary, Task
 from gmm_dist.statistics import TotalMoments
 
 S = TypeVar("S", bound=Summary)

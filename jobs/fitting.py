@@ -25,10 +25,8 @@ from talking import say, screen
 from gmm_dist import artifacts, lake, runs
 from gmm_dist.assembly import load_rows, require_means, start_workers
 from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
-from gmm_dist.cluster import ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import UserError
-from gmm_dist.failures import FaultConfig
 from gmm_dist.formats import counted
 from gmm_dist.histogram import training_quantiles
 from gmm_dist.lake import Plan
@@ -37,7 +35,9 @@ from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import Parameters
 from gmm_dist.runs import Run
 from gmm_dist.selection import Candidate, SweepResult
-from gmm_dist.shards import Shards
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.protocol import Shards
+from gmm_dist.shards.ray_shards import ScalingConfig, connected
 from gmm_dist.snapshot import Snapshot
 from gmm_dist.sweep import Keep, Watch, sweep
 

@@ -31,7 +31,6 @@ from stopping import holding
 from talking import quiet, say
 
 from gmm_dist import artifacts, commit, gate, lake, nights, registry, runs, score_runs, scored
-from gmm_dist.cluster import ScalingConfig, connected
 from gmm_dist.column_drift import ColumnDrift, column_drift, sample_size
 from gmm_dist.drift import Densities, Drift, Numbered, compare_densities, drift
 from gmm_dist.errors import NoRows, SchemaError, TooFewRows, UserError
@@ -46,7 +45,8 @@ from gmm_dist.registry import Lineage, Published, Registry
 from gmm_dist.runs import Run
 from gmm_dist.sample import Coreset, DrawCoreset
 from gmm_dist.selection import CRITERIA, SweepResult
-from gmm_dist.shards import Shards
+from gmm_dist.shards.protocol import Shards
+from gmm_dist.shards.ray_shards import ScalingConfig, connected
 from gmm_dist.storage import absolute, join
 from gmm_dist.urls import redacted
 from gmm_dist.where import Where, parse

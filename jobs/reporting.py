@@ -12,7 +12,7 @@ from gmm_dist.artifacts import Attempt
 from gmm_dist.mixture import Mixture, labels
 from gmm_dist.sample import DrawCoreset, keyed_generator
 from gmm_dist.selection import SweepResult
-from gmm_dist.shards import Shards
+from gmm_dist.shards.protocol import Shards
 from gmm_dist.storage import redacted
 
 logger = logging.getLogger("gmm_dist.reporting")

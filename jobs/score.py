@@ -25,9 +25,7 @@ from talking import say, screen
 
 from gmm_dist import artifacts, lake, score_runs
 from gmm_dist.checkpoint import RunIdentity, environment
-from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.errors import UserError
-from gmm_dist.failures import FaultConfig
 from gmm_dist.formats import counted
 from gmm_dist.lake import Plan
 from gmm_dist.mixture import Mixture
@@ -35,6 +33,8 @@ from gmm_dist.model_files import model_sha256
 from gmm_dist.runs import Run
 from gmm_dist.scored import Scored, ScoreFiles, collect
 from gmm_dist.scoring import Scoring
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected
 from gmm_dist.urls import redacted
 
 logger = logging.getLogger("gmm_dist.score")

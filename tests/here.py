@@ -9,9 +9,10 @@ import fitting
 from progress import Progress
 
 from gmm_dist.assembly import load_rows
-from gmm_dist.cluster import RayShards
 from gmm_dist.loading import Counted
-from gmm_dist.shards import Loader, LocalShards, S, Shards, Task
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Loader, S, Shards, Task
+from gmm_dist.shards.ray_shards import RayShards
 from gmm_dist.svg import Drawing
 
 

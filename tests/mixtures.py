@@ -14,7 +14,8 @@ from gmm_dist import em
 from gmm_dist.config import EMConfig
 from gmm_dist.kernel import Total
 from gmm_dist.parameters import Parameters
-from gmm_dist.shards import Block, LocalShards, ShardRows
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
 
 FIXED = settings(derandomize=True, database=None, deadline=None, max_examples=25)
 """The same examples every time, however slow the machine."""

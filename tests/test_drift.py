@@ -26,7 +26,8 @@ from gmm_dist.matching import match
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import Parameters
 from gmm_dist.records import to_json
-from gmm_dist.shards import Block, LocalShards, ShardRows
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
 
 DENSITIES = Densities(-1.0, -0.5, None, None, DensityHistogram((0.0, 1.0), (1.0,), (1.0,)))
 

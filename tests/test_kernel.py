@@ -17,7 +17,8 @@ from gmm_dist.families import FAMILIES, Moments, maximise, natural
 from gmm_dist.kernel import EStep, Total
 from gmm_dist.lanes import LaneGroup, Precision
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters, Stack
-from gmm_dist.shards import Block, LocalShards, ShardRows
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 exact_forms = pytest.mark.parametrize("precision", [Precision.FLOAT64, Precision.CENTRED])

@@ -15,7 +15,9 @@ from gmm_dist.kernel import EStep
 from gmm_dist.lanes import LaneGroup, Precision
 from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
 from gmm_dist.parameters import Parameters, Stack
-from gmm_dist.shards import Block, LocalShards, ShardRows, TreeSum, run_on
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
+from gmm_dist.shards.tree_sum import TreeSum, run_on
 
 
 def test_bytes_grow_with_components_and_features() -> None:

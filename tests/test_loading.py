@@ -13,7 +13,7 @@ import torch
 from gmm_dist import lake
 from gmm_dist.loading import LakeLoader, SumColumns, column_means, count_rows, loader_for
 from gmm_dist.reading import RowCounts
-from gmm_dist.shards import LocalShards
+from gmm_dist.shards.local import LocalShards
 
 
 def write(folder: Path, **columns: object) -> lake.Plan:

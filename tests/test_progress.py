@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.selection import Candidate
-from gmm_dist.shards import LocalShards
+from gmm_dist.shards.local import LocalShards
 from gmm_dist.sweep import Standing, sweep
 
 STANDINGS = [

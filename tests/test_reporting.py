@@ -15,7 +15,7 @@ from gmm_dist import artifacts
 from gmm_dist.kernel import Total
 from gmm_dist.mixture import Mixture
 from gmm_dist.selection import SweepResult
-from gmm_dist.shards import LocalShards
+from gmm_dist.shards.local import LocalShards
 
 CONTENT = pages.content([pages.candidate(3, 1)], 2, data="s3://user:secret@lake/points")
 MIXTURE = Mixture(mixtures.parameters("full", 3, 2), ("x", "y"))

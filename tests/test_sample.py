@@ -21,7 +21,9 @@ from gmm_dist.sample import (
     keyed_generator,
     whitening,
 )
-from gmm_dist.shards import Block, LocalShards, ShardRows, TreeSum, run_on
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
+from gmm_dist.shards.tree_sum import TreeSum, run_on
 
 
 def drawn(X, size, seed, *, edges=(), sample_weight=None) -> Coreset:

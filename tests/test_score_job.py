@@ -32,7 +32,7 @@ from gmm_dist.artifacts import read_report
 from gmm_dist.histogram import training_quantiles
 from gmm_dist.mixture import Mixture
 from gmm_dist.scored import Counts
-from gmm_dist.shards import LocalShards
+from gmm_dist.shards.local import LocalShards
 from gmm_dist.storage import Patience, open_url
 
 ROOT = Path(__file__).parent.parent

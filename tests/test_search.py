@@ -17,7 +17,8 @@ from gmm_dist.kernel import Total
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.search import _SHARD_ROWS, mend, search
 from gmm_dist.seeding import start_of
-from gmm_dist.shards import LocalShards, ShardRows
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import ShardRows
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 every_init = pytest.mark.parametrize("init", INITS)

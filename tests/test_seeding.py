@@ -19,7 +19,9 @@ from gmm_dist.kernel import Total
 from gmm_dist.parameters import COVARIANCE_TYPES
 from gmm_dist.sample import Whitening, keyed_generator, whitening
 from gmm_dist.seeding import METHODS, assignments, k_means_parallel, lloyd, nearest, start_of
-from gmm_dist.shards import LocalShards, Partial, ShardRows, TreeSum, run_on
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import ShardRows
+from gmm_dist.shards.tree_sum import Partial, TreeSum, run_on
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 every_method = pytest.mark.parametrize("method", METHODS)

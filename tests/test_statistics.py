@@ -17,7 +17,7 @@ from gmm_dist.families import natural
 from gmm_dist.kernel import EStep, Total
 from gmm_dist.lanes import LaneGroup, Precision
 from gmm_dist.parameters import Stack
-from gmm_dist.shards import ShardRows
+from gmm_dist.shards.protocol import ShardRows
 from gmm_dist.statistics import PassStatistics, SufficientStatistics, TotalMoments
 
 MIXTURE = mixtures.parameters("full", 3, 2)

@@ -21,11 +21,11 @@ from test_scored import days, loader_of, score
 from gmm_dist import artifacts, lake, places, runs, score_runs, storage
 from gmm_dist.checkpoint import checkpoint_names
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.failures import Verdict, judge
 from gmm_dist.lease import Held
 from gmm_dist.places import Place, is_foreign, lies_within
 from gmm_dist.registry import Registry
 from gmm_dist.scored import Scored, ScoreFiles, collect
+from gmm_dist.shards.failures import Verdict, judge
 
 FOREIGN = [".DS_Store", "._file", ".nfs000a1", "Thumbs.db", "desktop.ini", "x_$folder$"]
 

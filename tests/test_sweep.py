@@ -17,7 +17,8 @@ from gmm_dist.em import Status
 from gmm_dist.mixture import Mixture
 from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.selection import Candidate, SweepResult
-from gmm_dist.shards import Block, LocalShards, ShardRows
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.snapshot import Snapshot
 from gmm_dist.sweep import require_rows, sweep
 

@@ -20,13 +20,14 @@ from typing import Any
 import ray
 import torch
 
-from gmm_dist.dispatch import Dispatcher, machines
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.failures import FaultConfig
 from gmm_dist.formats import counted
-from gmm_dist.placement import Placement, ranges
-from gmm_dist.shards import Loader, S, Task, TreeSum
-from gmm_dist.workers import ShardActor, Source, Work, Worker
+from gmm_dist.shards.dispatch import Dispatcher, machines
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.placement import Placement, ranges
+from gmm_dist.shards.protocol import Loader, S, Task
+from gmm_dist.shards.tree_sum import TreeSum
+from gmm_dist.shards.workers import ShardActor, Source, Work, Worker
 
 logger = logging.getLogger(__name__)
 

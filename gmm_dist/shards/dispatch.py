@@ -13,10 +13,20 @@ from typing import Any
 import ray
 
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.failures import Budget, FaultConfig, Verdict, is_full, judge, reason
 from gmm_dist.formats import counted
-from gmm_dist.placement import Placement, shares
-from gmm_dist.workers import Call, Loaded, Reply, Request, Source, State, Ticket, Work, Worker
+from gmm_dist.shards.failures import Budget, FaultConfig, Verdict, is_full, judge, reason
+from gmm_dist.shards.placement import Placement, shares
+from gmm_dist.shards.workers import (
+    Call,
+    Loaded,
+    Reply,
+    Request,
+    Source,
+    State,
+    Ticket,
+    Work,
+    Worker,
+)
 
 logger = logging.getLogger(__name__)
 

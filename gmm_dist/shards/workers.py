@@ -14,7 +14,8 @@ from typing import Any
 import ray
 import torch
 
-from gmm_dist.shards import Loader, ShardRows, run_on
+from gmm_dist.shards.protocol import Loader, ShardRows
+from gmm_dist.shards.tree_sum import run_on
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class Ours:
 
         from gmm_dist.config import EMConfig
         from gmm_dist.kernel import Total
-        from gmm_dist.parameters import Parameters
+        from gmm_dist.model.parameters import Parameters
 
         torch.set_num_threads(1)  # as the jobs' driver does
         self._shards = _ray_shards(problem, folder) if ray else _process_shards(problem, folder)

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # not installed on a borr
 
 from gmm_dist.cohort import Lane, advance, grouped, task_of
 from gmm_dist.config import EMConfig
-from gmm_dist.families import FAMILIES
 from gmm_dist.kernel import EStep, Precision, Total
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.shards.tree_sum import run_on
 from gmm_dist.statistics import PassStatistics

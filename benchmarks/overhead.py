@@ -35,7 +35,7 @@ from gmm_dist import em, runs
 from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.cohort import Lane, grouped, task_of
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import Candidate
 from gmm_dist.shards import dispatch
 from gmm_dist.shards.failures import FaultConfig

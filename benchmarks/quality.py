@@ -38,7 +38,7 @@ from processes import Loader, ProcessShards
 from gmm_dist.config import ABSOLUTE, EMConfig, StartConfig
 from gmm_dist.kernel import EStep, Total
 from gmm_dist.lake import default_shards
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import Candidate, Scored
 from gmm_dist.shards.protocol import S, Shards, Task
 from gmm_dist.sweep import sweep

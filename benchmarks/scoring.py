@@ -36,8 +36,8 @@ from sklearn.mixture import GaussianMixture
 
 from gmm_dist import artifacts, lake
 from gmm_dist.checkpoint import RunIdentity
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.scored import ScoreFiles
 from gmm_dist.scoring import Scoring
 

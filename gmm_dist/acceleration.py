@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.parameters import Parameters
 
 _GROW = 4.0  # of the bound on the step: up when a step reaches it, down when a leap fails
 _DEAD = 1e-8  # a mixing weight below it says nothing of where to leap

@@ -11,7 +11,7 @@ from gmm_dist.commit import Attempt as Attempt
 from gmm_dist.commit import claim as claim
 from gmm_dist.commit import repair as repair
 from gmm_dist.errors import UserError
-from gmm_dist.mixture import Mixture
+from gmm_dist.model.mixture import Mixture
 from gmm_dist.model_files import CARD, TENSORS, parse_model
 from gmm_dist.model_files import Provenance as Provenance
 from gmm_dist.model_files import library_versions as library_versions

@@ -17,8 +17,8 @@ from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.lake import Plan
 from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
 from gmm_dist.loading import Counted, LakeLoader, column_means, count_rows, loader_for
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.opened import Lake
-from gmm_dist.parameters import Parameters
 from gmm_dist.selection import Candidate, SweepResult
 from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected, most_memory

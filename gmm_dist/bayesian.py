@@ -24,11 +24,12 @@ from gmm_dist.estimator import (
     require_class,
     start_of,
 )
-from gmm_dist.families import FAMILIES, Moments
-from gmm_dist.inputs import Rows, Space, array_of, checked_start, tensor_of
 from gmm_dist.kernel import Total
+from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
+from gmm_dist.model.covariance import FAMILIES, Moments
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
 from gmm_dist.opened import Lake
-from gmm_dist.parameters import Parameters
 from gmm_dist.resident import Resident, one_thread
 from gmm_dist.search import search
 from gmm_dist.selection import Candidate
@@ -36,7 +37,6 @@ from gmm_dist.shards.protocol import Shards
 from gmm_dist.statistics import TotalMoments
 from gmm_dist.sweep import require_rows
 from gmm_dist.trials import Trial
-from gmm_dist.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
 
 _POSITIVE = Interval(Real, 0.0, None, closed="neither")
 _SIZES = 12  # numbers of components that starts on a lake have, at the most

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.families import FAMILIES, Densities
 from gmm_dist.features import Features
 from gmm_dist.lanes import LaneGroup
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.densities import Densities
 from gmm_dist.shards.protocol import Block
 from gmm_dist.statistics import SufficientStatistics
 

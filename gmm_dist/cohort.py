@@ -20,10 +20,10 @@ from torch import Tensor
 
 from gmm_dist.acceleration import Squarem
 from gmm_dist.config import RELATIVE, EMConfig
-from gmm_dist.families import FAMILIES, Moments, maximise, natural
 from gmm_dist.kernel import EStep
 from gmm_dist.lanes import LaneGroup, Precision
-from gmm_dist.parameters import Parameters, Stack
+from gmm_dist.model.covariance import FAMILIES, Moments, maximise, natural
+from gmm_dist.model.parameters import Parameters, Stack
 from gmm_dist.statistics import (
     PassStatistics,
     SufficientStatistics,

@@ -36,8 +36,8 @@ from jaxtyping import Float64
 from scipy.optimize import minimize
 from torch import Tensor
 
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import Parameters
 
 _EPSILON = 0.01
 _STRANGE = math.log(1 / _EPSILON) / 2

@@ -31,7 +31,7 @@ from pathlib import Path
 from gmm_dist import model_files
 from gmm_dist.errors import UserError
 from gmm_dist.lease import Lease, LeaseLost
-from gmm_dist.mixture import Mixture
+from gmm_dist.model.mixture import Mixture
 from gmm_dist.model_files import Provenance
 from gmm_dist.places import Place, sync
 from gmm_dist.records import (

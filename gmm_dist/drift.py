@@ -13,7 +13,7 @@ from gmm_dist.column_drift import ColumnDrift
 from gmm_dist.histogram import Histograms, Tally
 from gmm_dist.holdout import mean_log_likelihoods
 from gmm_dist.matching import Matching, overlaps
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.protocol import Shards
 
 _BINS = 60

@@ -20,7 +20,7 @@ from gmm_dist.cohort import (
     task_of,
 )
 from gmm_dist.config import EMConfig
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.protocol import Shards
 from gmm_dist.statistics import TotalMoments
 

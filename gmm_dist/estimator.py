@@ -33,8 +33,7 @@ from torch.utils.dlpack import from_dlpack
 from gmm_dist.config import ABSOLUTE, PRECISIONS, EMConfig, StartConfig
 from gmm_dist.em import FitResult, Status
 from gmm_dist.errors import UserError
-from gmm_dist.families import FAMILIES, Moments, n_parameters
-from gmm_dist.inputs import (
+from gmm_dist.model.arrays import (
     Array,
     Rows,
     Space,
@@ -51,14 +50,16 @@ from gmm_dist.inputs import (
     unmasked,
     viewed,
 )
-from gmm_dist.mixture import aic, bic, icl, labels, log_densities, responsibilities
+from gmm_dist.model.covariance import FAMILIES, Moments
+from gmm_dist.model.criteria import aic, bic, icl, n_parameters
+from gmm_dist.model.mixture import labels, log_densities, responsibilities
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.model.soundness import flaw
 from gmm_dist.opened import Lake
-from gmm_dist.parameters import Parameters
 from gmm_dist.resident import Resident, one_thread
 from gmm_dist.selection import Candidate
 from gmm_dist.shards.protocol import Shards
 from gmm_dist.shares import INIT_PARAMS, shares_of
-from gmm_dist.soundness import flaw
 from gmm_dist.statistics import TotalMoments
 from gmm_dist.trials import (
     MaximumLikelihood,

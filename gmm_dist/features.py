@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gmm_dist.families import FAMILIES, PRODUCT_BLOCK, n_feature_rows
+from gmm_dist.model.covariance import FAMILIES, PRODUCT_BLOCK, n_feature_rows
 
 _MAX_VIEWS = 256  # chunk lengths whose views are kept
 

@@ -21,9 +21,10 @@ from gmm_dist.estimator import (
     require_lake_settings,
     seed_of,
 )
-from gmm_dist.families import FAMILIES, most_components
 from gmm_dist.formats import counted
-from gmm_dist.inputs import Space, require_rows_or_lake, space_of
+from gmm_dist.model.arrays import Space, require_rows_or_lake, space_of
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.criteria import most_components
 from gmm_dist.opened import Lake
 from gmm_dist.resident import one_thread
 from gmm_dist.selection import CRITERIA, Candidate, Scored, SweepResult

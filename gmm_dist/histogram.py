@@ -23,10 +23,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.families import Densities
 from gmm_dist.kernel import chunks
-from gmm_dist.parameters import Parameters, Stack
-from gmm_dist.quantiles import LEVELS, Quantiles
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.quantiles import LEVELS, Quantiles
 from gmm_dist.shards.protocol import ShardRows, Shards
 
 _CHUNK, _CUDA_CHUNK = 2048, 1 << 14

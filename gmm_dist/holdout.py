@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.families import FAMILIES, Densities
 from gmm_dist.kernel import chunks
-from gmm_dist.parameters import Parameters, Stack
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.parameters import Parameters, Stack
 from gmm_dist.shards.protocol import HeldOut, ShardRows, Shards
 
 _CHUNK, _CUDA_CHUNK = 2048, 1 << 14

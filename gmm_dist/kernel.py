@@ -18,9 +18,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.centred import CentredPass
-from gmm_dist.families import FAMILIES
 from gmm_dist.features import Features
 from gmm_dist.lanes import LaneGroup, Precision
+from gmm_dist.model.covariance import FAMILIES
 from gmm_dist.products import MatrixPass
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.statistics import PassStatistics, TotalMoments

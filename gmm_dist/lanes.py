@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.parameters import Parameters, Stack
+from gmm_dist.model.parameters import Parameters, Stack
 
 
 class Precision(Enum):

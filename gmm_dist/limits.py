@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gmm_dist.errors import UserError
-from gmm_dist.families import FAMILIES
-from gmm_dist.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.parameters import COVARIANCE_TYPES
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from jaxtyping import Float64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.parameters import Parameters
 
 MIN_OVERLAP = 0.2
 """Below it two components are two: what a shift of 3.6 standard deviations leaves."""

@@ -17,11 +17,11 @@ import safetensors.torch
 import torch
 
 from gmm_dist.errors import UserError
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
-from gmm_dist.quantiles import Quantiles
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.quantiles import Quantiles
+from gmm_dist.model.soundness import flaw
 from gmm_dist.records import FORMAT_VERSION, FileEntry, parse, to_json, whole
-from gmm_dist.soundness import flaw
 
 TENSORS = "model.safetensors"
 CARD = "model.json"

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from gmm_dist import seeding
-from gmm_dist.families import FAMILIES
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.parameters import Parameters
 
 _NEIGHBOURS = 6  # pairs are looked for among a component's nearest so many
 _LLOYD, _TRIALS = 10, 2

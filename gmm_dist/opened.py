@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gmm_dist.urls import Url
 
@@ -12,6 +12,11 @@ from gmm_dist.urls import Url
 @dataclass(frozen=True, slots=True)
 class Lake:
     """Name the rows of a Parquet file or folder, and the Ray cluster that is to hold them."""
+
+    not_in_memory: ClassVar[str] = (
+        "give rows in memory: a lake can be fitted only (`gmm-dist score` writes the scores of its "
+        "rows)"
+    )
 
     url: str
     columns: tuple[str, ...] | None = None

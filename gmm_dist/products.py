@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.families import NEVER
 from gmm_dist.features import Features
 from gmm_dist.lanes import LaneGroup
+from gmm_dist.model.covariance import NEVER
 from gmm_dist.shards.protocol import Block
 from gmm_dist.statistics import SufficientStatistics
 

@@ -41,7 +41,7 @@ from gmm_dist.checkpoint import checkpoint_names
 from gmm_dist.commit import ATTEMPTS, LEASE, MANIFEST, MODEL
 from gmm_dist.errors import UserError
 from gmm_dist.lease import SECONDS, Lease, Terms, acquire, await_end, cell_at
-from gmm_dist.mixture import Mixture
+from gmm_dist.model.mixture import Mixture
 from gmm_dist.places import Place
 from gmm_dist.records import FORMAT_VERSION, parse, to_json, whole
 from gmm_dist.storage import explained, join

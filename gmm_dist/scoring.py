@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gmm_dist.errors import UserError
-from gmm_dist.families import Densities
-from gmm_dist.parameters import Parameters, Stack
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.parameters import Parameters, Stack
 
 COMPONENT, PROBABILITY, LOG_DENSITY = "component", "probability", "log_density"
 PROBABILITIES, OUTLIER = "probabilities", "outlier"

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from gmm_dist import em, moves, seeding
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.families import Densities
 from gmm_dist.kernel import Total
 from gmm_dist.limits import lane_bytes
-from gmm_dist.parameters import Parameters, Stack
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.parameters import Parameters, Stack
 from gmm_dist.sample import Coreset, DrawCoreset, Whitening, keyed_generator, whitening
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Shards

@@ -10,9 +10,8 @@ from typing import Self
 from torch import Tensor
 
 from gmm_dist.em import FitResult, Status
-from gmm_dist.families import most_components, n_parameters
 from gmm_dist.formats import counted
-from gmm_dist.mixture import aic, bic, icl
+from gmm_dist.model.criteria import aic, bic, icl, most_components, n_parameters
 from gmm_dist.spikes import Profile
 from gmm_dist.statistics import Spike, TotalMoments
 from gmm_dist.weighting import counts_rows

@@ -11,7 +11,7 @@ from torch import Tensor
 from gmm_dist.acceleration import Squarem
 from gmm_dist.cohort import Lane, Outcome
 from gmm_dist.lanes import Precision
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.parameters import Parameters
 
 _PLAIN = ("n_iter", "lower_bounds", "log_likelihood", "entropy", "last_bound", "strained")
 _LEAPS = ("max_step", "n_leaps", "n_failed", "saved", "last_gain")

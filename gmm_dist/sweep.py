@@ -20,7 +20,7 @@ from gmm_dist.formats import counted
 from gmm_dist.holdout import mean_log_likelihoods
 from gmm_dist.kernel import Total
 from gmm_dist.lanes import Precision
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.search import mend, search
 from gmm_dist.selection import Candidate, Outcome, Scored, SweepResult
 from gmm_dist.shards.protocol import HeldOut, Shards

@@ -18,10 +18,10 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.cohort import MAX_CONDITION, SMALLEST_TOL, moments_of, shared_quadratic
-from gmm_dist.families import Moments, maximise, natural
 from gmm_dist.kernel import EStep
 from gmm_dist.lanes import LaneGroup, Precision
-from gmm_dist.parameters import Parameters, Stack
+from gmm_dist.model.covariance import Moments, maximise, natural
+from gmm_dist.model.parameters import Parameters, Stack
 from gmm_dist.shards.protocol import Shards
 from gmm_dist.statistics import SufficientStatistics, TotalMoments
 

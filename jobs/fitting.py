@@ -31,8 +31,8 @@ from gmm_dist.formats import counted
 from gmm_dist.histogram import training_quantiles
 from gmm_dist.lake import Plan
 from gmm_dist.loading import Counted, LakeLoader, loader_for
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.runs import Run
 from gmm_dist.selection import Candidate, SweepResult
 from gmm_dist.shards.failures import FaultConfig

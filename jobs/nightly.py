@@ -38,8 +38,8 @@ from gmm_dist.gate import Gate
 from gmm_dist.lake import Missing, Plan
 from gmm_dist.lease import Lease
 from gmm_dist.matching import Matching, match
-from gmm_dist.mixture import Mixture
-from gmm_dist.quantiles import SMALLEST
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.quantiles import SMALLEST
 from gmm_dist.records import FORMAT_VERSION
 from gmm_dist.registry import Lineage, Published, Registry
 from gmm_dist.runs import Run

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gmm_dist.artifacts import Attempt
-from gmm_dist.mixture import Mixture, labels
+from gmm_dist.model.mixture import Mixture, labels
 from gmm_dist.sample import DrawCoreset, keyed_generator
 from gmm_dist.selection import SweepResult
 from gmm_dist.shards.protocol import Shards

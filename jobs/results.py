@@ -15,8 +15,8 @@ from gmm_dist import __version__, artifacts
 from gmm_dist.artifacts import Attempt
 from gmm_dist.lake import Plan
 from gmm_dist.loading import Counted, LakeLoader
-from gmm_dist.mixture import Mixture
-from gmm_dist.quantiles import Quantiles
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.selection import Scored, SweepResult
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")

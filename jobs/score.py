@@ -28,7 +28,7 @@ from gmm_dist.checkpoint import RunIdentity, environment
 from gmm_dist.errors import UserError
 from gmm_dist.formats import counted
 from gmm_dist.lake import Plan
-from gmm_dist.mixture import Mixture
+from gmm_dist.model.mixture import Mixture
 from gmm_dist.model_files import model_sha256
 from gmm_dist.runs import Run
 from gmm_dist.scored import Scored, ScoreFiles, collect

@@ -13,7 +13,7 @@ from torch import Tensor
 from gmm_dist import em
 from gmm_dist.config import EMConfig
 from gmm_dist.kernel import Total
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 

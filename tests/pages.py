@@ -8,7 +8,7 @@ from typing import Any
 import mixtures
 import numpy as np
 
-from gmm_dist.mixture import Mixture
+from gmm_dist.model.mixture import Mixture
 from gmm_dist.planes import Clusters
 from gmm_dist.report import Sample
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em import FitResult
-from gmm_dist.families import FAMILIES, Densities
-from gmm_dist.parameters import COVARIANCE_TYPES, Stack
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Stack
 from gmm_dist.seeding import start_of
 
 N, K = 1500, 3

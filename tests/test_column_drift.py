@@ -14,8 +14,8 @@ from scipy.stats import norm
 
 from gmm_dist.column_drift import ColumnDrift, column_drift, sample_size
 from gmm_dist.gate import Gate
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import Parameters
 
 NAMES = ("x", "y", "z")
 MAX = Gate().max_drift

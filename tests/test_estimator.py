@@ -33,7 +33,7 @@ from test_reference import CASES, data, name, start_of
 import gmm_dist
 from gmm_dist import GaussianMixture, open_lake
 from gmm_dist.estimator import ranked
-from gmm_dist.inputs import tensor_of, viewed
+from gmm_dist.model.arrays import tensor_of, viewed
 from gmm_dist.statistics import TotalMoments
 from gmm_dist.trials import MaximumLikelihood, Trial, moments_of_shares
 

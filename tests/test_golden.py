@@ -18,7 +18,7 @@ import score as score_job
 import torch
 
 from gmm_dist import artifacts
-from gmm_dist.parameters import COVARIANCE_TYPES
+from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.registry import Registry
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmm_dist import kernel
-from gmm_dist.families import FAMILIES, Moments, maximise, natural
 from gmm_dist.kernel import EStep, Total
 from gmm_dist.lanes import LaneGroup, Precision
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters, Stack
+from gmm_dist.model.covariance import FAMILIES, Moments, maximise, natural
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, Stack
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from gmm_dist.errors import UserError
-from gmm_dist.families import natural
 from gmm_dist.kernel import EStep
 from gmm_dist.lanes import LaneGroup, Precision
 from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
-from gmm_dist.parameters import Parameters, Stack
+from gmm_dist.model.covariance import natural
+from gmm_dist.model.parameters import Parameters, Stack
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.shards.tree_sum import TreeSum, run_on

@@ -14,7 +14,7 @@ from mixtures import FIXED, parameters
 from torch import Tensor
 
 from gmm_dist.matching import MIN_OVERLAP, match, overlaps
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 
 MIXTURES = {
     "covariance_type": st.sampled_from(COVARIANCE_TYPES),

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from gmm_dist import moves
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.moves import Merge, Part, Split, apply, merges, split_and_merge, splits
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 

@@ -13,7 +13,7 @@ import torch
 
 from gmm_dist import artifacts
 from gmm_dist.kernel import Total
-from gmm_dist.mixture import Mixture
+from gmm_dist.model.mixture import Mixture
 from gmm_dist.selection import SweepResult
 from gmm_dist.shards.local import LocalShards
 

@@ -18,7 +18,7 @@ from conftest import S3Server
 from gmm_dist import lake, scored, streaming
 from gmm_dist.checkpoint import RunIdentity
 from gmm_dist.errors import UserError
-from gmm_dist.mixture import Mixture
+from gmm_dist.model.mixture import Mixture
 from gmm_dist.scored import Scored, ScoreFiles, collect, spread
 from gmm_dist.scoring import Scoring
 from gmm_dist.storage import open_url

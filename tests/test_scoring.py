@@ -9,8 +9,8 @@ import pytest
 from sklearn.mixture import GaussianMixture
 
 from gmm_dist.errors import UserError
-from gmm_dist.families import FAMILIES
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.scoring import Scorer, Scoring
 
 NONE = pa.schema([])

@@ -14,7 +14,7 @@ from gmm_dist import em
 from gmm_dist import search as search_module
 from gmm_dist.config import INITS, EMConfig, StartConfig
 from gmm_dist.kernel import Total
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.search import _SHARD_ROWS, mend, search
 from gmm_dist.seeding import start_of
 from gmm_dist.shards.local import LocalShards

@@ -16,7 +16,7 @@ from scipy.stats import chisquare
 
 from gmm_dist import seeding
 from gmm_dist.kernel import Total
-from gmm_dist.parameters import COVARIANCE_TYPES
+from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.sample import Whitening, keyed_generator, whitening
 from gmm_dist.seeding import METHODS, assignments, k_means_parallel, lloyd, nearest, start_of
 from gmm_dist.shards.local import LocalShards

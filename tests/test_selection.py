@@ -10,7 +10,7 @@ import pytest
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em import Status
-from gmm_dist.mixture import Mixture
+from gmm_dist.model.mixture import Mixture
 from gmm_dist.selection import Candidate, Outcome, Scored, SweepResult
 from gmm_dist.statistics import TotalMoments
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmm_dist.families import natural
 from gmm_dist.kernel import EStep, Total
 from gmm_dist.lanes import LaneGroup, Precision
-from gmm_dist.parameters import Stack
+from gmm_dist.model.covariance import natural
+from gmm_dist.model.parameters import Stack
 from gmm_dist.shards.protocol import ShardRows
 from gmm_dist.statistics import PassStatistics, SufficientStatistics, TotalMoments
 

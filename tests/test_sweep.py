@@ -14,8 +14,8 @@ import gmm_dist.sweep as sweep_module
 from gmm_dist import UserError
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em import Status
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.selection import Candidate, SweepResult
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from gmm_dist.errors import UserError
-from gmm_dist.opened import Lake
 
 Array = npt.NDArray[Any]
 Rows = Array | Tensor
@@ -105,8 +104,10 @@ def require_rows_or_lake(X: Any) -> None:
 
 def require_rows_in_memory(X: Any) -> None:
     """Raise TypeError for a lake, and for a path."""
-    if isinstance(X, Lake):
-        raise TypeError("give rows in memory: a lake can be fitted only")
+    # A lake says for itself what can be done with it: this box knows none.
+    elsewhere = getattr(X, "not_in_memory", None)
+    if isinstance(elsewhere, str):
+        raise TypeError(elsewhere)
     require_rows_or_lake(X)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gmm_dist.families import FAMILIES
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.parameters import Parameters
 
 # float32 weights, which sum to one up to their own rounding, are a mixture's too.
 _SUM_TOLERANCE = 1e-6

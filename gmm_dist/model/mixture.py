@@ -13,9 +13,10 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from gmm_dist.errors import UserError
-from gmm_dist.families import Densities, n_parameters
-from gmm_dist.parameters import Parameters, Stack
-from gmm_dist.quantiles import Quantiles
+from gmm_dist.model.criteria import aic, bic, icl, n_parameters
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.quantiles import Quantiles
 
 Rows = npt.NDArray[Any] | Tensor
 
@@ -111,12 +112,12 @@ class Mixture:
 
     def _checked(self, X: Any) -> Rows:
         # scikit-learn, which checks them, is slow to import, and jobs do without.
-        from gmm_dist.inputs import checked_for_model
+        from gmm_dist.model.arrays import checked_for_model
 
         return checked_for_model(X, self.n_features, self.feature_names)
 
     def _of_rows(self, X: Any, verb: Callable[[Parameters, Rows], Tensor]) -> Any:
-        from gmm_dist.inputs import space_of
+        from gmm_dist.model.arrays import space_of
 
         rows = self._checked(X)
         space = replace(space_of(X, rows), dtype=torch.float64)
@@ -143,21 +144,6 @@ def responsibilities(mixture: Parameters, X: Rows) -> Float64[Tensor, "n k"]:
 def log_densities(mixture: Parameters, X: Rows) -> Float64[Tensor, " n"]:
     """Return the log-density of each of some checked rows (n, d), nats."""
     return torch.cat([logits.logsumexp(0) for logits in _chunks(mixture, X)])
-
-
-def bic(log_likelihood: float, n_free: int, n_samples: float) -> float:
-    """Return -2 ll + p ln n; `log_likelihood` is the sum in nats, n the sum of weights."""
-    return -2 * log_likelihood + n_free * float(np.log(n_samples))
-
-
-def aic(log_likelihood: float, n_free: int) -> float:
-    """Return -2 ll + 2 p."""
-    return -2 * log_likelihood + 2 * n_free
-
-
-def icl(bic: float, entropy: float) -> float:
-    """Return BIC + 2 E, with the soft entropy E = -Σ r ln r of the responsibilities (nats)."""
-    return bic + 2 * entropy
 
 
 def _chunks(mixture: Parameters, X: Rows) -> Iterator[Float64[Tensor, "k b"]]:

@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.families import FAMILIES, Moments, maximise
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.covariance import FAMILIES, Moments, maximise
+from gmm_dist.model.parameters import Parameters
 
 WEIGHT_PRIORS = ("dirichlet_process", "dirichlet_distribution")
 

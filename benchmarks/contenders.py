@@ -66,7 +66,7 @@ class Ours:
         import torch
 
         from gmm_dist.config import EMConfig
-        from gmm_dist.kernel import Total
+        from gmm_dist.em.estep import Total
         from gmm_dist.model.parameters import Parameters
 
         torch.set_num_threads(1)  # as the jobs' driver does
@@ -98,8 +98,8 @@ class Ours:
         return Run(fitted, seconds, iterations, iterations, details)
 
     def _iterate(self, starts: list[Any], iterations: int, details: dict[str, Any]) -> list[Any]:
-        from gmm_dist.cohort import Lane, Outcome, advance, grouped, task_of
-        from gmm_dist.kernel import Precision
+        from gmm_dist.em.estep import Precision
+        from gmm_dist.em.lane import Lane, Outcome, advance, grouped, task_of
 
         lanes = [Lane.start(parameters, self._config) for parameters in starts]
         while running := [lane for lane in lanes if lane.n_iter < iterations]:

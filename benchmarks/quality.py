@@ -36,7 +36,7 @@ from problems import Mixture, mean_log_likelihood
 from processes import Loader, ProcessShards
 
 from gmm_dist.config import ABSOLUTE, EMConfig, StartConfig
-from gmm_dist.kernel import EStep, Total
+from gmm_dist.em.estep import EStep, Total
 from gmm_dist.lake import default_shards
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import Candidate, Scored

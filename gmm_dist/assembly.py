@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gmm_dist import lake
 from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.em.memory import RowsNeed, lane_bytes, require_memory, require_room
 from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.lake import Plan
-from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
 from gmm_dist.loading import Counted, LakeLoader, column_means, count_rows, loader_for
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.opened import Lake

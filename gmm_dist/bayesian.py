@@ -14,6 +14,9 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
 from gmm_dist.config import ABSOLUTE, EMConfig
+from gmm_dist.em.estep import Total
+from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.em.trials import Trial
 from gmm_dist.estimator import (
     BaseMixture,
     CentredRows,
@@ -24,7 +27,6 @@ from gmm_dist.estimator import (
     require_class,
     start_of,
 )
-from gmm_dist.kernel import Total
 from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
 from gmm_dist.model.covariance import FAMILIES, Moments
 from gmm_dist.model.parameters import Parameters
@@ -34,9 +36,7 @@ from gmm_dist.resident import Resident, one_thread
 from gmm_dist.search import search
 from gmm_dist.selection import Candidate
 from gmm_dist.shards.protocol import Shards
-from gmm_dist.statistics import TotalMoments
 from gmm_dist.sweep import require_rows
-from gmm_dist.trials import Trial
 
 _POSITIVE = Interval(Real, 0.0, None, closed="neither")
 _SIZES = 12  # numbers of components that starts on a lake have, at the most

@@ -31,7 +31,20 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from gmm_dist.config import ABSOLUTE, PRECISIONS, EMConfig, StartConfig
-from gmm_dist.em import FitResult, Status
+from gmm_dist.em.loop import FitResult, Status
+from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.em.trials import (
+    MaximumLikelihood,
+    Model,
+    Rules,
+    SingularCovarianceError,
+    Trial,
+    Watch,
+    maximised,
+    mean_weight,
+    moments_of_shares,
+    run,
+)
 from gmm_dist.errors import UserError
 from gmm_dist.model.arrays import (
     Array,
@@ -59,21 +72,8 @@ from gmm_dist.opened import Lake
 from gmm_dist.resident import Resident, one_thread
 from gmm_dist.selection import Candidate
 from gmm_dist.shards.protocol import Shards
+from gmm_dist.shards.reweighted import unit_of
 from gmm_dist.shares import INIT_PARAMS, shares_of
-from gmm_dist.statistics import TotalMoments
-from gmm_dist.trials import (
-    MaximumLikelihood,
-    Model,
-    Rules,
-    SingularCovarianceError,
-    Trial,
-    Watch,
-    maximised,
-    mean_weight,
-    moments_of_shares,
-    run,
-)
-from gmm_dist.weighting import unit_of
 
 _SINGULAR = (
     "Fitting the mixture model failed because some components have ill-defined empirical "

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.kernel import chunks
+from gmm_dist.em.estep import chunks
+from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.shards.protocol import ShardRows
-from gmm_dist.statistics import TotalMoments
 
 _CORESET = 2  # the stream of keyed random numbers that a coreset draws from
 _CHUNK, _CUDA_CHUNK = 2048, 1 << 17  # rows

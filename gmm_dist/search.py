@@ -24,16 +24,17 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from gmm_dist import em, moves, seeding
+from gmm_dist import moves, seeding
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.kernel import Total
-from gmm_dist.limits import lane_bytes
+from gmm_dist.em import loop
+from gmm_dist.em.estep import Total
+from gmm_dist.em.memory import lane_bytes
+from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.densities import Densities
 from gmm_dist.model.parameters import Parameters, Stack
 from gmm_dist.sample import Coreset, DrawCoreset, Whitening, keyed_generator, whitening
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Shards
-from gmm_dist.statistics import TotalMoments
 
 Pair = tuple[int, str]
 """k and covariance type."""
@@ -67,9 +68,9 @@ class _Field:
     """The best fits of one k so far, all on the same rows; different optima only."""
 
     n_samples: float
-    fits: list[em.FitResult] = field(default_factory=list)
+    fits: list[loop.FitResult] = field(default_factory=list)
 
-    def add(self, fits: Sequence[em.FitResult]) -> None:
+    def add(self, fits: Sequence[loop.FitResult]) -> None:
         """Enter fits, and let go of what is no longer among the best."""
         for fit in fits:
             ranked = sorted([*self.fits, fit], key=_merit, reverse=True)
@@ -81,7 +82,7 @@ class _Field:
             self.fits = distinct[:_KEPT]
 
     @property
-    def best(self) -> em.FitResult:
+    def best(self) -> loop.FitResult:
         return self.fits[0]
 
     @property
@@ -108,16 +109,16 @@ class _Rows:
         total = replace(total, spikes=whole.spikes)
         return cls(sample, local, total)
 
-    def run(self, starts: Sequence[Parameters], config: EMConfig) -> list[em.FitResult]:
+    def run(self, starts: Sequence[Parameters], config: EMConfig) -> list[loop.FitResult]:
         """Run EM from all starts, as many at once as memory allows."""
         if not starts:
             return []
         size = lane_bytes([_pair_of(start) for start in starts], self.n_features)
         at_once = max(1, len(starts) * _STATISTICS_BYTES // size)
-        results: list[em.FitResult] = []
+        results: list[loop.FitResult] = []
         for first in range(0, len(starts), at_once):
             batch = starts[first : first + at_once]
-            results += em.fit(self.shards, batch, config, self.total)
+            results += loop.fit(self.shards, batch, config, self.total)
         return results
 
     def splits(self, parameters: Parameters, generator: torch.Generator) -> list[moves.Split]:
@@ -162,7 +163,7 @@ def search(
 
 def mend(
     shards: Shards,
-    fits: Sequence[em.FitResult],
+    fits: Sequence[loop.FitResult],
     config: EMConfig,
     start: StartConfig,
     total: TotalMoments,
@@ -175,7 +176,7 @@ def mend(
     """
     # Nothing is seeded here.
     samples = _Samples(shards, replace(start, init="k-means++"), total, n_threads)
-    broken = [i for i, fit in enumerate(fits) if fit.status is em.Status.DEGENERATE]
+    broken = [i for i, fit in enumerate(fits) if fit.status is loop.Status.DEGENERATE]
     found: list[list[Parameters]] = [[] for _ in fits]
     for i in sorted(broken, key=lambda i: fits[i].parameters.n_components):
         parameters = fits[i].parameters
@@ -317,12 +318,12 @@ def _pair_of(parameters: Parameters) -> Pair:
     return parameters.n_components, parameters.covariance_type
 
 
-def _merit(fit: em.FitResult) -> tuple[bool, float]:
+def _merit(fit: loop.FitResult) -> tuple[bool, float]:
     """Order fits by likelihood, less what may have been bought with noise."""
     return fit.is_ranked, fit.log_likelihood - (_bought(fit) if fit.is_ranked else 0.0)
 
 
-def _bought(fit: em.FitResult) -> float:
+def _bought(fit: loop.FitResult) -> float:
     """Return what components of hardly more rows than d gain by correlations, in nats.
 
     By the variances alone they would be worth n_k / 2 · ln(|diag Σ| / |Σ|) less. A small cluster
@@ -389,15 +390,15 @@ class _Seeds:
         return seeding.nearest(Z, (member.T @ candidates) / mass[:, None])
 
 
-def _gained(before: em.FitResult, after: em.FitResult, n_samples: float) -> bool:
+def _gained(before: loop.FitResult, after: loop.FitResult, n_samples: float) -> bool:
     (*rank, now), (*rank_before, then) = _merit(after), _merit(before)
     return rank > rank_before or (rank == rank_before and now - then > _SHORT_TOL * n_samples)
 
 
-def _proposals(rows: _Rows, fit: em.FitResult, generator: torch.Generator) -> list[Parameters]:
+def _proposals(rows: _Rows, fit: loop.FitResult, generator: torch.Generator) -> list[Parameters]:
     """Return mixtures one move away."""
     parameters = fit.parameters
-    if fit.status is em.Status.COLLAPSED:
+    if fit.status is loop.Status.COLLAPSED:
         return []
     apart = rows.splits(parameters, generator)
     joined = moves.merges(parameters, rows.total.n_samples)

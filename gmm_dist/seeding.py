@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from gmm_dist.kernel import chunks
+from gmm_dist.em.estep import chunks
+from gmm_dist.em.statistics import CONSTANT, TotalMoments
 from gmm_dist.model.covariance import FAMILIES, Moments, maximise
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.sample import Whitening, keyed_generator, whitening
 from gmm_dist.shards.protocol import ShardRows, Shards
-from gmm_dist.statistics import CONSTANT, TotalMoments
 
 METHODS = ("kmeans", "k-means++", "random", "random_from_data")
 """Ways to start on a sample, under scikit-learn's names."""

@@ -9,12 +9,11 @@ from typing import Self
 
 from torch import Tensor
 
-from gmm_dist.em import FitResult, Status
+from gmm_dist.em.loop import FitResult, Status
+from gmm_dist.em.statistics import Spike, TotalMoments, counts_rows
 from gmm_dist.formats import counted
 from gmm_dist.model.criteria import aic, bic, icl, most_components, n_parameters
 from gmm_dist.spikes import Profile
-from gmm_dist.statistics import Spike, TotalMoments
-from gmm_dist.weighting import counts_rows
 
 CRITERIA = ("bic", "aic", "icl", "holdout")
 

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from gmm_dist.em.statistics import Spike
 from gmm_dist.sample import keyed_generator
 from gmm_dist.shards.protocol import ShardRows, Shards
-from gmm_dist.statistics import Spike
 
 _STREAM = 5  # of keyed random numbers
 _ROWS, _VALUES = 8192, 1 << 22  # of the sample, at the most

@@ -11,23 +11,24 @@ from typing import Any
 
 from torch import Tensor
 
-from gmm_dist import em, moves, snapshot
-from gmm_dist.cohort import Lane, regularisation
-from gmm_dist.cohort import Outcome as LaneOutcome
+from gmm_dist import moves
 from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.em import loop, snapshot
+from gmm_dist.em.estep import Total
+from gmm_dist.em.evaluate import mean_log_likelihoods
+from gmm_dist.em.lane import Lane, regularisation
+from gmm_dist.em.lane import Outcome as LaneOutcome
+from gmm_dist.em.lane_batch import Precision
+from gmm_dist.em.snapshot import Snapshot
+from gmm_dist.em.statistics import TotalMoments, as_given, criterion_size, given_weight
 from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.formats import counted
-from gmm_dist.holdout import mean_log_likelihoods
-from gmm_dist.kernel import Total
-from gmm_dist.lanes import Precision
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.search import mend, search
 from gmm_dist.selection import Candidate, Outcome, Scored, SweepResult
 from gmm_dist.shards.protocol import HeldOut, Shards
-from gmm_dist.snapshot import Snapshot
+from gmm_dist.shards.reweighted import ReweightedShards, unit_of
 from gmm_dist.spikes import profile
-from gmm_dist.statistics import TotalMoments
-from gmm_dist.weighting import ReweightedShards, as_given, criterion_size, given_weight, unit_of
 
 _SLACK = 1e-7  # nats per row by which a fit may end below a smaller one: rounding
 
@@ -172,7 +173,7 @@ class _Race:
 
     def run(self) -> None:
         """Fit the lanes that have not ended, all in the same passes."""
-        em.run(
+        loop.run(
             self._shards,
             self._lanes,
             self._config,
@@ -183,7 +184,7 @@ class _Race:
 
     def lift(self) -> None:
         """Have no ranked fit end below one of fewer components, of its covariance type."""
-        best: dict[str, em.FitResult] = {}
+        best: dict[str, loop.FitResult] = {}
         outcomes = self.outcomes
         for i in sorted(range(len(self._candidates)), key=lambda i: self._candidates[i]):
             kind, fit = self._candidates[i].covariance_type, outcomes[i].fit
@@ -195,7 +196,7 @@ class _Race:
             if fit.is_ranked and (floor is None or fit.log_likelihood > floor.log_likelihood):
                 best[kind] = fit
 
-    def _lacks(self, fit: em.FitResult, floor: em.FitResult) -> bool:
+    def _lacks(self, fit: loop.FitResult, floor: loop.FitResult) -> bool:
         return floor.log_likelihood - fit.log_likelihood > _SLACK * self._total.n_samples
 
     def _go_on_from(self, smaller: Parameters, i: int) -> None:
@@ -221,7 +222,7 @@ class _Race:
         """The best of each candidate so far, in their order."""
         best: dict[int, Outcome] = {}
         for i, lane, seconds in zip(self._owners, self._lanes, self._seconds, strict=True):
-            outcome = Outcome.of(em.result_of(lane, self._total), seconds)
+            outcome = Outcome.of(loop.result_of(lane, self._total), seconds)
             best[i] = outcome if i not in best else best[i].against(outcome)
         return [best[i] for i in range(len(self._candidates))]
 

@@ -26,9 +26,10 @@ from gmm_dist import artifacts, lake, runs
 from gmm_dist.assembly import load_rows, require_means, start_workers
 from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.em.evaluate import training_quantiles
+from gmm_dist.em.snapshot import Snapshot
 from gmm_dist.errors import UserError
 from gmm_dist.formats import counted
-from gmm_dist.histogram import training_quantiles
 from gmm_dist.lake import Plan
 from gmm_dist.loading import Counted, LakeLoader, loader_for
 from gmm_dist.model.mixture import Mixture
@@ -38,7 +39,6 @@ from gmm_dist.selection import Candidate, SweepResult
 from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.shards.protocol import Shards
 from gmm_dist.shards.ray_shards import ScalingConfig, connected
-from gmm_dist.snapshot import Snapshot
 from gmm_dist.sweep import Keep, Watch, sweep
 
 logger = logging.getLogger("gmm_dist.fitting")

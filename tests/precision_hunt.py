@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gmm_dist.config import EMConfig
-from gmm_dist.em import FitResult
+from gmm_dist.em.loop import FitResult
 from gmm_dist.model.covariance import FAMILIES
 from gmm_dist.model.densities import Densities
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Stack

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal
 
-from gmm_dist.features import Features
+from gmm_dist.em.features import Features
 from gmm_dist.model.covariance import (
     FAMILIES,
     NEVER,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from gmm_dist.em.evaluate import Histograms, Tally, training_quantiles
 from gmm_dist.errors import UserError
-from gmm_dist.histogram import Histograms, Tally, training_quantiles
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.model.quantiles import LEVELS, Quantiles

@@ -8,8 +8,8 @@ import mixtures
 import pytest
 import torch
 
-from gmm_dist.holdout import Score, mean_log_likelihoods
-from gmm_dist.kernel import Total
+from gmm_dist.em.estep import Total
+from gmm_dist.em.evaluate import Score, mean_log_likelihoods
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.shards.local import LocalShards

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from gmm_dist.em.estep import EStep
+from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.em.memory import RowsNeed, lane_bytes, require_memory, require_room
 from gmm_dist.errors import UserError
-from gmm_dist.kernel import EStep
-from gmm_dist.lanes import LaneGroup, Precision
-from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
 from gmm_dist.model.covariance import natural
 from gmm_dist.model.parameters import Parameters, Stack
 from gmm_dist.shards.local import LocalShards

@@ -19,7 +19,7 @@ import torch
 from sklearn.datasets import load_iris, load_wine
 
 from gmm_dist.config import EMConfig
-from gmm_dist.em import FitResult
+from gmm_dist.em.loop import FitResult
 from gmm_dist.model.criteria import aic, bic, icl, n_parameters
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters

@@ -16,7 +16,7 @@ import pytest
 from pages import Page, candidate, clusters, content, sample
 
 from gmm_dist import drift as drift_module
-from gmm_dist.em import Status
+from gmm_dist.em.loop import Status
 from gmm_dist.planes import Clusters
 from gmm_dist.report import Sample, render
 

@@ -12,7 +12,7 @@ import reporting
 import torch
 
 from gmm_dist import artifacts
-from gmm_dist.kernel import Total
+from gmm_dist.em.estep import Total
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.selection import SweepResult
 from gmm_dist.shards.local import LocalShards

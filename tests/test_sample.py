@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from gmm_dist.kernel import Total
+from gmm_dist.em.estep import Total
 from gmm_dist.sample import (
     _CORESET,
     Coreset,

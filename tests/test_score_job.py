@@ -29,7 +29,7 @@ from test_scoring import reference
 
 from gmm_dist import artifacts, lake
 from gmm_dist.artifacts import read_report
-from gmm_dist.histogram import training_quantiles
+from gmm_dist.em.evaluate import training_quantiles
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.scored import Counts
 from gmm_dist.shards.local import LocalShards

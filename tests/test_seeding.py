@@ -15,7 +15,7 @@ import torch
 from scipy.stats import chisquare
 
 from gmm_dist import seeding
-from gmm_dist.kernel import Total
+from gmm_dist.em.estep import Total
 from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.sample import Whitening, keyed_generator, whitening
 from gmm_dist.seeding import METHODS, assignments, k_means_parallel, lloyd, nearest, start_of

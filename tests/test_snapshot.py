@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 
 from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.em.snapshot import Snapshot
 from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.selection import Candidate, SweepResult
-from gmm_dist.snapshot import Snapshot
 from gmm_dist.sweep import sweep
 
 

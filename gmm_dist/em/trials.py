@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.cohort import MAX_CONDITION, SMALLEST_TOL, moments_of, shared_quadratic
-from gmm_dist.kernel import EStep
-from gmm_dist.lanes import LaneGroup, Precision
+from gmm_dist.em.estep import EStep
+from gmm_dist.em.lane import MAX_CONDITION, SMALLEST_TOL, moments_of, shared_quadratic
+from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.em.statistics import SufficientStatistics, TotalMoments
 from gmm_dist.model.covariance import Moments, maximise, natural
 from gmm_dist.model.parameters import Parameters, Stack
 from gmm_dist.shards.protocol import Shards
-from gmm_dist.statistics import SufficientStatistics, TotalMoments
 
 _FORMS = (Precision.FLOAT32, Precision.FLOAT64, Precision.CENTRED)
 _EMPTY = 10 * 2.0**-52  # scikit-learn's: rows added to each component, so that none has zero

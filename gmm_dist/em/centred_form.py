@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.features import Features
-from gmm_dist.lanes import LaneGroup
+from gmm_dist.em.features import Features
+from gmm_dist.em.lane_batch import LaneGroup
+from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import FAMILIES
 from gmm_dist.model.densities import Densities
 from gmm_dist.shards.protocol import Block
-from gmm_dist.statistics import SufficientStatistics
 
 
 class CentredPass:

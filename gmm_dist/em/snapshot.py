@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from gmm_dist.acceleration import Squarem
-from gmm_dist.cohort import Lane, Outcome
-from gmm_dist.lanes import Precision
+from gmm_dist.em.lane import Lane, Outcome
+from gmm_dist.em.lane_batch import Precision
+from gmm_dist.em.squarem import Squarem
 from gmm_dist.model.parameters import Parameters
 
 _PLAIN = ("n_iter", "lower_bounds", "log_likelihood", "entropy", "last_bound", "strained")

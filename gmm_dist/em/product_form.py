@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.features import Features
-from gmm_dist.lanes import LaneGroup
+from gmm_dist.em.features import Features
+from gmm_dist.em.lane_batch import LaneGroup
+from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import NEVER
 from gmm_dist.shards.protocol import Block
-from gmm_dist.statistics import SufficientStatistics
 
 _CARRY_ROWS = 2048  # rows after which sums in the working precision are carried to float64
 _MAX_VIEWS = 256

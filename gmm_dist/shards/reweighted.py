@@ -8,16 +8,12 @@ square and no product with a small responsibility leaves the range of float32.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from gmm_dist.shards.protocol import Block, ShardRows, Shards, Summary, Task
-from gmm_dist.statistics import TotalMoments
 
 S = TypeVar("S", bound=Summary)
-
-_FEW = 0.1  # of the rows: weights that sum to less do not count them
-_MANY = 1e290  # more are no counts, and their products with log-densities no numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,42 +58,3 @@ def unit_of(largest: float) -> float:
         return 1.0
     # 2^1023 is the largest there is; weights below its inverse keep a smaller exponent.
     return math.ldexp(1.0, min(1 - math.frexp(largest)[1], 1023))
-
-
-def criterion_size(total: TotalMoments, scale: float) -> float:
-    """Return the n of the criteria: Σ w, or Kish's number of rows where that is far below.
-
-    `total` are moments of rows that weigh `scale` times what was given. Where the given weights
-    sum to less than a tenth of the rows, or to more than float64 can count with, they are no
-    counts; then n = (Σ w)² / Σ w².
-    """
-    weight = given_weight(total, scale)
-    return weight if counts_rows(weight, total.n_rows) else total.n_effective
-
-
-def given_weight(total: TotalMoments, scale: float) -> float:
-    """Return the sum of the weights as they were given, inf where float64 does not hold it."""
-    return total.n_samples / scale
-
-
-def counts_rows(weight: float, n_rows: int) -> bool:
-    """Say whether the sum of the weights can be a number of rows."""
-    return _FEW * n_rows <= weight <= _MANY
-
-
-def as_given(total: TotalMoments, scale: float) -> TotalMoments:
-    """Return the moments of rows as they were given, before they weighed `scale` times as much.
-
-    Where float64 would not hold these, the moments stay in the unit that they are in.
-    """
-    weight = given_weight(total, scale)
-    if weight > _MANY:
-        return total
-    return replace(
-        total,
-        n_samples=weight,
-        sum_x=total.sum_x / scale,
-        sum_xx=total.sum_xx / scale,
-        sum_ww=total.sum_ww / scale / scale,
-        max_weight=total.max_weight / scale,
-    )

@@ -10,19 +10,12 @@ from dataclasses import dataclass, replace
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from gmm_dist.cohort import (
-    Lane,
-    Outcome,
-    advance,
-    degenerate_components,
-    drop_laggards,
-    grouped,
-    task_of,
-)
 from gmm_dist.config import EMConfig
+from gmm_dist.em.degenerate import degenerate_components, drop_laggards
+from gmm_dist.em.lane import Lane, Outcome, advance, grouped, task_of
+from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.protocol import Shards
-from gmm_dist.statistics import TotalMoments
 
 
 class Status(enum.Enum):

@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.centred import CentredPass
-from gmm_dist.features import Features
-from gmm_dist.lanes import LaneGroup, Precision
+from gmm_dist.em.centred_form import CentredPass
+from gmm_dist.em.features import Features
+from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.em.product_form import MatrixPass
+from gmm_dist.em.statistics import PassStatistics, TotalMoments
 from gmm_dist.model.covariance import FAMILIES
-from gmm_dist.products import MatrixPass
 from gmm_dist.shards.protocol import Block, ShardRows
-from gmm_dist.statistics import PassStatistics, TotalMoments
 
 N_CHECKED = 64
 """Rows per shard whose float32 log-density is held against float64."""

@@ -38,13 +38,13 @@ from gmm_dist.em import loop
 from gmm_dist.em.lane import Lane, grouped, task_of
 from gmm_dist.em.snapshot import Snapshot
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.selection import Candidate
+from gmm_dist.selection.ranking import Candidate
+from gmm_dist.selection.sweep import Standing, sweep
 from gmm_dist.shards import dispatch
 from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected
 from gmm_dist.shards.tree_sum import TreeSum
-from gmm_dist.sweep import Standing, sweep
 
 AIMS = {"checkpoints": 0.02, "driver": 0.05}
 """The largest shares of a pass of 1 s that are aimed at."""

@@ -39,9 +39,9 @@ from gmm_dist.config import ABSOLUTE, EMConfig, StartConfig
 from gmm_dist.em.estep import EStep, Total
 from gmm_dist.lake import default_shards
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.selection import Candidate, Scored
+from gmm_dist.selection.ranking import Candidate, Scored
+from gmm_dist.selection.sweep import sweep
 from gmm_dist.shards.protocol import S, Shards, Task
-from gmm_dist.sweep import sweep
 
 Rows = npt.NDArray[np.float32]
 

@@ -19,10 +19,10 @@ from gmm_dist.lake import Plan
 from gmm_dist.loading import Counted, LakeLoader, column_means, count_rows, loader_for
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.opened import Lake
-from gmm_dist.selection import Candidate, SweepResult
+from gmm_dist.selection.ranking import Candidate, SweepResult
+from gmm_dist.selection.sweep import require_rows, sweep
 from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected, most_memory
-from gmm_dist.sweep import require_rows, sweep
 
 logger = logging.getLogger(__name__)
 

@@ -33,10 +33,10 @@ from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
 from gmm_dist.opened import Lake
 from gmm_dist.resident import Resident, one_thread
-from gmm_dist.search import search
-from gmm_dist.selection import Candidate
+from gmm_dist.selection.ranking import Candidate
+from gmm_dist.selection.starts import search
+from gmm_dist.selection.sweep import require_rows
 from gmm_dist.shards.protocol import Shards
-from gmm_dist.sweep import require_rows
 
 _POSITIVE = Interval(Real, 0.0, None, closed="neither")
 _SIZES = 12  # numbers of components that starts on a lake have, at the most

@@ -70,7 +70,7 @@ from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.soundness import flaw
 from gmm_dist.opened import Lake
 from gmm_dist.resident import Resident, one_thread
-from gmm_dist.selection import Candidate
+from gmm_dist.selection.ranking import Candidate
 from gmm_dist.shards.protocol import Shards
 from gmm_dist.shards.reweighted import unit_of
 from gmm_dist.shares import INIT_PARAMS, shares_of

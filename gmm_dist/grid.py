@@ -27,8 +27,8 @@ from gmm_dist.model.covariance import FAMILIES
 from gmm_dist.model.criteria import most_components
 from gmm_dist.opened import Lake
 from gmm_dist.resident import one_thread
-from gmm_dist.selection import CRITERIA, Candidate, Scored, SweepResult
-from gmm_dist.sweep import require_rows, sweep
+from gmm_dist.selection.ranking import CRITERIA, Candidate, Scored, SweepResult
+from gmm_dist.selection.sweep import require_rows, sweep
 
 SIZES, KINDS = range(2, 21), ("full", "diag")
 """What is tried where nothing is asked for: of these, what the rows can tell apart."""

@@ -35,11 +35,11 @@ from gmm_dist.loading import Counted, LakeLoader, loader_for
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.runs import Run
-from gmm_dist.selection import Candidate, SweepResult
+from gmm_dist.selection.ranking import Candidate, SweepResult
+from gmm_dist.selection.sweep import Keep, Watch, sweep
 from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.shards.protocol import Shards
 from gmm_dist.shards.ray_shards import ScalingConfig, connected
-from gmm_dist.sweep import Keep, Watch, sweep
 
 logger = logging.getLogger("gmm_dist.fitting")
 

@@ -43,8 +43,8 @@ from gmm_dist.model.quantiles import SMALLEST
 from gmm_dist.records import FORMAT_VERSION
 from gmm_dist.registry import Lineage, Published, Registry
 from gmm_dist.runs import Run
-from gmm_dist.sample import Coreset, DrawCoreset
-from gmm_dist.selection import CRITERIA, SweepResult
+from gmm_dist.selection.coreset import Coreset, DrawCoreset
+from gmm_dist.selection.ranking import CRITERIA, SweepResult
 from gmm_dist.shards.protocol import Shards
 from gmm_dist.shards.ray_shards import ScalingConfig, connected
 from gmm_dist.storage import absolute, join

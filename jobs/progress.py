@@ -17,8 +17,8 @@ from talking import bearing
 
 from gmm_dist.em.loop import Status
 from gmm_dist.formats import counted
-from gmm_dist.selection import Scored, SweepResult
-from gmm_dist.sweep import Standing
+from gmm_dist.selection.ranking import Scored, SweepResult
+from gmm_dist.selection.sweep import Standing
 
 logger = logging.getLogger("gmm_dist.progress")
 

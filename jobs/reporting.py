@@ -10,8 +10,8 @@ import torch
 
 from gmm_dist.artifacts import Attempt
 from gmm_dist.model.mixture import Mixture, labels
-from gmm_dist.sample import DrawCoreset, keyed_generator
-from gmm_dist.selection import SweepResult
+from gmm_dist.selection.coreset import DrawCoreset, keyed_generator
+from gmm_dist.selection.ranking import SweepResult
 from gmm_dist.shards.protocol import Shards
 from gmm_dist.storage import redacted
 

@@ -17,7 +17,7 @@ from gmm_dist.lake import Plan
 from gmm_dist.loading import Counted, LakeLoader
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.quantiles import Quantiles
-from gmm_dist.selection import Scored, SweepResult
+from gmm_dist.selection.ranking import Scored, SweepResult
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")
 

@@ -21,11 +21,11 @@ import torch
 
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import UserError
+from gmm_dist.selection.sweep import Candidate, SweepResult, sweep
 from gmm_dist.shards import ray_shards
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected
-from gmm_dist.sweep import Candidate, SweepResult, sweep
 
 N_SHARDS, D = 7, 3
 

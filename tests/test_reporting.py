@@ -14,7 +14,7 @@ import torch
 from gmm_dist import artifacts
 from gmm_dist.em.estep import Total
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.selection import SweepResult
+from gmm_dist.selection.ranking import SweepResult
 from gmm_dist.shards.local import LocalShards
 
 CONTENT = pages.content([pages.candidate(3, 1)], 2, data="s3://user:secret@lake/points")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from test_seeding import Scattered
 
-from gmm_dist import search as search_module
 from gmm_dist.config import INITS, EMConfig, StartConfig
 from gmm_dist.em import loop
 from gmm_dist.em.estep import Total
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
-from gmm_dist.search import _SHARD_ROWS, mend, search
-from gmm_dist.seeding import start_of
+from gmm_dist.selection import starts as search_module
+from gmm_dist.selection.kmeans import start_of
+from gmm_dist.selection.starts import _SHARD_ROWS, mend, search
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import ShardRows
 

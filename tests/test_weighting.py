@@ -14,7 +14,7 @@ import torch
 from gmm_dist import GaussianMixture, select
 from gmm_dist.config import EMConfig
 from gmm_dist.em.estep import Total
-from gmm_dist.seeding import start_of
+from gmm_dist.selection.kmeans import start_of
 from gmm_dist.shards.reweighted import Reweighted, unit_of
 
 LABELS = np.arange(400) % 4 > 0

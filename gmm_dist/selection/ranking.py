@@ -13,7 +13,7 @@ from gmm_dist.em.loop import FitResult, Status
 from gmm_dist.em.statistics import Spike, TotalMoments, counts_rows
 from gmm_dist.formats import counted
 from gmm_dist.model.criteria import aic, bic, icl, most_components, n_parameters
-from gmm_dist.spikes import Profile
+from gmm_dist.selection.spikes import Profile
 
 CRITERIA = ("bic", "aic", "icl", "holdout")
 

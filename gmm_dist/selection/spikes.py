@@ -15,7 +15,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.em.statistics import Spike
-from gmm_dist.sample import keyed_generator
+from gmm_dist.selection.coreset import keyed_generator
 from gmm_dist.shards.protocol import ShardRows, Shards
 
 _STREAM = 5  # of keyed random numbers

@@ -19,7 +19,7 @@ from gmm_dist.em.estep import chunks
 from gmm_dist.em.statistics import CONSTANT, TotalMoments
 from gmm_dist.model.covariance import FAMILIES, Moments, maximise
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.sample import Whitening, keyed_generator, whitening
+from gmm_dist.selection.coreset import Whitening, keyed_generator, whitening
 from gmm_dist.shards.protocol import ShardRows, Shards
 
 METHODS = ("kmeans", "k-means++", "random", "random_from_data")

@@ -24,7 +24,6 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from gmm_dist import moves, seeding
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em import loop
 from gmm_dist.em.estep import Total
@@ -32,7 +31,8 @@ from gmm_dist.em.memory import lane_bytes
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.densities import Densities
 from gmm_dist.model.parameters import Parameters, Stack
-from gmm_dist.sample import Coreset, DrawCoreset, Whitening, keyed_generator, whitening
+from gmm_dist.selection import kmeans, split_merge
+from gmm_dist.selection.coreset import Coreset, DrawCoreset, Whitening, keyed_generator, whitening
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Shards
 
@@ -121,10 +121,10 @@ class _Rows:
             results += loop.fit(self.shards, batch, config, self.total)
         return results
 
-    def splits(self, parameters: Parameters, generator: torch.Generator) -> list[moves.Split]:
+    def splits(self, parameters: Parameters, generator: torch.Generator) -> list[split_merge.Split]:
         """Return the splits of the mixture's components, by the labels of these rows."""
         X, weight = self.sample.X, self.sample.sample_weight
-        return moves.splits(parameters, X, weight, _labels(parameters, X), generator)
+        return split_merge.splits(parameters, X, weight, _labels(parameters, X), generator)
 
     @property
     def n_features(self) -> int:
@@ -182,7 +182,7 @@ def mend(
         parameters = fits[i].parameters
         rows = samples.of(parameters.n_components).large
         apart = rows.splits(parameters, keyed_generator(start.random_state, _MENDING))
-        if mended := moves.replace(parameters, fits[i].degenerate, apart):
+        if mended := split_merge.replace(parameters, fits[i].degenerate, apart):
             (again,) = rows.run([mended], replace(config, max_iter=_LONG))
             found[i] = [again.parameters] if again.is_ranked else []
     return found
@@ -350,21 +350,19 @@ class _Seeds:
         """Make ready for up to `most` components."""
         parallel = None
         if start.init == "k-means||":
-            parallel = seeding.k_means_parallel(
-                shards, total, most, random_state=start.random_state
-            )
+            parallel = kmeans.k_means_parallel(shards, total, most, random_state=start.random_state)
         return cls(start, total, parallel)
 
     def starts(self, sample: Coreset, k: int, kind: str) -> list[Parameters]:
         """Return `n_init` starts of k components; of one component all would be the same."""
         X, weight = sample.X, sample.sample_weight
-        found, pooled = [], seeding.Pooled.of(X, weight, kind)
+        found, pooled = [], kmeans.Pooled.of(X, weight, kind)
         n_starts = self.start.n_init if k > 1 else 1
         maps = [(to, to(X)) for to in self._maps()[:n_starts]]
         for round in range(n_starts):
             generator = keyed_generator(self.start.random_state, round, 1)
             shares = self._assignment(weight, k, *maps[round % len(maps)], generator)
-            found.append(seeding.start_of(X, weight, shares, k, kind, pooled))
+            found.append(kmeans.start_of(X, weight, shares, k, kind, pooled))
         return found
 
     def _maps(self) -> list[Whitening]:
@@ -381,13 +379,13 @@ class _Seeds:
     ) -> Tensor:
         """Share out rows of such weights, at `Z` in the coordinates of a map, among k."""
         if self.parallel is None:
-            return seeding.assignments(self.start.init, Z, weight, [k], generator)[k]
+            return kmeans.assignments(self.start.init, Z, weight, [k], generator)[k]
         rows, mass_near = self.parallel
         candidates = to(rows)
-        labels = seeding.assignments("kmeans", candidates, mass_near, [k], generator)[k]
+        labels = kmeans.assignments("kmeans", candidates, mass_near, [k], generator)[k]
         member = torch.nn.functional.one_hot(labels, k).double() * mass_near[:, None]
         mass = member.sum(0).clamp_min(1e-300)
-        return seeding.nearest(Z, (member.T @ candidates) / mass[:, None])
+        return kmeans.nearest(Z, (member.T @ candidates) / mass[:, None])
 
 
 def _gained(before: loop.FitResult, after: loop.FitResult, n_samples: float) -> bool:
@@ -401,16 +399,16 @@ def _proposals(rows: _Rows, fit: loop.FitResult, generator: torch.Generator) -> 
     if fit.status is loop.Status.COLLAPSED:
         return []
     apart = rows.splits(parameters, generator)
-    joined = moves.merges(parameters, rows.total.n_samples)
-    moved = moves.split_and_merge(parameters, apart, joined, _PROPOSALS)
+    joined = split_merge.merges(parameters, rows.total.n_samples)
+    moved = split_merge.split_and_merge(parameters, apart, joined, _PROPOSALS)
     if bool(fit.degenerate.any()):
-        mended = moves.replace(parameters, fit.degenerate, apart)
+        mended = split_merge.replace(parameters, fit.degenerate, apart)
         return moved if mended is None else [mended, *moved]
     return moved
 
 
-def _split(parameters: Parameters, split: moves.Split) -> Parameters:
-    return moves.apply(parameters, drop=[split.component], add=split.parts)
+def _split(parameters: Parameters, split: split_merge.Split) -> Parameters:
+    return split_merge.apply(parameters, drop=[split.component], add=split.parts)
 
 
 def _labels(parameters: Parameters, X: Float64[Tensor, "m d"]) -> Int64[Tensor, " m"]:

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from gmm_dist import seeding
 from gmm_dist.model.covariance import FAMILIES
 from gmm_dist.model.parameters import Parameters
+from gmm_dist.selection import kmeans
 
 _NEIGHBOURS = 6  # pairs are looked for among a component's nearest so many
 _LLOYD, _TRIALS = 10, 2
@@ -85,11 +85,11 @@ def _split(
     # d³ of work for a direction, where components know of none.
     trials = [] if is_diagonal and X.shape[1] > _WIDE else [_humps(Z, weight)]
     for _ in range(_TRIALS):
-        seeds = seeding.k_means_plus_plus(Z, weight, 2, generator)
-        trials.append(seeding.nearest(Z, seeding.lloyd(Z, weight, Z[seeds], _LLOYD)))
+        seeds = kmeans.k_means_plus_plus(Z, weight, 2, generator)
+        trials.append(kmeans.nearest(Z, kmeans.lloyd(Z, weight, Z[seeds], _LLOYD)))
     own = _own_type(parameters)
-    pooled = seeding.Pooled.of(X, weight, own)
-    whole = seeding.start_of(X, weight, torch.zeros(len(X), dtype=torch.int64), 1, own, pooled)
+    pooled = kmeans.Pooled.of(X, weight, own)
+    whole = kmeans.start_of(X, weight, torch.zeros(len(X), dtype=torch.int64), 1, own, pooled)
     found = [
         _split_by(parameters, component, X, weight, labels, whole, pooled)
         for labels in trials
@@ -123,13 +123,13 @@ def _split_by(
     weight: Tensor,
     labels: Tensor,
     whole: Parameters,
-    pooled: seeding.Pooled,
+    pooled: kmeans.Pooled,
 ) -> Split:
     """Return the split by labels 0 and 1; `whole` is the one Gaussian of all the rows."""
     kind = parameters.covariance_type
     mass = torch.stack([weight[labels == 0].sum(), weight[labels == 1].sum()])
     share = mass / mass.sum()
-    halves = seeding.start_of(X, weight, labels, 2, _own_type(parameters), pooled)
+    halves = kmeans.start_of(X, weight, labels, 2, _own_type(parameters), pooled)
     if kind == "tied":
         covariances = [parameters.covariances] * 2
         n_samples = mass.sum() / parameters.weights[component].clamp_min(_TINY)

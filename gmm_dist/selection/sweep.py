@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from gmm_dist import moves
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em import loop, snapshot
 from gmm_dist.em.estep import Total
@@ -24,11 +23,12 @@ from gmm_dist.em.statistics import TotalMoments, as_given, criterion_size, given
 from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.formats import counted
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.search import mend, search
-from gmm_dist.selection import Candidate, Outcome, Scored, SweepResult
+from gmm_dist.selection import split_merge
+from gmm_dist.selection.ranking import Candidate, Outcome, Scored, SweepResult
+from gmm_dist.selection.spikes import profile
+from gmm_dist.selection.starts import mend, search
 from gmm_dist.shards.protocol import HeldOut, Shards
 from gmm_dist.shards.reweighted import ReweightedShards, unit_of
-from gmm_dist.spikes import profile
 
 _SLACK = 1e-7  # nats per row by which a fit may end below a smaller one: rounding
 
@@ -209,9 +209,9 @@ class _Race:
             return
         self._lifted.append(i)
         k, scale = self._candidates[i].k, self._total.scale
-        copied = Lane.start(moves.halved(smaller, k, shift=0.0), self._config, scale)
+        copied = Lane.start(split_merge.halved(smaller, k, shift=0.0), self._config, scale)
         copied.precision, copied.verdict = Precision.CENTRED, LaneOutcome.CONVERGED
-        for lane in (Lane.start(moves.halved(smaller, k), self._config, scale), copied):
+        for lane in (Lane.start(split_merge.halved(smaller, k), self._config, scale), copied):
             self._lanes.append(lane)
             self._owners.append(i)
             self._seconds.append(time.monotonic() - self._began)

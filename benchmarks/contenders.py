@@ -149,7 +149,7 @@ def _ray_shards(problem: Problem, folder: Path) -> Any:
 
 
 def _n_shards(problem: Problem) -> int:
-    from gmm_dist.lake import default_shards
+    from gmm_dist.lake.deal import default_shards
 
     return default_shards(problem.shape.n)
 

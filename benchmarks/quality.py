@@ -37,7 +37,7 @@ from processes import Loader, ProcessShards
 
 from gmm_dist.config import ABSOLUTE, EMConfig, StartConfig
 from gmm_dist.em.estep import EStep, Total
-from gmm_dist.lake import default_shards
+from gmm_dist.lake.deal import default_shards
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.ranking import Candidate, Scored
 from gmm_dist.selection.sweep import sweep

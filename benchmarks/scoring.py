@@ -34,8 +34,9 @@ import pyarrow.parquet as pq
 import torch
 from sklearn.mixture import GaussianMixture
 
-from gmm_dist import artifacts, lake
+from gmm_dist import artifacts
 from gmm_dist.checkpoint import RunIdentity
+from gmm_dist.lake.plan import plan_lake
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.scored import ScoreFiles
@@ -173,7 +174,7 @@ def _one_worker(folder: Path, out: Path, answers: Any) -> None:
     mixture = artifacts.load(str(folder / "model"))
     began = time.perf_counter()
     names = mixture.feature_names
-    plan = lake.plan(str(folder / "lake"), columns=names, missing="mean", keep=["id"])
+    plan = plan_lake(str(folder / "lake"), columns=names, missing="mean", keep=["id"])
     kept = pa.schema([plan.schema.field("id")])
     identity = RunIdentity(plan.hash, (), {})
     files = ScoreFiles(plan, Scoring(mixture.parameters, kept), str(out), identity, "attempt")

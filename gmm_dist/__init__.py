@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from gmm_dist.errors import UserError as UserError
     from gmm_dist.estimator import GaussianMixture as GaussianMixture
     from gmm_dist.grid import select as select
+    from gmm_dist.lake.lake import open_lake as open_lake
     from gmm_dist.model.mixture import Mixture as Mixture
     from gmm_dist.model.parameters import Parameters as Parameters
-    from gmm_dist.opened import open_lake as open_lake
 
 __version__ = "0.1.0"
 

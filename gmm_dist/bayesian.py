@@ -27,11 +27,11 @@ from gmm_dist.estimator import (
     require_class,
     start_of,
 )
+from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
 from gmm_dist.model.covariance import FAMILIES, Moments
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
-from gmm_dist.opened import Lake
 from gmm_dist.resident import Resident, one_thread
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.starts import search
@@ -183,7 +183,8 @@ class BayesianGaussianMixture(BaseMixture):
 
     def _fit_lake(self, opened: Lake) -> None:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.
-        from gmm_dist.assembly import plan_of, resident_lake
+        from gmm_dist.fitting.lake_sweep import resident_lake
+        from gmm_dist.lake.session import plan_of
 
         self._validate_params()
         with in_python():

@@ -46,6 +46,7 @@ from gmm_dist.em.trials import (
     run,
 )
 from gmm_dist.errors import UserError
+from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import (
     Array,
     Rows,
@@ -68,7 +69,6 @@ from gmm_dist.model.criteria import aic, bic, icl, n_parameters
 from gmm_dist.model.mixture import labels, log_densities, responsibilities
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.soundness import flaw
-from gmm_dist.opened import Lake
 from gmm_dist.resident import Resident, one_thread
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.shards.protocol import Shards
@@ -572,7 +572,7 @@ class GaussianMixture(BaseMixture):
 
     def _fit_lake(self, opened: Lake) -> None:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.
-        from gmm_dist.assembly import sweep_lake
+        from gmm_dist.fitting.lake_sweep import sweep_lake
 
         self._validate_params()
         given = self._given_start(opened)

@@ -13,7 +13,7 @@ from gmm_dist import runs
 from gmm_dist.checkpoint import CHECKPOINTS, RunIdentity
 from gmm_dist.commit import ATTEMPTS, Result, refuse_taken
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.lake import Plan
+from gmm_dist.lake.plan import Plan
 from gmm_dist.lease import LeaseLost
 from gmm_dist.places import Place, lies_within, sync
 from gmm_dist.records import FORMAT_VERSION

@@ -35,8 +35,9 @@ import torch
 from gmm_dist.checkpoint import CHECKPOINTS, RunIdentity
 from gmm_dist.commit import ATTEMPTS
 from gmm_dist.errors import RunFailed
-from gmm_dist.lake import Plan
-from gmm_dist.listing import name_of
+from gmm_dist.lake.listing import name_of
+from gmm_dist.lake.plan import Plan
+from gmm_dist.lake.stream import row_groups, stream
 from gmm_dist.places import Place
 from gmm_dist.records import FORMAT_VERSION, to_json
 from gmm_dist.scoring import (
@@ -51,7 +52,6 @@ from gmm_dist.scoring import (
 )
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.storage import absolute, explained
-from gmm_dist.streaming import row_groups, stream
 
 HOME = "_scored"
 SCRATCH = "files"

@@ -22,16 +22,17 @@ from results import Fitted, print_table, spell_best
 from stopping import finish
 from talking import say, screen
 
-from gmm_dist import artifacts, lake, runs
-from gmm_dist.assembly import load_rows, require_means, start_workers
+from gmm_dist import artifacts, runs
 from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em.evaluate import training_quantiles
 from gmm_dist.em.snapshot import Snapshot
 from gmm_dist.errors import UserError
+from gmm_dist.fitting.lake_sweep import require_means, start_workers
 from gmm_dist.formats import counted
-from gmm_dist.lake import Plan
-from gmm_dist.loading import Counted, LakeLoader, loader_for
+from gmm_dist.lake.load import Counted, LakeLoader, loader_for
+from gmm_dist.lake.plan import Plan, plan_lake
+from gmm_dist.lake.session import load_rows
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.runs import Run
@@ -245,7 +246,7 @@ def _candidates(options: argparse.Namespace, given: Mixture | None) -> list[Cand
 
 def plan_rows(options: argparse.Namespace) -> Plan:
     """Plan the rows that the command line asks for."""
-    return lake.plan(
+    return plan_lake(
         options.data,
         columns=options.columns,
         weight_column=options.weight_column,

@@ -30,12 +30,14 @@ from score import score_lake
 from stopping import holding
 from talking import quiet, say
 
-from gmm_dist import artifacts, commit, gate, lake, nights, registry, runs, score_runs, scored
+from gmm_dist import artifacts, commit, gate, registry, runs, score_runs, scored
 from gmm_dist.column_drift import ColumnDrift, column_drift, sample_size
 from gmm_dist.drift import Densities, Drift, Numbered, compare_densities, drift
 from gmm_dist.errors import NoRows, SchemaError, TooFewRows, UserError
 from gmm_dist.gate import Gate
-from gmm_dist.lake import Missing, Plan
+from gmm_dist.lake import nights
+from gmm_dist.lake.filters import Where, parse
+from gmm_dist.lake.plan import Missing, Plan, plan_lake
 from gmm_dist.lease import Lease
 from gmm_dist.matching import Matching, match
 from gmm_dist.model.mixture import Mixture
@@ -49,7 +51,6 @@ from gmm_dist.shards.protocol import Shards
 from gmm_dist.shards.ray_shards import ScalingConfig, connected
 from gmm_dist.storage import absolute, join
 from gmm_dist.urls import redacted
-from gmm_dist.where import Where, parse
 
 logger = logging.getLogger("gmm_dist.nightly")
 
@@ -215,7 +216,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _look_at_nights(options: argparse.Namespace) -> None:
     """Find out how the lake spells a night, and choose the rows by it."""
     if options.partition_key is None:
-        with quiet("gmm_dist.listing"):  # planning lists the same files
+        with quiet("gmm_dist.lake.listing"):  # planning lists the same files
             options.partition_key = nights.find(options.data, options.partition)
         options.where = _rows_of(options, days=options.days).text
 
@@ -305,7 +306,7 @@ def _plan(
 ) -> Plan:
     """Plan the rows of so many days; say so where there are none yet."""
     try:
-        return lake.plan(
+        return plan_lake(
             options.data,
             columns=options.columns,
             weight_column=options.weight_column,

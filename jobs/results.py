@@ -13,8 +13,8 @@ from talking import bearing, say, screen
 
 from gmm_dist import __version__, artifacts
 from gmm_dist.artifacts import Attempt
-from gmm_dist.lake import Plan
-from gmm_dist.loading import Counted, LakeLoader
+from gmm_dist.lake.load import Counted, LakeLoader
+from gmm_dist.lake.plan import Plan
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.selection.ranking import Scored, SweepResult

@@ -23,11 +23,11 @@ from progress import Progress
 from stopping import finish
 from talking import say, screen
 
-from gmm_dist import artifacts, lake, score_runs
+from gmm_dist import artifacts, score_runs
 from gmm_dist.checkpoint import RunIdentity, environment
 from gmm_dist.errors import UserError
 from gmm_dist.formats import counted
-from gmm_dist.lake import Plan
+from gmm_dist.lake.plan import Plan, plan_lake
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model_files import model_sha256
 from gmm_dist.runs import Run
@@ -123,7 +123,7 @@ class _Job:
                 "columns are found: pass a model that fit.py or sweep.py wrote"
             )
         threshold = _threshold(mixture, options)
-        plan = lake.plan(
+        plan = plan_lake(
             options.data,
             columns=mixture.feature_names,
             where=options.where,

@@ -11,8 +11,9 @@ import torch
 
 from gmm_dist.em.estep import EStep
 from gmm_dist.em.lane_batch import LaneGroup, Precision
-from gmm_dist.em.memory import RowsNeed, lane_bytes, require_memory, require_room
+from gmm_dist.em.memory import lane_bytes, require_memory
 from gmm_dist.errors import UserError
+from gmm_dist.lake.session import RowsNeed, require_room
 from gmm_dist.model.covariance import natural
 from gmm_dist.model.parameters import Parameters, Stack
 from gmm_dist.shards.local import LocalShards

@@ -30,8 +30,8 @@ import gmm_dist
 from gmm_dist import artifacts, runs, scored
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.gate import Gate
+from gmm_dist.lake.nights import NightKey
 from gmm_dist.lease import LeaseLost
-from gmm_dist.nights import NightKey
 from gmm_dist.registry import DRIFT, GATE, Lineage, Registry
 from gmm_dist.scoring import Scorer, Scoring
 from gmm_dist.storage import open_url

@@ -27,9 +27,10 @@ from conftest import S3Server, forget_connections, free_ports
 from test_artifacts import PROVENANCE
 from test_scoring import reference
 
-from gmm_dist import artifacts, lake
+from gmm_dist import artifacts
 from gmm_dist.artifacts import read_report
 from gmm_dist.em.evaluate import training_quantiles
+from gmm_dist.lake.plan import plan_lake
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.scored import Counts
 from gmm_dist.shards.local import LocalShards
@@ -122,7 +123,7 @@ def test_every_row_is_scored_in_its_place_and_a_second_time_there_is_nothing_to_
     assert report["components"] == np.bincount(expected.predict(X), minlength=4).tolist()
 
     assert (
-        lake.plan(str(out), columns=["log_density"], missing="drop").n_rows == 1200
+        plan_lake(str(out), columns=["log_density"], missing="drop").n_rows == 1200
     )  # our readers take it too
     assert not list(out.rglob("*.part"))
     assert not (out / "_scored" / "_checkpoints").exists()

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from test_scored import days, loader_of, score
 
-from gmm_dist import lake, runs, score_runs
+from gmm_dist import runs, score_runs
 from gmm_dist.checkpoint import RunIdentity
 from gmm_dist.errors import UserError
+from gmm_dist.lake.plan import plan_lake
 from gmm_dist.lease import LeaseLost
 from gmm_dist.runs import Run
 
@@ -21,7 +22,7 @@ RUN = "_scored/_checkpoints/run.json"
 
 @contextmanager
 def claimed(data: Path, out: Path, key: str = "", *, resume: bool = False) -> Iterator[Run]:
-    plan = lake.plan(str(data), columns=["x", "y"], missing="mean", keep=["id"])
+    plan = plan_lake(str(data), columns=["x", "y"], missing="mean", keep=["id"])
     identity = RunIdentity(plan.hash, (), {"k": key})
     with score_runs.claim(str(out), plan, identity, resume=resume) as run:
         yield run

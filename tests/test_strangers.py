@@ -18,9 +18,10 @@ from test_artifacts import PROVENANCE, mixture
 from test_score_runs import claimed
 from test_scored import days, loader_of, score
 
-from gmm_dist import artifacts, lake, places, runs, score_runs, storage
+from gmm_dist import artifacts, places, runs, score_runs, storage
 from gmm_dist.checkpoint import checkpoint_names
 from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.lake.plan import plan_lake
 from gmm_dist.lease import Held
 from gmm_dist.places import Place, is_foreign, lies_within
 from gmm_dist.registry import Registry
@@ -184,7 +185,7 @@ def test_an_output_in_the_lake_is_refused_whatever_it_is_called(
     (tmp_path / "inside").symlink_to(data / "sub")
     names = spellings(data)
     for name in names:
-        plan = lake.plan(name, columns=["x", "y"])
+        plan = plan_lake(name, columns=["x", "y"])
         for output in (*names, f"{data}/new", f"{tmp_path}/inside/x/y", f"{beside}/../lake/x"):
             assert score_runs.lies_inside(plan, output), (name, output)
         for output in (str(beside), f"{data}2", f"{data}-x/y", f"{data}/../x", str(tmp_path)):
@@ -206,7 +207,7 @@ def test_a_job_refuses_to_score_into_its_lake(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_lake_that_is_one_file_is_the_lakes(tmp_path: Path) -> None:
     data = days(tmp_path / "lake")
-    plan = lake.plan(str(next(data.rglob("*.parquet"))), columns=["x", "y"])
+    plan = plan_lake(str(next(data.rglob("*.parquet"))), columns=["x", "y"])
     folder = next(data.rglob("*.parquet")).parent
     assert score_runs.lies_inside(plan, str(folder / "out"))
     assert not score_runs.lies_inside(plan, str(tmp_path / "out"))
@@ -236,13 +237,13 @@ def test_names_on_s3_are_compared_as_servers_may_read_them(output: str, inside: 
 
 def test_what_a_fit_leaves_in_a_lake_is_not_read_as_rows(tmp_path: Path) -> None:
     data = days(tmp_path / "lake")
-    before = lake.plan(str(data), columns=["x", "y"])
+    before = plan_lake(str(data), columns=["x", "y"])
     with runs.claim(str(data / "model")) as run:
         run.attempt.write_model(mixture(), PROVENANCE)
         run.attempt.write("report.html", b"<html>")
-        assert lake.plan(str(data), columns=["x", "y"]) == before
+        assert plan_lake(str(data), columns=["x", "y"]) == before
         run.attempt.commit()
-    assert lake.plan(str(data), columns=["x", "y"]) == before
+    assert plan_lake(str(data), columns=["x", "y"]) == before
 
 
 # ------------------------------------------------------------------------- no room

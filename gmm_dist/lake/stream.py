@@ -13,13 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gmm_dist import reading, storage
-from gmm_dist.comparing import stored
-from gmm_dist.decoding import parquet_file, wrong_rows
+from gmm_dist import storage
 from gmm_dist.errors import UserError
-from gmm_dist.footers import statistics, stored_in
-from gmm_dist.lake import Plan, RowRange
-from gmm_dist.listing import name_of, opened
+from gmm_dist.lake import read
+from gmm_dist.lake.deal import RowRange
+from gmm_dist.lake.listing import name_of, opened
+from gmm_dist.lake.parquet.comparing import stored
+from gmm_dist.lake.parquet.decoding import parquet_file, wrong_rows
+from gmm_dist.lake.parquet.footers import statistics, stored_in
+from gmm_dist.lake.plan import Plan
 
 BATCH_ROWS = 1 << 16  # at most
 BATCH_BYTES = 1 << 25
@@ -60,7 +62,7 @@ def stream(
             start = 0
             while (batch := batches.after(group, start)) is not None:
                 stop = start + batch.num_rows
-                table, X = reading.passed(plan, RowRange(index, group, start, stop), batch)
+                table, X = read.passed(plan, RowRange(index, group, start, stop), batch)
                 yield _kept(table, types, f"{name}, row group {group}"), X
                 start = stop
 

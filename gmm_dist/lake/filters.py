@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gmm_dist.comparing import DoesNotFit, Literal, Passing, value_type
 from gmm_dist.errors import UserError
+from gmm_dist.lake.parquet.comparing import DoesNotFit, Literal, Passing, value_type
 
 _OPERATORS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==",

@@ -23,11 +23,12 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gmm_dist import listing, storage
-from gmm_dist.decoding import parquet_file
+from gmm_dist import storage
 from gmm_dist.errors import UserError
-from gmm_dist.listing import LakeFile, Listing
-from gmm_dist.where import Where
+from gmm_dist.lake import listing
+from gmm_dist.lake.filters import Where
+from gmm_dist.lake.listing import LakeFile, Listing
+from gmm_dist.lake.parquet.decoding import parquet_file
 
 logger = logging.getLogger(__name__)
 

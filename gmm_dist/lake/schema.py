@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from gmm_dist import storage
-from gmm_dist.column_types import (
+from gmm_dist.errors import SchemaError, UserError
+from gmm_dist.lake.filters import Where
+from gmm_dist.lake.listing import LakeFile, name_of
+from gmm_dist.lake.parquet.column_types import (
     is_embedding,
     is_numeric,
     join,
@@ -18,9 +21,6 @@ from gmm_dist.column_types import (
     width,
     without_views,
 )
-from gmm_dist.errors import SchemaError, UserError
-from gmm_dist.listing import LakeFile, name_of
-from gmm_dist.where import Where
 
 # Float32 holds every value of these types.
 _EXACT_IN_FLOAT32 = (

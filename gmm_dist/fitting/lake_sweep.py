@@ -1,9 +1,8 @@
-"""Lake, cluster and sweep put together: what the jobs and the estimators share."""
+"""A lake planned, held by Ray's workers, swept: what the command line and the estimators share."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,23 +10,18 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist import lake
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.em.memory import RowsNeed, lane_bytes, require_memory, require_room
-from gmm_dist.errors import TooFewRows, UserError
-from gmm_dist.lake import Plan
-from gmm_dist.loading import Counted, LakeLoader, column_means, count_rows, loader_for
+from gmm_dist.em.memory import lane_bytes, require_memory
+from gmm_dist.errors import UserError
+from gmm_dist.lake.lake import Lake
+from gmm_dist.lake.load import LakeLoader, loader_for
+from gmm_dist.lake.plan import Plan
+from gmm_dist.lake.session import load_rows, plan_of, require_rows_fit
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.opened import Lake
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import require_rows, sweep
 from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected, most_memory
-
-logger = logging.getLogger(__name__)
-
-Loaded = Callable[[int, int], None]
-"""Told of the shards and the rows that have been loaded."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +44,7 @@ def sweep_lake(
 ) -> LakeSweep:
     """Plan, load on Ray, fit and rank. `given`, in feature units, is the one candidate's start.
 
-    Raises UserError as `lake.plan`, `cluster.connected` and `sweep.sweep` do.
+    Raises UserError as `plan_lake`, `cluster.connected` and `sweep.sweep` do.
     """
     plan = plan_of(opened)
     if given is not None and given.n_features != plan.n_features:
@@ -72,18 +66,6 @@ def sweep_lake(
             given=None if given is None else [given.shifted(-centre)],
         )
     return LakeSweep(result, centre, plan.feature_names)
-
-
-def plan_of(opened: Lake) -> Plan:
-    """Return which rows a lake's name stands for, as `lake.plan` does, and raise as it does."""
-    return lake.plan(
-        opened.url,
-        columns=opened.columns,
-        weight_column=opened.weight_column,
-        where=opened.where,
-        missing=opened.missing,
-        holdout=opened.holdout,
-    )
 
 
 @contextmanager
@@ -128,56 +110,9 @@ def start_workers(
 
     Raises UserError when it is too much.
     """
-    plan = loader.plan
-    lanes = _lanes(candidates)
-    statistics = lane_bytes(lanes, plan.n_features)
-    shards = RayShards(loader, plan.n_shards, scaling, faults, reserve=statistics)
-    available = shards.worker_memory()
-    require_memory(lanes, plan.n_features, available)
-    need = _rows_need(plan, loader)
-    # Loading is over when the statistics come.
-    beside = statistics if shards.on_gpu else max(statistics, need.loading)
-    require_room(need, shards.n_workers, available, beside=beside)
+    lanes, n_features = _lanes(candidates), loader.plan.n_features
+    reserve = lane_bytes(lanes, n_features)
+    shards = RayShards(loader, loader.plan.n_shards, scaling, faults, reserve=reserve)
+    require_memory(lanes, n_features, shards.worker_memory())
+    require_rows_fit(shards, loader, reserve=reserve)
     return shards
-
-
-def load_rows(
-    shards: RayShards, loader: LakeLoader, watch: Loaded = lambda done, rows: None
-) -> Counted:
-    """Have the workers load their rows; where values are missing, after a pass for the means.
-
-    Raises TooFewRows when none is left.
-    """
-    plan = loader.plan
-    n_rows = shards.load(watch)
-    if n_rows == 0:
-        filters = f" after --where {str(plan.where)!r}" if plan.where else ""
-        smaller = ", or give a smaller --holdout" if plan.holdout else ""
-        weighing = f", and weights {plan.weight_column!r} above 0" if plan.weight_column else ""
-        raise TooFewRows(
-            f"{plan.url}: no rows are left of {plan.n_rows:,}{filters}: "
-            f"loosen --where or choose another --missing{smaller}{weighing}"
-        )
-    if plan.missing == "mean":
-        fill = column_means(shards, loader)
-        shards.replace(LakeLoader(plan, loader.centre, loader.dtype, fill))
-        shards.load(watch)
-    counted = shards.run(count_rows)
-    if counted.counts.dropped:
-        logger.info("missing=drop left out %s rows", f"{counted.counts.dropped:,}")
-    return counted
-
-
-def _rows_need(plan: Plan, loader: LakeLoader) -> RowsNeed:
-    source = 8 if plan.float64_source else 4
-    n_values = plan.n_features + len(plan.read_columns) - len(plan.columns)
-    largest = max(plan.files[p.file].rows[p.row_group] for shard in plan.shards for p in shard)
-    return RowsNeed(
-        plan.n_rows,
-        plan.n_features,
-        plan.n_shards,
-        itemsize=loader.dtype.itemsize,
-        row_bytes=8 if plan.weight_column else 0,
-        decoded=largest * n_values * source,
-        is_bound=plan.row_filter is not None or plan.missing == "drop",
-    )

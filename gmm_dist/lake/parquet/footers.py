@@ -14,8 +14,8 @@ from contextlib import suppress
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gmm_dist.column_types import is_embedding, is_numeric
-from gmm_dist.comparing import Key, Passing, extremes, value_type
+from gmm_dist.lake.parquet.column_types import is_embedding, is_numeric
+from gmm_dist.lake.parquet.comparing import Key, Passing, extremes, value_type
 
 Extent = tuple[Key, Key]
 

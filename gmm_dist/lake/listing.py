@@ -17,8 +17,9 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from gmm_dist import data_files, storage, table_formats
+from gmm_dist import storage
 from gmm_dist.errors import UserError
+from gmm_dist.lake import data_files, table_formats
 from gmm_dist.urls import Url
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gmm_dist import reading
-from gmm_dist.lake import Plan
-from gmm_dist.reading import RowCounts
+from gmm_dist.lake import read
+from gmm_dist.lake.plan import Plan
+from gmm_dist.lake.read import RowCounts
 from gmm_dist.shards.protocol import Block, ShardRows, Shards
 
 # float32 rounds a value by 6e-8 of its distance from the centre: harmless below a thousandth
@@ -37,7 +37,7 @@ class LakeLoader:
 
     def __call__(self, shard: int) -> ShardRows:
         fitted, held_out, counts = _Parts(), _Parts(), RowCounts()
-        for rows in reading.read(self.plan, shard, fill=self.fill):
+        for rows in read.read(self.plan, shard, fill=self.fill):
             counts = counts + rows.counts
             centred = rows.X.T - self.centre[:, None]  # float64, whatever the source
             X = torch.from_numpy(centred).to(self.dtype)
@@ -86,7 +86,7 @@ class Counted:
 
 def count_rows(rows: ShardRows) -> Counted:
     """Count a shard's rows: the first task after loading, which ends the reading."""
-    reading.release()
+    read.release()
     counts = rows.counts if isinstance(rows.counts, RowCounts) else RowCounts()
     return Counted(rows.n_rows, counts)
 
@@ -130,7 +130,7 @@ def column_means(shards: Shards, loader: LakeLoader) -> npt.NDArray[np.float64]:
 
 def loader_for(plan: Plan) -> LakeLoader:
     """Choose the centre and the resident precision from a few rows spread over the plan."""
-    probe = reading.probe(plan)
+    probe = read.probe(plan)
     # The median, not the mean: one outlier must not move the centre away from the rows.
     centre = np.median(probe, axis=0) if len(probe) else np.zeros(plan.n_features)
     small = 8 * plan.n_rows * plan.n_features <= _SMALL_BYTES

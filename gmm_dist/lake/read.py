@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gmm_dist import storage
-from gmm_dist.column_types import is_embedding, without_views
-from gmm_dist.comparing import stored
-from gmm_dist.decoding import parquet_file, wrong_rows
 from gmm_dist.errors import UserError
-from gmm_dist.lake import Plan, RowRange
-from gmm_dist.listing import LakeFile, name_of, opened
+from gmm_dist.lake.deal import RowRange
+from gmm_dist.lake.listing import LakeFile, name_of, opened
+from gmm_dist.lake.parquet.column_types import is_embedding, without_views
+from gmm_dist.lake.parquet.comparing import stored
+from gmm_dist.lake.parquet.decoding import parquet_file, wrong_rows
+from gmm_dist.lake.plan import Plan
 
 Float = np.float32 | np.float64
 

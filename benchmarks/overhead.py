@@ -31,13 +31,13 @@ import ray
 import torch
 from machine import append, description, n_cores
 
-from gmm_dist import runs
-from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em import loop
 from gmm_dist.em.lane import Lane, grouped, task_of
 from gmm_dist.em.snapshot import Snapshot
 from gmm_dist.model.parameters import Parameters
+from gmm_dist.runs import claim
+from gmm_dist.runs.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.sweep import Standing, sweep
 from gmm_dist.shards import dispatch
@@ -192,7 +192,7 @@ def _keeper(stack: ExitStack, clock: Clock, output: Path | None) -> Callable[...
     """Return what jobs/fitting.py does after each pass, timed, or nothing."""
     if output is None:
         return lambda number, snapshot: None
-    run = stack.enter_context(runs.claim(str(output)))
+    run = stack.enter_context(claim.claim(str(output)))
     stack.callback(run.forget)
     identity = RunIdentity("plan", (), {}, environment())
     checkpoints = run.checkpoints(identity)

@@ -35,15 +35,16 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Self
 
-from gmm_dist import artifacts, conditional
-from gmm_dist.artifacts import LATEST
-from gmm_dist.checkpoint import checkpoint_names
-from gmm_dist.commit import ATTEMPTS, LEASE, MANIFEST, MODEL
 from gmm_dist.errors import UserError
-from gmm_dist.lease import SECONDS, Lease, Terms, acquire, await_end, cell_at
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.places import Place
-from gmm_dist.records import FORMAT_VERSION, parse, to_json, whole
+from gmm_dist.runs import compare_and_swap, load
+from gmm_dist.runs.checkpoint import checkpoint_names
+from gmm_dist.runs.commit import ATTEMPTS, LEASE, MANIFEST, MODEL
+from gmm_dist.runs.folder import Place
+from gmm_dist.runs.json_files import FORMAT_VERSION, parse, to_json, whole
+from gmm_dist.runs.lease import Lease, Terms, acquire, await_end
+from gmm_dist.runs.lease_cells import SECONDS, cell_at
+from gmm_dist.runs.load import LATEST
 from gmm_dist.storage import explained, join
 from gmm_dist.urls import Url
 
@@ -78,7 +79,7 @@ class Lineage:
 
     @classmethod
     def read(cls, url: str) -> Self:
-        content = artifacts.read_report(url, LINEAGE)
+        content = load.read_report(url, LINEAGE)
         with whole(LINEAGE, url):
             return cls(
                 night=content["night"],
@@ -101,7 +102,7 @@ class Published:
     @classmethod
     def read(cls, url: str) -> Self:
         """Raises UserError where the two do not belong together."""
-        mixture, lineage = artifacts.load(url), Lineage.read(url)
+        mixture, lineage = load.load(url), Lineage.read(url)
         if len(lineage.ids) != mixture.n_components:
             raise UserError(
                 f"{url}: {LINEAGE} numbers {len(lineage.ids)} components, the model has "
@@ -326,7 +327,7 @@ class Registry:
         nights = sorted(filter(is_night, place.names()))
         return [(n, a) for n in nights for a in sorted(place.below(n).names())]
 
-    def _next_id(self, seen: conditional.Version, name: str) -> int:
+    def _next_id(self, seen: compare_and_swap.Version, name: str) -> int:
         return _whole_number(parse(seen.data, name, self._place.url), name, self._place.url)
 
     def point_to(self, night: str) -> bool:
@@ -396,7 +397,7 @@ class Registry:
             if self._swap(PRUNED, seen, {"nights": sorted(together), "next_id": next_id}):
                 return together
 
-    def _pruned(self, seen: conditional.Version | None) -> _Pruned:
+    def _pruned(self, seen: compare_and_swap.Version | None) -> _Pruned:
         if seen is None:
             return _Pruned(frozenset(), 0)
         content = parse(seen.data, PRUNED, self._place.url)
@@ -432,17 +433,17 @@ class Registry:
             names = self._place.below(MODELS).names()
         return sorted(name for name in names if is_night(name))
 
-    def _seen(self, name: str) -> conditional.Version | None:
+    def _seen(self, name: str) -> compare_and_swap.Version | None:
         with explained(self._place.url):
-            return conditional.read(self._place, name)
+            return compare_and_swap.read(self._place, name)
 
-    def _swap(self, name: str, seen: conditional.Version | None, content: object) -> bool:
+    def _swap(self, name: str, seen: compare_and_swap.Version | None, content: object) -> bool:
         assert isinstance(content, dict)
         with explained(self._place.url):
             data = to_json({"format_version": FORMAT_VERSION, **content})
-            return conditional.swap(self._place, name, seen, data)
+            return compare_and_swap.swap(self._place, name, seen, data)
 
-    def _pointed_to(self, seen: conditional.Version | None) -> str | None:
+    def _pointed_to(self, seen: compare_and_swap.Version | None) -> str | None:
         if seen is None:
             return None
         with whole(LATEST, self._place.url):

@@ -9,15 +9,15 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gmm_dist import runs
-from gmm_dist.checkpoint import CHECKPOINTS, RunIdentity
-from gmm_dist.commit import ATTEMPTS, Result, refuse_taken
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.lake.plan import Plan
-from gmm_dist.lease import LeaseLost
-from gmm_dist.places import Place, lies_within, sync
-from gmm_dist.records import FORMAT_VERSION
-from gmm_dist.runs import Run
+from gmm_dist.runs import claim as runs
+from gmm_dist.runs.checkpoint import CHECKPOINTS, RunIdentity
+from gmm_dist.runs.claim import Run
+from gmm_dist.runs.commit import ATTEMPTS, Result, refuse_taken
+from gmm_dist.runs.folder import Place, lies_within, sync
+from gmm_dist.runs.json_files import FORMAT_VERSION
+from gmm_dist.runs.lease import LeaseLost
 from gmm_dist.scored import HOME, SCRATCH, Scored, home_of
 from gmm_dist.storage import absolute, explained, join, redacted
 

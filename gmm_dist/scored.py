@@ -32,14 +32,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from gmm_dist.checkpoint import CHECKPOINTS, RunIdentity
-from gmm_dist.commit import ATTEMPTS
 from gmm_dist.errors import RunFailed
 from gmm_dist.lake.listing import name_of
 from gmm_dist.lake.plan import Plan
 from gmm_dist.lake.stream import row_groups, stream
-from gmm_dist.places import Place
-from gmm_dist.records import FORMAT_VERSION, to_json
+from gmm_dist.runs.checkpoint import CHECKPOINTS, RunIdentity
+from gmm_dist.runs.commit import ATTEMPTS
+from gmm_dist.runs.folder import Place
+from gmm_dist.runs.json_files import FORMAT_VERSION, to_json
 from gmm_dist.scoring import (
     COMPONENT,
     LOG_DENSITY,

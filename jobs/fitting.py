@@ -22,8 +22,6 @@ from results import Fitted, print_table, spell_best
 from stopping import finish
 from talking import say, screen
 
-from gmm_dist import artifacts, runs
-from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em.evaluate import training_quantiles
 from gmm_dist.em.snapshot import Snapshot
@@ -35,7 +33,9 @@ from gmm_dist.lake.plan import Plan, plan_lake
 from gmm_dist.lake.session import load_rows
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.runs import Run
+from gmm_dist.runs import claim, load
+from gmm_dist.runs.checkpoint import Checkpoint, RunIdentity, environment
+from gmm_dist.runs.claim import Run
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import Keep, Watch, sweep
 from gmm_dist.shards.failures import FaultConfig
@@ -53,7 +53,7 @@ def fit_lake(options: argparse.Namespace, again: Again) -> None:
     """
     torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
     began = time.monotonic()
-    with said_how_to_resume(again), runs.claim(options.output, resume=options.resume) as run:
+    with said_how_to_resume(again), claim.claim(options.output, resume=options.resume) as run:
         if run.committed:
             say(f"{options.output}: the run has committed before, nothing is left to do")
             return
@@ -229,7 +229,7 @@ def _digest(given: Sequence[Parameters]) -> str:
 
 def _given(options: argparse.Namespace) -> Mixture | None:
     start = getattr(options, "start", None)
-    return None if start is None else artifacts.load(start)
+    return None if start is None else load.load(start)
 
 
 def _candidates(options: argparse.Namespace, given: Mixture | None) -> list[Candidate]:

@@ -30,7 +30,7 @@ from score import score_lake
 from stopping import holding
 from talking import quiet, say
 
-from gmm_dist import artifacts, commit, gate, registry, runs, score_runs, scored
+from gmm_dist import gate, registry, score_runs, scored
 from gmm_dist.column_drift import ColumnDrift, column_drift, sample_size
 from gmm_dist.drift import Densities, Drift, Numbered, compare_densities, drift
 from gmm_dist.errors import NoRows, SchemaError, TooFewRows, UserError
@@ -38,13 +38,14 @@ from gmm_dist.gate import Gate
 from gmm_dist.lake import nights
 from gmm_dist.lake.filters import Where, parse
 from gmm_dist.lake.plan import Missing, Plan, plan_lake
-from gmm_dist.lease import Lease
 from gmm_dist.matching import Matching, match
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.quantiles import SMALLEST
-from gmm_dist.records import FORMAT_VERSION
 from gmm_dist.registry import Lineage, Published, Registry
-from gmm_dist.runs import Run
+from gmm_dist.runs import claim, commit, load
+from gmm_dist.runs.claim import Run
+from gmm_dist.runs.json_files import FORMAT_VERSION
+from gmm_dist.runs.lease import Lease
 from gmm_dist.selection.coreset import Coreset, DrawCoreset
 from gmm_dist.selection.ranking import CRITERIA, SweepResult
 from gmm_dist.shards.protocol import Shards
@@ -102,7 +103,7 @@ def _publish(
         _check_scores(options)
     with (
         _telling_of("--registry"),
-        runs.claim(options.output, resume=options.resume) as run,
+        claim.claim(options.output, resume=options.resume) as run,
     ):
         if run.committed:
             return True
@@ -173,9 +174,7 @@ def _score(options: argparse.Namespace, again: Again) -> None:
 def _is_scored(scoring: argparse.Namespace) -> bool:
     """Say whether a run of these very options has committed its scores, of whatever files."""
     try:
-        config = artifacts.read_report(join(scoring.output, scored.HOME), score_runs.REPORT)[
-            "config"
-        ]
+        config = load.read_report(join(scoring.output, scored.HOME), score_runs.REPORT)["config"]
     except UserError:
         return False
     return all(config.get(name) == getattr(scoring, name) for name in ("keep", "where", "outliers"))

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from gmm_dist.artifacts import Attempt
 from gmm_dist.model.mixture import Mixture, labels
+from gmm_dist.runs.load import Attempt
 from gmm_dist.selection.coreset import DrawCoreset, keyed_generator
 from gmm_dist.selection.ranking import SweepResult
 from gmm_dist.shards.protocol import Shards

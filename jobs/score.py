@@ -23,14 +23,15 @@ from progress import Progress
 from stopping import finish
 from talking import say, screen
 
-from gmm_dist import artifacts, score_runs
-from gmm_dist.checkpoint import RunIdentity, environment
+from gmm_dist import score_runs
 from gmm_dist.errors import UserError
 from gmm_dist.formats import counted
 from gmm_dist.lake.plan import Plan, plan_lake
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.model_files import model_sha256
-from gmm_dist.runs import Run
+from gmm_dist.runs import load
+from gmm_dist.runs.checkpoint import RunIdentity, environment
+from gmm_dist.runs.claim import Run
+from gmm_dist.runs.model_folder import model_sha256
 from gmm_dist.scored import Scored, ScoreFiles, collect
 from gmm_dist.scoring import Scoring
 from gmm_dist.shards.failures import FaultConfig
@@ -116,7 +117,7 @@ class _Job:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Self:
-        mixture = artifacts.load(options.model)
+        mixture = load.load(options.model)
         if not mixture.feature_names:
             raise UserError(
                 f"{redacted(options.model)} keeps no names of its features, by which a lake's "

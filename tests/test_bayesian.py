@@ -19,7 +19,7 @@ from gmm_dist.bayesian import BayesianGaussianMixture
 from gmm_dist.errors import UserError
 from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.model.variational import WEIGHT_PRIORS
-from gmm_dist.model_files import model_sha256
+from gmm_dist.runs.model_folder import model_sha256
 from gmm_dist.shares import INIT_PARAMS
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)

@@ -25,7 +25,7 @@ from gmm_dist.drift import (
 from gmm_dist.matching import match
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.records import to_json
+from gmm_dist.runs.json_files import to_json
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 

@@ -11,9 +11,9 @@ import pytest
 import reporting
 import torch
 
-from gmm_dist import artifacts
 from gmm_dist.em.estep import Total
 from gmm_dist.model.mixture import Mixture
+from gmm_dist.runs import load
 from gmm_dist.selection.ranking import SweepResult
 from gmm_dist.shards.local import LocalShards
 
@@ -36,7 +36,7 @@ def shards(n: int = 3000) -> tuple[LocalShards, SweepResult]:
 
 def test_the_report_is_committed_copied_and_repaired(tmp_path: Path) -> None:
     out, rows = tmp_path / "out", mixtures.rows(MIXTURE.parameters, 50)
-    with artifacts.claim(str(out)) as attempt:
+    with load.claim(str(out)) as attempt:
         assert reporting.write(attempt, CONTENT, MIXTURE, rows, numbers=[4, None, 7])
         attempt.commit()
     html = (out / "report.html").read_text()
@@ -44,7 +44,7 @@ def test_the_report_is_committed_copied_and_repaired(tmp_path: Path) -> None:
     assert 'scope="row" class="word">new<' in html
     assert "secret" not in html
     (out / "report.html").unlink()
-    assert artifacts.repair(str(out)) == ("report.html",)
+    assert load.repair(str(out)) == ("report.html",)
     assert (out / "report.html").read_text() == html
 
 
@@ -52,14 +52,14 @@ def test_a_report_that_cannot_be_drawn_costs_a_line_and_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    with artifacts.claim(str(out)) as attempt:
+    with load.claim(str(out)) as attempt:
         assert not reporting.write(attempt, {"data": "x", "best": None}, MIXTURE)
         attempt.write_json("sweep.json", {})
         attempt.commit()
     assert "report.html could not be drawn and is left out: " in caplog.text
     assert len(caplog.records) == 1
     assert not (out / "report.html").exists()
-    assert artifacts.read_report(str(out)) == {}
+    assert load.read_report(str(out)) == {}
 
 
 def test_a_sample_is_of_the_rows_bounded_and_the_same_again() -> None:

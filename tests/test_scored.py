@@ -16,11 +16,11 @@ import pytest
 from conftest import S3Server
 
 from gmm_dist import scored
-from gmm_dist.checkpoint import RunIdentity
 from gmm_dist.errors import UserError
 from gmm_dist.lake import stream
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.model.mixture import Mixture
+from gmm_dist.runs.checkpoint import RunIdentity
 from gmm_dist.scored import Scored, ScoreFiles, collect, spread
 from gmm_dist.scoring import Scoring
 from gmm_dist.storage import open_url

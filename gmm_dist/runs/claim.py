@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from gmm_dist import commit
-from gmm_dist.checkpoint import CHECKPOINTS, CheckpointStore, RunIdentity, checkpoint_names
-from gmm_dist.commit import ATTEMPTS, LEASE, MANIFEST, MODEL, Attempt, Result
 from gmm_dist.errors import UserError
-from gmm_dist.lease import SECONDS, Cell, Lease, Terms, acquire, cell_at
-from gmm_dist.places import Place
+from gmm_dist.runs import commit
+from gmm_dist.runs.checkpoint import CHECKPOINTS, CheckpointStore, RunIdentity, checkpoint_names
+from gmm_dist.runs.commit import ATTEMPTS, LEASE, MANIFEST, MODEL, Attempt, Result
+from gmm_dist.runs.folder import Place
+from gmm_dist.runs.lease import Lease, Terms, acquire
+from gmm_dist.runs.lease_cells import SECONDS, Cell, cell_at
 from gmm_dist.storage import explained, line_of
 
 logger = logging.getLogger(__name__)

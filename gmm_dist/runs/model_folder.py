@@ -21,7 +21,7 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.model.soundness import flaw
-from gmm_dist.records import FORMAT_VERSION, FileEntry, parse, to_json, whole
+from gmm_dist.runs.json_files import FORMAT_VERSION, FileEntry, parse, to_json, whole
 
 TENSORS = "model.safetensors"
 CARD = "model.json"

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from gmm_dist.commit import ATTEMPTS, MODEL, Result, nothing_at
-from gmm_dist.commit import Attempt as Attempt
-from gmm_dist.commit import claim as claim
-from gmm_dist.commit import repair as repair
 from gmm_dist.errors import UserError
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.model_files import CARD, TENSORS, parse_model
-from gmm_dist.model_files import Provenance as Provenance
-from gmm_dist.model_files import library_versions as library_versions
-from gmm_dist.places import Place
-from gmm_dist.records import name_within, parse, parse_plain, whole
+from gmm_dist.runs.commit import ATTEMPTS, MODEL, Result, nothing_at
+from gmm_dist.runs.commit import Attempt as Attempt
+from gmm_dist.runs.commit import claim as claim
+from gmm_dist.runs.commit import repair as repair
+from gmm_dist.runs.folder import Place
+from gmm_dist.runs.json_files import name_within, parse, parse_plain, whole
+from gmm_dist.runs.model_folder import CARD, TENSORS, parse_model
+from gmm_dist.runs.model_folder import Provenance as Provenance
+from gmm_dist.runs.model_folder import library_versions as library_versions
 from gmm_dist.storage import explained
 from gmm_dist.urls import split_query
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from gmm_dist.errors import UserError
-from gmm_dist.model_files import library_versions
-from gmm_dist.places import Place
-from gmm_dist.records import FORMAT_VERSION, require_readable
+from gmm_dist.runs.folder import Place
+from gmm_dist.runs.json_files import FORMAT_VERSION, require_readable
+from gmm_dist.runs.model_folder import library_versions
 from gmm_dist.storage import line_of
 
 logger = logging.getLogger(__name__)

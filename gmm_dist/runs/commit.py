@@ -28,13 +28,11 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gmm_dist import model_files
 from gmm_dist.errors import UserError
-from gmm_dist.lease import Lease, LeaseLost
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.model_files import Provenance
-from gmm_dist.places import Place, sync
-from gmm_dist.records import (
+from gmm_dist.runs import model_folder
+from gmm_dist.runs.folder import Place, sync
+from gmm_dist.runs.json_files import (
     FORMAT_VERSION,
     FileEntry,
     name_within,
@@ -43,6 +41,8 @@ from gmm_dist.records import (
     to_json,
     whole,
 )
+from gmm_dist.runs.lease import Lease, LeaseLost
+from gmm_dist.runs.model_folder import Provenance
 from gmm_dist.storage import explained, line_of
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class Attempt:
 
     def write_model(self, mixture: Mixture, provenance: Provenance) -> None:
         """Write the model folder; equal parameters give an equal model.safetensors."""
-        for name, data in model_files.dump(mixture, provenance).items():
+        for name, data in model_folder.dump(mixture, provenance).items():
             self.write(f"{MODEL}/{name}", data)
 
     def commit(self) -> None:
@@ -417,6 +417,6 @@ def nothing_at(place: Place) -> str:
             "before its commit; wait for it, or run it again"
         )
     return (
-        f"{place.url} holds no result, neither {MANIFEST} nor {model_files.CARD}: pass the "
+        f"{place.url} holds no result, neither {MANIFEST} nor {model_folder.CARD}: pass the "
         "--output of a run that has finished, or its model folder"
     )

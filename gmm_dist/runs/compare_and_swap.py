@@ -20,7 +20,7 @@ from typing import Any
 from fsspec import AbstractFileSystem, asyn
 
 from gmm_dist.errors import RunFailed
-from gmm_dist.places import Place, answer, is_s3
+from gmm_dist.runs.folder import Place, answer, is_s3
 from gmm_dist.storage import patiently
 
 _TIMEOUT = 30.0  # of one request, and of waiting for another's lock (seconds)

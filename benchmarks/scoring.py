@@ -39,8 +39,8 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.runs import load
 from gmm_dist.runs.checkpoint import RunIdentity
-from gmm_dist.scored import ScoreFiles
-from gmm_dist.scoring import Scoring
+from gmm_dist.scoring.files import ScoreFiles
+from gmm_dist.scoring.scorer import Scoring
 
 _JOB = Path(__file__).parent.parent / "jobs" / "score.py"
 _CONTENDERS = ("job", "one-worker", "sklearn")

@@ -30,7 +30,7 @@ from score import score_lake
 from stopping import holding
 from talking import quiet, say
 
-from gmm_dist import gate, registry, score_runs, scored
+from gmm_dist import gate, registry
 from gmm_dist.column_drift import ColumnDrift, column_drift, sample_size
 from gmm_dist.drift import Densities, Drift, Numbered, compare_densities, drift
 from gmm_dist.errors import NoRows, SchemaError, TooFewRows, UserError
@@ -46,6 +46,8 @@ from gmm_dist.runs import claim, commit, load
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.json_files import FORMAT_VERSION
 from gmm_dist.runs.lease import Lease
+from gmm_dist.scoring import files
+from gmm_dist.scoring import run as score_runs
 from gmm_dist.selection.coreset import Coreset, DrawCoreset
 from gmm_dist.selection.ranking import CRITERIA, SweepResult
 from gmm_dist.shards.protocol import Shards
@@ -174,7 +176,7 @@ def _score(options: argparse.Namespace, again: Again) -> None:
 def _is_scored(scoring: argparse.Namespace) -> bool:
     """Say whether a run of these very options has committed its scores, of whatever files."""
     try:
-        config = load.read_report(join(scoring.output, scored.HOME), score_runs.REPORT)["config"]
+        config = load.read_report(join(scoring.output, files.HOME), score_runs.REPORT)["config"]
     except UserError:
         return False
     return all(config.get(name) == getattr(scoring, name) for name in ("keep", "where", "outliers"))

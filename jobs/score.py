@@ -23,7 +23,6 @@ from progress import Progress
 from stopping import finish
 from talking import say, screen
 
-from gmm_dist import score_runs
 from gmm_dist.errors import UserError
 from gmm_dist.formats import counted
 from gmm_dist.lake.plan import Plan, plan_lake
@@ -32,8 +31,9 @@ from gmm_dist.runs import load
 from gmm_dist.runs.checkpoint import RunIdentity, environment
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.model_folder import model_sha256
-from gmm_dist.scored import Scored, ScoreFiles, collect
-from gmm_dist.scoring import Scoring
+from gmm_dist.scoring import run as score_runs
+from gmm_dist.scoring.files import Scored, ScoreFiles, collect
+from gmm_dist.scoring.scorer import Scoring
 from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected
 from gmm_dist.urls import redacted

@@ -27,14 +27,14 @@ from conftest import S3Server
 from nights import Cluster
 
 import gmm_dist
-from gmm_dist import scored
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.gate import Gate
 from gmm_dist.lake.nights import NightKey
 from gmm_dist.registry import DRIFT, GATE, Lineage, Registry
 from gmm_dist.runs import claim, load
 from gmm_dist.runs.lease import LeaseLost
-from gmm_dist.scoring import Scorer, Scoring
+from gmm_dist.scoring import files as scored
+from gmm_dist.scoring.scorer import Scorer, Scoring
 from gmm_dist.storage import open_url
 
 Errors = pytest.CaptureFixture[str]

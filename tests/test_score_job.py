@@ -32,7 +32,7 @@ from gmm_dist.lake.plan import plan_lake
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs import load
 from gmm_dist.runs.load import read_report
-from gmm_dist.scored import Counts
+from gmm_dist.scoring.files import Counts
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.storage import Patience, open_url
 

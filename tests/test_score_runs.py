@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from test_scored import days, loader_of, score
 
-from gmm_dist import score_runs
 from gmm_dist.errors import UserError
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.runs import claim
 from gmm_dist.runs.checkpoint import RunIdentity
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.lease import LeaseLost
+from gmm_dist.scoring import run as score_runs
 
 RUN = "_scored/_checkpoints/run.json"
 

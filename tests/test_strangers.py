@@ -18,7 +18,7 @@ from test_artifacts import PROVENANCE, mixture
 from test_score_runs import claimed
 from test_scored import days, loader_of, score
 
-from gmm_dist import score_runs, storage
+from gmm_dist import storage
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.registry import Registry
@@ -27,7 +27,8 @@ from gmm_dist.runs import folder as places
 from gmm_dist.runs.checkpoint import checkpoint_names
 from gmm_dist.runs.folder import Place, is_foreign, lies_within
 from gmm_dist.runs.lease_cells import Held
-from gmm_dist.scored import Scored, ScoreFiles, collect
+from gmm_dist.scoring import run as score_runs
+from gmm_dist.scoring.files import Scored, ScoreFiles, collect
 from gmm_dist.shards.failures import Verdict, judge
 
 FOREIGN = [".DS_Store", "._file", ".nfs000a1", "Thumbs.db", "desktop.ini", "x_$folder$"]

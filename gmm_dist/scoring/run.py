@@ -18,7 +18,7 @@ from gmm_dist.runs.commit import ATTEMPTS, Result, refuse_taken
 from gmm_dist.runs.folder import Place, lies_within, sync
 from gmm_dist.runs.json_files import FORMAT_VERSION
 from gmm_dist.runs.lease import LeaseLost
-from gmm_dist.scored import HOME, SCRATCH, Scored, home_of
+from gmm_dist.scoring.files import HOME, SCRATCH, Scored, home_of
 from gmm_dist.storage import absolute, explained, join, redacted
 
 REPORT = "scored.json"

@@ -40,7 +40,7 @@ from gmm_dist.runs.checkpoint import CHECKPOINTS, RunIdentity
 from gmm_dist.runs.commit import ATTEMPTS
 from gmm_dist.runs.folder import Place
 from gmm_dist.runs.json_files import FORMAT_VERSION, to_json
-from gmm_dist.scoring import (
+from gmm_dist.scoring.scorer import (
     COMPONENT,
     LOG_DENSITY,
     OUTLIER,

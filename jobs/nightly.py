@@ -30,18 +30,19 @@ from score import score_lake
 from stopping import holding
 from talking import quiet, say
 
-from gmm_dist import gate, registry
-from gmm_dist.column_drift import ColumnDrift, column_drift, sample_size
-from gmm_dist.drift import Densities, Drift, Numbered, compare_densities, drift
 from gmm_dist.errors import NoRows, SchemaError, TooFewRows, UserError
-from gmm_dist.gate import Gate
 from gmm_dist.lake import nights
 from gmm_dist.lake.filters import Where, parse
 from gmm_dist.lake.plan import Missing, Plan, plan_lake
-from gmm_dist.matching import Matching, match
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.quantiles import SMALLEST
-from gmm_dist.registry import Lineage, Published, Registry
+from gmm_dist.nightly import gate
+from gmm_dist.nightly.column_drift import ColumnDrift, column_drift, sample_size
+from gmm_dist.nightly.drift import Densities, Drift, Numbered, compare_densities, drift
+from gmm_dist.nightly.gate import Gate
+from gmm_dist.nightly.lineage import DRIFT, GATE, LINEAGE, Lineage, Published, night_of
+from gmm_dist.nightly.matching import Matching, match
+from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import claim, commit, load
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.json_files import FORMAT_VERSION
@@ -206,7 +207,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(
             f"--outliers is {options.outliers:g}: give a share from {SMALLEST:g} to below 1"
         )
-    options.night = registry.night_of(options.night)
+    options.night = night_of(options.night)
     options.output = Registry(options.registry).model_url(options.night)
     options.own_where, options.partition_key = options.where, None
     if options.where is not None:
@@ -465,7 +466,7 @@ class _Night:
         )
         changes = self._drift(work, matching, ids)
         self._write(run.attempt, [], work, more, changes, ids, ids)
-        run.attempt.write_json(registry.LINEAGE, lineage.to_json())
+        run.attempt.write_json(LINEAGE, lineage.to_json())
         logger.info("committing")
         turn.check()
         with holding():
@@ -516,11 +517,11 @@ class _Night:
             "warnings": (more or {}).get("warnings", []),
             **asdict(self.gate),
         }
-        attempt.write_json(registry.GATE, {"format_version": FORMAT_VERSION, **verdict})
+        attempt.write_json(GATE, {"format_version": FORMAT_VERSION, **verdict})
         told = {**verdict, "drift": None}
         if changes is not None:
             told["drift"] = asdict(changes)
-            attempt.write_json(registry.DRIFT, {"format_version": FORMAT_VERSION, **told["drift"]})
+            attempt.write_json(DRIFT, {"format_version": FORMAT_VERSION, **told["drift"]})
         if work is None:
             reporting.write(attempt, None, nightly=told)
             return

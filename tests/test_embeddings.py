@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import S3Server
 
-from gmm_dist import gate
 from gmm_dist.errors import SchemaError, TooFewRows, UserError
 from gmm_dist.lake import read
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.lake.read import RowCounts
 from gmm_dist.lake.stream import row_groups, stream
+from gmm_dist.nightly import gate
 
 ROWS = [[float(i), i + 0.5] for i in range(12)]
 

@@ -18,7 +18,7 @@ import score as score_job
 import torch
 
 from gmm_dist.model.parameters import COVARIANCE_TYPES
-from gmm_dist.registry import Registry
+from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import load
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -28,9 +28,10 @@ from nights import Cluster
 
 import gmm_dist
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.gate import Gate
 from gmm_dist.lake.nights import NightKey
-from gmm_dist.registry import DRIFT, GATE, Lineage, Registry
+from gmm_dist.nightly.gate import Gate
+from gmm_dist.nightly.lineage import Lineage
+from gmm_dist.nightly.registry import DRIFT, GATE, Registry
 from gmm_dist.runs import claim, load
 from gmm_dist.runs.lease import LeaseLost
 from gmm_dist.scoring import files as scored

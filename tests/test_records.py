@@ -9,7 +9,7 @@ import pytest
 from test_artifacts import commit
 
 from gmm_dist.errors import UserError
-from gmm_dist.registry import Registry
+from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs.checkpoint import RunIdentity
 from gmm_dist.runs.folder import Place
 from gmm_dist.runs.json_files import name_within, parse, to_json

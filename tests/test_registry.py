@@ -22,7 +22,8 @@ from test_artifacts import PROVENANCE, race_model
 
 import gmm_dist
 from gmm_dist.errors import UserError
-from gmm_dist.registry import LINEAGE, Lineage, Registry, night_of
+from gmm_dist.nightly.lineage import Lineage, night_of
+from gmm_dist.nightly.registry import LINEAGE, Registry
 from gmm_dist.runs import claim, commit, compare_and_swap
 from gmm_dist.runs.checkpoint import CHECKPOINTS
 from gmm_dist.runs.folder import Place

@@ -15,8 +15,8 @@ import pages
 import pytest
 from pages import Page, candidate, clusters, content, sample
 
-from gmm_dist import drift as drift_module
 from gmm_dist.em.loop import Status
+from gmm_dist.nightly import drift as drift_module
 from gmm_dist.planes import Clusters
 from gmm_dist.report import Sample, render
 

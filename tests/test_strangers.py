@@ -21,7 +21,7 @@ from test_scored import days, loader_of, score
 from gmm_dist import storage
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.lake.plan import plan_lake
-from gmm_dist.registry import Registry
+from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import claim, load
 from gmm_dist.runs import folder as places
 from gmm_dist.runs.checkpoint import checkpoint_names

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.column_drift import ColumnDrift
 from gmm_dist.em.evaluate import Histograms, Tally, mean_log_likelihoods
-from gmm_dist.matching import Matching, overlaps
 from gmm_dist.model.parameters import Parameters
+from gmm_dist.nightly.column_drift import ColumnDrift
+from gmm_dist.nightly.matching import Matching, overlaps
 from gmm_dist.shards.protocol import Shards
 
 _BINS = 60

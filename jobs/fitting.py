@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-import reporting
 import results
 import torch
 from ending import said_how_to_resume
@@ -33,6 +32,7 @@ from gmm_dist.lake.plan import Plan, plan_lake
 from gmm_dist.lake.session import load_rows
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
+from gmm_dist.report import of_fit
 from gmm_dist.runs import claim, load
 from gmm_dist.runs.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.runs.claim import Run
@@ -75,7 +75,7 @@ def fit_lake(options: argparse.Namespace, again: Again) -> None:
     print_table(result, warnings)
     best = spell_best(result.best, result.criterion)
     output = options.output.rstrip("/")
-    report = f", report in {output}/{reporting.NAME}" if has_report else ""
+    report = f", report in {output}/{of_fit.NAME}" if has_report else ""
     say(f"best by {best}; model in {output}/model{report}")
 
 
@@ -179,7 +179,7 @@ class Job:
             quantiles = None
             if result.best is not None:
                 quantiles = training_quantiles(shards, result.best.fit.parameters)
-            sample = reporting.draw(shards, result, self.start.random_state)
+            sample = of_fit.draw(shards, result, self.start.random_state)
             look(shards, result)
         return Fitted(result, counted, quantiles, sample)
 

@@ -19,7 +19,6 @@ from datetime import date, timedelta
 from typing import Any
 
 import early  # noqa: F401 - first: signals while the rest is loaded
-import reporting
 import results
 import torch
 from ending import KEPT_BACK, run, said_how_to_resume
@@ -43,6 +42,7 @@ from gmm_dist.nightly.gate import Gate
 from gmm_dist.nightly.lineage import DRIFT, GATE, LINEAGE, Lineage, Published, night_of
 from gmm_dist.nightly.matching import Matching, match
 from gmm_dist.nightly.registry import Registry
+from gmm_dist.report import of_fit
 from gmm_dist.runs import claim, commit, load
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.json_files import FORMAT_VERSION
@@ -523,7 +523,7 @@ class _Night:
             told["drift"] = asdict(changes)
             attempt.write_json(DRIFT, {"format_version": FORMAT_VERSION, **told["drift"]})
         if work is None:
-            reporting.write(attempt, None, nightly=told)
+            of_fit.write(attempt, None, nightly=told)
             return
         loader, settings = work.job.loader, work.job.settings
         results.write(

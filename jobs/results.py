@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import reporting
 import torch
 from progress import notes, ranking
 from talking import bearing, say, screen
@@ -16,6 +15,7 @@ from gmm_dist.lake.load import Counted, LakeLoader
 from gmm_dist.lake.plan import Plan
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.quantiles import Quantiles
+from gmm_dist.report import of_fit
 from gmm_dist.runs import load
 from gmm_dist.runs.load import Attempt
 from gmm_dist.selection.ranking import Scored, SweepResult
@@ -79,7 +79,7 @@ def write(
     if fitted.sample is not None:
         sample = fitted.sample + torch.from_numpy(loader.centre)
     attempt.write_json(load.REPORT, content)
-    return reporting.write(attempt, content, mixture, sample, numbers=numbers, nightly=nightly)
+    return of_fit.write(attempt, content, mixture, sample, numbers=numbers, nightly=nightly)
 
 
 def spell_best(best: Scored, criterion: str) -> str:

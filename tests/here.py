@@ -10,10 +10,10 @@ from progress import Progress
 
 from gmm_dist.lake.load import Counted
 from gmm_dist.lake.session import load_rows
+from gmm_dist.report.svg import Drawing
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Loader, S, Shards, Task
 from gmm_dist.shards.ray_shards import RayShards
-from gmm_dist.svg import Drawing
 
 
 class HereShards(RayShards):

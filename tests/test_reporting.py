@@ -8,11 +8,11 @@ from pathlib import Path
 import mixtures
 import pages
 import pytest
-import reporting
 import torch
 
 from gmm_dist.em.estep import Total
 from gmm_dist.model.mixture import Mixture
+from gmm_dist.report import of_fit
 from gmm_dist.runs import load
 from gmm_dist.selection.ranking import SweepResult
 from gmm_dist.shards.local import LocalShards
@@ -37,7 +37,7 @@ def shards(n: int = 3000) -> tuple[LocalShards, SweepResult]:
 def test_the_report_is_committed_copied_and_repaired(tmp_path: Path) -> None:
     out, rows = tmp_path / "out", mixtures.rows(MIXTURE.parameters, 50)
     with load.claim(str(out)) as attempt:
-        assert reporting.write(attempt, CONTENT, MIXTURE, rows, numbers=[4, None, 7])
+        assert of_fit.write(attempt, CONTENT, MIXTURE, rows, numbers=[4, None, 7])
         attempt.commit()
     html = (out / "report.html").read_text()
     assert "A sample of 50 rows" in html
@@ -53,7 +53,7 @@ def test_a_report_that_cannot_be_drawn_costs_a_line_and_nothing_else(
 ) -> None:
     out = tmp_path / "out"
     with load.claim(str(out)) as attempt:
-        assert not reporting.write(attempt, {"data": "x", "best": None}, MIXTURE)
+        assert not of_fit.write(attempt, {"data": "x", "best": None}, MIXTURE)
         attempt.write_json("sweep.json", {})
         attempt.commit()
     assert "report.html could not be drawn and is left out: " in caplog.text
@@ -64,12 +64,12 @@ def test_a_report_that_cannot_be_drawn_costs_a_line_and_nothing_else(
 
 def test_a_sample_is_of_the_rows_bounded_and_the_same_again() -> None:
     rows, result = shards(20_000)
-    one, again = (reporting.draw(rows, result, 0) for _ in range(2))
+    one, again = (of_fit.draw(rows, result, 0) for _ in range(2))
     assert one is not None
     assert 1500 < len(one) <= 2000
     assert torch.equal(one, again)
     few, result = shards(900)
-    assert len(reporting.draw(few, result, 0)) == 900
+    assert len(of_fit.draw(few, result, 0)) == 900
 
 
 def test_rows_that_cannot_be_read_again_cost_the_picture_alone(
@@ -78,5 +78,5 @@ def test_rows_that_cannot_be_read_again_cost_the_picture_alone(
     _, result = shards()
     wrong = mixtures.shards(mixtures.normal_rows(10, 5))
     with caplog.at_level(logging.WARNING):
-        assert reporting.draw(wrong, result, 0) is None
+        assert of_fit.draw(wrong, result, 0) is None
     assert "report.html will have no picture of the rows: " in caplog.text

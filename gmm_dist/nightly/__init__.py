@@ -1,1 +1,1 @@
-"""Night after night: ids are kept, drift is measured, a gate decides, a registry keeps the models."""
+"""Nights of a lake: ids are kept, drift is measured, a gate decides, a registry keeps."""

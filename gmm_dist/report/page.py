@@ -16,7 +16,6 @@ import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gmm_dist import figures
 from gmm_dist.formats import (
     ABSENT,
     count,
@@ -30,8 +29,10 @@ from gmm_dist.formats import (
     shortened,
     signed,
 )
-from gmm_dist.planes import Clusters, Floats, plane
-from gmm_dist.svg import N_COLOURS, Drawing
+from gmm_dist.report import figures
+from gmm_dist.report.of_night import drift_table, gate_table, number_or_nan
+from gmm_dist.report.projection import Clusters, Floats, plane
+from gmm_dist.report.svg import N_COLOURS, Drawing
 
 _CRITERIA = {
     "bic": "BIC",
@@ -82,8 +83,8 @@ def render(
         **dict.fromkeys(("data", "facts", "candidates", "clusters", "rows")),
         **dict.fromkeys(("picture", "criteria", "iterations", "why", "warnings"), ()),
         "title": _title(clusters, nightly),
-        "gate": _gate(nightly),
-        "drift": _drift(nightly),
+        "gate": gate_table(nightly),
+        "drift": drift_table(nightly),
     }
     if content is not None:
         view |= _told(content)
@@ -114,7 +115,7 @@ def _told(content: Json) -> Table:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("gmm_dist"),
+        loader=PackageLoader("gmm_dist.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -139,94 +140,6 @@ def _title(clusters: Clusters | None, nightly: Json | None) -> str:
     return f"Night of {printable(str(nightly['night']))}: {what}"
 
 
-def _gate(nightly: Json | None) -> Table | None:
-    if nightly is None:
-        return None
-    drift, summary = nightly.get("drift"), ""
-    if drift is not None:
-        born, dead, stayed = (len(drift[key]) for key in ("born", "dead", "components"))
-        summary = f"{counted(stayed, 'component')} stayed, {born:,} born, {dead:,} died."
-    return {
-        "is_published": bool(nightly["published"]),
-        "reasons": [printable(str(reason)) for reason in nightly.get("reasons", ())],
-        "summary": summary,
-    }
-
-
-def _drift(nightly: Json | None) -> Table | None:
-    """Return what has changed since the night before, the component most changed first."""
-    drift = nightly.get("drift") if nightly is not None else None
-    if drift is None:
-        return None
-    names = [printable(name) for name in drift["feature_names"]]
-    ordered = sorted(drift["components"], key=lambda c: _number(c["overlap"]))
-    drawings = []
-    if ordered:
-        numbers = [str(c["id"]) for c in ordered]
-        shifts = [_number(c["mahalanobis"]) for c in ordered]
-        weights = [_number(c["weight"]) - _number(c["weight_before"]) for c in ordered]
-        drawings.append(figures.changes("changes", numbers, shifts, weights))
-    densities = drift["densities"]
-    histogram = densities["histogram"]
-    edges = [_number(edge) for edge in histogram["edges"]]
-    if len(edges) > 1 and all(map(math.isfinite, edges)):
-        shares = {"last model": histogram["before"], "tonight's": histogram["tonight"]}
-        series = {title: [_number(v) for v in values] for title, values in shares.items()}
-        label = "log-density of tonight's rows, nats"
-        drawings.append(figures.histograms("densities", label, edges, series))
-    return {
-        "before": printable(str(drift["night_before"])),
-        "components": [_changed(c, names) for c in ordered],
-        "born": [_alone(c, "born") for c in drift["born"]],
-        "dead": [_alone(c, "died") for c in drift["dead"]],
-        "drawings": drawings,
-        "densities": [_compared(densities, *row) for row in _DENSITIES],
-    }
-
-
-_DENSITIES = (("rows fitted", "mean"), ("rows held out", "held_out"))
-
-
-def _compared(densities: Json, what: str, key: str) -> tuple[str, ...]:
-    before, tonight = (_number(densities[f"{key}_{when}"]) for when in ("before", "tonight"))
-    return what, fixed(before, 6), fixed(tonight, 6), signed(tonight - before, 6)
-
-
-def _changed(component: Json, names: Sequence[str]) -> Table:
-    shifts = [_number(shift) for shift in component["mean_shift"]]
-    order = sorted(range(len(shifts)), key=lambda j: -abs(shifts[j]))[:2]
-    change = _number(component["weight"]) - _number(component["weight_before"])
-    return {
-        "number": component["id"],
-        "colour": component["id"] % N_COLOURS,
-        "cells": [
-            share(_number(component["weight_before"])),
-            share(_number(component["weight"])),
-            signed(100 * change, 2),
-            fixed(_number(component["mahalanobis"]), 2),
-            f"× {fixed(_number(component['volume_ratio']), 2)}",
-            fixed(_number(component["shape_change"]), 2),
-            fixed(_number(component["overlap"]), 2),
-        ],
-        "where": ", ".join(f"{shortened(names[j], 32)} {signed(shifts[j], 2)}" for j in order),
-    }
-
-
-def _alone(component: Json, what: str) -> tuple[str, ...]:
-    number, nearest = component["id"], component["nearest"]
-    return (
-        "new" if number is None else str(number),
-        what,
-        share(_number(component["weight"])),
-        ABSENT if nearest is None else str(nearest),
-        fixed(_number(component["overlap"]), 2),
-    )
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
 def _named(candidate: Json) -> str:
     return f"K = {candidate['k']} {candidate['covariance_type']}"
 
@@ -239,8 +152,8 @@ def _chosen(content: Json) -> Json:
 
 
 def _per_row(content: Json, candidate: Json) -> float:
-    n = _number(content["n_samples"])
-    return _number(candidate["log_likelihood"]) / n if n else math.nan
+    n = number_or_nan(content["n_samples"])
+    return number_or_nan(candidate["log_likelihood"]) / n if n else math.nan
 
 
 def _facts(content: Json, chosen: Json, clusters: Clusters) -> list[tuple[str, str]]:
@@ -253,9 +166,9 @@ def _facts(content: Json, chosen: Json, clusters: Clusters) -> list[tuple[str, s
         ("log-likelihood", f"{fixed(_per_row(content, chosen), 4)} nats per row"),
     ]
     if criterion == "holdout":
-        facts.append(("held-out", f"{fixed(_number(chosen['holdout']), 4)} nats per row"))
+        facts.append(("held-out", f"{fixed(number_or_nan(chosen['holdout']), 4)} nats per row"))
     else:
-        facts.append((_CRITERIA[criterion], f"{fixed(_number(chosen[criterion]), 1)} nats"))
+        facts.append((_CRITERIA[criterion], f"{fixed(number_or_nan(chosen[criterion]), 1)} nats"))
     if content.get("seconds") is not None:
         facts.append(("took", duration(content["seconds"])))
     return facts
@@ -275,7 +188,7 @@ def _why(content: Json, chosen: Json | None) -> list[str]:
     order = "highest" if criterion == "holdout" else "lowest"
     line = f"{_named(chosen)} has the {order} {_CRITERIA[criterion]} of {n:,} candidates"
     if len(ranked) > 1:
-        gap = abs(_number(ranked[1][criterion]) - _number(chosen[criterion]))
+        gap = abs(number_or_nan(ranked[1][criterion]) - number_or_nan(chosen[criterion]))
         unit = "nats per row" if criterion == "holdout" else "nats"
         line += f", {number(gap)} {unit} ahead of the next, {_named(ranked[1])}"
     others = [
@@ -297,9 +210,9 @@ def _present(content: Json) -> list[str]:
 
 
 def _best_by(criterion: str, ranked: Sequence[Json]) -> Json | None:
-    known = [c for c in ranked if math.isfinite(_number(c[criterion]))]
+    known = [c for c in ranked if math.isfinite(number_or_nan(c[criterion]))]
     sign = -1 if criterion == "holdout" else 1
-    return min(known, key=lambda c: sign * _number(c[criterion]), default=None)
+    return min(known, key=lambda c: sign * number_or_nan(c[criterion]), default=None)
 
 
 def _criteria(content: Json, chosen: Json) -> list[Drawing]:
@@ -317,7 +230,7 @@ def _criteria(content: Json, chosen: Json) -> list[Drawing]:
             sign, label = -1, "held-out below its highest, nats/row"
         families: dict[str, list[figures.Point]] = {}
         for c in content["candidates"]:
-            gap = sign * (_number(c[name]) - _number(best[name]))
+            gap = sign * (number_or_nan(c[name]) - number_or_nan(best[name]))
             point = figures.Point(c["k"], gap, c["rank"] is not None)
             families.setdefault(c["covariance_type"], []).append(point)
         choice = (chosen["k"], chosen["covariance_type"])
@@ -335,9 +248,9 @@ def _candidates(content: Json) -> Table:
     for c in ordered:
         cells = [ABSENT if c["rank"] is None else f"{c['rank']}", f"{c['k']:,}"]
         cells += [c["covariance_type"], f"{c['n_parameters']:,}"]
-        cells += [fixed(_number(c[name]), 6 if name == "holdout" else 1) for name in criteria]
+        cells += [fixed(number_or_nan(c[name]), 6 if name == "holdout" else 1) for name in criteria]
         cells += [fixed(_per_row(content, c), 6), f"{c['n_iter']:,}"]
-        cells += [fixed(_number(c["seconds"]), 1), _word(c)]
+        cells += [fixed(number_or_nan(c["seconds"]), 1), _word(c)]
         rows.append({"cells": cells, "is_chosen": c["rank"] == 1, "is_ranked": c["rank"]})
     statuses: dict[str, list[str]] = {}
     for c in ordered:
@@ -366,7 +279,7 @@ def _clusters(clusters: Clusters, kept: Sequence[int], content: Json) -> Table:
     features = clusters.telling(_MOST_FEATURES)
     shown = clusters.narrowed(features)
     standardised, hues = clusters.standardised, figures.colours(clusters)
-    n_samples = _number(content["n_samples"])
+    n_samples = number_or_nan(content["n_samples"])
     overview = [
         {
             "number": clusters.numbers[c],
@@ -450,10 +363,10 @@ def _iterations(content: Json, chosen: Json) -> list[Drawing]:
     others = [c for c in fits if c is not chosen and c["rank"] is not None][:_MOST_LINES]
     if chosen not in fits:
         return []
-    lines = [(_named(c), [_number(b) for b in c["lower_bounds"]]) for c in [chosen, *others]]
+    lines = [(_named(c), [number_or_nan(b) for b in c["lower_bounds"]]) for c in [chosen, *others]]
     drawings = [figures.climb("climb", lines)]
     if len(lines[0][1]) > 2:
-        tol = _number(content["config"].get("em", {}).get("tol"))
+        tol = number_or_nan(content["config"].get("em", {}).get("tol"))
         drawings.append(figures.approach("approach", lines, tol))
     return drawings
 

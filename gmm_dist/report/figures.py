@@ -15,8 +15,9 @@ from matplotlib.patches import Ellipse
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from gmm_dist.formats import number, printable, shortened, signed
-from gmm_dist.planes import Clusters, Floats, Plane
-from gmm_dist.svg import ACCENT, GRID, HALO, INK, MUTED, N_COLOURS, SERIES, Drawing, drawn
+from gmm_dist.report.labels import numbered
+from gmm_dist.report.projection import Clusters, Floats, Plane
+from gmm_dist.report.svg import ACCENT, GRID, HALO, INK, MUTED, N_COLOURS, SERIES, Drawing, drawn
 
 Labels = npt.NDArray[np.int64]
 
@@ -29,7 +30,6 @@ _STRONGEST, _BEND = 0.9, 0.8  # opacity, and its power of the value: small ones 
 _PANEL = (360, 250)  # CSS pixels: three side by side, one on a phone
 _MARKERS = ("o", "s", "^", "D")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # where colours repeat
-_RINGS, _LINE = 14, 12.0  # of places tried for a label; its height, pixels
 _TICKS_APART = 0.12  # of the height of a panel
 _LEAST = 1e-300  # distance from the best that a chart shows: of less, parts are not numbers
 _FEW = 12  # components whose ellipses may be wide without hiding each other
@@ -146,7 +146,7 @@ def scatter(
         _numbers(axes, "x")
         _numbers(axes, "y")
         figure.draw_without_rendering()  # places the axes, by which the labels go
-        _numbered(axes, means[list(shown)], [clusters.numbers[c] for c in shown])
+        numbered(axes, means[list(shown)], [clusters.numbers[c] for c in shown])
 
     title = f"A sample of rows in {plane.kind}, with the components"
     told = f"{len(points):,} rows, {len(shown)} components as ellipses, each with its number"
@@ -274,7 +274,7 @@ def changes(
         _numbers(axes, "y")
         figure.draw_without_rendering()  # places the axes, by which the labels go
         order = np.argsort(-np.abs(points).sum(1), kind="stable")
-        _numbered(axes, points[order], [numbers[i] for i in order])
+        numbered(axes, points[order], [numbers[i] for i in order])
 
     told = f"{len(points)} components that were there the night before, each with its number"
     return drawn(name, _PANEL, draw, "What has changed of each component", told)
@@ -371,47 +371,6 @@ def _frame(points: Floats, means: Floats) -> tuple[tuple[float, float], tuple[fl
         margin = 0.06 * (high - low) or max(1.0, 1e-3 * abs(low))
         result.append((float(low - margin), float(high + margin)))
     return result[0], result[1]
-
-
-def _numbered(axes: Axes, points: Floats, texts: Sequence[str]) -> None:
-    """Write a text near each point, the first ones nearest, none on another."""
-    box = axes.get_window_extent()
-    taken: list[tuple[Floats, float]] = []
-    for point, text in zip(points, texts, strict=True):
-        at = axes.transData.transform(point)
-        if not box.contains(*at):
-            continue
-        half = 3.6 * len(text) + 1.5
-        spot = _free_spot(at, taken, half)
-        taken.append((spot, half))
-        is_moved = np.hypot(*(spot - at)) > 10
-        axes.annotate(
-            text,
-            point,
-            xytext=tuple(spot - at),
-            textcoords="offset pixels",
-            ha="center",
-            va="center_baseline",
-            fontsize=10.5,
-            fontweight="bold",
-            gid=HALO,
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.8} if is_moved else None,
-        )
-
-
-def _free_spot(at: Floats, taken: Sequence[tuple[Floats, float]], half: float) -> Floats:
-    """Return the place nearest to `at`, pixels, where a text of half that width hits no other."""
-    for ring in range(_RINGS):
-        n_turns = max(1, 8 * ring)
-        for turn in range(n_turns):
-            angle = 2 * math.pi * turn / n_turns
-            spot = at + 8.0 * ring * np.array([math.cos(angle), math.sin(angle)])
-            if all(
-                abs(spot[0] - other[0]) > half + width or abs(spot[1] - other[1]) > _LINE
-                for other, width in taken
-            ):
-                return np.asarray(spot)
-    return at
 
 
 def _tinted(values: Floats) -> npt.NDArray[np.uint8]:

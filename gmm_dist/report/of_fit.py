@@ -15,7 +15,7 @@ from gmm_dist.selection.ranking import SweepResult
 from gmm_dist.shards.protocol import Shards
 from gmm_dist.storage import redacted
 
-logger = logging.getLogger("gmm_dist.reporting")
+logger = logging.getLogger("gmm_dist.report.of_fit")
 
 NAME = "report.html"
 
@@ -76,13 +76,13 @@ def _rendered(
     nightly: Mapping[str, Any] | None,
 ) -> str:
     # Half a second to import, and only now anybody needs it.
-    from gmm_dist import report
-    from gmm_dist.planes import Clusters
+    from gmm_dist.report import page
+    from gmm_dist.report.projection import Clusters
 
     if content is not None:
         content = {**content, "data": redacted(str(content["data"]))}
     if mixture is None:
-        return report.render(content, nightly=nightly)
+        return page.render(content, nightly=nightly)
     parameters, known = mixture.parameters, numbers or mixture.component_ids
     clusters = Clusters(
         parameters.weights.numpy(),
@@ -94,8 +94,8 @@ def _rendered(
     )
     rows = None
     if sample is not None:
-        rows = report.Sample(sample.numpy(), labels(parameters, sample).numpy())
-    return report.render(content, clusters, rows, nightly)
+        rows = page.Sample(sample.numpy(), labels(parameters, sample).numpy())
+    return page.render(content, clusters, rows, nightly)
 
 
 def _line(error: Exception) -> str:

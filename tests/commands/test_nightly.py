@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from nights import Cluster
 
 import gmm_dist
 from gmm_dist.commands import nightly
+from gmm_dist.commands.night_options import NightlyOptions, NightRows
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.fitting import fit as fitting
 from gmm_dist.lake.nights import NightKey
@@ -466,7 +466,8 @@ def test_a_pruned_night_is_not_fitted_again(local: Nights, capsys: Errors) -> No
     assert local.registry.new_ids(0) == 3
     argv = [local.data, "--registry", local.url, "--night", night(1), "--partition", "ds"]
     with pytest.raises(UserError, match=r"was published and pruned while this run waited"):
-        nightly._publish(nightly._parse([*argv, "--k", "3"]), local.registry, Gate(), ExitStack())
+        options = nightly._parse([*argv, "--k", "3"])
+        nightly._publish(options, NightRows(options), local.registry, Gate(), ExitStack())
 
 
 def test_scores_inside_the_lake_are_refused_before_any_fitting(
@@ -848,7 +849,16 @@ def test_help_tells_this_jobs_own_default(capsys: Errors) -> None:
 
 def test_the_filter_is_a_half_open_range_beside_the_users() -> None:
     key = NightKey(("the day",))
-    options = argparse.Namespace(night="2026-03-01", own_where="0 < x <= 5", partition_key=key)
-    assert nightly._rows_of(options, days=2).text == (
+    options = NightlyOptions(
+        data="lake",
+        registry="models",
+        night="2026-03-01",
+        partition=("the day",),
+        k=(2,),
+        where="0 < x <= 5",
+    )
+    rows = NightRows(options)
+    rows.__dict__["key"] = key  # as found in the lake
+    assert rows.where(days=2).text == (
         "col('the day') < '2026-03-02' and col('the day') >= '2026-02-28' and x <= 5 and x > 0"
     )

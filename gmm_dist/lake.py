@@ -23,11 +23,12 @@ from gmm_dist.columns import Chosen, Columns
 from gmm_dist.comparing import stored
 from gmm_dist.decoding import parquet_file
 from gmm_dist.errors import NoRows, TooFewRows, UserError
+from gmm_dist.expressions import ArrowFilter, filter_of
 from gmm_dist.footers import Extent
 from gmm_dist.formats import counted
 from gmm_dist.listing import LakeFile, Listing
 from gmm_dist.urls import Url
-from gmm_dist.where import Where, parse, shown_names
+from gmm_dist.where import Filter, shown_names
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Plan:
     files; `float64_source` says that float32 cannot hold some feature's every value; `holdout` is
     the share of rows that nothing is fitted to; `kept` are columns to go along with the rows,
     which some files may lack; `first_list` says where the list is whose length all lists of an
-    embedding must have, where their types do not tell it.
+    embedding must have, where their types do not tell it; `keys` types the hive keys of the files.
     """
 
     url: str
@@ -70,13 +71,14 @@ class Plan:
     columns: tuple[str, ...]
     feature_names: tuple[str, ...]
     weight_column: str | None
-    where: Where | None
+    where: Filter | None
     missing: Missing
     shards: tuple[tuple[RowRange, ...], ...]
     float64_source: bool
     holdout: float = 0.0
     kept: tuple[str, ...] = ()
     first_list: str | None = None
+    keys: pa.Schema = field(default_factory=lambda: pa.schema([]))
     hash: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,16 +103,32 @@ class Plan:
         return tuple((file.path, file.size, file.version) for file in self.files)
 
     @property
-    def row_filter(self) -> Where | None:
+    def row_filter(self) -> Filter | None:
         """Return what is left of `where` to test row by row: files were chosen by hive keys."""
-        return self.where.restricted(self.schema.names) if self.where else None
+        return self.where.by_row(self._path_keys) if self.where else None
+
+    def row_filter_of(self, file: int, names: Collection[str]) -> Filter | bool:
+        """Return what there is to test of the rows of a file, of which columns `names` are read.
+
+        True says that all rows pass, False that none does.
+        """
+        condition = self.row_filter
+        if condition is None:
+            return True
+        keys = _key_table([self.files[file]], self.keys).select(self._path_keys)
+        return condition.in_file(keys, self.schema, names)
+
+    @property
+    def _path_keys(self) -> list[str]:
+        return [name for name in self.keys.names if name not in self.schema.names]
 
     @property
     def read_columns(self) -> tuple[str, ...]:
         """Name the file columns that reading needs: features, weight, filter; each once."""
         weight = (self.weight_column,) if self.weight_column else ()
         tested = self.row_filter.columns if self.row_filter else ()
-        return tuple(dict.fromkeys((*self.columns, *weight, *tested)))
+        by_row = (name for name in tested if name in self.schema.names)
+        return tuple(dict.fromkeys((*self.columns, *weight, *by_row)))
 
     def held_out(self, part: RowRange) -> npt.NDArray[np.bool_] | None:
         """Say which rows of a range are held out, (n,), or None when none ever is.
@@ -153,7 +171,8 @@ class _Questions:
     """
 
     names: Collection[str] | None
-    tested: Where | None
+    tested: Filter | None
+    keys: pa.Schema
     no_nulls: Collection[str] | None
     chunks: int
     keep: Sequence[str]
@@ -163,7 +182,7 @@ class _Questions:
         metadata, schema = parquet.metadata, parquet.schema_arrow
         rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         bare = schema.remove_metadata()
-        groups = self._groups(metadata, bare)
+        groups = self._groups(file, metadata, bare)
         read = {*self.keep, *(self.tested.columns if self.tested else ())}
         return _Footer(
             replace(file, rows=rows),
@@ -175,13 +194,19 @@ class _Questions:
             footers.old_timestamps(metadata, bare) & read if read else frozenset(),
         )
 
-    def _groups(self, metadata: pq.FileMetaData, schema: pa.Schema) -> Sequence[int]:
+    def _groups(
+        self, file: LakeFile, metadata: pq.FileMetaData, schema: pa.Schema
+    ) -> Sequence[int]:
         if self.tested is None:
             return range(metadata.num_row_groups)
-        if set(self.tested.columns) - set(schema.names):
-            return ()  # an added column: null in this file, and null never matches
-        with suppress(UserError):  # told once it is known what other files have
-            return footers.matching_groups(metadata, schema, self.tested.tests(schema))
+        # Told once it is known what other files have.
+        with suppress(UserError):
+            keys = _key_table([file], self.keys)
+            left = self.tested.in_file(keys, schema, schema.names)
+            if left is False:
+                return ()
+            if left is not True:
+                return left.matching_groups(metadata, schema)
         return range(metadata.num_row_groups)
 
 
@@ -190,7 +215,7 @@ def plan(
     *,
     columns: Sequence[str] | None = None,
     weight_column: str | None = None,
-    where: str | None = None,
+    where: str | pc.Expression | Filter | None = None,
     missing: Missing = "error",
     holdout: float = 0.0,
     keep: Sequence[str] = (),
@@ -204,8 +229,9 @@ def plan(
     the one column of lists. Where types do not say how long lists are, the first one that matches
     is read; the others are checked when they are read. With `missing` "error", nulls of which
     footers tell are an error here, unless a filter by row might leave them out.
-    `where` is a filter in `gmm_dist.where`'s syntax over columns and hive keys: it leaves out
-    whole files and row groups here, rows when they are read. `holdout` is the share of rows, at
+    `where` is a filter over columns and hive keys, in the syntax of `gmm_dist.filter_text` or an
+    expression of pyarrow's: it leaves out whole files and row groups here, rows when they are
+    read. `holdout` is the share of rows, at
     random but the same every time, that nothing is fitted to. `keep` are columns to go along with
     the rows; hive keys among them stay in the path. `remedy` says what helps when a feature is
     missing. `n_shards` overrides the number of shards, which else depends on the number of rows
@@ -219,16 +245,16 @@ def plan(
     """
     if not 0 <= holdout < 1:
         raise UserError(f"--holdout is {holdout:g}: give a share of the rows, 0 <= share < 1")
-    condition = parse(where) if where is not None else None
+    condition = filter_of(where)
     found = nights.with_dates(listing.find(url), condition)
-    tested = _tested_by_row(condition, found.keys)
+    tested = condition.by_row(found.keys.names) if condition else None
     files = _matching_files(found, condition)
     may_fail = missing == "error" and tested is None
     no_nulls = _columns_of(columns) if may_fail else ()
     names = _columns_of(columns)
     if names is not None:
         names = {*names, *keep, *(tested.columns if tested else ()), *filter(None, [weight_column])}
-    questions = _Questions(names, tested, no_nulls, _CHUNKS_ASKED // len(files), keep)
+    questions = _Questions(names, tested, found.keys, no_nulls, _CHUNKS_ASKED // len(files), keep)
     told = _read_footers(found.root, files, questions)
     if not any(sum(footer.file.rows) for footer in told):
         n_files = counted(len(told), "Parquet file")
@@ -243,10 +269,11 @@ def plan(
     )
     chosen = known.choose(columns, weight_column, tested, keep, remedy=remedy)
     _refuse_rounding(known, chosen, told)
+    told = _unpruned(told, tested, chosen.schema)
     groups = _row_groups(found.root, told, condition if tested else None)
     first_list = None
     if chosen.unmeasured is not None:
-        length, first_list = _first_list(found.root, told, groups, tested, chosen.unmeasured)
+        length, first_list = _first_list(found, told, groups, tested, chosen)
         chosen = chosen.measured(length)
     if may_fail:
         _refuse_nulls(found.root, told, chosen)
@@ -264,12 +291,32 @@ def plan(
         holdout=holdout,
         kept=chosen.kept,
         first_list=first_list,
+        keys=found.keys,
     )
     what = counted(len(files), "file"), counted(result.n_rows, "row")
     logger.info("%s: %s, %s", storage.redacted(result.url), *what)
     logger.info("%s", known.described(chosen, weight_column))
     _tell_of_old_timestamps(told)
     return result
+
+
+def _unpruned(told: list[_Footer], tested: Filter | None, types: pa.Schema) -> list[_Footer]:
+    """Return the footers, with all row groups where an expression's columns have other types.
+
+    It is asked in the types over all files, in which it may mean something else: of 1 / 2.
+    """
+    if not isinstance(tested, ArrowFilter):
+        return told
+    names = set(tested.columns) & set(types.names)
+
+    def is_other(schema: pa.Schema) -> bool:
+        own = names & set(schema.names)
+        return any(schema.field(name).type != types.field(name).type for name in own)
+
+    return [
+        replace(footer, groups=range(len(footer.file.rows))) if is_other(footer.schema) else footer
+        for footer in told
+    ]
 
 
 def _tell_of_old_timestamps(told: Sequence[_Footer]) -> None:
@@ -281,25 +328,24 @@ def _tell_of_old_timestamps(told: Sequence[_Footer]) -> None:
         )
 
 
-def _tested_by_row(condition: Where | None, keys: pa.Schema) -> Where | None:
-    """Return the comparisons that the path does not decide."""
-    return condition.restricted(set(condition.columns) - set(keys.names)) if condition else None
+def _key_table(files: Sequence[LakeFile], keys: pa.Schema) -> pa.Table:
+    """Return the files' hive keys, a row for each file."""
+    return pa.Table.from_pylist([dict(file.partition) for file in files], schema=keys)
 
 
-def _matching_files(found: Listing, condition: Where | None) -> Sequence[LakeFile]:
+def _matching_files(found: Listing, condition: Filter | None) -> Sequence[LakeFile]:
     """Return the files whose hive keys match."""
-    by_key = condition.restricted(found.keys.names) if condition else None
-    if condition is None or by_key is None:
+    if condition is None or not {*condition.columns} & {*found.keys.names}:
         return found.files
-    partitions = [dict(file.partition) for file in found.files]
-    matches = by_key.mask(pa.Table.from_pylist(partitions, schema=found.keys))
+    keys = _key_table(found.files, found.keys)
+    matches = condition.matching_paths(keys, lambda: nights.columns_of(found))
     if not matches.any():
         what = f"any of {len(found.files)} files' hive keys"
         raise _nothing_matches(found.root, condition, what)
     return [file for file, match in zip(found.files, matches, strict=True) if match]
 
 
-def _nothing_matches(root: str, condition: Where, what: str) -> NoRows:
+def _nothing_matches(root: str, condition: Filter, what: str) -> NoRows:
     return NoRows(
         f"{storage.redacted(root)}: no rows match the filter {condition.shown}, by {what}; "
         "widen the filter"
@@ -340,7 +386,7 @@ def _read_footers(root: str, files: Sequence[LakeFile], questions: _Questions) -
             raise
 
 
-def _row_groups(root: str, told: list[_Footer], condition: Where | None) -> list[RowRange]:
+def _row_groups(root: str, told: list[_Footer], condition: Filter | None) -> list[RowRange]:
     """Return the row groups that may hold a matching row, whole; `condition` is tested by row."""
     groups = [
         RowRange(index, group, 0, footer.file.rows[group])
@@ -397,17 +443,28 @@ def _fits(bounds: Extent, stored: pa.DataType, common: pa.DataType) -> bool:
 
 
 def _first_list(
-    root: str, told: Sequence[_Footer], groups: Sequence[RowRange], tested: Where | None, name: str
+    found: Listing,
+    told: Sequence[_Footer],
+    groups: Sequence[RowRange],
+    tested: Filter | None,
+    chosen: Chosen,
 ) -> tuple[int, str]:
     """Return the length of the first list of a column that matches, and where it is."""
+    root, name = found.root, chosen.columns[0]
     fs, path = storage.open_url(root)
+
     for part in groups:
         file = told[part.file].file
+        there = told[part.file].schema.names
+        keys = _key_table([file], found.keys)
+        left = tested is None or tested.in_file(keys, chosen.schema, there)
         where = listing.name_of(root, file)
 
-        def read(file: LakeFile = file, group: int = part.row_group) -> tuple[int, int] | None:
+        def read(
+            file: LakeFile = file, group: int = part.row_group, left: Filter | bool = left
+        ) -> tuple[int, int] | None:
             with listing.opened(fs, path, root, file) as source:
-                return _first_length(source, group, tested, name)
+                return _first_length(source, group, left, name)
 
         first = storage.patiently(read, where)
         if first is not None:
@@ -420,18 +477,17 @@ def _first_list(
 
 
 def _first_length(
-    source: Any, group: int, tested: Where | None, name: str
+    source: Any, group: int, tested: Filter | bool, name: str
 ) -> tuple[int, int] | None:
     """Return the row and the length of a row group's first list that matches."""
-    names = [name, *(tested.columns if tested else ())]
+    names = [name, *(() if isinstance(tested, bool) else tested.columns)]
     parquet = parquet_file(source, buffer_size=_PAGES_BYTES)
     start = 0
     for batch in _batches(parquet, group, names):
         column = batch.column(name)
         lengths = pc.list_value_length(stored(column)).to_numpy()
         fits = np.nan_to_num(lengths.astype(np.float64)) > 0  # neither null nor empty
-        if tested is not None:
-            fits &= tested.mask(batch)
+        fits &= tested if isinstance(tested, bool) else tested.mask(batch)
         if fits.any():
             row = int(fits.argmax())
             return start + row, int(lengths[row])

@@ -1,79 +1,245 @@
-"""A row filter, written as Python comparisons: `dt >= '2026-11-01' and 0 < amount <= 50`."""
+"""A row filter as a value: what it compares, how it is written, and which rows pass."""
 
 from __future__ import annotations
 
 import ast
-import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from itertools import pairwise
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from gmm_dist.comparing import DoesNotFit, Literal, Passing, value_type
+from gmm_dist import footers
+from gmm_dist.comparing import DoesNotFit, Literal, Operand, Passing, PassingRows, value_type
 from gmm_dist.errors import UserError
 
-_OPERATORS: dict[type[ast.cmpop], str] = {
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-}
-_FLIPPED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
-_MOST_BITS = 4096
-_REMEDY = (
-    "write comparisons joined by 'and', such as \"dt >= '2026-11-01' and 0 < amount <= 50\"; a "
-    "column whose name has dots, spaces and such is col('dep delay')"
-)
+KEYWORDS = frozenset({"and", "or", "not", "in", "is"})
+
+Clause = tuple[str, str, Operand]
+"""A column, an operator, and what it is compared with."""
+
+
+class Filter(Protocol):
+    """Say which rows of a lake pass: a `Where`, or an expression of pyarrow's.
+
+    Hashable and picklable. `columns` are the columns and hive keys that it names, `text` says all
+    of it, for a plan's hash, and `shown` in short.
+    """
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def shown(self) -> str: ...
+
+    def by_row(self, keys: Collection[str]) -> Self | None:
+        """Return what hive `keys` alone do not decide, None where they decide it all."""
+
+    def check(self, schema: pa.Schema, stored: Iterable[Mapping[str, pa.DataType]]) -> None:
+        """Raise UserError unless it can be asked of `schema`, of all files, and of each one."""
+
+    def matching_paths(
+        self, keys: pa.Table, schema: Callable[[], pa.Schema]
+    ) -> npt.NDArray[np.bool_]:
+        """Say of each file (n,) whether a row of it may pass, by its hive `keys`, a row each.
+
+        `schema` returns the keys and the columns of some file, for those who need them.
+        """
+
+    def in_file(self, keys: pa.Table, schema: pa.Schema, names: Collection[str]) -> Self | bool:
+        """Return what is left to test of a file that has columns of such names.
+
+        `keys` is a row of the hive keys that its path tells. Columns that it lacks are null.
+        `schema` types columns as they are compared.
+        """
+
+    def matching_groups(self, metadata: pq.FileMetaData, schema: pa.Schema) -> list[int]:
+        """Return the row groups of a file of `schema` that may hold a row that passes.
+
+        For what `in_file` has left. Raises UserError where it cannot be asked of such columns.
+        """
+
+    def mask(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+        """Say of each row of a file's `table` (n,) whether it passes; for what `in_file` left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """Hold filters of which a row passes at least one."""
+
+    alternatives: tuple[Where, ...]
+
+    @property
+    def text(self) -> str:
+        """Write the alternatives canonically, without parentheses around them."""
+        return " or ".join(where.text for where in self.alternatives)
+
+    def known(self, truth: Callable[[Clause], bool | None]) -> Where | bool:
+        """Return what is left where some comparisons are known to be true, or not to be."""
+        found = [where.known(truth) for where in self.alternatives]
+        if any(where is True for where in found):
+            return True
+        left = [where for where in found if isinstance(where, Where)]
+        return Where.any_of(left) if left else False
 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Hold the comparisons of a filter; a row passes when all of them hold.
+    """Hold the clauses of a filter; a row passes when all of them hold.
 
-    `clauses` are (column, operator, literal) in canonical order, so two texts that say the
-    same in another order are equal. Null and NaN never match, not even `!=`.
+    They are in canonical order, so two texts that say the same in another order are equal. There
+    is no `not`: it is `x >= 5` for `not x < 5`, which is the same for three values too. So
+    unknown may be taken for false.
     """
 
-    clauses: tuple[tuple[str, str, Literal], ...]
+    clauses: tuple[Clause | Either, ...]
+
+    @classmethod
+    def all_of(cls, clauses: Iterable[Clause | Either]) -> Where:
+        """Return the filter that passes where all of these hold."""
+        return cls(tuple(sorted(dict.fromkeys(clauses), key=_order)))
+
+    @classmethod
+    def any_of(cls, alternatives: Iterable[Where]) -> Where:
+        """Return the filter that passes where one of these does."""
+        flat = dict.fromkeys(one for where in alternatives for one in where._alternatives)
+        found = sorted(_merged(flat), key=lambda where: where.text)
+        return found[0] if len(found) == 1 else cls((Either(tuple(found)),))
+
+    @property
+    def _alternatives(self) -> tuple[Where, ...]:
+        only = self.clauses[0]
+        return only.alternatives if len(self.clauses) == 1 and isinstance(only, Either) else (self,)
+
+    @property
+    def comparisons(self) -> Iterator[Clause]:
+        """Yield all that is compared, whatever joins it."""
+        for clause in self.clauses:
+            if isinstance(clause, Either):
+                for where in clause.alternatives:
+                    yield from where.comparisons
+            else:
+                yield clause
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Name the columns that are compared, sorted."""
-        return tuple(sorted({column for column, _, _ in self.clauses}))
+        return tuple(sorted({column for column, _, _ in self.comparisons}))
 
     @property
     def text(self) -> str:
         """Write the filter canonically; `parse` reads it back."""
-        spelt = {column: _spell(column) for column in self.columns}
-        return " and ".join(f"{spelt[c]} {op} {literal!r}" for c, op, literal in self.clauses)
+        if len(self._alternatives) > 1:
+            return Either(self._alternatives).text
+        single = [clause for clause in self.clauses if not isinstance(clause, Either)]
+        spelt = {column: spell(column) for column in {column for column, _, _ in single}}
+        return " and ".join(
+            f"({clause.text})" if isinstance(clause, Either) else _written(clause, spelt)
+            for clause in self.clauses
+        )
 
     @property
     def shown(self) -> str:
         """Write the filter for a message: a long one is cut short."""
-        return _shortened(self.text)
+        return shortened(self.text)
 
     def restricted(self, columns: Collection[str]) -> Where | None:
-        """Return the comparisons of `columns` alone, None when there are none."""
+        """Return what the filter asks of `columns` alone, None when that is nothing.
+
+        All rows that pass the filter pass it: what is compared of others may be true.
+        """
         among = frozenset(columns)
-        clauses = tuple(clause for clause in self.clauses if clause[0] in among)
+        found = self.known(lambda clause: None if clause[0] in among else True)
+        return found if isinstance(found, Where) else None
+
+    def by_row(self, keys: Collection[str]) -> Where | None:
+        """Return what hive `keys` alone do not decide, None where they decide it all."""
+        of_path = frozenset(keys)
+        clauses = tuple(
+            clause
+            for clause in self.clauses
+            if not of_path.issuperset(
+                Where((clause,)).columns if isinstance(clause, Either) else clause[:1]
+            )
+        )
         return Where(clauses) if clauses else None
 
-    def tests(self, schema: pa.Schema) -> tuple[tuple[str, Passing], ...]:
-        """Return what passes of each column that is compared, for rows of `schema`.
+    def matching_paths(
+        self, keys: pa.Table, schema: Callable[[], pa.Schema]
+    ) -> npt.NDArray[np.bool_]:
+        """Say of each file (n,) whether a row of it may pass, by its hive `keys`, a row each.
+
+        `schema` returns the columns of some file, which this kind of filter can do without.
+        """
+        asked = self.restricted(keys.column_names)
+        return np.ones(keys.num_rows, dtype=np.bool_) if asked is None else asked.mask(keys)
+
+    def in_file(self, keys: pa.Table, schema: pa.Schema, names: Collection[str]) -> Where | bool:
+        """Return what is left to test of a file that has columns of such names.
+
+        `keys` is a row of the hive keys that its path tells. Columns that it lacks are null.
+        """
+
+        def truth(clause: Clause) -> bool | None:
+            if clause[0] in keys.column_names:
+                return bool(Where((clause,)).mask(keys)[0])
+            return None if clause[0] in names else clause[1] == "is"
+
+        return self.known(truth)
+
+    def known(self, truth: Callable[[Clause], bool | None]) -> Where | bool:
+        """Return what is left where some comparisons are known to be true, or not to be."""
+        left: list[Clause | Either] = []
+        for clause in self.clauses:
+            known = clause.known(truth) if isinstance(clause, Either) else truth(clause)
+            if known is False:
+                return False
+            if known is None:
+                left.append(clause)
+            elif isinstance(known, Where):
+                left.extend(known.clauses)
+        return Where.all_of(left) if left else True
+
+    def check(self, schema: pa.Schema, stored: Iterable[Mapping[str, pa.DataType]]) -> None:
+        """Raise unless columns are in `schema` and literals fit its types, and each file's own.
+
+        Raises:
+            UserError: which does not.
+        """
+        self.tests(schema)
+        for types in stored:
+            own = tuple(clause for clause in self.comparisons if clause[0] in types)
+            Where(own).tests(pa.schema([(name, types[name]) for name in {c[0] for c in own}]))
+
+    def tests(self, schema: pa.Schema) -> PassingRows:
+        """Return what passes, for rows of `schema`.
 
         Raises:
             UserError: a column is not in `schema`, or a literal does not fit its type.
         """
-        compared: dict[str, list[tuple[str, Literal]]] = {}
-        for column, op, literal in self.clauses:
-            compared.setdefault(column, []).append((op, literal))
-        return tuple((name, _passing(schema, name, found)) for name, found in compared.items())
+        compared: dict[str, list[tuple[str, Operand]]] = {}
+        several = []
+        for clause in self.clauses:
+            if isinstance(clause, Either):
+                several.append(tuple(where.tests(schema) for where in clause.alternatives))
+            else:
+                compared.setdefault(clause[0], []).append(clause[1:])
+        columns = tuple((name, _passing(schema, name, found)) for name, found in compared.items())
+        return PassingRows(columns, tuple(several))
+
+    def matching_groups(self, metadata: pq.FileMetaData, schema: pa.Schema) -> list[int]:
+        """Return the row groups of a file of `schema` that may hold a row that passes.
+
+        Raises:
+            UserError: as `tests`.
+        """
+        return footers.matching_groups(metadata, schema, self.tests(schema))
 
     def mask(self, table: pa.Table) -> npt.NDArray[np.bool_]:
         """Say of each row of `table` (n,) whether it passes.
@@ -84,127 +250,51 @@ class Where:
         Raises:
             UserError: as `tests`.
         """
-        mask = np.ones(table.num_rows, dtype=np.bool_)
-        for name, passing in self.tests(table.schema):
-            mask &= passing.mask(table.column(name)).to_numpy()
-        return mask
+        return self.tests(table.schema).mask(table)
 
 
-def parse(text: str) -> Where:
-    """Read comparisons joined by `and`, in Python's syntax.
+def one_of(column: str, literals: Iterable[Literal]) -> Clause:
+    """Return the clause that passes where a column is one of some literals."""
+    found = tuple(sorted({repr(literal): literal for literal in literals}.values(), key=repr))
+    return (column, "==", found[0]) if len(found) == 1 else (column, "in", found)
 
-    `==, !=, <, <=, >, >=`, chains (`0 < x <= 5`), the literal on either side; literals are
-    strings (also for dates and times, UTC without an offset), numbers, True and False. A column
-    whose name is not a Python name is written `col('dep delay')`. Nothing is evaluated.
 
-    Raises:
-        UserError: anything else.
-    """
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"filter {_quoted(text)} cannot be read; {_syntax_remedy(text)}") from error
-    _refuse_rounded(tree, text)
-    clauses = {clause for node in _conjuncts(tree, text) for clause in _comparisons(node, text)}
+def _merged(alternatives: Iterable[Where]) -> list[Where]:
+    """Return alternatives, those that ask one column for one value or another as one."""
+    equal: dict[str, list[Literal]] = {}
+    others = []
+    for where in alternatives:
+        match where.clauses:
+            case ((str(name), "==" | "in", operand),):
+                assert operand is not None
+                equal.setdefault(name, []).extend(
+                    operand if isinstance(operand, tuple) else (operand,)
+                )
+            case _:
+                others.append(where)
+    return others + [Where((one_of(name, literals),)) for name, literals in equal.items()]
+
+
+def _order(clause: Clause | Either) -> tuple[bool, str, str, str]:
+    if isinstance(clause, Either):
+        return True, clause.text, "", ""
     # 1, 1.0 and True are equal but not the same literal: order by what is written.
-    return Where(tuple(sorted(clauses, key=lambda c: (c[0], c[1], repr(c[2])))))
+    return False, clause[0], clause[1], repr(clause[2])
 
 
-def _syntax_remedy(text: str) -> str:
-    try:
-        call = ast.parse(f"f({text})", mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return _REMEDY
-    # `x = 1` reads as a keyword argument.
-    single = isinstance(call, ast.Call) and call.keywords
-    return "equality is written '==', not '='" if single else _REMEDY
+def _written(clause: Clause, spelt: Mapping[str, str]) -> str:
+    column, operator, operand = clause
+    if operator in ("==", "!=", "<", "<=", ">", ">="):
+        return f"{spelt[column]} {operator} {operand!r}"
+    name = f"col({column!r})" if column.lower() in (*KEYWORDS, "null") else spelt[column]
+    if operand is None:
+        return f"{name} {operator} null"
+    assert isinstance(operand, tuple)
+    return f"{name} in ({', '.join(map(repr, operand)) or 'null'})"
 
 
-def _conjuncts(node: ast.expr, text: str) -> list[ast.Compare]:
-    match node:
-        case ast.Compare():
-            return [node]
-        case ast.BoolOp(op=ast.And()):
-            return [part for value in node.values for part in _conjuncts(value, text)]
-        case ast.BoolOp(op=ast.Or()):
-            raise UserError(
-                f"filter {_quoted(text)}: 'or' is not supported; run once per alternative"
-            )
-    raise _not_supported(node, text)
-
-
-def _comparisons(node: ast.Compare, text: str) -> list[tuple[str, str, Literal]]:
-    operands = [_operand(part, text) for part in (node.left, *node.comparators)]
-    clauses = []
-    for op, (left, right) in zip(node.ops, pairwise(operands), strict=True):
-        if type(op) not in _OPERATORS or isinstance(left, ast.Name) == isinstance(right, ast.Name):
-            raise _not_supported(node, text)
-        symbol = _OPERATORS[type(op)]
-        if isinstance(left, ast.Name):
-            assert not isinstance(right, ast.Name)
-            clauses.append((left.id, symbol, right))
-        elif isinstance(right, ast.Name):
-            clauses.append((right.id, _FLIPPED[symbol], left))
-    return clauses
-
-
-def _operand(node: ast.expr, text: str) -> ast.Name | Literal:
-    """Return a column as ast.Name, a literal as its value."""
-    match node:
-        case ast.Name():
-            return node
-        case ast.Call(func=ast.Name(id="col"), args=[ast.Constant(value=str(name))], keywords=[]):
-            return ast.Name(name)
-        case ast.Constant(value=bool() | str() as value):
-            return value
-        case ast.Constant(value=int() | float() as value) if _is_number(value):
-            return value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            if _is_number(value):
-                return -value
-    raise _not_supported(node, text)
-
-
-def _refuse_rounded(tree: ast.expr, text: str) -> None:
-    """Raise for a number that Python rounds: decimals would be compared with another one."""
-    lines = text.strip().encode().splitlines()
-    for node in ast.walk(tree):
-        if not (isinstance(node, ast.Constant) and isinstance(node.value, float)):
-            continue
-        spelt = lines[node.lineno - 1][node.col_offset : node.end_col_offset].decode()
-        if math.isfinite(node.value) and Decimal(spelt) != Decimal(repr(node.value)):
-            raise UserError(
-                f"filter {_quoted(text)}: {_shortened(spelt)} has more digits than a number here "
-                f"can have, and would be {node.value!r}; write it in quotes, or with fewer digits"
-            )
-
-
-def _is_number(value: float) -> bool:
-    """Say whether a number can be compared with: Python spells no whole number of 4,300 digits."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return not isinstance(value, bool) and value.bit_length() <= _MOST_BITS
-
-
-def _not_supported(node: ast.expr, text: str) -> UserError:
-    return UserError(
-        f"filter {_quoted(text)}: {_quoted(_unparsed(node))} is not a comparison of a column with "
-        f"a string, a number, True or False; {_REMEDY}"
-    )
-
-
-def _unparsed(node: ast.expr) -> str:
-    try:
-        return ast.unparse(node)
-    except (RecursionError, ValueError):
-        return "..."
-
-
-def _quoted(text: str) -> str:
-    return _shortened(repr(text))
-
-
-def _spell(column: str) -> str:
+def spell(column: str) -> str:
+    """Write a column as a filter names it."""
     try:
         node = ast.parse(column, mode="eval").body
         # Python reads `ﬁ` as `fi`.
@@ -215,33 +305,36 @@ def _spell(column: str) -> str:
     return f"col({column!r})"
 
 
-def _passing(schema: pa.Schema, column: str, compared: Sequence[tuple[str, Literal]]) -> Passing:
+def _passing(schema: pa.Schema, column: str, compared: Sequence[tuple[str, Operand]]) -> Passing:
     positions = schema.get_all_field_indices(column)
     if len(positions) != 1:
-        raise UserError(
-            f"filter: no column {column!r}; columns are {shown_names(schema.names)}; correct the "
-            "filter"
-        )
+        raise no_column(column, schema.names)
     type_ = schema.field(positions[0]).type
     try:
         return Passing.of(type_, compared)
     except DoesNotFit as error:
-        literal = _shortened(repr(error.args[0]))
+        literal = shortened(repr(error.args[0]))
         raise UserError(
             f"filter: column {column!r} has type {value_type(type_)}, which {literal} is not; "
             "write a value of that type (text, dates and times in quotes, numbers without)"
         ) from error
 
 
+def no_column(name: str, names: Iterable[str]) -> UserError:
+    """Say that a filter names a column that is not among those there are."""
+    return UserError(
+        f"filter: no column {name!r}; columns are {shown_names(names)}; correct the filter"
+    )
+
+
 def shown_names(names: Iterable[str]) -> str:
     """Write some columns' names, on one line whatever they hold."""
     listed = list(names)
-    shown = [
-        _shortened(name if name.isprintable() and name else repr(name)) for name in listed[:20]
-    ]
+    shown = [shortened(name if name.isprintable() and name else repr(name)) for name in listed[:20]]
     more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
     return (", ".join(shown) or "none") + more
 
 
-def _shortened(text: str, most: int = 200) -> str:
+def shortened(text: str, most: int = 200) -> str:
+    """Cut a text that is too long for a message."""
     return text if len(text) <= most else f"{text[:most]}..."

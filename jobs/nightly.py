@@ -35,6 +35,7 @@ from gmm_dist.cluster import ScalingConfig, connected
 from gmm_dist.column_drift import ColumnDrift, column_drift, sample_size
 from gmm_dist.drift import Densities, Drift, Numbered, compare_densities, drift
 from gmm_dist.errors import NoRows, SchemaError, TooFewRows, UserError
+from gmm_dist.filter_text import parse
 from gmm_dist.gate import Gate
 from gmm_dist.lake import Missing, Plan
 from gmm_dist.lease import Lease
@@ -49,7 +50,7 @@ from gmm_dist.selection import CRITERIA, SweepResult
 from gmm_dist.shards import Shards
 from gmm_dist.storage import absolute, join
 from gmm_dist.urls import redacted
-from gmm_dist.where import Where, parse
+from gmm_dist.where import Where
 
 logger = logging.getLogger("gmm_dist.nightly")
 
@@ -292,12 +293,12 @@ def _rows_of(options: argparse.Namespace, *, days: int) -> Where:
     last = date.fromisoformat(options.night)
     own = parse(options.own_where).clauses if options.own_where is not None else ()
     try:
-        clauses = {*own, *options.partition_key.clauses(last - timedelta(days - 1), last)}
+        clauses = *own, *options.partition_key.clauses(last - timedelta(days - 1), last)
     except OverflowError as error:
         raise UserError(
             f"--days {days} up to --night {last}: no calendar has so many; give fewer days"
         ) from error
-    return Where(tuple(sorted(clauses, key=lambda c: (c[0], c[1], repr(c[2])))))
+    return Where.all_of(clauses)
 
 
 def _plan(

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from gmm_dist import lake
 from gmm_dist.comparing import DoesNotFit, Passing
 from gmm_dist.errors import NoRows, UserError
-from gmm_dist.where import parse
+from gmm_dist.filter_text import parse
 
 COMPARE = {
     "==": operator.eq,

@@ -16,7 +16,7 @@ import pytest
 
 from gmm_dist import footers, lake
 from gmm_dist.errors import SchemaError, UserError
-from gmm_dist.where import parse
+from gmm_dist.filter_text import parse
 
 FLOATS = [0.5, 1.5, 2.5]
 

@@ -802,7 +802,7 @@ def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
         (["--night", "9999-12-31"], "--night 9999-12-31: no calendar has so many"),
         (["--max-drop", "-1"], "--max-drop is -1: give a number of nats >= 0"),
         (["--min-rows", "-1"], "--min-rows is -1: give a whole number >= 0"),
-        (["--where", "x > 1 or x < 0"], "'or' is not supported"),
+        (["--where", "x > 1 or"], "cannot be read to its end"),
         (["--partition", "dt"], "--partition 'dt' is no column; columns are ds, x, y"),
         (["--keep", "id"], "--keep and --outliers are for --scores"),
         (["--outliers", "0.1"], "--keep and --outliers are for --scores"),

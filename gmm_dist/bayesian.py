@@ -14,6 +14,9 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
 from gmm_dist.config import ABSOLUTE, EMConfig
+from gmm_dist.em.estep import Total
+from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.em.trials import Trial
 from gmm_dist.estimator import (
     BaseMixture,
     CentredRows,
@@ -24,19 +27,16 @@ from gmm_dist.estimator import (
     require_class,
     start_of,
 )
-from gmm_dist.families import FAMILIES, Moments
-from gmm_dist.inputs import Rows, Space, array_of, checked_start, tensor_of
-from gmm_dist.kernel import Total
-from gmm_dist.opened import Lake
-from gmm_dist.parameters import Parameters
+from gmm_dist.lake.lake import Lake
+from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
+from gmm_dist.model.covariance import FAMILIES, Moments
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
 from gmm_dist.resident import Resident, one_thread
-from gmm_dist.search import search
-from gmm_dist.selection import Candidate
-from gmm_dist.shards import Shards
-from gmm_dist.statistics import TotalMoments
-from gmm_dist.sweep import require_rows
-from gmm_dist.trials import Trial
-from gmm_dist.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
+from gmm_dist.selection.ranking import Candidate
+from gmm_dist.selection.starts import search
+from gmm_dist.selection.sweep import require_rows
+from gmm_dist.shards.protocol import Shards
 
 _POSITIVE = Interval(Real, 0.0, None, closed="neither")
 _SIZES = 12  # numbers of components that starts on a lake have, at the most
@@ -183,7 +183,8 @@ class BayesianGaussianMixture(BaseMixture):
 
     def _fit_lake(self, opened: Lake) -> None:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.
-        from gmm_dist.assembly import plan_of, resident_lake
+        from gmm_dist.fitting.lake_sweep import resident_lake
+        from gmm_dist.lake.session import plan_of
 
         self._validate_params()
         with in_python():

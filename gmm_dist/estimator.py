@@ -31,10 +31,23 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from gmm_dist.config import ABSOLUTE, PRECISIONS, EMConfig, StartConfig
-from gmm_dist.em import FitResult, Status
+from gmm_dist.em.loop import FitResult, Status
+from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.em.trials import (
+    MaximumLikelihood,
+    Model,
+    Rules,
+    SingularCovarianceError,
+    Trial,
+    Watch,
+    maximised,
+    mean_weight,
+    moments_of_shares,
+    run,
+)
 from gmm_dist.errors import UserError
-from gmm_dist.families import FAMILIES, Moments, n_parameters
-from gmm_dist.inputs import (
+from gmm_dist.lake.lake import Lake
+from gmm_dist.model.arrays import (
     Array,
     Rows,
     Space,
@@ -51,28 +64,16 @@ from gmm_dist.inputs import (
     unmasked,
     viewed,
 )
-from gmm_dist.mixture import aic, bic, icl, labels, log_densities, responsibilities
-from gmm_dist.opened import Lake
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.covariance import FAMILIES, Moments
+from gmm_dist.model.criteria import aic, bic, icl, n_parameters
+from gmm_dist.model.mixture import labels, log_densities, responsibilities
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.model.soundness import flaw
 from gmm_dist.resident import Resident, one_thread
-from gmm_dist.selection import Candidate
-from gmm_dist.shards import Shards
+from gmm_dist.selection.ranking import Candidate
+from gmm_dist.shards.protocol import Shards
+from gmm_dist.shards.reweighted import unit_of
 from gmm_dist.shares import INIT_PARAMS, shares_of
-from gmm_dist.soundness import flaw
-from gmm_dist.statistics import TotalMoments
-from gmm_dist.trials import (
-    MaximumLikelihood,
-    Model,
-    Rules,
-    SingularCovarianceError,
-    Trial,
-    Watch,
-    maximised,
-    mean_weight,
-    moments_of_shares,
-    run,
-)
-from gmm_dist.weighting import unit_of
 
 _SINGULAR = (
     "Fitting the mixture model failed because some components have ill-defined empirical "
@@ -571,7 +572,7 @@ class GaussianMixture(BaseMixture):
 
     def _fit_lake(self, opened: Lake) -> None:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.
-        from gmm_dist.assembly import sweep_lake
+        from gmm_dist.fitting.lake_sweep import sweep_lake
 
         self._validate_params()
         given = self._given_start(opened)

@@ -21,13 +21,14 @@ from gmm_dist.estimator import (
     require_lake_settings,
     seed_of,
 )
-from gmm_dist.families import FAMILIES, most_components
 from gmm_dist.formats import counted
-from gmm_dist.inputs import Space, require_rows_or_lake, space_of
-from gmm_dist.opened import Lake
+from gmm_dist.lake.lake import Lake
+from gmm_dist.model.arrays import Space, require_rows_or_lake, space_of
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.criteria import most_components
 from gmm_dist.resident import one_thread
-from gmm_dist.selection import CRITERIA, Candidate, Scored, SweepResult
-from gmm_dist.sweep import require_rows, sweep
+from gmm_dist.selection.ranking import CRITERIA, Candidate, Scored, SweepResult
+from gmm_dist.selection.sweep import require_rows, sweep
 
 SIZES, KINDS = range(2, 21), ("full", "diag")
 """What is tried where nothing is asked for: of these, what the rows can tell apart."""
@@ -165,7 +166,7 @@ def select(
     with one_thread(), in_python():
         if isinstance(X, Lake):
             # Ray and pyarrow are needed only here.
-            from gmm_dist.assembly import sweep_lake
+            from gmm_dist.fitting.lake_sweep import sweep_lake
 
             require_lake_settings(sample_weight, device, shards)
             lake = sweep_lake(X, candidates, config, start, criterion=criterion)

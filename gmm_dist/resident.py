@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.kernel import Total
-from gmm_dist.shards import LocalShards
-from gmm_dist.statistics import TotalMoments
+from gmm_dist.em.estep import Total
+from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.shards.local import LocalShards
 
 _SHARD_ROWS, _MOST_SHARDS = 16_384, 64
 

@@ -8,7 +8,7 @@ from jaxtyping import Float64
 from sklearn.cluster import KMeans, kmeans_plusplus
 from torch import Tensor
 
-from gmm_dist.inputs import Rows, array_of
+from gmm_dist.model.arrays import Rows, array_of
 
 INIT_PARAMS = ("kmeans", "k-means++", "random", "random_from_data")
 

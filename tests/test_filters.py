@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from gmm_dist import lake
 from gmm_dist.errors import NoRows
-from gmm_dist.reading import read
+from gmm_dist.lake.plan import plan_lake
+from gmm_dist.lake.read import read
 
 Row = dict[str, Any]
 Truth = bool | None
@@ -99,7 +99,7 @@ def rows_of(rng: random.Random, names: list[str], first: int) -> list[Row]:
 def kept(path: Path, where: Any) -> list[float]:
     """Return the ids of the rows that are read."""
     try:
-        plan = lake.plan(str(path), columns=["id"], where=where)
+        plan = plan_lake(str(path), columns=["id"], where=where)
     except NoRows:
         return []
     return [float(x) for i in range(plan.n_shards) for rows in read(plan, i) for x in rows.X[:, 0]]

@@ -84,19 +84,17 @@ MAY_IMPORT = {
     "web_folders": {"fsspec"},
     "storage": {"fsspec", "errors", "urls", "web_folders"},
     "comparing": {"numpy", "pyarrow"},
-    "column_types": {"pyarrow", "comparing"},
-    "footers": {"pyarrow", "column_types", "comparing"},
-    "where": {"numpy", "pyarrow", "comparing", "errors", "footers"},
-    "filter_text": {"comparing", "errors", "where"},
-    "expressions": {"numpy", "pyarrow", "comparing", "errors", "filter_text", "footers", "where"},
+    "where": {"numpy", "pyarrow", "comparing", "errors"},
     "decoding": {"pyarrow", "errors"},
     "table_formats": {"fsspec", "errors", "storage"},
     "data_files": {"fsspec", "errors", "storage"},
     "listing": {"fsspec", "pyarrow", "data_files", "errors", "storage", "table_formats"} | {"urls"},
+    "column_types": {"pyarrow", "comparing"},
     "columns": {"pyarrow", "column_types", "errors", "listing", "storage", "where"},
+    "footers": {"pyarrow", "column_types", "comparing"},
     "nights": {"pyarrow", "decoding", "errors", "listing", "storage", "urls", "where"},
-    "lake": {"numpy", "pyarrow", "columns", "comparing", "decoding", "errors", "expressions"}
-    | {"footers", "formats", "listing", "nights", "storage", "urls", "where"},
+    "lake": {"numpy", "pyarrow", "columns", "comparing", "decoding", "errors", "footers"}
+    | {"formats", "listing", "nights", "storage", "urls", "where"},
     "reading": {"numpy", "pyarrow", "column_types", "comparing", "decoding", "errors", "lake"}
     | {"listing", "storage"},
     "streaming": {"numpy", "pyarrow", "comparing", "decoding", "errors", "footers", "lake"}

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmm_dist.errors import UserError
-from gmm_dist.filter_text import parse
-from gmm_dist.where import Where
+from gmm_dist.lake.filters.text import parse
+from gmm_dist.lake.filters.where import Where
 
 DAYS = [dt.datetime(2026, 11, 1), dt.datetime(2026, 11, 2), None]
 TABLE = pa.table(

@@ -99,7 +99,8 @@ class Ours:
 
     def _iterate(self, starts: list[Any], iterations: int, details: dict[str, Any]) -> list[Any]:
         from gmm_dist.em.estep import Precision
-        from gmm_dist.em.lane import Lane, Outcome, advance, grouped, task_of
+        from gmm_dist.em.lane import Lane, Outcome, grouped, task_of
+        from gmm_dist.em.mstep import advance
 
         lanes = [Lane.start(parameters, self._config) for parameters in starts]
         while running := [lane for lane in lanes if lane.n_iter < iterations]:

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # not installed on a borr
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em.estep import EStep, Precision, Total
-from gmm_dist.em.lane import Lane, advance, grouped, task_of
+from gmm_dist.em.lane import Lane, grouped, task_of
+from gmm_dist.em.mstep import advance
 from gmm_dist.em.statistics import PassStatistics
 from gmm_dist.model.covariance import FAMILIES
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters

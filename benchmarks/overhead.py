@@ -33,8 +33,7 @@ from machine import append, description, n_cores
 
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em import loop
-from gmm_dist.em.lane import Lane, grouped, task_of
-from gmm_dist.em.snapshot import Snapshot
+from gmm_dist.em.lane import Lane, Snapshot, grouped, task_of
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.runs import claim
 from gmm_dist.runs.checkpoint import Checkpoint, RunIdentity, environment

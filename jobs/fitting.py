@@ -23,7 +23,7 @@ from talking import say, screen
 
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em.evaluate import training_quantiles
-from gmm_dist.em.snapshot import Snapshot
+from gmm_dist.em.lane import Snapshot
 from gmm_dist.errors import UserError
 from gmm_dist.fitting.lake_sweep import require_means, start_workers
 from gmm_dist.formats import counted

@@ -34,7 +34,7 @@ import gmm_dist
 from gmm_dist import GaussianMixture, open_lake
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import MaximumLikelihood, Trial, moments_of_shares
-from gmm_dist.estimator import ranked
+from gmm_dist.estimators.restarts import ranked
 from gmm_dist.model.arrays import tensor_of, viewed
 
 KINDS = ("full", "tied", "diag", "spherical")

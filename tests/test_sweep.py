@@ -13,8 +13,8 @@ from sklearn.mixture import GaussianMixture
 
 from gmm_dist import UserError
 from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.em.lane import Snapshot
 from gmm_dist.em.loop import Status
-from gmm_dist.em.snapshot import Snapshot
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.selection.ranking import Candidate, SweepResult

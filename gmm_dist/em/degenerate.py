@@ -50,12 +50,12 @@ def _lead(lanes: Sequence[Lane], total: TotalMoments) -> float:
     scored = [lane for lane in lanes if lane.lower_bounds and lane.outcome is not Outcome.SINGULAR]
     # From the highest down: whether a lane is sound costs more to know than its bound.
     for lane in sorted(scored, key=lambda lane: lane.lower_bounds[-1], reverse=True):
-        if not _is_useless(lane, total):
+        if not is_useless(lane, total):
             return lane.lower_bounds[-1]
     return -math.inf
 
 
-def _is_useless(lane: Lane, total: TotalMoments) -> bool:
+def is_useless(lane: Lane, total: TotalMoments) -> bool:
     if lane.outcome is Outcome.SINGULAR or bool(_have_few_rows(lane).any()):
         return True
     return bool(degenerate_components(lane, total).any())

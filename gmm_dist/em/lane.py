@@ -1,44 +1,30 @@
-"""A cohort of lanes between two passes: scored, stepped, and moved to the precision they need.
+"""Lanes: mixtures being fitted, what each has come to, and snapshots to go on from.
 
-Precision is measured, per lane. Iterations use float32 products while (a) the error of the
-mean log-likelihood, seen on a sample of rows in the pass itself, is far below tol, and (b)
-rounding cannot reach a covariance through the cancellation in S/N - μμᵀ. Otherwise the pass is
-repeated in float64; where even its products could lose what matters, in the centred form. What
-a lane is ranked by is always scored in float64.
+A lane shares its passes with others; a snapshot holds lanes as tensors and plain values, and
+gives them back to the bit.
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.config import RELATIVE, EMConfig
-from gmm_dist.em.degenerate import _is_useless
 from gmm_dist.em.estep import EStep
 from gmm_dist.em.lane_batch import LaneGroup, Precision
 from gmm_dist.em.squarem import Squarem
-from gmm_dist.em.statistics import (
-    PassStatistics,
-    SufficientStatistics,
-    TotalMoments,
-    effective_rows,
-)
-from gmm_dist.model.covariance import FAMILIES, Moments, maximise, natural
+from gmm_dist.model.covariance import natural
 from gmm_dist.model.parameters import Parameters, Stack
 
-_NEXT = {Precision.FLOAT32: Precision.FLOAT64, Precision.FLOAT64: Precision.CENTRED}
-# The largest amplification of rounding (families.Natural.condition) that each form may meet:
-# 2^-24 · 1.7e3 = 1e-4 of a covariance, 2^-53 · 1e7 = 1e-9.
-MAX_CONDITION = {Precision.FLOAT32: 1.7e3, Precision.FLOAT64: 1e7, Precision.CENTRED: math.inf}
-# float32's error of the mean log-likelihood may be a tenth of tol, or of this where tol is less.
-SMALLEST_TOL = 1e-5
-_LADDER = [0.0] + [10.0**rung for rung in range(-10, -3)]
+_PLAIN = ("n_iter", "lower_bounds", "log_likelihood", "entropy", "last_bound", "strained")
+_LEAPS = ("max_step", "n_leaps", "n_failed", "saved", "last_gain")
 
 
 class Outcome(enum.Enum):
@@ -145,214 +131,79 @@ def _packed(group: Sequence[Lane]) -> LaneGroup:
     return LaneGroup.of(lanes, thetas, group[0].precision)
 
 
-def advance(
-    group: Sequence[Lane],
-    sums: SufficientStatistics,
-    whole: PassStatistics,
-    total: TotalMoments,
-    config: EMConfig,
-) -> None:
-    """Score the lanes of a group with what a pass brought back, and step those that go on."""
-    sizes = [lane.parameters.n_components for lane in group]
-    per_lane, squares = sums.moments.split(sizes, dim=1), sums.squares.split(sizes)
-    going_on = []
-    for i, lane in enumerate(group):
-        moments = moments_of(lane.parameters, lane.precision, per_lane[i], total)
-        log_likelihood = float(sums.log_likelihood[i]) + shared_quadratic(
-            lane.parameters, lane.precision, total
-        )
-        error = float(sums.float32_error[i]) / max(whole.n_checked, 1)
-        unsure = _needs_float64(lane, log_likelihood, error, config)
-        if lane.is_leaping and (unsure or _falls(lane, log_likelihood / whole.n_samples)):
-            lane.take_back()
-            continue
-        if unsure:
-            lane.repeat_in(Precision.FLOAT64)
-            continue
-        lane.nk, lane.entropy = moments.nk.clone(), float(sums.entropy[i])
-        lane.rows = effective_rows(lane.nk, squares[i])
-        if _score(lane, log_likelihood, whole.n_samples, config):
-            going_on.append((lane, moments))
-    if going_on:
-        _m_step([lane for lane, _ in going_on], [m for _, m in going_on], total, config)
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """Where lanes stand between two passes: `tensors` by name, `state` as plain JSON values."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
 
 
-def moments_of(
-    parameters: Parameters,
-    precision: Precision,
-    sums: Float64[Tensor, "P k"],
-    total: TotalMoments,
-) -> Moments:
-    """Name the sums that a pass in `precision` brings back for one lane's parameters."""
-    kind = parameters.covariance_type
-    if precision is not Precision.CENTRED:
-        return FAMILIES[kind].moments(sums, total.sum_xx)
-    layout = FAMILIES["full" if kind == "tied" else kind]
-    about = layout.moments(sums, total.sum_xx)
-    return Moments(about.nk, about.sum_x, about.sum_xx, parameters.means)
+def take_snapshot(lanes: Sequence[Lane]) -> Snapshot:
+    """Return all that the lanes' next passes depend on."""
+    tensors: dict[str, Tensor] = {}
+    states = []
+    for i, lane in enumerate(lanes):
+        plain = {name: getattr(lane, name) for name in _PLAIN}
+        plain["lower_bounds"] = list(lane.lower_bounds)
+        plain |= {
+            "covariance_type": lane.parameters.covariance_type,
+            "precision": lane.precision.name,
+            "outcome": lane.outcome.name,
+            "verdict": None if lane.verdict is None else lane.verdict.name,
+        }
+        tensors |= {f"{i}.theta": lane.theta, f"{i}.reg": lane.reg, f"{i}.nk": lane.nk}
+        tensors[f"{i}.rows"] = lane.rows
+        tensors |= _tensors(f"{i}.parameters", lane.parameters)
+        if (squarem := lane.squarem) is not None:
+            plain["leaps"] = {name: getattr(squarem, name) for name in _LEAPS}
+            plain["n_trail"], plain["leaping"] = len(squarem.trail), squarem.is_leaping
+            tensors[f"{i}.scale"] = squarem.scale
+            for j, passed in enumerate(squarem.trail):
+                tensors |= _tensors(f"{i}.trail.{j}", passed)
+            if squarem.fallback is not None:
+                tensors |= _tensors(f"{i}.fallback", squarem.fallback)
+        states.append(plain)
+    return Snapshot(tensors, {"lanes": states})
 
 
-def shared_quadratic(parameters: Parameters, precision: Precision, total: TotalMoments) -> float:
-    """Return what the products of a tied lane leave out of Σ log p: -½ tr(Σ⁻¹ S)."""
-    if parameters.covariance_type != "tied" or precision is Precision.CENTRED:
-        return 0.0
-    factors, _ = FAMILIES["tied"].precisions_cholesky(parameters.covariances[None])
-    return -0.5 * float(((factors[0].T @ total.sum_xx) * factors[0].T).sum())
+def restore_lanes(snapshot: Snapshot) -> list[Lane]:
+    """Return the lanes that a snapshot was taken of."""
+    return [_lane(snapshot.tensors, i, one) for i, one in enumerate(snapshot.state["lanes"])]
 
 
-def _needs_float64(lane: Lane, log_likelihood: float, error: float, config: EMConfig) -> bool:
-    if lane.precision is not Precision.FLOAT32 or config.precision != "auto":
-        return False
-    harmless = error <= max(config.tol, SMALLEST_TOL) / 10
-    return not (harmless and math.isfinite(log_likelihood))
-
-
-def _falls(lane: Lane, bound: float) -> bool:
-    """Say whether a leap came out below what has been scored before it."""
-    return not (math.isfinite(bound) and bound >= lane.lower_bounds[-1])
-
-
-def _score(lane: Lane, log_likelihood: float, n_samples: float, config: EMConfig) -> bool:
-    """Note the likelihood of a lane's parameters; return whether it goes on to an M-step."""
-    bound = log_likelihood / n_samples
-    lane.log_likelihood = log_likelihood
-    del lane.lower_bounds[lane.n_iter :]  # of the same parameters, in a lower precision
-    lane.lower_bounds.append(bound)
-    gain = math.inf if lane.last_bound is None else abs(bound - lane.last_bound)
-    leapt, lane.last_bound = lane.is_leaping, bound
-    if lane.squarem is not None and math.isfinite(gain):
-        lane.squarem.credit(gain)
-    if not math.isfinite(bound):
-        lane.outcome = Outcome.SINGULAR
-    elif lane.verdict is not None:
-        lane.outcome = lane.verdict
-    elif (gain < _tol(lane, config) and not leapt) or lane.n_iter == config.max_iter:
-        _stop(lane, gain, config)
-        return False
-    return lane.outcome is Outcome.RUNNING
-
-
-def _tol(lane: Lane, config: EMConfig) -> float:
-    """Return the gain that ends a lane's passes; smaller ones drown in float32's rounding."""
-    if lane.precision is Precision.FLOAT32 and config.precision == "auto":
-        return max(config.tol, SMALLEST_TOL)
-    return config.tol
-
-
-def _stop(lane: Lane, gain: float, config: EMConfig) -> None:
-    """End a lane, or have a better precision judge or finish what this one has come to."""
-    outcome = Outcome.CONVERGED if gain < config.tol else Outcome.MAX_ITER
-    if lane.precision is Precision.FLOAT32:
-        lane.repeat_in(Precision.FLOAT64)
-        if config.precision == "float32" or lane.n_iter == config.max_iter:
-            lane.verdict = outcome
-    elif lane.strained and lane.precision is Precision.FLOAT64:
-        lane.repeat_in(Precision.CENTRED)
-        lane.verdict = outcome
-    else:
-        lane.outcome = outcome
-
-
-def _m_step(
-    lanes: Sequence[Lane], moments: Sequence[Moments], total: TotalMoments, config: EMConfig
-) -> None:
-    """Give every lane its next parameters, or the precision or regularisation that it needs."""
-    kind = lanes[0].parameters.covariance_type
-    stack = maximise(kind, _stacked(kind, moments), _sizes(lanes), _reg(lanes))
-    at = natural(stack)
-    sizes = list(stack.sizes)
-    parts = (
-        stack.lanes(),
-        at.theta.split(sizes),
-        at.failed.split(sizes),
-        at.condition.split(sizes),
-    )
-    for lane, own, parameters, theta, failed, condition in zip(lanes, moments, *parts, strict=True):
-        singular = bool(failed.any())
-        limit = MAX_CONDITION[lane.precision]
-        if (singular or bool((condition > limit).any())) and _escalate(lane, total, config):
-            continue
-        if singular:
-            _climb(lane, own, total)
-        else:
-            _follow(lane, parameters, theta)
-            lane.n_iter += 1
-
-
-def _follow(lane: Lane, stepped: Parameters, theta: Tensor) -> None:
-    """Have the next pass score the EM step, or a leap beyond it that can be scored as safely."""
-    scored, lane.parameters, lane.theta = lane.parameters, stepped, theta
-    if lane.squarem is None:
-        return
-    proposed = lane.squarem.follow(scored, stepped)
-    if proposed is stepped:
-        return
-    at = natural(Stack.of([proposed]))
-    variances = _least_variances(proposed)
-    # A leap must neither dive below the regularisation floor nor ask for better arithmetic.
-    safe = bool((at.condition <= MAX_CONDITION[lane.precision]).all() and not at.failed.any())
-    if safe and bool((variances > 2 * lane.reg).all()):
-        lane.parameters, lane.theta = proposed, at.theta
-    else:
-        lane.squarem.forget()
-
-
-def _least_variances(parameters: Parameters) -> Tensor:
-    """Return variances per component and feature, of correlated ones given those before."""
-    if parameters.covariance_type in ("full", "tied"):
-        factors: Tensor = torch.linalg.cholesky_ex(parameters.covariances)[0]
-        return factors.diagonal(dim1=-2, dim2=-1) ** 2
-    return FAMILIES[parameters.covariance_type].variances(
-        parameters.covariances, parameters.n_features
+def _lane(tensors: Mapping[str, Tensor], i: int, plain: Mapping[str, Any]) -> Lane:
+    kind = plain["covariance_type"]
+    squarem = None
+    if "leaps" in plain:
+        trail = [_parameters(tensors, f"{i}.trail.{j}", kind) for j in range(plain["n_trail"])]
+        fallback = _parameters(tensors, f"{i}.fallback", kind) if plain["leaping"] else None
+        squarem = Squarem(tensors[f"{i}.scale"], trail, fallback, **plain["leaps"])
+    return Lane(
+        parameters=_parameters(tensors, f"{i}.parameters", kind),
+        theta=tensors[f"{i}.theta"],
+        precision=Precision[plain["precision"]],
+        reg=tensors[f"{i}.reg"],
+        nk=tensors[f"{i}.nk"],
+        # Snapshots of earlier versions lack them; the next pass counts anew.
+        rows=tensors.get(f"{i}.rows", tensors[f"{i}.nk"]),
+        squarem=squarem,
+        outcome=Outcome[plain["outcome"]],
+        verdict=None if plain["verdict"] is None else Outcome[plain["verdict"]],
+        **{name: plain[name] for name in _PLAIN},
     )
 
 
-def _escalate(lane: Lane, total: TotalMoments, config: EMConfig) -> bool:
-    """Repeat the pass in the next better form; return False where there is none."""
-    if config.precision == "float32" or lane.precision is Precision.CENTRED:
-        return False
-    better = _NEXT[lane.precision]
-    if better is Precision.CENTRED and _is_useless(lane, total):
-        # It will not be ranked: not worth the slowest passes there are, but for the last one.
-        lane.strained = True
-        return False
-    lane.repeat_in(better)
-    return True
+def _tensors(name: str, parameters: Parameters) -> dict[str, Tensor]:
+    return {
+        f"{name}.weights": parameters.weights,
+        f"{name}.means": parameters.means,
+        f"{name}.covariances": parameters.covariances,
+    }
 
 
-def _climb(lane: Lane, moments: Moments, total: TotalMoments) -> None:
-    """Raise a lane's regularisation, in each feature's units, until it is positive definite."""
-    kind, variances = lane.parameters.covariance_type, total.scale.square()
-    for rung in _LADDER:
-        lane.reg = torch.maximum(lane.reg, rung * variances)
-        stack = maximise(kind, _stacked(kind, [moments]), _sizes([lane]), _reg([lane]))
-        at = natural(stack)
-        if not bool(at.failed.any()):
-            lane.parameters, lane.theta = stack.lanes()[0], at.theta
-            lane.n_iter += 1
-            if lane.squarem is not None:
-                lane.squarem.forget()
-            return
-    lane.outcome = Outcome.SINGULAR
-
-
-def _stacked(kind: str, moments: Sequence[Moments]) -> Moments:
-    if len(moments) == 1:
-        return moments[0]
-    shared = kind == "tied" and moments[0].sum_xx.ndim == 2
-    sum_xx = moments[0].sum_xx if shared else torch.cat([m.sum_xx for m in moments])
-    return Moments(
-        torch.cat([m.nk for m in moments]),
-        torch.cat([m.sum_x for m in moments]),
-        sum_xx,
-        torch.cat([m.about for m in moments]),
+def _parameters(tensors: Mapping[str, Tensor], name: str, kind: str) -> Parameters:
+    weights, means, covariances = (
+        tensors[f"{name}.{part}"] for part in ("weights", "means", "covariances")
     )
-
-
-def _sizes(lanes: Sequence[Lane]) -> tuple[int, ...]:
-    return tuple(lane.parameters.n_components for lane in lanes)
-
-
-def _reg(lanes: Sequence[Lane]) -> Float64[Tensor, "K d"]:
-    reg = torch.stack([lane.reg for lane in lanes])
-    return torch.repeat_interleave(reg, torch.tensor(_sizes(lanes)), dim=0)
+    return Parameters(weights, means, covariances, kind)

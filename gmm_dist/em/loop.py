@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em.degenerate import degenerate_components, drop_laggards
-from gmm_dist.em.lane import Lane, Outcome, advance, grouped, task_of
+from gmm_dist.em.lane import Lane, Outcome, grouped, task_of
+from gmm_dist.em.mstep import advance
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.protocol import Shards

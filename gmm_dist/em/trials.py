@@ -18,8 +18,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.em.estep import EStep
-from gmm_dist.em.lane import MAX_CONDITION, SMALLEST_TOL, moments_of, shared_quadratic
 from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.em.mstep import MAX_CONDITION, SMALLEST_TOL, moments_of, shared_quadratic
 from gmm_dist.em.statistics import SufficientStatistics, TotalMoments
 from gmm_dist.model.covariance import Moments, maximise, natural
 from gmm_dist.model.parameters import Parameters, Stack

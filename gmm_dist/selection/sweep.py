@@ -12,13 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.em import loop, snapshot
+from gmm_dist.em import loop
 from gmm_dist.em.estep import Total
 from gmm_dist.em.evaluate import mean_log_likelihoods
-from gmm_dist.em.lane import Lane, regularisation
+from gmm_dist.em.lane import Lane, Snapshot, regularisation, restore_lanes, take_snapshot
 from gmm_dist.em.lane import Outcome as LaneOutcome
 from gmm_dist.em.lane_batch import Precision
-from gmm_dist.em.snapshot import Snapshot
 from gmm_dist.em.statistics import TotalMoments, as_given, criterion_size, given_weight
 from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.formats import counted
@@ -228,7 +227,7 @@ class _Race:
 
     def snapshot(self) -> Snapshot:
         """Return all that the rest of the race depends on."""
-        lanes = snapshot.taken(self._lanes)
+        lanes = take_snapshot(self._lanes)
         own: dict[str, Any] = {
             "owners": list(self._owners),
             "seconds": list(self._seconds),
@@ -240,7 +239,7 @@ class _Race:
 
     def restore(self, saved: Snapshot) -> None:
         """Go on where a race was that a snapshot was taken of."""
-        self._lanes = snapshot.restored(saved)
+        self._lanes = restore_lanes(saved)
         self._owners, self._seconds = list(saved.state["owners"]), list(saved.state["seconds"])
         self.n_passes, self.mended = saved.state["n_passes"], saved.state["mended"]
         # Checkpoints of earlier versions do not have it.

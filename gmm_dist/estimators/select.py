@@ -13,20 +13,14 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import TooFewRows, UserError
-from gmm_dist.estimator import (
-    GaussianMixture,
-    adopt,
-    in_python,
-    of_arguments,
-    require_lake_settings,
-    seed_of,
-)
+from gmm_dist.estimators.gaussian_mixture import GaussianMixture, adopt
+from gmm_dist.estimators.local_rows import one_thread
+from gmm_dist.estimators.settings import in_python, of_arguments, require_lake_settings, seed_of
 from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Space, require_rows_or_lake, space_of
 from gmm_dist.model.covariance import FAMILIES
 from gmm_dist.model.criteria import most_components
-from gmm_dist.resident import one_thread
 from gmm_dist.selection.ranking import CRITERIA, Candidate, Scored, SweepResult
 from gmm_dist.selection.sweep import require_rows, sweep
 

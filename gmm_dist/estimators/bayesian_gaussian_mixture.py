@@ -17,22 +17,16 @@ from gmm_dist.config import ABSOLUTE, EMConfig
 from gmm_dist.em.estep import Total
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import Trial
-from gmm_dist.estimator import (
-    BaseMixture,
-    CentredRows,
-    exchanged,
-    in_python,
-    publish,
-    ranked,
-    require_class,
-    start_of,
-)
+from gmm_dist.estimators.attributes import exchanged, publish, require_class
+from gmm_dist.estimators.base import BaseMixture, CentredRows
+from gmm_dist.estimators.local_rows import Resident, one_thread
+from gmm_dist.estimators.restarts import ranked
+from gmm_dist.estimators.settings import in_python, start_of
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
 from gmm_dist.model.covariance import FAMILIES, Moments
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
-from gmm_dist.resident import Resident, one_thread
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.starts import search
 from gmm_dist.selection.sweep import require_rows

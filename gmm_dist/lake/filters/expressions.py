@@ -27,12 +27,13 @@ import pyarrow.parquet as pq
 
 from gmm_dist.errors import UserError
 from gmm_dist.lake.filters.text import parse
-from gmm_dist.lake.filters.where import Filter, no_column, shortened
+from gmm_dist.lake.filters.where import Filter, Where, no_column, shortened
 from gmm_dist.lake.parquet import footers
 from gmm_dist.lake.parquet.comparing import as_scalar, stored
 
 _MOST_FLOATING = 3  # columns; each doubles what is asked of a row group
-_NAMED = re.compile(r"^(field_ref|nested_field_ref|call): '(.*)'$", re.MULTILINE)
+_KEYS = "call|end|literal|options|field_ref|nested_field_ref"
+_NAMED = re.compile(rf"^({_KEYS}): '(.*?)'(?=\n(?:{_KEYS}): '|\Z)", re.DOTALL | re.MULTILINE)
 _RENAMED = {"and": "and_", "or": "or_"}
 _TOLD_TYPES = (
     *(pa.types.is_integer, pa.types.is_float32, pa.types.is_float64, pa.types.is_string),
@@ -50,10 +51,15 @@ def filter_of(where: str | pc.Expression | Filter | None) -> Filter | None:
         return parse(where)
     if isinstance(where, pc.Expression):
         return ArrowFilter.of(where)
-    return where
+    if where is None or isinstance(where, Where | ArrowFilter):
+        return where
+    raise UserError(
+        f"a filter of type {type(where).__name__} cannot be taken; write it as text, or as an "
+        "expression: pc.field('a') > 3"
+    )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ArrowFilter:
     """Hold an expression as bytes, which can be hashed and travel to workers.
 
@@ -77,16 +83,21 @@ class ArrowFilter:
         try:
             packed = pickle.dumps(expression, protocol=5)
         except pa.ArrowException as error:
-            reason = f"it cannot be sent to workers: {_line(error)}; name columns by pc.field(name)"
-            raise _refused(expression, reason) from error
+            remedy = "name columns by pc.field('name')"
+            raise _refused(
+                expression, f"it cannot be sent to workers: {_line(error)}", remedy
+            ) from error
         columns, functions = _named(expression)
         own = sorted(name for name in functions if not hasattr(pc, _RENAMED.get(name, name)))
         if own:
-            reason = f"it calls {own[0]!r}, which workers do not have; use Arrow's own functions"
-            raise _refused(expression, reason)
+            reason = f"it calls {own[0]!r}, which workers do not have"
+            raise _refused(expression, reason, "use pyarrow's own functions")
         if not columns:
-            raise _refused(expression, "it names no column by pc.field(name)")
+            raise _refused(expression, "it names no column", "name one by pc.field('name')")
         return cls(packed, columns)
+
+    def __repr__(self) -> str:
+        return f"<{self.shown}>"
 
     @property
     def expression(self) -> pc.Expression:
@@ -115,7 +126,8 @@ class ArrowFilter:
         self._check_types(pa.schema([schema.field(name) for name in self.columns]))
 
     def _check_types(self, types: pa.Schema) -> None:
-        found = self._evaluated(types.empty_table()).type
+        nulls = pa.table([pa.nulls(1, type_) for type_ in types.types], schema=types)
+        found = self._evaluated(nulls).type
         if not pa.types.is_boolean(found):
             raise _refused(self.expression, f"its values are {found}, not true or false")
 
@@ -176,7 +188,10 @@ class ArrowFilter:
             for case in cases
         ]
         every = ds.FileSystemDataset(fragments, types, format_, files)
-        left = {int(fragment.path) for fragment in every.get_fragments(self.expression)}
+        try:
+            left = {int(fragment.path) for fragment in every.get_fragments(self.expression)}
+        except pa.ArrowException:  # of a value that no row may have
+            return [True] * len(told)
         return [i in left for i in range(len(told))]
 
     def mask(self, table: pa.Table) -> npt.NDArray[np.bool_]:
@@ -214,11 +229,11 @@ def _named(expression: pc.Expression) -> tuple[tuple[str, ...], frozenset[str]]:
     for key, value in found:
         if key == "call":
             functions.add(value)
+        elif key == "field_ref":
+            columns.add(value)
         elif key == "nested_field_ref":  # so many names follow: a column, and what is in it
             names = [next(found)[1] for _ in range(int(value))]
             columns.add(names[0])
-        else:
-            columns.add(value)
     return tuple(sorted(columns)), frozenset(functions)
 
 
@@ -281,8 +296,11 @@ def _told_of(
     return [within]
 
 
-def _refused(expression: pc.Expression, reason: str) -> UserError:
-    return UserError(f"filter {shortened(_line(expression))} cannot be taken: {reason}")
+def _refused(
+    expression: pc.Expression, reason: str, remedy: str = "correct the filter"
+) -> UserError:
+    said = shortened(_line(expression)), shortened(reason)
+    return UserError(f"filter {said[0]} cannot be taken: {said[1]}; {remedy}")
 
 
 def _line(said: object) -> str:

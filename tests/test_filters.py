@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gmm_dist.errors import NoRows
+from gmm_dist.lake.filters.text import parse
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.lake.read import read
 
@@ -178,6 +179,7 @@ def test_a_filter_leaves_the_rows_that_it_is_true_of(seed, tmp_path):
         text, truth = condition(rng, 3)
         expected = [row["id"] for row in rows if truth(row) is True]
         assert sorted(kept(tmp_path, text)) == expected, text
+        assert parse(parse(text).text) == parse(text), text
 
 
 def scalar(column: str, literal: Any) -> Any:

@@ -193,6 +193,10 @@ class Where:
         `keys` is a row of the hive keys that its path tells. Columns that it lacks are null.
         """
 
+        asked = set(self.columns)
+        if asked.issubset(names) and asked.isdisjoint(keys.column_names):
+            return self
+
         def truth(clause: Clause) -> bool | None:
             if clause[0] in keys.column_names:
                 return bool(Where((clause,)).mask(keys)[0])

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from gmm_dist.errors import NoRows
+from gmm_dist.errors import NoRows, UserError
 from gmm_dist.lake.filters.text import parse
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.lake.read import read
@@ -180,6 +180,85 @@ def test_a_filter_leaves_the_rows_that_it_is_true_of(seed, tmp_path):
         expected = [row["id"] for row in rows if truth(row) is True]
         assert sorted(kept(tmp_path, text)) == expected, text
         assert parse(parse(text).text) == parse(text), text
+
+
+NUMBERS = [[1, 2], [3, None], [None, None], [5, 9]]
+
+
+@pytest.mark.parametrize(
+    ("text", "groups", "ids"),
+    [
+        ("n == 2 or n == 5", [0, 3], [1, 6]),
+        ("n in (2, 4, 9)", [0, 3], [1, 7]),
+        ("n in (4, 10) or s == 'b'", [1], [2, 3]),
+        ("n not in (1, 2)", [0, 1, 3], [2, 6, 7]),
+        ("not n > 2", [0], [0, 1]),
+        ("not (n <= 2 or n is null)", [1, 3], [2, 6, 7]),
+        ("n is null", [1, 2], [3, 4, 5]),
+        ("n is not null", [0, 1, 3], [0, 1, 2, 6, 7]),
+        ("n is null and s == 'c'", [2], [4, 5]),
+        ("v is null", [0, 1, 2, 3], [1, 4, 5]),  # no footer tells of NaN
+        ("v is not null and n > 2", [1, 3], [2, 6, 7]),
+        ("(n < 3 or s == 'd') and v > 5", [3], [6, 7]),
+        ("lists is null", [0, 1, 2, 3], [3]),
+        ("key == 2 or n == 1", [0], [0]),
+        ("key == 1 and (n == 1 or key == 2)", [0], [0]),
+        ("key is null or n in (9, null)", [3], [7]),
+    ],
+)
+def test_row_groups_are_left_out_where_none_of_their_rows_can_pass(tmp_path, text, groups, ids):
+    columns = {
+        "id": [float(i) for i in range(8)],
+        "n": [n for group in NUMBERS for n in group],
+        "v": [1.0, NAN, 2.0, 3.0, None, None, 6.0, 7.0],
+        "s": [letter for letter in "abcd" for _ in range(2)],
+        "lists": [[1.0], [None], [], None, [None, None], [2.0], [3.0], [4.0]],
+    }
+    path = tmp_path / "key=1" / "a.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table(columns), path, row_group_size=2)
+    plan = plan_lake(str(tmp_path), columns=["id"], where=text)
+    assert sorted({part.row_group for shard in plan.shards for part in shard}) == groups
+    assert kept(tmp_path, text) == ids
+
+
+def test_of_a_file_that_lacks_a_column_the_rows_pass_that_null_passes(tmp_path):
+    pq.write_table(pa.table({"id": [0.0, 1.0], "late": [1, None]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": [2.0, 3.0]}), tmp_path / "b.parquet")
+    assert kept(tmp_path, "late is null") == [1, 2, 3]
+    assert kept(tmp_path, "late == 1 or id > 2") == [0, 3]
+    assert kept(tmp_path, "not late in (2, 3)") == [0]
+    files = plan_lake(str(tmp_path), columns=["id"], where="late in (1, 2)").shards
+    assert {part.file for shard in files for part in shard} == {0}
+
+
+def test_a_file_that_no_alternative_can_need_is_not_opened(tmp_path):
+    for key in (1, 2, 3):
+        folder = tmp_path / f"key={key}"
+        folder.mkdir()
+        pq.write_table(pa.table({"id": [float(key)], "n": [key]}), folder / "a.parquet")
+    (tmp_path / "key=3" / "a.parquet").write_bytes(b"PAR1 damaged PAR1")
+    assert kept(tmp_path, "key == 1 or key == 2 and n == 2") == [1, 2]
+    assert kept(tmp_path, "key in (1, 2) and (n > 5 or n == 2)") == [2]
+    assert kept(tmp_path, "not (key == 3 or n == 1)") == [2]
+    with pytest.raises(UserError, match=r"key=3/a\.parquet"):
+        kept(tmp_path, "key == 1 or n == 2")
+
+
+def test_the_first_list_that_passes_tells_the_length_of_all(tmp_path):
+    """Without a fixed size, and under a filter that mixes a hive key and a column."""
+    for key, length in ((1, 2), (2, 3)):
+        folder = tmp_path / f"key={key}"
+        folder.mkdir()
+        lists = pa.array([[0.5] * length] * 2)
+        pq.write_table(pa.table({"emb": lists, "n": [1, 2]}), folder / "a.parquet")
+    for where in (
+        "key == 2 and n == 2 or key == 1 and n == 9",
+        (pc.field("key") == 2) & (pc.field("n") == 2) | (pc.field("n") == 9),
+    ):
+        plan = plan_lake(str(tmp_path), columns=["emb"], where=where)
+        assert plan.n_features == 3
+        assert sum(len(rows.X) for i in range(plan.n_shards) for rows in read(plan, i)) == 1
 
 
 def scalar(column: str, literal: Any) -> Any:

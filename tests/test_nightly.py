@@ -852,3 +852,8 @@ def test_the_filter_is_a_half_open_range_beside_the_users() -> None:
     assert nightly._rows_of(options, days=2).text == (
         "col('the day') < '2026-03-02' and col('the day') >= '2026-02-28' and x <= 5 and x > 0"
     )
+    options.own_where = "x is null or not x in (1, 2)"  # of these days too, and of no others
+    assert nightly._rows_of(options, days=1).text == (
+        "col('the day') < '2026-03-02' and col('the day') >= '2026-03-01' and "
+        "(x != 1 and x != 2 or x is null)"
+    )

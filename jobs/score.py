@@ -71,9 +71,7 @@ def add_score(parser: argparse.ArgumentParser) -> None:
         metavar="COLUMN",
         help="columns to go along (default: none)",
     )
-    rows.add_argument(
-        "--where", metavar="TEXT", help="score and write only rows where this holds, as for a fit"
-    )
+    rows.add_argument("--where", metavar="TEXT", help="score and write only rows where this holds")
     rows.add_argument(
         "--probabilities",
         action="store_true",

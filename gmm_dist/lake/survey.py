@@ -142,15 +142,18 @@ def read_footers(root: str, files: Sequence[LakeFile], questions: Questions) -> 
 def unpruned(told: list[Footer], tested: Filter | None, types: pa.Schema) -> list[Footer]:
     """Return the footers, with all row groups where an expression's columns have other types.
 
-    It is asked in the types over all files, in which it may mean something else: of 1 / 2.
+    It is asked in the types over all files, in which it may mean something else: 7 / 2 is what
+    its type says, and so is `coalesce` of 7 and a column of nulls, or one that a file lacks.
     """
     if not isinstance(tested, ArrowFilter):
         return told
-    names = set(tested.columns) & set(types.names)
+    asked = [types.field(name) for name in tested.columns if name in types.names]
 
     def is_other(schema: pa.Schema) -> bool:
-        own = names & set(schema.names)
-        return any(schema.field(name).type != types.field(name).type for name in own)
+        return any(
+            field.name not in schema.names or schema.field(field.name).type != field.type
+            for field in asked
+        )
 
     return [
         replace(footer, groups=range(len(footer.file.rows))) if is_other(footer.schema) else footer

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 import numpy as np
@@ -322,13 +323,27 @@ def _passing(schema: pa.Schema, column: str, compared: Sequence[tuple[str, Opera
         raise no_column(column, schema.names)
     type_ = schema.field(positions[0]).type
     try:
-        return Passing.of(type_, compared)
+        return _compiled(type_, _Compared(repr(compared), tuple(compared)))
     except DoesNotFit as error:
         literal = shortened(repr(error.args[0]))
         raise UserError(
             f"filter: column {column!r} has type {value_type(type_)}, which {literal} is not; "
             "write a value of that type (text, dates and times in quotes, numbers without)"
         ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """Hold comparisons, equal where they are written alike: 1, 1.0 and True are not the same."""
+
+    written: str
+    comparisons: tuple[tuple[str, Operand], ...] = field(compare=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(type_: pa.DataType, compared: _Compared) -> Passing:
+    """Return what passes; once for all files and batches, for lists of values may be long."""
+    return Passing.of(type_, compared.comparisons)
 
 
 def no_column(name: str, names: Iterable[str]) -> UserError:

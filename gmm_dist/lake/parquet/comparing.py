@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
@@ -136,22 +137,27 @@ class Passing:
             below = pc.less if self.upper[1] else pc.less_equal
             passes = pc.and_(passes, below(column, as_scalar(self.type, self.upper[0])))
         if self.excluded:
-            found = pc.is_in(column, value_set=self._values(self.excluded, column.type))
+            found = pc.is_in(column, value_set=_value_set(self.type, self.excluded, column.type))
             passes = pc.and_(passes, pc.invert(found))
         if self.among is not None:
-            found = pc.is_in(column, value_set=self._values(self.among, column.type))
+            found = pc.is_in(column, value_set=_value_set(self.type, self.among, column.type))
             passes = pc.and_(passes, found)
         return passes.fill_null(False)
 
-    def _values(self, wanted: Iterable[Key], type_: pa.DataType) -> pa.Array:
-        if pa.types.is_temporal(type_):  # as_py() has no nanoseconds
-            whole = pa.int32() if type_.bit_width == 32 else pa.int64()
-            return pa.array(sorted(wanted), whole).cast(type_)
-        keys: set[Key] = {*wanted}
-        if pa.types.is_floating(type_) and 0.0 in keys:
-            keys = {key for key in keys if key != 0} | {0.0}
-            return pa.array([*sorted(keys), -0.0], type_)  # hashing tells them apart
-        return pa.array([as_scalar(self.type, key).as_py() for key in sorted(keys)], type_)
+
+@functools.lru_cache(maxsize=64)
+def _value_set(
+    type_: pa.DataType, wanted: frozenset[Key] | tuple[Key, ...], comparable: pa.DataType
+) -> pa.Array:
+    """Return keys of a type as values of the type that `_comparable` leaves."""
+    if pa.types.is_temporal(comparable):  # as_py() has no nanoseconds
+        whole = pa.int32() if comparable.bit_width == 32 else pa.int64()
+        return pa.array(sorted(wanted), whole).cast(comparable)
+    keys: set[Key] = {*wanted}
+    if pa.types.is_floating(comparable) and 0.0 in keys:
+        keys = {key for key in keys if key != 0} | {0.0}
+        return pa.array([*sorted(keys), -0.0], comparable)  # hashing tells them apart
+    return pa.array([as_scalar(type_, key).as_py() for key in sorted(keys)], comparable)
 
 
 @dataclass(frozen=True, slots=True)

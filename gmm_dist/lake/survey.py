@@ -174,14 +174,6 @@ def matching_row_groups(root: str, told: list[Footer], condition: Filter | None)
     return groups
 
 
-def nothing_matches(root: str, condition: Filter, what: str) -> NoRows:
-    """Say that a filter leaves no row, by what is known before rows are read."""
-    return NoRows(
-        f"{storage.redacted(root)}: no rows match the filter {condition.shown}, by {what}; "
-        "widen the filter"
-    )
-
-
 def refuse_nulls(root: str, told: Sequence[Footer], chosen: Chosen) -> None:
     """Raise for the first null of a feature that a footer tells of."""
     for footer in told:
@@ -281,3 +273,10 @@ def _batches(parquet: pq.ParquetFile, group: int, names: list[str]) -> Iterator[
     # Some rows at first: one is enough where none is null, and lists may be long.
     for batch in parquet.iter_batches(_LISTS_AT_ONCE, row_groups=[group], columns=names):
         yield pa.Table.from_batches([batch])
+
+
+def nothing_matches(root: str, condition: Filter, what: str) -> NoRows:
+    return NoRows(
+        f"{storage.redacted(root)}: no rows match the filter {condition.shown}, by {what}; "
+        "widen the filter"
+    )

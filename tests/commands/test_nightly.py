@@ -805,7 +805,7 @@ def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
         (["--night", "9999-12-31"], "--night 9999-12-31: no calendar has so many"),
         (["--max-drop", "-1"], "--max-drop is -1: give a number of nats >= 0"),
         (["--min-rows", "-1"], "--min-rows is -1: give a whole number >= 0"),
-        (["--where", "x > 1 or x < 0"], "'or' is not supported"),
+        (["--where", "x > 1 or"], "cannot be read to its end"),
         (["--partition", "dt"], "--partition 'dt' is no column; columns are ds, x, y"),
         (["--keep", "id"], "--keep and --outliers are for --scores"),
         (["--outliers", "0.1"], "--keep and --outliers are for --scores"),
@@ -861,4 +861,9 @@ def test_the_filter_is_a_half_open_range_beside_the_users() -> None:
     rows.__dict__["key"] = key  # as found in the lake
     assert rows.where(days=2).text == (
         "col('the day') < '2026-03-02' and col('the day') >= '2026-02-28' and x <= 5 and x > 0"
+    )
+    options.own_where = "x is null or not x in (1, 2)"  # of these days too, and of no others
+    assert nightly._rows_of(options, days=1).text == (
+        "col('the day') < '2026-03-02' and col('the day') >= '2026-03-01' and "
+        "(x != 1 and x != 2 or x is null)"
     )

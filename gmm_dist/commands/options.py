@@ -240,7 +240,7 @@ def program(job: str) -> tuple[str, ...]:
     called = Path(sys.argv[0])
     if called.name == f"{job}.py":
         return "python", os.path.relpath(called)
-    if called.name == "__main__.py":
+    if called.name == "__main__.py" and called.parent.name == "gmm_dist":
         return "python", "-m", "gmm_dist", job
     return "gmm-dist", job
 

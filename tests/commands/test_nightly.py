@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from conftest import S3Server
 from nights import Cluster
 
 import gmm_dist
+from gmm_dist.commands import night as night_module
 from gmm_dist.commands import nightly
 from gmm_dist.commands.night_options import NightlyOptions, NightRows
 from gmm_dist.errors import RunFailed, UserError
@@ -465,8 +467,8 @@ def test_a_pruned_night_is_not_fitted_again(local: Nights, capsys: Errors) -> No
     assert not (Path(local.url) / "models" / night(1)).exists()
     assert local.registry.new_ids(0) == 3
     argv = [local.data, "--registry", local.url, "--night", night(1), "--partition", "ds"]
+    options = nightly._parse([*argv, "--k", "3"])
     with pytest.raises(UserError, match=r"was published and pruned while this run waited"):
-        options = nightly._parse([*argv, "--k", "3"])
         nightly._publish(options, NightRows(options), local.registry, Gate(), ExitStack())
 
 
@@ -482,8 +484,8 @@ def test_scores_inside_the_lake_are_refused_before_any_fitting(
 def test_a_plan_that_is_made_twice_is_told_of_once(
     local: Nights, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nightly, "score_lake", lambda *asked: None)
-    monkeypatch.setattr(nightly, "connected", lambda *asked: nullcontext())
+    monkeypatch.setattr(nightly, "score_and_tell", lambda *asked: None)
+    monkeypatch.setattr(night_module, "connected", lambda *asked: nullcontext())
     local.write(1, FIRST)
     (local.lake / "notes.txt").write_text("no rows")
     with caplog.at_level("INFO", "gmm_dist"):
@@ -688,7 +690,7 @@ def test_nobody_is_told_of_a_night_before_it_is_committed(
         kept = list(Path(local.url).glob("candidates/*/*/manifest.json"))
         there.append((local.registry.nights(), local.registry.latest(), len(kept)))
 
-    monkeypatch.setattr(nightly, "print_table", look)
+    monkeypatch.setattr(night_module, "print_table", look)
     assert local.run(1, "--k", "3", "--n-init", "1") == 0
     assert local.run(2, "--k", "3", "--n-init", "1") == 3
     assert there == [([night(1)], night(1), 0), ([night(1)], night(1), 1)]
@@ -747,7 +749,7 @@ def test_what_the_world_does_to_the_pointer_and_to_pruning_tells_how_to_go_on(
         with monkeypatch.context() as crash:
             crash.setattr(Registry, name, fall)
             assert local.run(1, "--k", "3", "--n-init", "1", "--keep-models", "1") == 1
-        assert "out of order; go on with: python" in capsys.readouterr().err
+        assert "out of order; go on with: gmm-dist" in capsys.readouterr().err
 
 
 def test_who_has_lost_the_night_removes_no_candidate_of_others(
@@ -792,7 +794,7 @@ def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
     ("options", "message"),
     [
         (["--night", "today"], "'today' is not a night: give a date such as 2026-11-21"),
-        (["--holdout", "0"], "give a --holdout above 0; see nightly.py --help"),
+        (["--holdout", "0"], "give a --holdout above 0"),
         (["--days", "0"], "--days is 1 or more"),
         (
             ["--days", "9" * 20],
@@ -862,8 +864,10 @@ def test_the_filter_is_a_half_open_range_beside_the_users() -> None:
     assert rows.where(days=2).text == (
         "col('the day') < '2026-03-02' and col('the day') >= '2026-02-28' and x <= 5 and x > 0"
     )
-    options.own_where = "x is null or not x in (1, 2)"  # of these days too, and of no others
-    assert nightly._rows_of(options, days=1).text == (
+    other = replace(options, where="x is null or not x in (1, 2)")
+    rows = NightRows(other)  # of these days too, and of no others
+    rows.__dict__["key"] = key
+    assert rows.where(days=1).text == (
         "col('the day') < '2026-03-02' and col('the day') >= '2026-03-01' and "
         "(x != 1 and x != 2 or x is null)"
     )

@@ -241,7 +241,7 @@ def test_a_lake_that_is_out_of_reach_is_one_line_with_the_command_that_goes_on(
     (line,) = [li for li in capfd.readouterr().err.splitlines() if li.startswith("error: ")]
     assert "the storage failed for 0 s" in line
     assert line.endswith("/out --resume")
-    assert "; go on with: python " in line
+    assert "; go on with: gmm-dist " in line
 
 
 def test_an_infinite_value_ends_the_run_and_another_model_cannot_go_on_with_it(

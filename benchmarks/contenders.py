@@ -66,8 +66,8 @@ class Ours:
         import torch
 
         from gmm_dist.config import EMConfig
-        from gmm_dist.kernel import Total
-        from gmm_dist.parameters import Parameters
+        from gmm_dist.em.estep import Total
+        from gmm_dist.model.parameters import Parameters
 
         torch.set_num_threads(1)  # as the jobs' driver does
         self._shards = _ray_shards(problem, folder) if ray else _process_shards(problem, folder)
@@ -98,8 +98,9 @@ class Ours:
         return Run(fitted, seconds, iterations, iterations, details)
 
     def _iterate(self, starts: list[Any], iterations: int, details: dict[str, Any]) -> list[Any]:
-        from gmm_dist.cohort import Lane, Outcome, advance, grouped, task_of
-        from gmm_dist.kernel import Precision
+        from gmm_dist.em.estep import Precision
+        from gmm_dist.em.lane import Lane, Outcome, grouped, task_of
+        from gmm_dist.em.mstep import advance
 
         lanes = [Lane.start(parameters, self._config) for parameters in starts]
         while running := [lane for lane in lanes if lane.n_iter < iterations]:
@@ -129,7 +130,7 @@ def _ray_shards(problem: Problem, folder: Path) -> Any:
     import ray
     from processes import Loader
 
-    from gmm_dist.cluster import RayShards, ScalingConfig
+    from gmm_dist.shards.ray_shards import RayShards, ScalingConfig
 
     here = {"PYTHONPATH": str(Path(__file__).parent)}
     os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -149,7 +150,7 @@ def _ray_shards(problem: Problem, folder: Path) -> Any:
 
 
 def _n_shards(problem: Problem) -> int:
-    from gmm_dist.lake import default_shards
+    from gmm_dist.lake.deal import default_shards
 
     return default_shards(problem.shape.n)
 

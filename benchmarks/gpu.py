@@ -26,13 +26,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # not installed on a borrowed machine
 
-from gmm_dist.cohort import Lane, advance, grouped, task_of
 from gmm_dist.config import EMConfig
-from gmm_dist.families import FAMILIES
-from gmm_dist.kernel import EStep, Precision, Total
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
-from gmm_dist.shards import Block, ShardRows, run_on
-from gmm_dist.statistics import PassStatistics
+from gmm_dist.em.estep import EStep, Precision, Total
+from gmm_dist.em.lane import Lane, grouped, task_of
+from gmm_dist.em.mstep import advance
+from gmm_dist.em.statistics import PassStatistics
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.shards.protocol import Block, ShardRows
+from gmm_dist.shards.tree_sum import run_on
 
 CHECKED = (3_000, 16, 5)  # n, d, K
 _ALLOWED = {"float32": 1e-4, "float64": 1e-11}

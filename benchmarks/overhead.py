@@ -31,17 +31,19 @@ import ray
 import torch
 from machine import append, description, n_cores
 
-from gmm_dist import dispatch, em, runs
-from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
-from gmm_dist.cluster import RayShards, ScalingConfig, connected
-from gmm_dist.cohort import Lane, grouped, task_of
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.failures import FaultConfig
-from gmm_dist.parameters import Parameters
-from gmm_dist.selection import Candidate
-from gmm_dist.shards import Block, ShardRows, TreeSum
-from gmm_dist.snapshot import Snapshot
-from gmm_dist.sweep import Standing, sweep
+from gmm_dist.em import loop
+from gmm_dist.em.lane import Lane, Snapshot, grouped, task_of
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.runs import claim
+from gmm_dist.runs.checkpoint import Checkpoint, RunIdentity, environment
+from gmm_dist.selection.ranking import Candidate
+from gmm_dist.selection.sweep import Standing, sweep
+from gmm_dist.shards import dispatch
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.protocol import Block, ShardRows
+from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected
+from gmm_dist.shards.tree_sum import TreeSum
 
 AIMS = {"checkpoints": 0.02, "driver": 0.05}
 """The largest shares of a pass of 1 s that are aimed at."""
@@ -139,14 +141,14 @@ class Clock:
     def watching(self) -> Iterator[None]:
         """Time the parts of an iteration while the block runs."""
         parts = [
-            ("encode", em, "grouped"),
-            ("encode", em, "task_of"),
+            ("encode", loop, "grouped"),
+            ("encode", loop, "task_of"),
             ("encode", ray, "put"),
             ("send", dispatch.Dispatcher, "_send"),
             ("wait", ray, "wait"),
             ("fetch", ray, "get"),
             ("sum", TreeSum, "push"),
-            ("m_step", em, "advance"),
+            ("m_step", loop, "advance"),
         ]
         with ExitStack() as stack:
             for label, owner, name in parts:
@@ -189,7 +191,7 @@ def _keeper(stack: ExitStack, clock: Clock, output: Path | None) -> Callable[...
     """Return what jobs/fitting.py does after each pass, timed, or nothing."""
     if output is None:
         return lambda number, snapshot: None
-    run = stack.enter_context(runs.claim(str(output)))
+    run = stack.enter_context(claim.claim(str(output)))
     stack.callback(run.forget)
     identity = RunIdentity("plan", (), {}, environment())
     checkpoints = run.checkpoints(identity)

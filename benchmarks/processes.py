@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gmm_dist.shards import Block, S, ShardRows, Task, TreeSum, run_on
+from gmm_dist.shards.protocol import Block, S, ShardRows, Task
+from gmm_dist.shards.tree_sum import TreeSum, run_on
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,12 @@ from problems import Mixture, mean_log_likelihood
 from processes import Loader, ProcessShards
 
 from gmm_dist.config import ABSOLUTE, EMConfig, StartConfig
-from gmm_dist.kernel import EStep, Total
-from gmm_dist.lake import default_shards
-from gmm_dist.parameters import Parameters
-from gmm_dist.selection import Candidate, Scored
-from gmm_dist.shards import S, Shards, Task
-from gmm_dist.sweep import sweep
+from gmm_dist.em.estep import EStep, Total
+from gmm_dist.lake.deal import default_shards
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.selection.ranking import Candidate, Scored
+from gmm_dist.selection.sweep import sweep
+from gmm_dist.shards.protocol import S, Shards, Task
 
 Rows = npt.NDArray[np.float32]
 

@@ -34,12 +34,13 @@ import pyarrow.parquet as pq
 import torch
 from sklearn.mixture import GaussianMixture
 
-from gmm_dist import artifacts, lake
-from gmm_dist.checkpoint import RunIdentity
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import Parameters
-from gmm_dist.scored import ScoreFiles
-from gmm_dist.scoring import Scoring
+from gmm_dist.lake.plan import plan_lake
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.runs import load
+from gmm_dist.runs.checkpoint import RunIdentity
+from gmm_dist.scoring.files import ScoreFiles
+from gmm_dist.scoring.scorer import Scoring
 
 _JOB = Path(__file__).parent.parent / "jobs" / "score.py"
 _CONTENDERS = ("job", "one-worker", "sklearn")
@@ -105,9 +106,9 @@ def _make(options: argparse.Namespace, folder: Path) -> None:
         pq.write_table(table, name, row_group_size=_ROWS_PER_GROUP)
     names = tuple(table.column_names[1:])
     rows = np.column_stack([table[name] for name in names]).astype(np.float64)
-    with artifacts.claim(str(folder / "model")) as attempt:
+    with load.claim(str(folder / "model")) as attempt:
         mixture = Mixture(_parameters(rows, options.k, options.covariance_type), names)
-        provenance = artifacts.Provenance({}, "made up", True, 0, {}, "", {})
+        provenance = load.Provenance({}, "made up", True, 0, {}, "", {})
         attempt.write_model(mixture, provenance)
         attempt.commit()
 
@@ -170,10 +171,10 @@ def _workers_peak(driver: int) -> int:
 
 def _one_worker(folder: Path, out: Path, answers: Any) -> None:
     torch.set_num_threads(1)
-    mixture = artifacts.load(str(folder / "model"))
+    mixture = load.load(str(folder / "model"))
     began = time.perf_counter()
     names = mixture.feature_names
-    plan = lake.plan(str(folder / "lake"), columns=names, missing="mean", keep=["id"])
+    plan = plan_lake(str(folder / "lake"), columns=names, missing="mean", keep=["id"])
     kept = pa.schema([plan.schema.field("id")])
     identity = RunIdentity(plan.hash, (), {})
     files = ScoreFiles(plan, Scoring(mixture.parameters, kept), str(out), identity, "attempt")
@@ -193,7 +194,7 @@ def _sklearn(folder: Path, out: Path, answers: Any) -> None:
 
 def _reference(folder: Path) -> tuple[GaussianMixture, list[str]]:
     """Return scikit-learn's mixture of the model's parameters."""
-    mixture = artifacts.load(str(folder / "model"))
+    mixture = load.load(str(folder / "model"))
     parts, kind = mixture.parameters, mixture.covariance_type
     model = GaussianMixture(mixture.n_components, covariance_type=kind)
     model.weights_, model.means_ = parts.weights.numpy(), parts.means.numpy()

@@ -14,28 +14,30 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gmm_dist.artifacts import load as load
-    from gmm_dist.bayesian import BayesianGaussianMixture as BayesianGaussianMixture
     from gmm_dist.errors import UserError as UserError
-    from gmm_dist.estimator import GaussianMixture as GaussianMixture
-    from gmm_dist.grid import select as select
-    from gmm_dist.mixture import Mixture as Mixture
-    from gmm_dist.opened import open_lake as open_lake
-    from gmm_dist.parameters import Parameters as Parameters
+    from gmm_dist.estimators.bayesian_gaussian_mixture import (
+        BayesianGaussianMixture as BayesianGaussianMixture,
+    )
+    from gmm_dist.estimators.gaussian_mixture import GaussianMixture as GaussianMixture
+    from gmm_dist.estimators.select import select as select
+    from gmm_dist.lake.lake import open_lake as open_lake
+    from gmm_dist.model.mixture import Mixture as Mixture
+    from gmm_dist.model.parameters import Parameters as Parameters
+    from gmm_dist.runs.load import load as load
 
 __version__ = "0.1.0"
 
 # Where the public names live. They are imported when first asked for, so that the mathematics
 # runs where only torch is installed, and reading a lake does not wait for torch.
 _HOMES = {
-    "BayesianGaussianMixture": "bayesian",
-    "GaussianMixture": "estimator",
-    "Mixture": "mixture",
-    "Parameters": "parameters",
+    "BayesianGaussianMixture": "estimators.bayesian_gaussian_mixture",
+    "GaussianMixture": "estimators.gaussian_mixture",
+    "Mixture": "model.mixture",
+    "Parameters": "model.parameters",
     "UserError": "errors",
-    "load": "artifacts",
-    "open_lake": "opened",
-    "select": "grid",
+    "load": "runs.load",
+    "open_lake": "lake.lake",
+    "select": "estimators.select",
 }
 
 __all__ = [

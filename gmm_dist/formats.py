@@ -115,3 +115,8 @@ def _exponent(value: float) -> int:
 
 def _signed(text: str) -> str:
     return text.replace("-", _MINUS)
+
+
+def gigabytes(n_bytes: int) -> str:
+    """Return e.g. "1.5 GiB"."""
+    return f"{n_bytes / 2**30:,.1f} GiB"

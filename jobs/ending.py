@@ -21,8 +21,8 @@ from ray.exceptions import RayError, RayTaskError
 from stopping import Stopper, stopper
 
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.failures import is_full
-from gmm_dist.lease import LeaseLost
+from gmm_dist.runs.lease import LeaseLost
+from gmm_dist.shards.failures import is_full
 
 logger = logging.getLogger("gmm_dist.ending")
 

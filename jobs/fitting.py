@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-import reporting
 import results
 import torch
 from ending import said_how_to_resume
@@ -22,24 +21,26 @@ from results import Fitted, print_table, spell_best
 from stopping import finish
 from talking import say, screen
 
-from gmm_dist import artifacts, lake, runs
-from gmm_dist.assembly import load_rows, require_means, start_workers
-from gmm_dist.checkpoint import Checkpoint, RunIdentity, environment
-from gmm_dist.cluster import ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.em.evaluate import training_quantiles
+from gmm_dist.em.lane import Snapshot
 from gmm_dist.errors import UserError
-from gmm_dist.failures import FaultConfig
+from gmm_dist.fitting.lake_sweep import require_means, start_workers
 from gmm_dist.formats import counted
-from gmm_dist.histogram import training_quantiles
-from gmm_dist.lake import Plan
-from gmm_dist.loading import Counted, LakeLoader, loader_for
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import Parameters
-from gmm_dist.runs import Run
-from gmm_dist.selection import Candidate, SweepResult
-from gmm_dist.shards import Shards
-from gmm_dist.snapshot import Snapshot
-from gmm_dist.sweep import Keep, Watch, sweep
+from gmm_dist.lake.load import Counted, LakeLoader, loader_for
+from gmm_dist.lake.plan import Plan, plan_lake
+from gmm_dist.lake.session import load_rows
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.report import of_fit
+from gmm_dist.runs import claim, load
+from gmm_dist.runs.checkpoint import Checkpoint, RunIdentity, environment
+from gmm_dist.runs.claim import Run
+from gmm_dist.selection.ranking import Candidate, SweepResult
+from gmm_dist.selection.sweep import Keep, Watch, sweep
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.protocol import Shards
+from gmm_dist.shards.ray_shards import ScalingConfig, connected
 
 logger = logging.getLogger("gmm_dist.fitting")
 
@@ -52,7 +53,7 @@ def fit_lake(options: argparse.Namespace, again: Again) -> None:
     """
     torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
     began = time.monotonic()
-    with said_how_to_resume(again), runs.claim(options.output, resume=options.resume) as run:
+    with said_how_to_resume(again), claim.claim(options.output, resume=options.resume) as run:
         if run.committed:
             say(f"{options.output}: the run has committed before, nothing is left to do")
             return
@@ -74,7 +75,7 @@ def fit_lake(options: argparse.Namespace, again: Again) -> None:
     print_table(result, warnings)
     best = spell_best(result.best, result.criterion)
     output = options.output.rstrip("/")
-    report = f", report in {output}/{reporting.NAME}" if has_report else ""
+    report = f", report in {output}/{of_fit.NAME}" if has_report else ""
     say(f"best by {best}; model in {output}/model{report}")
 
 
@@ -178,7 +179,7 @@ class Job:
             quantiles = None
             if result.best is not None:
                 quantiles = training_quantiles(shards, result.best.fit.parameters)
-            sample = reporting.draw(shards, result, self.start.random_state)
+            sample = of_fit.draw(shards, result, self.start.random_state)
             look(shards, result)
         return Fitted(result, counted, quantiles, sample)
 
@@ -228,7 +229,7 @@ def _digest(given: Sequence[Parameters]) -> str:
 
 def _given(options: argparse.Namespace) -> Mixture | None:
     start = getattr(options, "start", None)
-    return None if start is None else artifacts.load(start)
+    return None if start is None else load.load(start)
 
 
 def _candidates(options: argparse.Namespace, given: Mixture | None) -> list[Candidate]:
@@ -245,7 +246,7 @@ def _candidates(options: argparse.Namespace, given: Mixture | None) -> list[Cand
 
 def plan_rows(options: argparse.Namespace) -> Plan:
     """Plan the rows that the command line asks for."""
-    return lake.plan(
+    return plan_lake(
         options.data,
         columns=options.columns,
         weight_column=options.weight_column,

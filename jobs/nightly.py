@@ -19,7 +19,6 @@ from datetime import date, timedelta
 from typing import Any
 
 import early  # noqa: F401 - first: signals while the rest is loaded
-import reporting
 import results
 import torch
 from ending import KEPT_BACK, run, said_how_to_resume
@@ -30,26 +29,32 @@ from score import score_lake
 from stopping import holding
 from talking import quiet, say
 
-from gmm_dist import artifacts, commit, gate, lake, nights, registry, runs, score_runs, scored
-from gmm_dist.cluster import ScalingConfig, connected
-from gmm_dist.column_drift import ColumnDrift, column_drift, sample_size
-from gmm_dist.drift import Densities, Drift, Numbered, compare_densities, drift
 from gmm_dist.errors import NoRows, SchemaError, TooFewRows, UserError
-from gmm_dist.gate import Gate
-from gmm_dist.lake import Missing, Plan
-from gmm_dist.lease import Lease
-from gmm_dist.matching import Matching, match
-from gmm_dist.mixture import Mixture
-from gmm_dist.quantiles import SMALLEST
-from gmm_dist.records import FORMAT_VERSION
-from gmm_dist.registry import Lineage, Published, Registry
-from gmm_dist.runs import Run
-from gmm_dist.sample import Coreset, DrawCoreset
-from gmm_dist.selection import CRITERIA, SweepResult
-from gmm_dist.shards import Shards
+from gmm_dist.lake import nights
+from gmm_dist.lake.filters import Where, parse
+from gmm_dist.lake.plan import Missing, Plan, plan_lake
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.quantiles import SMALLEST
+from gmm_dist.nightly import gate
+from gmm_dist.nightly.column_drift import ColumnDrift, column_drift, sample_size
+from gmm_dist.nightly.drift import Densities, Drift, Numbered, compare_densities, drift
+from gmm_dist.nightly.gate import Gate
+from gmm_dist.nightly.lineage import DRIFT, GATE, LINEAGE, Lineage, Published, night_of
+from gmm_dist.nightly.matching import Matching, match
+from gmm_dist.nightly.registry import Registry
+from gmm_dist.report import of_fit
+from gmm_dist.runs import claim, commit, load
+from gmm_dist.runs.claim import Run
+from gmm_dist.runs.json_files import FORMAT_VERSION
+from gmm_dist.runs.lease import Lease
+from gmm_dist.scoring import files
+from gmm_dist.scoring import run as score_runs
+from gmm_dist.selection.coreset import Coreset, DrawCoreset
+from gmm_dist.selection.ranking import CRITERIA, SweepResult
+from gmm_dist.shards.protocol import Shards
+from gmm_dist.shards.ray_shards import ScalingConfig, connected
 from gmm_dist.storage import absolute, join
 from gmm_dist.urls import redacted
-from gmm_dist.where import Where, parse
 
 logger = logging.getLogger("gmm_dist.nightly")
 
@@ -101,7 +106,7 @@ def _publish(
         _check_scores(options)
     with (
         _telling_of("--registry"),
-        runs.claim(options.output, resume=options.resume) as run,
+        claim.claim(options.output, resume=options.resume) as run,
     ):
         if run.committed:
             return True
@@ -172,9 +177,7 @@ def _score(options: argparse.Namespace, again: Again) -> None:
 def _is_scored(scoring: argparse.Namespace) -> bool:
     """Say whether a run of these very options has committed its scores, of whatever files."""
     try:
-        config = artifacts.read_report(join(scoring.output, scored.HOME), score_runs.REPORT)[
-            "config"
-        ]
+        config = load.read_report(join(scoring.output, files.HOME), score_runs.REPORT)["config"]
     except UserError:
         return False
     return all(config.get(name) == getattr(scoring, name) for name in ("keep", "where", "outliers"))
@@ -204,7 +207,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(
             f"--outliers is {options.outliers:g}: give a share from {SMALLEST:g} to below 1"
         )
-    options.night = registry.night_of(options.night)
+    options.night = night_of(options.night)
     options.output = Registry(options.registry).model_url(options.night)
     options.own_where, options.partition_key = options.where, None
     if options.where is not None:
@@ -215,7 +218,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _look_at_nights(options: argparse.Namespace) -> None:
     """Find out how the lake spells a night, and choose the rows by it."""
     if options.partition_key is None:
-        with quiet("gmm_dist.listing"):  # planning lists the same files
+        with quiet("gmm_dist.lake.listing"):  # planning lists the same files
             options.partition_key = nights.find(options.data, options.partition)
         options.where = _rows_of(options, days=options.days).text
 
@@ -305,7 +308,7 @@ def _plan(
 ) -> Plan:
     """Plan the rows of so many days; say so where there are none yet."""
     try:
-        return lake.plan(
+        return plan_lake(
             options.data,
             columns=options.columns,
             weight_column=options.weight_column,
@@ -463,7 +466,7 @@ class _Night:
         )
         changes = self._drift(work, matching, ids)
         self._write(run.attempt, [], work, more, changes, ids, ids)
-        run.attempt.write_json(registry.LINEAGE, lineage.to_json())
+        run.attempt.write_json(LINEAGE, lineage.to_json())
         logger.info("committing")
         turn.check()
         with holding():
@@ -514,13 +517,13 @@ class _Night:
             "warnings": (more or {}).get("warnings", []),
             **asdict(self.gate),
         }
-        attempt.write_json(registry.GATE, {"format_version": FORMAT_VERSION, **verdict})
+        attempt.write_json(GATE, {"format_version": FORMAT_VERSION, **verdict})
         told = {**verdict, "drift": None}
         if changes is not None:
             told["drift"] = asdict(changes)
-            attempt.write_json(registry.DRIFT, {"format_version": FORMAT_VERSION, **told["drift"]})
+            attempt.write_json(DRIFT, {"format_version": FORMAT_VERSION, **told["drift"]})
         if work is None:
-            reporting.write(attempt, None, nightly=told)
+            of_fit.write(attempt, None, nightly=told)
             return
         loader, settings = work.job.loader, work.job.settings
         results.write(

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from gmm_dist.cluster import ScalingConfig
 from gmm_dist.config import INITS, PRECISIONS, EMConfig, StartConfig
 from gmm_dist.errors import UserError
-from gmm_dist.failures import FaultConfig
 from gmm_dist.formats import printable
-from gmm_dist.parameters import COVARIANCE_TYPES
-from gmm_dist.quantiles import SMALLEST
+from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.quantiles import SMALLEST
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.ray_shards import ScalingConfig
 from gmm_dist.urls import Url, redacted, without_secrets
 
 _EM, _START = EMConfig(), StartConfig()  # the defaults

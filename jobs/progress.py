@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 from talking import bearing
 
-from gmm_dist.em import Status
+from gmm_dist.em.loop import Status
 from gmm_dist.formats import counted
-from gmm_dist.selection import Scored, SweepResult
-from gmm_dist.sweep import Standing
+from gmm_dist.selection.ranking import Scored, SweepResult
+from gmm_dist.selection.sweep import Standing
 
 logger = logging.getLogger("gmm_dist.progress")
 

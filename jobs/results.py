@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import reporting
 import torch
 from progress import notes, ranking
 from talking import bearing, say, screen
 
-from gmm_dist import __version__, artifacts
-from gmm_dist.artifacts import Attempt
-from gmm_dist.lake import Plan
-from gmm_dist.loading import Counted, LakeLoader
-from gmm_dist.mixture import Mixture
-from gmm_dist.quantiles import Quantiles
-from gmm_dist.selection import Scored, SweepResult
+from gmm_dist import __version__
+from gmm_dist.lake.load import Counted, LakeLoader
+from gmm_dist.lake.plan import Plan
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.quantiles import Quantiles
+from gmm_dist.report import of_fit
+from gmm_dist.runs import load
+from gmm_dist.runs.load import Attempt
+from gmm_dist.selection.ranking import Scored, SweepResult
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")
 
@@ -77,8 +78,8 @@ def write(
         attempt.write_model(mixture, _provenance(result.best, plan, settings))
     if fitted.sample is not None:
         sample = fitted.sample + torch.from_numpy(loader.centre)
-    attempt.write_json(artifacts.REPORT, content)
-    return reporting.write(attempt, content, mixture, sample, numbers=numbers, nightly=nightly)
+    attempt.write_json(load.REPORT, content)
+    return of_fit.write(attempt, content, mixture, sample, numbers=numbers, nightly=nightly)
 
 
 def spell_best(best: Scored, criterion: str) -> str:
@@ -103,11 +104,11 @@ def mixture_of(fitted: Fitted, loader: LakeLoader, ids: tuple[int, ...] | None =
     )
 
 
-def _provenance(best: Scored, plan: Plan, settings: dict[str, Any]) -> artifacts.Provenance:
+def _provenance(best: Scored, plan: Plan, settings: dict[str, Any]) -> load.Provenance:
     criteria = {"bic": best.bic, "aic": best.aic, "icl": best.icl}
     if best.holdout is not None:
         criteria["holdout"] = best.holdout
-    return artifacts.Provenance(
+    return load.Provenance(
         criteria=criteria,
         status=best.fit.status.value,
         converged=best.fit.converged,
@@ -141,7 +142,7 @@ def _report(
 
 def _versions() -> dict[str, str | None]:
     # Ours is asked of the package itself: a Ray job's working directory is not installed.
-    return {"gmm_dist": __version__, **artifacts.library_versions(_PACKAGES)}
+    return {"gmm_dist": __version__, **load.library_versions(_PACKAGES)}
 
 
 def _entry(scored: Scored, rank: int) -> dict[str, Any]:

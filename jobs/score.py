@@ -23,18 +23,19 @@ from progress import Progress
 from stopping import finish
 from talking import say, screen
 
-from gmm_dist import artifacts, lake, score_runs
-from gmm_dist.checkpoint import RunIdentity, environment
-from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.errors import UserError
-from gmm_dist.failures import FaultConfig
 from gmm_dist.formats import counted
-from gmm_dist.lake import Plan
-from gmm_dist.mixture import Mixture
-from gmm_dist.model_files import model_sha256
-from gmm_dist.runs import Run
-from gmm_dist.scored import Scored, ScoreFiles, collect
-from gmm_dist.scoring import Scoring
+from gmm_dist.lake.plan import Plan, plan_lake
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.runs import load
+from gmm_dist.runs.checkpoint import RunIdentity, environment
+from gmm_dist.runs.claim import Run
+from gmm_dist.runs.model_folder import model_sha256
+from gmm_dist.scoring import run as score_runs
+from gmm_dist.scoring.files import Scored, ScoreFiles, collect
+from gmm_dist.scoring.scorer import Scoring
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected
 from gmm_dist.urls import redacted
 
 logger = logging.getLogger("gmm_dist.score")
@@ -116,14 +117,14 @@ class _Job:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Self:
-        mixture = artifacts.load(options.model)
+        mixture = load.load(options.model)
         if not mixture.feature_names:
             raise UserError(
                 f"{redacted(options.model)} keeps no names of its features, by which a lake's "
                 "columns are found: pass a model that fit.py or sweep.py wrote"
             )
         threshold = _threshold(mixture, options)
-        plan = lake.plan(
+        plan = plan_lake(
             options.data,
             columns=mixture.feature_names,
             where=options.where,

@@ -14,7 +14,7 @@ from ending import run
 from fitting import fit_lake
 from options import Again, Parser, add_common, parse_k
 
-from gmm_dist.selection import CRITERIA
+from gmm_dist.selection.ranking import CRITERIA
 
 
 def sweep(argv: Sequence[str]) -> None:

@@ -230,7 +230,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     import fitting  # only now: annotations of modules that conftest.py imports go unchecked
     import here
 
-    from gmm_dist import figures
+    from gmm_dist.report import figures
 
     monkeypatch.setattr(fitting.Job, "resident", here.resident)
     monkeypatch.setattr(figures, "drawn", here.titled)

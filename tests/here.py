@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import fitting
 from progress import Progress
 
-from gmm_dist.assembly import load_rows
-from gmm_dist.cluster import RayShards
-from gmm_dist.loading import Counted
-from gmm_dist.shards import Loader, LocalShards, S, Shards, Task
-from gmm_dist.svg import Drawing
+from gmm_dist.lake.load import Counted
+from gmm_dist.lake.session import load_rows
+from gmm_dist.report.svg import Drawing
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Loader, S, Shards, Task
+from gmm_dist.shards.ray_shards import RayShards
 
 
 class HereShards(RayShards):

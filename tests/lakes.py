@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gmm_dist import reading
-from gmm_dist.lake import Plan
-from gmm_dist.reading import RowCounts
+from gmm_dist.lake import read
+from gmm_dist.lake.plan import Plan
+from gmm_dist.lake.read import RowCounts
 
 Floats = npt.NDArray[np.float64]
 
@@ -46,7 +46,7 @@ def numbered(folder: Path) -> Path:
 def read_all(plan: Plan, **options: Any) -> tuple[Floats, Floats | None, RowCounts]:
     """Return all rows in plan order, their weights and the counts."""
     shards = range(plan.n_shards)
-    parts = [part for shard in shards for part in reading.read(plan, shard, **options)]
+    parts = [part for shard in shards for part in read.read(plan, shard, **options)]
     X = np.concatenate([np.empty((0, plan.n_features)), *(part.X for part in parts)])
     weights = [part.sample_weight for part in parts if part.sample_weight is not None]
     weight = np.concatenate(weights) if weights else None
@@ -55,7 +55,7 @@ def read_all(plan: Plan, **options: Any) -> tuple[Floats, Floats | None, RowCoun
 
 def held_out(plan: Plan, column: int = 0) -> set[float]:
     """Return the values of one feature in the held-out rows."""
-    parts = [part for shard in range(plan.n_shards) for part in reading.read(plan, shard)]
+    parts = [part for shard in range(plan.n_shards) for part in read.read(plan, shard)]
     assert all(part.held_out is not None for part in parts)
     return {float(x) for part in parts for x in part.X[part.held_out, column]}
 

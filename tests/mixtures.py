@@ -10,11 +10,12 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from gmm_dist import em
 from gmm_dist.config import EMConfig
-from gmm_dist.kernel import Total
-from gmm_dist.parameters import Parameters
-from gmm_dist.shards import Block, LocalShards, ShardRows
+from gmm_dist.em import loop
+from gmm_dist.em.estep import Total
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
 
 FIXED = settings(derandomize=True, database=None, deadline=None, max_examples=25)
 """The same examples every time, however slow the machine."""
@@ -87,19 +88,19 @@ def fit(
     *,
     edges: Sequence[int] = (),
     sample_weight: Tensor | None = None,
-    watch: em.Watch = lambda lanes: None,
-) -> list[em.FitResult]:
+    watch: loop.Watch = lambda lanes: None,
+) -> list[loop.FitResult]:
     """Centre the rows as the jobs do, run EM, and return the fits in the rows' own place."""
     weight = torch.ones(len(X), dtype=torch.float64) if sample_weight is None else sample_weight
     centre = (weight @ X.double()) / weight.sum()
     local = shards((X.double() - centre).to(X.dtype), edges, sample_weight)
     total = local.run(Total(X.shape[1]))
     moved_starts = [start.shifted(-centre) for start in starts]
-    results = em.fit(local, moved_starts, config, total, watch=watch)
+    results = loop.fit(local, moved_starts, config, total, watch=watch)
     return [moved(result, centre) for result in results]
 
 
-def moved(result: em.FitResult, offset: Tensor) -> em.FitResult:
+def moved(result: loop.FitResult, offset: Tensor) -> loop.FitResult:
     """Return the same fit of rows moved by `offset`."""
     return replace(result, parameters=result.parameters.shifted(offset))
 

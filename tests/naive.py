@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.parameters import Parameters
 
 Array = npt.NDArray[np.float64]
 

@@ -8,9 +8,9 @@ from typing import Any
 import mixtures
 import numpy as np
 
-from gmm_dist.mixture import Mixture
-from gmm_dist.planes import Clusters
-from gmm_dist.report import Sample
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.report.page import Sample
+from gmm_dist.report.projection import Clusters
 
 _VOID = {"meta", "link", "br", "hr", "img", "input"}
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from gmm_dist.config import EMConfig
-from gmm_dist.em import FitResult
-from gmm_dist.families import FAMILIES, Densities
-from gmm_dist.parameters import COVARIANCE_TYPES, Stack
-from gmm_dist.seeding import start_of
+from gmm_dist.em.loop import FitResult
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Stack
+from gmm_dist.selection.kmeans import start_of
 
 N, K = 1500, 3
 Make = Callable[[torch.Generator, int, Tensor], Tensor]

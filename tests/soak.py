@@ -43,7 +43,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from gmm_dist.commit import ATTEMPTS, MANIFEST, MODEL, WHO
+from gmm_dist.runs.commit import ATTEMPTS, MANIFEST, MODEL, WHO
 from tests import hosts
 from tests.conftest import (
     S3Server,

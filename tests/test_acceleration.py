@@ -9,9 +9,9 @@ import mixtures
 import pytest
 import torch
 
-from gmm_dist.acceleration import Squarem, coordinates, parameters_at
 from gmm_dist.config import EMConfig
-from gmm_dist.parameters import COVARIANCE_TYPES
+from gmm_dist.em.squarem import Squarem, coordinates, parameters_at
+from gmm_dist.model.parameters import COVARIANCE_TYPES
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 SCALE = torch.tensor([1.0, 100.0, 1e-3], dtype=torch.float64)

@@ -22,14 +22,14 @@ import torch
 from conftest import S3Server
 from fsspec.implementations.memory import MemoryFileSystem
 
-from gmm_dist import artifacts
-from gmm_dist.artifacts import Attempt, Provenance, claim, load, read_report, repair
 from gmm_dist.errors import UserError
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
-from gmm_dist.places import Place
-from gmm_dist.quantiles import Quantiles
-from gmm_dist.records import FileEntry
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.quantiles import Quantiles
+from gmm_dist.runs import load as artifacts
+from gmm_dist.runs.folder import Place
+from gmm_dist.runs.json_files import FileEntry
+from gmm_dist.runs.load import Attempt, Provenance, claim, load, read_report, repair
 from gmm_dist.storage import Patience, open_url
 
 PROVENANCE = Provenance(

@@ -15,12 +15,12 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from gmm_dist import open_lake
-from gmm_dist.bayesian import BayesianGaussianMixture
 from gmm_dist.errors import UserError
-from gmm_dist.model_files import model_sha256
-from gmm_dist.parameters import COVARIANCE_TYPES
-from gmm_dist.shares import INIT_PARAMS
-from gmm_dist.variational import WEIGHT_PRIORS
+from gmm_dist.estimators.bayesian_gaussian_mixture import BayesianGaussianMixture
+from gmm_dist.estimators.init_params import INIT_PARAMS
+from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.variational import WEIGHT_PRIORS
+from gmm_dist.runs.model_folder import model_sha256
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 every_prior = pytest.mark.parametrize("weight_prior", WEIGHT_PRIORS)

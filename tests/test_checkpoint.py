@@ -15,15 +15,15 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from gmm_dist.checkpoint import (
+from gmm_dist.errors import UserError
+from gmm_dist.runs.checkpoint import (
     Checkpoint,
     CheckpointStore,
     RunIdentity,
     checkpoint_names,
     environment,
 )
-from gmm_dist.errors import UserError
-from gmm_dist.places import Place
+from gmm_dist.runs.folder import Place
 
 IDENTITY = RunIdentity(
     plan_hash="c0ffee",
@@ -210,7 +210,7 @@ def test_a_difference_that_cannot_be_named(local: Place) -> None:
 
 def test_a_newer_format_is_refused(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr("gmm_dist.checkpoint.FORMAT_VERSION", 2)
+        newer.setattr("gmm_dist.runs.checkpoint.FORMAT_VERSION", 2)
         write(local, 5)
     with pytest.raises(UserError, match="has format version 2, this gmm_dist reads 1 at most"):
         latest(local)

@@ -19,12 +19,13 @@ import pytest
 import ray
 import torch
 
-from gmm_dist import cluster
-from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.errors import UserError
-from gmm_dist.shards import Block, LocalShards, ShardRows
-from gmm_dist.sweep import Candidate, SweepResult, sweep
+from gmm_dist.selection.sweep import Candidate, SweepResult, sweep
+from gmm_dist.shards import ray_shards
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
+from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected
 
 N_SHARDS, D = 7, 3
 
@@ -177,7 +178,7 @@ class Mute:
 def test_what_is_no_ray_is_told_in_time(
     monkeypatch: pytest.MonkeyPatch, scheme: str, reply: bytes
 ) -> None:
-    monkeypatch.setattr(cluster, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(ray_shards, "_ANSWER_SECONDS", 1.0)
     with closing(Mute(reply)) as other:
         began = time.monotonic()
         with (
@@ -234,7 +235,7 @@ def test_gpus_that_nobody_has_are_refused_in_seconds(ray_address: str) -> None:
 def test_a_cluster_without_cpus_says_so_and_ends_in_time(
     ray_address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cluster, "_PLACES_SECONDS", 0.3)
+    monkeypatch.setattr(ray_shards, "_PLACES_SECONDS", 0.3)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})
     with (
         caplog.at_level(logging.INFO),
@@ -259,9 +260,9 @@ def test_sockets_get_names_that_are_short_enough(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     for base in ("/t", "/" + 38 * "t", "/" + 39 * "t", "/" + 90 * "t", "/" + 30 * "ü"):
         monkeypatch.setenv("TMPDIR", base)
-        folder = cluster._temp_dir() or f"{base}/ray"
+        folder = ray_shards._temp_dir() or f"{base}/ray"
         assert len(os.fsencode(folder + longest)) <= 107
-        assert (cluster._temp_dir() is None) is (len(os.fsencode(base)) <= 39)
+        assert (ray_shards._temp_dir() is None) is (len(os.fsencode(base)) <= 39)
 
 
 def test_the_process_keeps_its_handlers_of_signals(ray_address: str) -> None:
@@ -301,7 +302,7 @@ def test_a_signal_while_ray_starts_or_ends_reaches_the_process_own_handler(
     seen: list[int] = []
     for name in ("init", "shutdown"):
         monkeypatch.setattr(ray, name, meddle if name == at else lambda *asked, **options: None)
-    monkeypatch.setattr(cluster, "_require_places", lambda scaling: None)
+    monkeypatch.setattr(ray_shards, "_require_places", lambda scaling: None)
     before = signal.signal(signal.SIGTERM, ours)
     try:
         with connected("local", ScalingConfig()):
@@ -335,12 +336,12 @@ def test_memory_is_known_without_ray_only_where_ray_would_start(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    one, two = (cluster.most_memory(None, ScalingConfig(n, False), 8) for n in (1, 2))
+    one, two = (ray_shards.most_memory(None, ScalingConfig(n, False), 8) for n in (1, 2))
     assert 2 * two <= one <= total
-    assert cluster.most_memory(None, ScalingConfig(2, False), 1) == one  # one shard, one worker
-    assert cluster.most_memory("head:6379", ScalingConfig(), 8) == sys.maxsize
+    assert ray_shards.most_memory(None, ScalingConfig(2, False), 1) == one  # one shard, one worker
+    assert ray_shards.most_memory("head:6379", ScalingConfig(), 8) == sys.maxsize
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert cluster.most_memory(None, ScalingConfig(), 8) == sys.maxsize
+    assert ray_shards.most_memory(None, ScalingConfig(), 8) == sys.maxsize
 
 
 def test_ray_prints_nothing_of_workers_that_die(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +353,7 @@ def test_ray_prints_nothing_of_workers_that_die(monkeypatch: pytest.MonkeyPatch)
 
     theirs = ray._private.worker.listen_error_messages
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(cluster, "_require_places", lambda scaling: None)
+    monkeypatch.setattr(ray_shards, "_require_places", lambda scaling: None)
     with connected("local", ScalingConfig()):
         pass
     assert said == [None]
@@ -365,7 +366,7 @@ def test_ray_is_started_for_no_more_workers_than_have_shards(
     """It starts a process for each CPU that it is told of, before any is asked for."""
     asked: list[object] = []
     monkeypatch.setattr(ray, "init", lambda *_, **options: asked.append(options["num_cpus"]))
-    monkeypatch.setattr(cluster, "_require_places", lambda scaling: None)
+    monkeypatch.setattr(ray_shards, "_require_places", lambda scaling: None)
     n_cpus = os.cpu_count() or 1
     for n_workers in (None, 10**23, 1):
         with connected("local", ScalingConfig(n_workers).at_most(n_cpus + 3)):

@@ -12,10 +12,10 @@ import torch
 from mixtures import parameters, rows
 from scipy.stats import norm
 
-from gmm_dist.column_drift import ColumnDrift, column_drift, sample_size
-from gmm_dist.gate import Gate
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import Parameters
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.nightly.column_drift import ColumnDrift, column_drift, sample_size
+from gmm_dist.nightly.gate import Gate
 
 NAMES = ("x", "y", "z")
 MAX = Gate().max_drift

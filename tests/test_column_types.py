@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from gmm_dist import lake
-from gmm_dist.column_types import join, without_views
 from gmm_dist.errors import UserError
-from gmm_dist.streaming import row_groups, stream
+from gmm_dist.lake.parquet.column_types import join, without_views
+from gmm_dist.lake.plan import plan_lake
+from gmm_dist.lake.stream import row_groups, stream
 
 FAR, NEAR = dt.datetime(9999, 12, 31), dt.datetime(2026, 11, 1)
 
@@ -76,7 +76,7 @@ def _plain(value: Any) -> Any:
 
 def _kept(url: Path) -> list[list[Any]]:
     """Return the values of the kept column, file by file; all of them have one type."""
-    plan = lake.plan(str(url), columns=["row"], missing="mean", keep=["c"])
+    plan = plan_lake(str(url), columns=["row"], missing="mean", keep=["c"])
     parts = [
         pa.concat_tables([kept for kept, _ in stream(plan, i, row_groups(plan)[i])])
         for i in range(len(plan.files))
@@ -165,7 +165,7 @@ def test_nested_texts_that_are_views_are_filtered_and_kept(
     tmp_path: Path, type_: pa.DataType, values: list[Any]
 ) -> None:
     lakes.write(tmp_path / "a.parquet", {"row": [0.0, 1.0, 2.0], "c": pa.array(values, type_)})
-    plan = lake.plan(str(tmp_path), columns=["row"], missing="mean", keep=["c"], where="row >= 1")
+    plan = plan_lake(str(tmp_path), columns=["row"], missing="mean", keep=["c"], where="row >= 1")
     ((kept, _),) = stream(plan, 0, row_groups(plan)[0])
     assert kept["c"].to_pylist() == values[1:]
 
@@ -197,7 +197,7 @@ def test_what_would_be_rounded_is_refused_at_planning(
     lakes.write(tmp_path / "a.parquet", {"row": [0.0], "c": a})
     lakes.write(tmp_path / "b.parquet", {"row": [1.0], "c": b})
     with pytest.raises(UserError, match=message) as caught:
-        lake.plan(str(tmp_path), columns=["row"], keep=["c"])
+        plan_lake(str(tmp_path), columns=["row"], keep=["c"])
     assert "\n" not in str(caught.value)
 
 
@@ -219,7 +219,7 @@ def test_ids_that_were_floats_because_of_a_null_go_along(tmp_path: Path) -> None
 def test_texts_that_are_views_are_filtered_and_kept(tmp_path: Path) -> None:
     views = pa.array(["a", "b", None], pa.string_view())
     lakes.write(tmp_path / "a.parquet", {"row": [0.0, 1.0, 2.0], "c": views})
-    plan = lake.plan(str(tmp_path), columns=["row"], missing="mean", keep=["c"], where="row >= 1")
+    plan = plan_lake(str(tmp_path), columns=["row"], missing="mean", keep=["c"], where="row >= 1")
     ((kept, X),) = stream(plan, 0, row_groups(plan)[0])
     assert kept["c"].to_pylist() == ["b", None]
     assert X.tolist() == [[1, 2]]

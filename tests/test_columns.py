@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from gmm_dist import lake, reading
 from gmm_dist.errors import UserError
-from gmm_dist.reading import RowCounts
+from gmm_dist.lake import read
+from gmm_dist.lake.plan import plan_lake
+from gmm_dist.lake.read import RowCounts
 
 
 def test_features_are_by_default_the_floating_point_columns_in_order(tmp_path):
@@ -25,7 +26,7 @@ def test_features_are_by_default_the_floating_point_columns_in_order(tmp_path):
         "e": lakes.embeddings(np.ones((2, 3))),
     }
     lakes.write(tmp_path / "year=1" / "a.parquet", columns)
-    plan = lake.plan(str(tmp_path), weight_column="w")
+    plan = plan_lake(str(tmp_path), weight_column="w")
     assert plan.columns == plan.feature_names == ("b", "a")
     assert plan.n_features == 2
     assert lakes.read_all(plan)[1].tolist() == [1.0, 2.0]
@@ -33,7 +34,7 @@ def test_features_are_by_default_the_floating_point_columns_in_order(tmp_path):
 
 def test_an_embedding_is_the_default_when_no_column_is_floating(tmp_path):
     columns = {"id": [1, 2], "emb": lakes.embeddings(np.arange(6.0).reshape(2, 3))}
-    plan = lake.plan(str(lakes.write(tmp_path / "a.parquet", columns)))
+    plan = plan_lake(str(lakes.write(tmp_path / "a.parquet", columns)))
     assert plan.columns == ("emb",)
     assert plan.feature_names == ("emb[0]", "emb[1]", "emb[2]")
     assert lakes.read_all(plan)[0].tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -59,8 +60,8 @@ NUMERIC = [
     ("column", "wide"), NUMERIC, ids=lambda value: str(getattr(value, "type", value))
 )
 def test_every_numeric_type_is_read_exactly(tmp_path, column, wide):
-    plan = lake.plan(str(lakes.write(tmp_path / "a.parquet", {"c": column})), columns=["c"])
-    (rows,) = reading.read(plan, 0)
+    plan = plan_lake(str(lakes.write(tmp_path / "a.parquet", {"c": column})), columns=["c"])
+    (rows,) = read.read(plan, 0)
     assert plan.float64_source is wide
     assert rows.X.dtype == (np.float64 if wide else np.float32)
     assert rows.X.T.flags.c_contiguous
@@ -72,7 +73,7 @@ def test_columns_are_unified_by_name_over_files(tmp_path):
     lakes.write(tmp_path / "a.parquet", {"x": pa.array([1, 2], pa.int32()), "y": [1.0, 2.0]})
     columns = {"extra": ["u"], "y": pa.array([3], pa.float32()), "x": [2.5]}
     lakes.write(tmp_path / "b.parquet", columns)
-    plan = lake.plan(str(tmp_path))
+    plan = plan_lake(str(tmp_path))
     assert plan.columns == ("x", "y")
     assert lakes.read_all(plan)[0].tolist() == [[1, 1], [2, 2], [2.5, 3]]
 
@@ -81,22 +82,22 @@ def test_embeddings_of_narrower_numbers_or_nothing_but_null_join_the_others(tmp_
     lakes.write(tmp_path / "a.parquet", {"e": lakes.embeddings([[1, 2]], type_=pa.float32())})
     lakes.write(tmp_path / "b.parquet", {"e": lakes.embeddings([[0.1, 4]])})
     lakes.write(tmp_path / "c.parquet", {"e": pa.nulls(1)})
-    X, _, counts = lakes.read_all(lake.plan(str(tmp_path), missing="drop"))
+    X, _, counts = lakes.read_all(plan_lake(str(tmp_path), missing="drop"))
     assert X.tolist() == [[1, 2], [0.1, 4]]
     assert counts == RowCounts(read=3, dropped=1)
 
 
 def test_a_wider_type_in_any_file_makes_the_source_float64(tmp_path):
     lakes.write(tmp_path / "a.parquet", {"x": pa.array([1], pa.float32())})
-    assert not lake.plan(str(tmp_path)).float64_source
+    assert not plan_lake(str(tmp_path)).float64_source
     lakes.write(tmp_path / "b.parquet", {"x": pa.array([2**24 + 1], pa.int64())})
-    plan = lake.plan(str(tmp_path))
+    plan = plan_lake(str(tmp_path))
     assert plan.float64_source
     assert lakes.read_all(plan)[0][-1] == 2**24 + 1
 
 
 def test_only_needed_columns_are_read(tmp_path):
-    plan = lake.plan(
+    plan = plan_lake(
         str(lakes.numbered(tmp_path)), columns=["x"], where="dt > '2026-11-01' and i > 3"
     )
     assert plan.read_columns == ("x", "i")
@@ -147,7 +148,7 @@ def test_an_unfit_column_is_refused(tmp_path, changes, options, message):
     other = {name: value for name, value in (columns | changes).items() if value is not None}
     lakes.write(tmp_path / "k=1" / "b.parquet", other)
     with pytest.raises(UserError, match=message) as caught:
-        lake.plan(str(tmp_path), **options)
+        plan_lake(str(tmp_path), **options)
     assert "\n" not in str(caught.value)
 
 
@@ -155,8 +156,8 @@ def test_a_column_that_occurs_twice_in_a_file_is_refused(tmp_path):
     table = pa.Table.from_arrays([pa.array([1.0])] * 3, names=["x", "x", "y"])
     lakes.write(tmp_path / "a.parquet", table)
     with pytest.raises(UserError, match=r"a\.parquet: column 'x' occurs twice; mend the files"):
-        lake.plan(str(tmp_path))
-    assert lakes.read_all(lake.plan(str(tmp_path), columns=["y"]))[0].tolist() == [[1.0]]
+        plan_lake(str(tmp_path))
+    assert lakes.read_all(plan_lake(str(tmp_path), columns=["y"]))[0].tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize("n_lists", [0, 2])
@@ -166,12 +167,12 @@ def test_no_default_feature_is_an_error(tmp_path, n_lists):
     message = rf"no floating-point column and {n_lists} columns of lists of numbers among 'id'.*"
     message += r"; name the feature columns with --columns, of the numeric id$"
     with pytest.raises(UserError, match=message):
-        lake.plan(str(tmp_path))
+        plan_lake(str(tmp_path))
 
 
 def test_a_wide_lake_is_told_of_in_a_short_line(tmp_path, caplog):
     lakes.write(tmp_path / "a.parquet", {f"f{i}": [1.0] for i in range(1200)})
     with caplog.at_level("INFO", "gmm_dist"):
-        lake.plan(str(tmp_path))
+        plan_lake(str(tmp_path))
     assert "1,200 features: f0, f1, " in caplog.text
     assert caplog.text.rstrip().endswith("f11 and 1,188 more")

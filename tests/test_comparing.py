@@ -18,10 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gmm_dist import lake
-from gmm_dist.comparing import DoesNotFit, Passing
 from gmm_dist.errors import NoRows, UserError
-from gmm_dist.where import parse
+from gmm_dist.lake.filters import parse
+from gmm_dist.lake.parquet.comparing import DoesNotFit, Passing
+from gmm_dist.lake.plan import plan_lake
 
 COMPARE = {
     "==": operator.eq,
@@ -86,7 +86,7 @@ def _is_match(stored: Any, op: str, literal: float, type_: pa.DataType) -> bool:
 def _rows(url: Path, where: str) -> list[float]:
     """Return the numbers of the rows that pass: planned by footers, then read."""
     try:
-        return lakes.read_all(lake.plan(str(url), columns=["row"], where=where))[0][:, 0].tolist()
+        return lakes.read_all(plan_lake(str(url), columns=["row"], where=where))[0][:, 0].tolist()
     except NoRows:
         return []
 
@@ -212,7 +212,7 @@ def test_statistics_that_are_not_of_the_column_are_not_trusted(tmp_path: Path) -
     values = [math.nan, 1.0, 7.0]
     lakes.write(tmp_path / "a.parquet", {"row": [0.0, 1.0, 2.0], "c": values}, rows_per_group=1)
     assert _rows(tmp_path, "c > 5") == [2]
-    assert lake.plan(str(tmp_path), columns=["row"], where="c > 5").n_rows < 3
+    assert plan_lake(str(tmp_path), columns=["row"], where="c > 5").n_rows < 3
 
 
 def test_decimals_are_compared_with_all_digits_of_a_quoted_number(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_types_that_do_not_go_together_are_told_with_both_files(
     lakes.write(tmp_path / "a.parquet", {"row": [0.0], "c": a})
     lakes.write(tmp_path / "b.parquet", {"row": [1.0], "c": b})
     with pytest.raises(UserError, match=message) as caught:
-        lake.plan(str(tmp_path), columns=["row"], where=where)
+        plan_lake(str(tmp_path), columns=["row"], where=where)
     assert "\n" not in str(caught.value)
 
 
@@ -377,5 +377,5 @@ def test_row_groups_that_cannot_match_are_not_read(
 ) -> None:
     table = {"row": [0.0, 1.0, 2.0], "c": column}
     lakes.write(tmp_path / "a.parquet", table, rows_per_group=1)
-    assert lake.plan(str(tmp_path), columns=["row"], where=where).n_rows == 1
+    assert plan_lake(str(tmp_path), columns=["row"], where=where).n_rows == 1
     assert len(_rows(tmp_path, where)) == 1

@@ -8,8 +8,9 @@ import re
 import lakes
 import pytest
 
-from gmm_dist import data_files, lake, listing
 from gmm_dist.errors import UserError
+from gmm_dist.lake import data_files, listing
+from gmm_dist.lake.plan import plan_lake
 
 # Names under which Hive, Athena, Presto, Trino, Spark and Hadoop leave Parquet files.
 NAMES = [
@@ -20,7 +21,7 @@ NAMES = [
 
 
 def read(url: object) -> list[float]:
-    X, _, _ = lakes.read_all(lake.plan(str(url), columns=["x"]))
+    X, _, _ = lakes.read_all(plan_lake(str(url), columns=["x"]))
     return sorted(X.ravel().tolist())
 
 
@@ -91,7 +92,7 @@ def test_a_damaged_file_without_a_suffix_is_not_passed_over(tmp_path, keep):
 
 def test_a_folder_without_any_suffix_is_a_lake(tmp_path):
     lakes.write(tmp_path / "ds=1" / "000000_0", {"x": [1.0]})
-    assert lake.plan(str(tmp_path), where="ds == 1").n_rows == 1
+    assert plan_lake(str(tmp_path), where="ds == 1").n_rows == 1
 
 
 def test_a_folder_of_other_things_is_not_looked_through_for_ever(tmp_path, monkeypatch):

@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as encryption
 import pytest
 
-from gmm_dist import lake, reading, streaming
 from gmm_dist.errors import UserError
+from gmm_dist.lake import read as reading
+from gmm_dist.lake import stream
+from gmm_dist.lake.plan import plan_lake
 
 DAYS = [
     dt.datetime(1, 1, 1),
@@ -32,9 +34,9 @@ def nothing_cached():
 
 
 def streamed(url, **options):
-    plan = lake.plan(str(url), missing="mean", **options)
-    groups = streaming.row_groups(plan)
-    parts = [part for i in range(len(plan.files)) for part in streaming.stream(plan, i, groups[i])]
+    plan = plan_lake(str(url), missing="mean", **options)
+    groups = stream.row_groups(plan)
+    parts = [part for i in range(len(plan.files)) for part in stream.stream(plan, i, groups[i])]
     return pa.concat_tables([kept for kept, _ in parts]), np.concatenate([X for _, X in parts], 1)
 
 
@@ -61,7 +63,7 @@ def dated(request, tmp_path):
     ],
 )
 def test_far_timestamps_are_compared_as_they_are(dated, where, kept):
-    X, _, _ = lakes.read_all(lake.plan(str(dated), columns=["x"], where=where))
+    X, _, _ = lakes.read_all(plan_lake(str(dated), columns=["x"], where=where))
     assert X.ravel().tolist() == kept
     assert streamed(dated, columns=["x"], where=where)[1].ravel().tolist() == kept
 
@@ -80,7 +82,7 @@ def test_far_timestamps_beside_a_file_of_nanoseconds(dated, order, where, kept):
     (dated / "a.parquet").rename(dated / f"{order[0]}.parquet")
     near = np.array(["2262-01-01T00:00:00.000000001"], "datetime64[ns]")
     lakes.write(dated / f"{order[1]}.parquet", {"x": [6.0], "until": near})
-    X, _, _ = lakes.read_all(lake.plan(str(dated), columns=["x"], where=where))
+    X, _, _ = lakes.read_all(plan_lake(str(dated), columns=["x"], where=where))
     assert sorted(X.ravel()) == kept
     assert sorted(streamed(dated, columns=["x"], where=where)[1].ravel()) == kept
 
@@ -94,8 +96,8 @@ def test_far_timestamps_beside_a_file_of_nanoseconds(dated, order, where, kept):
     ],
 )
 def test_that_int96_is_read_to_the_microsecond_is_said(dated, request, caplog, options, told):
-    with caplog.at_level("INFO", "gmm_dist.lake"):
-        lake.plan(str(dated), columns=["x"], **options)
+    with caplog.at_level("INFO", "gmm_dist.lake.survey"):
+        plan_lake(str(dated), columns=["x"], **options)
     line = "INT96 timestamps are compared and kept to the microsecond, finer digits cut off: until"
     is_int96 = request.node.callspec.params["dated"] == "int96"
     assert (line in caplog.messages) is (told and is_int96)
@@ -121,14 +123,14 @@ def test_a_page_with_a_wrong_checksum_is_named(tmp_path):
     path.write_bytes(data)
     message = f"{path}: cannot be read as Parquet .*checksum.*; write the file again or move it"
     for read in (
-        lambda: lakes.read_all(lake.plan(str(path), columns=["x"])),
-        lambda: reading.probe(lake.plan(str(path), columns=["x"])),
+        lambda: lakes.read_all(plan_lake(str(path), columns=["x"])),
+        lambda: reading.probe(plan_lake(str(path), columns=["x"])),
         lambda: streamed(path, columns=["x"]),
         lambda: streamed(path, columns=["i"], keep=["x"]),
     ):
         with pytest.raises(UserError, match=message):
             read()
-    assert len(lakes.read_all(lake.plan(str(path), columns=["i"]))[0]) == 10_000
+    assert len(lakes.read_all(plan_lake(str(path), columns=["i"]))[0]) == 10_000
 
 
 # --- rows that the footer promises
@@ -165,7 +167,7 @@ def test_a_row_group_with_fewer_rows_than_promised_is_named(tmp_path, n_shards):
     path = promising(tmp_path / "b.parquet", 900, 1000, OF_FILE, OF_COLUMN, OF_GROUP)
     message = f"{path}, row group 0: 900 rows where the footer has 1,000; write the file again"
     with pytest.raises(UserError, match=message):
-        lakes.read_all(lake.plan(str(tmp_path), n_shards=n_shards))
+        lakes.read_all(plan_lake(str(tmp_path), n_shards=n_shards))
     with pytest.raises(UserError, match=message):
         streamed(tmp_path)
 
@@ -174,7 +176,7 @@ def test_a_footer_that_contradicts_itself_is_named(tmp_path):
     path = promising(tmp_path / "b.parquet", 900, 1000, OF_FILE)
     message = f"{path}: the footer promises 1,000 rows, its row groups 900; write the file again"
     with pytest.raises(UserError, match=message):
-        lake.plan(str(tmp_path))
+        plan_lake(str(tmp_path))
 
 
 def test_rows_beyond_those_that_a_footer_promises_are_not_passed_over(tmp_path):
@@ -185,7 +187,7 @@ def test_rows_beyond_those_that_a_footer_promises_are_not_passed_over(tmp_path):
         "write the file again or move it away"
     )
     with pytest.raises(UserError, match=message):
-        lake.plan(str(tmp_path))
+        plan_lake(str(tmp_path))
 
 
 # --- footers in which Arrow ends the process, where it is asked from Python
@@ -216,11 +218,11 @@ def test_a_damaged_footer_is_named_and_ends_no_process(tmp_path, damage):
     message = f"{path}: cannot be read as Parquet .*{reason}.*; write the file again or move it"
     for options in ({}, {"columns": ["x"]}, {"columns": ["y"], "where": "x > 0"}):
         with pytest.raises(UserError, match=message):
-            lake.plan(str(path), **options)
+            plan_lake(str(path), **options)
     with pytest.raises(UserError, match=message):
-        lake.plan(str(path), columns=["y"], keep=["x"], missing="mean")
+        plan_lake(str(path), columns=["y"], keep=["x"], missing="mean")
     if damage == "type":  # the chunk's alone: of another column it is no matter
-        assert lakes.read_all(lake.plan(str(path), columns=["y"]))[0].shape == (20, 1)
+        assert lakes.read_all(plan_lake(str(path), columns=["y"]))[0].shape == (20, 1)
 
 
 class _Keys(encryption.KmsClient):
@@ -247,9 +249,9 @@ def test_columns_beside_one_that_is_encrypted_are_read(tmp_path):
     path = tmp_path / "a.parquet"
     with pq.ParquetWriter(path, table.schema, encryption_properties=locked) as writer:
         writer.write_table(table)
-    plan = lake.plan(str(path), columns=["x"], where="i >= 2")
+    plan = plan_lake(str(path), columns=["x"], where="i >= 2")
     assert lakes.read_all(plan)[0].ravel().tolist() == [2, 3, 4]
     assert streamed(path, columns=["x"], keep=["i"])[0]["i"].to_pylist() == [0, 1, 2, 3, 4]
     for options in ({}, {"columns": ["x"], "keep": ["secret"]}):
         with pytest.raises(UserError, match=r"^\S*a\.parquet: cannot be read as Parquet .*decrypt"):
-            lake.plan(str(path), **options)
+            plan_lake(str(path), **options)

@@ -17,10 +17,11 @@ import pytest
 import ray
 import torch
 
-from gmm_dist.cluster import RayShards, ScalingConfig, connected
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.failures import FaultConfig
-from gmm_dist.shards import Block, Loader, LocalShards, ShardRows
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, Loader, ShardRows
+from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected
 
 N_SHARDS, D = 9, 3
 # What takes minutes in life takes seconds here; each test shortens what it is about.

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mixtures import FIXED, parameters, rows, shards
 
-from gmm_dist.drift import (
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.nightly.drift import (
     Densities,
     DensityHistogram,
     Drift,
@@ -22,11 +24,10 @@ from gmm_dist.drift import (
     drift,
     spread_change,
 )
-from gmm_dist.matching import match
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import Parameters
-from gmm_dist.records import to_json
-from gmm_dist.shards import Block, LocalShards, ShardRows
+from gmm_dist.nightly.matching import match
+from gmm_dist.runs.json_files import to_json
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
 
 DENSITIES = Densities(-1.0, -0.5, None, None, DensityHistogram((0.0, 1.0), (1.0,), (1.0,)))
 

@@ -16,12 +16,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from gmm_dist.config import ABSOLUTE, EMConfig, StartConfig
-from gmm_dist.em import Status
-from gmm_dist.families import Densities
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters, Stack
-from gmm_dist.seeding import start_of as start_from
-from gmm_dist.selection import Candidate
-from gmm_dist.sweep import sweep
+from gmm_dist.em.loop import Status
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, Stack
+from gmm_dist.selection.kmeans import start_of as start_from
+from gmm_dist.selection.ranking import Candidate
+from gmm_dist.selection.sweep import sweep
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 every_precision = pytest.mark.parametrize("precision", ["auto", "float32", "float64"])

@@ -15,7 +15,7 @@ from options import Again
 from test_jobs import ROOT, Errors
 
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.lease import LeaseLost
+from gmm_dist.runs.lease import LeaseLost
 
 AGAIN = Again(str(ROOT / "jobs" / "fit.py"), ["D", "--k", "2", "--output", "O"])
 GO_ON = f"; go on with: {AGAIN.to_resume()}"

@@ -31,10 +31,10 @@ from test_reference import CASES, data, name, start_of
 
 import gmm_dist
 from gmm_dist import GaussianMixture, open_lake
-from gmm_dist.estimator import ranked
-from gmm_dist.inputs import tensor_of, viewed
-from gmm_dist.statistics import TotalMoments
-from gmm_dist.trials import MaximumLikelihood, Trial, moments_of_shares
+from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.em.trials import MaximumLikelihood, Trial, moments_of_shares
+from gmm_dist.estimators.restarts import ranked
+from gmm_dist.model.arrays import tensor_of, viewed
 
 KINDS = ("full", "tied", "diag", "spherical")
 INITS = ("kmeans", "k-means++", "random", "random_from_data")

@@ -18,7 +18,7 @@ from ray.exceptions import (
 )
 
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.failures import Budget, FaultConfig, Verdict, judge, reason
+from gmm_dist.shards.failures import Budget, FaultConfig, Verdict, judge, reason
 
 
 def raised(cause: Exception) -> Exception:

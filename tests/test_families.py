@@ -12,19 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal
 
-from gmm_dist.families import (
+from gmm_dist.em.features import Features
+from gmm_dist.model.covariance import (
     FAMILIES,
     NEVER,
-    Densities,
     Moments,
     maximise,
     n_feature_rows,
-    n_parameters,
     natural,
     product_pairs,
 )
-from gmm_dist.features import Features
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters, Stack
+from gmm_dist.model.criteria import n_parameters
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, Stack
 
 CPU = torch.device("cpu")
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)

@@ -11,9 +11,9 @@ import numpy as np
 import pages
 import pytest
 
-from gmm_dist import figures
-from gmm_dist.figures import Point
-from gmm_dist.planes import Clusters, plane
+from gmm_dist.report import figures
+from gmm_dist.report.figures import Point
+from gmm_dist.report.projection import Clusters, plane
 
 SERIES = {"full": [Point(1, 100.0), Point(2, 0.0), Point(3, 4.0, False)], "diag": [Point(2, 25.0)]}
 

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gmm_dist import footers, lake
 from gmm_dist.errors import SchemaError, UserError
-from gmm_dist.where import parse
+from gmm_dist.lake.filters import parse
+from gmm_dist.lake.parquet import footers
+from gmm_dist.lake.plan import plan_lake
 
 FLOATS = [0.5, 1.5, 2.5]
 
@@ -38,32 +39,32 @@ def frame(index: Any) -> pd.DataFrame:
 )
 def test_an_index_of_pandas_is_no_default_feature(tmp_path: Path, index: Any) -> None:
     frame(index).to_parquet(tmp_path / "a.parquet")
-    assert lake.plan(str(tmp_path)).columns == ("x",)
+    assert plan_lake(str(tmp_path)).columns == ("x",)
 
 
 def test_an_index_is_a_feature_for_those_who_name_it(tmp_path: Path) -> None:
     frame(pd.Index(FLOATS, name="when")).to_parquet(tmp_path / "a.parquet")
-    assert lake.plan(str(tmp_path), columns=["when", "x"]).columns == ("when", "x")
-    assert lake.plan(str(tmp_path), columns=["x"], weight_column="when").weight_column == "when"
+    assert plan_lake(str(tmp_path), columns=["when", "x"]).columns == ("when", "x")
+    assert plan_lake(str(tmp_path), columns=["x"], weight_column="when").weight_column == "when"
 
 
 def test_a_copy_of_such_a_file_is_known_by_the_name(tmp_path: Path) -> None:
     columns = {"x": FLOATS, "__index_level_0__": FLOATS, "__index_level_x__": FLOATS}
     lakes.write(tmp_path / "a.parquet", columns)
-    assert lake.plan(str(tmp_path)).columns == ("x", "__index_level_x__")
+    assert plan_lake(str(tmp_path)).columns == ("x", "__index_level_x__")
 
 
 def test_an_index_in_one_file_is_one_in_all(tmp_path: Path) -> None:
     frame(pd.Index(FLOATS, name="when")).to_parquet(tmp_path / "a.parquet")
     lakes.write(tmp_path / "b.parquet", {"x": FLOATS, "when": FLOATS})
-    assert lake.plan(str(tmp_path)).columns == ("x",)
+    assert plan_lake(str(tmp_path)).columns == ("x",)
 
 
 def test_nothing_but_indices_is_told(tmp_path: Path) -> None:
     pd.DataFrame({"i": [1, 2, 3]}, index=FLOATS).to_parquet(tmp_path / "a.parquet")
     message = r"no floating-point column .* \('__index_level_0__': an index of pandas\); name the"
     with pytest.raises(SchemaError, match=message):
-        lake.plan(str(tmp_path))
+        plan_lake(str(tmp_path))
 
 
 @pytest.mark.parametrize("said", [b"no json", b"[]", b'{"index_columns": 5}', b"{}", b'"x"'])
@@ -84,8 +85,8 @@ def test_a_line_says_which_columns_are_used_and_which_could_be(
         "emb": [[1.0, 2.0]] * 3,
     }
     pd.DataFrame(columns, index=FLOATS).to_parquet(tmp_path / "k=1.parquet")
-    with caplog.at_level(logging.INFO, "gmm_dist.lake"):
-        lake.plan(str(tmp_path), weight_column="w")
+    with caplog.at_level(logging.INFO, "gmm_dist.lake.plan"):
+        plan_lake(str(tmp_path), weight_column="w")
     assert caplog.messages[-1] == (
         "2 features: x, 'y\\n'; weights: w; numeric columns left out: id (int64), "
         "emb (list<element: double>), __index_level_0__ (an index of pandas)"
@@ -98,12 +99,12 @@ def test_the_line_is_short_for_a_wide_lake(
     wide = {f"{'c' * 300}{i}": [1.0] for i in range(500)}
     wide |= {f"{'i' * 300}{i}": [1] for i in range(500)}
     lakes.write(tmp_path / "a.parquet", wide)
-    with caplog.at_level(logging.INFO, "gmm_dist.lake"):
-        lake.plan(str(tmp_path))
+    with caplog.at_level(logging.INFO, "gmm_dist.lake.plan"):
+        plan_lake(str(tmp_path))
     assert len(caplog.messages[-1]) < 2500
     assert "and 488 more" in caplog.messages[-1]
     with pytest.raises(UserError) as caught:
-        lake.plan(str(tmp_path), columns=["nope"])
+        plan_lake(str(tmp_path), columns=["nope"])
     assert len(str(caught.value)) < 3000
 
 
@@ -124,26 +125,26 @@ def test_nulls_are_told_from_the_footer(tmp_path: Path) -> None:
         "impute such rows first$"
     )
     with pytest.raises(UserError, match=message):
-        lake.plan(str(tmp_path))
-    assert lake.plan(str(tmp_path), columns=["x"]).n_rows == 4
+        plan_lake(str(tmp_path))
+    assert plan_lake(str(tmp_path), columns=["x"]).n_rows == 4
     for missing in ("drop", "mean"):
-        assert lake.plan(str(tmp_path), missing=missing).n_rows == 4
+        assert plan_lake(str(tmp_path), missing=missing).n_rows == 4
 
 
 def test_a_filter_by_row_may_leave_nulls_out_and_one_by_file_too(tmp_path: Path) -> None:
     holed(tmp_path / "k=1" / "a.parquet")
     lakes.write(tmp_path / "k=2" / "a.parquet", {"x": [5.0], "y": [6.0], "i": [5]})
-    assert len(lakes.read_all(lake.plan(str(tmp_path), where="i != 3 and i != 4"))[0]) == 3
+    assert len(lakes.read_all(plan_lake(str(tmp_path), where="i != 3 and i != 4"))[0]) == 3
     with pytest.raises(UserError, match="row 0: column 'y' is null"):
-        lakes.read_all(lake.plan(str(tmp_path), where="i > 2"))
-    assert len(lakes.read_all(lake.plan(str(tmp_path), where="k == 2"))[0]) == 1
+        lakes.read_all(plan_lake(str(tmp_path), where="i > 2"))
+    assert len(lakes.read_all(plan_lake(str(tmp_path), where="k == 2"))[0]) == 1
     with pytest.raises(UserError, match=r"k=1/a\.parquet, row group 1: column 'y' has 2 nulls"):
-        lake.plan(str(tmp_path), where="k == 1")
+        plan_lake(str(tmp_path), where="k == 1")
 
 
 def test_where_footers_do_not_tell_the_load_does(tmp_path: Path) -> None:
     holed(tmp_path / "a.parquet", write_statistics=False)
-    plan = lake.plan(str(tmp_path))
+    plan = plan_lake(str(tmp_path))
     with pytest.raises(UserError, match="row group 1, row 0: column 'y' is null; pass --missing"):
         lakes.read_all(plan)
 
@@ -157,11 +158,11 @@ def test_a_lists_nulls_are_told_and_those_of_other_columns_are_not(tmp_path: Pat
         "x": [1.0],
     }
     lakes.write(tmp_path / "a.parquet", columns)
-    assert lake.plan(str(tmp_path)).columns == ("x",)
+    assert plan_lake(str(tmp_path)).columns == ("x",)
     message = "column 't' has 1 null, lists or elements of them; pass --missing drop"
     for names in (["t"], ["t[0]", "t[1]"]):
         with pytest.raises(UserError, match=message):
-            lake.plan(str(tmp_path), columns=names)
+            plan_lake(str(tmp_path), columns=names)
 
 
 # --- wide lakes, many files
@@ -174,7 +175,7 @@ def test_planning_takes_time_in_line_with_the_columns(tmp_path: Path) -> None:
         for name in "ab":
             lakes.write(path / f"{name}.parquet", {f"c{i}": [0.5, 1.5] for i in range(n)})
         began = time.process_time()
-        plan = lake.plan(str(path))
+        plan = plan_lake(str(path))
         assert plan.n_features == n
         assert lakes.read_all(plan)[0].shape == (4, n)
         return time.process_time() - began
@@ -190,14 +191,14 @@ def test_a_filter_of_thousands_of_comparisons_is_planned(tmp_path: Path) -> None
         tmp_path / "a.parquet", {"x": np.arange(n) / 2, "id": np.arange(n)}, rows_per_group=20
     )
     text = " and ".join(f"id != {i}" for i in range(9000) if i % 100 > 90 or i < 100)
-    plan = lake.plan(str(tmp_path), columns=["id"], where=text)
+    plan = plan_lake(str(tmp_path), columns=["id"], where=text)
     expected = [i for i in range(n) if not (i % 100 > 90 or i < 100)]
     assert lakes.read_all(plan)[0][:, 0].tolist() == expected
     text = " and ".join(f"id > {i}" for i in range(9000))
     with pytest.raises(
         UserError, match=r"no rows match the filter id > 0 and id > 1 and .*; widen"
     ) as caught:
-        lake.plan(str(tmp_path), columns=["id"], where=text)
+        plan_lake(str(tmp_path), columns=["id"], where=text)
     assert len(str(caught.value)) < 500
 
 
@@ -219,13 +220,13 @@ def test_a_filter_of_thousands_of_comparisons_is_planned(tmp_path: Path) -> None
 def test_columns_of_any_name_are_read_and_filtered(tmp_path: Path, name: str) -> None:
     columns = {"x": [1.0, 2.0], name: [3.0, 4.0], "a": [{"b": 1}, {"b": 2}]}
     lakes.write(tmp_path / "a.parquet", columns)
-    plan = lake.plan(str(tmp_path), where=f"col({name!r}) > 3")
+    plan = plan_lake(str(tmp_path), where=f"col({name!r}) > 3")
     assert plan.columns == ("x", name)
     assert lakes.read_all(plan)[0].tolist() == [[2, 4]]
     assert parse(plan.where.text) == plan.where
     with pytest.raises(UserError) as caught:
-        lake.plan(str(tmp_path), columns=["nope"], where=f"col({name!r}) > 'u'")
+        plan_lake(str(tmp_path), columns=["nope"], where=f"col({name!r}) > 'u'")
     assert str(caught.value).isprintable()
     with pytest.raises(UserError) as caught:
-        lake.plan(str(tmp_path), where=f"col({name!r}) > 'u'")
+        plan_lake(str(tmp_path), where=f"col({name!r}) > 'u'")
     assert str(caught.value).isprintable()

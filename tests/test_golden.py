@@ -17,9 +17,9 @@ import pytest
 import score as score_job
 import torch
 
-from gmm_dist import artifacts
-from gmm_dist.parameters import COVARIANCE_TYPES
-from gmm_dist.registry import Registry
+from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.nightly.registry import Registry
+from gmm_dist.runs import load
 
 GOLDEN = Path(__file__).parent / "golden"
 MODIFIED = 1_764_000_000 * 10**9  # of the lake's first file then; the plan's hash knows them
@@ -53,15 +53,15 @@ def hashes(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 def test_models_are_loaded(kind: str) -> None:
     for url in (f"{GOLDEN}/models/{kind}", f"{GOLDEN}/models/{kind}/model"):
-        model = artifacts.load(url)
+        model = load.load(url)
         assert (model.covariance_type, model.n_components) == (kind, 3)
         assert model.feature_names == ("x", "y")
         assert (model.n_samples, model.log_likelihood) == (720.0, -2500.25)
         assert torch.equal(model.parameters.covariances, COVARIANCES[kind])
         assert model.parameters.weights.tolist() == [0.5, 0.25, 0.25]
         assert model.parameters.means.tolist() == [[0, 0], [6, 1], [-3, 7]]
-    assert artifacts.read_report(f"{GOLDEN}/models/{kind}") == {"criterion": "bic"}
-    assert artifacts.repair(f"{GOLDEN}/models/{kind}") == ()
+    assert load.read_report(f"{GOLDEN}/models/{kind}") == {"criterion": "bic"}
+    assert load.repair(f"{GOLDEN}/models/{kind}") == ()
 
 
 def test_a_registry_is_read() -> None:
@@ -72,7 +72,7 @@ def test_a_registry_is_read() -> None:
     assert before is not None
     assert before.lineage.night_before == "2026-11-21"
     assert sorted(before.lineage.ids) == [0, 1, 2]
-    assert artifacts.load(str(GOLDEN / "registry")).component_ids == before.lineage.ids
+    assert load.load(str(GOLDEN / "registry")).component_ids == before.lineage.ids
 
 
 def test_a_registry_is_continued(golden: Path, in_process: None) -> None:
@@ -103,8 +103,8 @@ def test_scores_are_recognised_and_resumed(golden: Path, ray_address: str) -> No
     assert score_job.main([*argv, "unfinished"]) == 2  # not without --resume
     assert score_job.main([*argv, "unfinished", "--resume"]) == 0
     assert first.stat().st_mtime_ns == written
-    found = artifacts.read_report("unfinished/_scored", "scored.json")
-    then = artifacts.read_report("scored/_scored", "scored.json")
+    found = load.read_report("unfinished/_scored", "scored.json")
+    then = load.read_report("scored/_scored", "scored.json")
     for fact in ("rows", "filtered", "missing", "columns", "plan_hash", "components"):
         assert found[fact] == then[fact]
     assert found["files"].keys() == then["files"].keys()

@@ -11,7 +11,7 @@ from sklearn.datasets import make_blobs
 
 import gmm_dist
 from gmm_dist import UserError, open_lake, select
-from gmm_dist.estimator import of_arguments
+from gmm_dist.estimators.settings import of_arguments
 
 pytestmark = pytest.mark.unchecked  # whole searches
 

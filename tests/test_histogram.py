@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from gmm_dist.em.evaluate import Histograms, Tally, training_quantiles
 from gmm_dist.errors import UserError
-from gmm_dist.histogram import Histograms, Tally, training_quantiles
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import COVARIANCE_TYPES
-from gmm_dist.quantiles import LEVELS, Quantiles
-from gmm_dist.shards import HeldOut, LocalShards, ShardRows
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.quantiles import LEVELS, Quantiles
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import HeldOut, ShardRows
 
 X = mixtures.normal_rows(20_000, 3)
 WEIGHT = mixtures.row_weights(20_000) * (torch.arange(20_000) % 7 > 0)

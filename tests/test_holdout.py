@@ -8,11 +8,12 @@ import mixtures
 import pytest
 import torch
 
-from gmm_dist.holdout import Score, mean_log_likelihoods
-from gmm_dist.kernel import Total
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import COVARIANCE_TYPES
-from gmm_dist.shards import LocalShards, ShardRows
+from gmm_dist.em.estep import Total
+from gmm_dist.em.evaluate import Score, mean_log_likelihoods
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import ShardRows
 
 X = mixtures.normal_rows(5000, 3)
 WEIGHT = mixtures.row_weights(5000)

@@ -13,8 +13,10 @@ import lakes
 import numpy as np
 import pytest
 
-from gmm_dist import lake, listing, reading, web_folders
+from gmm_dist import web_folders
 from gmm_dist.errors import UserError
+from gmm_dist.lake import listing, read
+from gmm_dist.lake.plan import plan_lake
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -93,7 +95,7 @@ def test_a_file_is_read_as_it_was_planned(served, monkeypatch, answers, small):
     monkeypatch.setattr(listing, "_SMALL_BYTES", small)
     for name, value in answers.items():
         monkeypatch.setattr(Handler, name, value)
-    plan = lake.plan(f"{served}/dt=2026-11-02/a.parquet", columns=["i"])
+    plan = plan_lake(f"{served}/dt=2026-11-02/a.parquet", columns=["i"])
     assert bool(plan.files[0].version) == (answers != ANSWERS["nothing"])
     assert lakes.read_all(plan)[0].ravel().tolist() == list(range(25, 50))
 
@@ -101,7 +103,7 @@ def test_a_file_is_read_as_it_was_planned(served, monkeypatch, answers, small):
 def test_a_folder_is_a_lake_with_its_hive_keys(served, tmp_path):
     (tmp_path / "lake" / "notes.txt").write_text("not Parquet")
     lakes.write(tmp_path / "lake" / "dt=2026-11-03" / "000000_0", {"x": [1.0], "i": [50]})
-    plan = lake.plan(served, columns=["i"], where="dt >= '2026-11-02'")
+    plan = plan_lake(served, columns=["i"], where="dt >= '2026-11-02'")
     assert lakes.read_all(plan)[0].ravel().tolist() == list(range(25, 51))
 
 
@@ -111,7 +113,7 @@ def test_a_file_that_changed_since_the_plan_is_an_error(served, tmp_path, monkey
         monkeypatch.setattr(Handler, name, value)
     path = tmp_path / "lake" / "dt=2026-11-02" / "a.parquet"
     url = f"{served}/dt=2026-11-02/a.parquet"
-    plan = lake.plan(url, columns=["i"])
+    plan = plan_lake(url, columns=["i"])
     os.utime(path, (1e9, 1e9))
     message = f"^{url}: changed since the plan was made; run again$"
     with pytest.raises(UserError, match=message):
@@ -123,7 +125,7 @@ def test_a_file_that_changed_since_the_plan_is_an_error(served, tmp_path, monkey
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(served, tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "_SMALL_BYTES", 0)
-    rows = reading.read(lake.plan(f"{served}/dt=2026-11-02/a.parquet", columns=["i"]), 0)
+    rows = read.read(plan_lake(f"{served}/dt=2026-11-02/a.parquet", columns=["i"]), 0)
     next(rows)
     os.utime(tmp_path / "lake" / "dt=2026-11-02" / "a.parquet", (1e9, 1e9))
     with pytest.raises(UserError, match="changed since the plan was made"):
@@ -137,13 +139,13 @@ def test_a_server_without_ranges_serves_what_is_small(served, tmp_path, monkeypa
         tmp_path / "lake" / "dt=2026-11-02" / "a.parquet", {"i": i, "x": lakes.numbers(50_000)}
     )
     url = f"{served}/dt=2026-11-02/a.parquet"
-    assert len(lakes.read_all(lake.plan(url, columns=["i"]))[0]) == 50_000
+    assert len(lakes.read_all(plan_lake(url, columns=["i"]))[0]) == 50_000
     monkeypatch.setattr(listing, "_SMALL_BYTES", 0)
     message = (
         f"^{url}: the server sends no parts of the file; copy it to a disk or an object store$"
     )
     with pytest.raises(UserError, match=message):
-        lake.plan(url)
+        plan_lake(url)
 
 
 @pytest.mark.parametrize("small", [0, 2**21], ids=["ranges", "whole"])
@@ -152,14 +154,14 @@ def test_a_server_that_refuses_ranges_is_not_waited_for(served, monkeypatch, sma
     monkeypatch.setattr(Handler, "refuses_ranges", True)
     url = f"{served}/dt=2026-11-02/a.parquet"
     with pytest.raises(UserError, match=f"^{url}: the server sends no parts of the file; copy"):
-        lake.plan(url)
+        plan_lake(url)
 
 
 def test_a_server_that_tells_no_size_is_named(served, monkeypatch):
     monkeypatch.setattr(Handler, "sized", False)
     url = f"{served}/dt=2026-11-02/a.parquet"
     with pytest.raises(UserError, match=f"^{url}: the server does not tell the size of the file"):
-        lake.plan(url)
+        plan_lake(url)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +187,9 @@ def test_what_an_index_page_names(links, names):
 
 def test_files_and_folders_whose_names_begin_with_http_are_read(served, tmp_path):
     lakes.write(tmp_path / "lake" / "https-logs" / "http.parquet", {"x": [1.0], "i": [50]})
-    assert sorted(lakes.read_all(lake.plan(served, columns=["i"]))[0].ravel()) == list(range(51))
+    assert sorted(lakes.read_all(plan_lake(served, columns=["i"]))[0].ravel()) == list(range(51))
 
 
 def test_what_is_not_there_is_said(served):
     with pytest.raises(UserError, match=f"^{served}/nope: no such file or folder; check the path$"):
-        lake.plan(f"{served}/nope")
+        plan_lake(f"{served}/nope")

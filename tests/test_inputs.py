@@ -12,7 +12,7 @@ import scipy.sparse
 import torch
 
 from gmm_dist import GaussianMixture, Mixture, Parameters, UserError, open_lake
-from gmm_dist.inputs import NotFinite
+from gmm_dist.model.arrays import NotFinite
 
 NAN = float("nan")
 EYES = torch.eye(2, dtype=torch.float64).repeat(2, 1, 1)

@@ -28,8 +28,8 @@ from conftest import S3Server, forget_connections
 from options import Again, parse_k
 
 import gmm_dist
-from gmm_dist.lake import plan as plan_lake
-from gmm_dist.reading import read
+from gmm_dist.lake.plan import plan_lake
+from gmm_dist.lake.read import read
 
 ROOT = Path(__file__).parent.parent
 Errors = pytest.CaptureFixture[str]
@@ -240,7 +240,7 @@ def test_workers_do_not_change_a_bit_and_neither_does_s3(
     tmp_path: Path, ray_address: str, s3_lake: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four shards in this process, and with two and three workers."""
-    monkeypatch.setattr("gmm_dist.lake._MIN_ROWS_PER_SHARD", 150)
+    monkeypatch.setattr("gmm_dist.lake.deal._MIN_ROWS_PER_SHARD", 150)
     data = lake(tmp_path / "lake")
     lakes.upload(Path(data), s3_lake.file_system(), s3_lake.url)
     hashes, common = set(), ["--columns", "x", "y", "--k", "2..3", "--holdout", "0.2"]

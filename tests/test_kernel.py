@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmm_dist import kernel
-from gmm_dist.families import FAMILIES, Moments, maximise, natural
-from gmm_dist.kernel import EStep, Total
-from gmm_dist.lanes import LaneGroup, Precision
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters, Stack
-from gmm_dist.shards import Block, LocalShards, ShardRows
+from gmm_dist.em import estep
+from gmm_dist.em.estep import EStep, Total
+from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.model.covariance import FAMILIES, Moments, maximise, natural
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, Stack
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 exact_forms = pytest.mark.parametrize("precision", [Precision.FLOAT64, Precision.CENTRED])
@@ -122,7 +123,7 @@ def test_the_error_of_float32_is_measured(kind):
     lanes = [mixtures.parameters(kind, k, 3, seed=k) for k in (1, 4)]
     whole, _ = run(X, [group(lanes, Precision.FLOAT32), group(lanes, Precision.FLOAT64)])
     single, double = whole.groups
-    assert 0 < whole.n_checked <= kernel.N_CHECKED
+    assert 0 < whole.n_checked <= estep.N_CHECKED
     assert (single.float32_error > 0).all()
     assert (single.float32_error / whole.n_checked < 1e-5).all()
     assert not double.float32_error.any()
@@ -157,7 +158,7 @@ def test_any_split_gives_the_same_statistics(kind, precision, cuts, cuts_of_bloc
 @pytest.mark.parametrize("precision", list(Precision))
 def test_several_chunks_equal_one_by_one(kind, precision):
     """Rows beyond one chunk, of uneven number, against the sum over single rows' densities."""
-    n = 2 * kernel._MAX_CHUNK + 77
+    n = 2 * estep._MAX_CHUNK + 77
     X = mixtures.rows(mixtures.parameters("full", 3, 2), n)
     weight = mixtures.row_weights(n)
     lane = mixtures.parameters(kind, 3, 2)

@@ -21,10 +21,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gmm_dist import lake, listing, reading, streaming
+import gmm_dist
 from gmm_dist.errors import NoRows, UserError
-from gmm_dist.lake import RowRange
-from gmm_dist.reading import RowCounts
+from gmm_dist.lake import listing, read, stream
+from gmm_dist.lake.deal import RowRange, deal
+from gmm_dist.lake.plan import Plan, _row_hashes, plan_lake
+from gmm_dist.lake.read import RowCounts
 
 NAN = float("nan")
 
@@ -57,7 +59,7 @@ def test_any_number_of_shards_reads_the_rows_that_arrow_reads(tmp_path, groups, 
                 first += size
                 table = pa.table({"x": i / 3, "y": i * 2.0, "w": i + 1}).cast(schema)
                 writer.write_table(table, row_group_size=max(size, 1))
-    plan = lake.plan(str(tmp_path / "lake"), weight_column="w", n_shards=n_shards)
+    plan = plan_lake(str(tmp_path / "lake"), weight_column="w", n_shards=n_shards)
     X, weight, counts = lakes.read_all(plan)
     table = ds.dataset(tmp_path / "lake").to_table()
     np.testing.assert_array_equal(X, np.stack([table["x"], table["y"]], axis=1))
@@ -85,31 +87,31 @@ def test_any_number_of_shards_reads_the_rows_that_arrow_reads(tmp_path, groups, 
     ],
 )
 def test_the_number_of_shards_depends_on_the_rows_alone(n_rows, expected):
-    assert len(lake._deal([RowRange(0, 0, 0, n_rows)], None)) == expected
+    assert len(deal([RowRange(0, 0, 0, n_rows)], None)) == expected
 
 
 def test_a_shard_may_begin_and_end_within_a_row_group(two_files):
-    plan = lake.plan(str(two_files), n_shards=8)
+    plan = plan_lake(str(two_files), n_shards=8)
     assert plan.shards[1] == (RowRange(0, 0, 6, 7), RowRange(0, 1, 0, 5))
-    assert [len(shard) for shard in lake.plan(str(two_files), n_shards=60).shards].count(0) == 10
+    assert [len(shard) for shard in plan_lake(str(two_files), n_shards=60).shards].count(0) == 10
 
 
 def test_no_shards_is_refused(two_files):
     with pytest.raises(UserError, match="0 shards; at least one is needed"):
-        lake.plan(str(two_files), n_shards=0)
+        plan_lake(str(two_files), n_shards=0)
 
 
 def test_no_rows_at_all_is_an_error(tmp_path):
     for name in ("a", "b"):
         lakes.write(tmp_path / f"{name}.parquet", {"x": pa.array([], pa.float64())})
     with pytest.raises(UserError, match=f"{tmp_path}: no rows in 2 Parquet files; check the path"):
-        lake.plan(str(tmp_path))
+        plan_lake(str(tmp_path))
 
 
 def test_the_spread_of_shard_sizes_over_many_keys(tmp_path, s3_lake):
     for i in range(40):
         lakes.write(tmp_path / f"{i:02}.parquet", {"x": lakes.numbers(11, seed=i)})
-    plan = lake.plan(lakes.upload(tmp_path, s3_lake.file_system(), s3_lake.url), n_shards=7)
+    plan = plan_lake(lakes.upload(tmp_path, s3_lake.file_system(), s3_lake.url), n_shards=7)
     assert {sum(p.stop - p.start for p in shard) for shard in plan.shards} == {
         math.floor(440 / 7),
         math.ceil(440 / 7),
@@ -120,8 +122,8 @@ def test_the_spread_of_shard_sizes_over_many_keys(tmp_path, s3_lake):
 
 
 def test_the_plan_is_a_small_value_that_travels(two_files):
-    plan = lake.plan(str(two_files), where="i >= 3 and dt <= '2026-11-02'", weight_column="i")
-    again = lake.plan(str(two_files), where="dt <= '2026-11-02' and i >= 3", weight_column="i")
+    plan = plan_lake(str(two_files), where="i >= 3 and dt <= '2026-11-02'", weight_column="i")
+    again = plan_lake(str(two_files), where="dt <= '2026-11-02' and i >= 3", weight_column="i")
     assert plan == again
     assert len(plan.hash) == 64
     travelled = pickle.loads(pickle.dumps(plan))
@@ -131,11 +133,11 @@ def test_the_plan_is_a_small_value_that_travels(two_files):
 
 
 def test_the_hash_is_the_same_in_another_process_and_by_another_spelling(two_files):
-    plan = lake.plan(str(two_files))
-    code = "from gmm_dist import lake; print(lake.plan('./').hash)"
+    plan = plan_lake(str(two_files))
+    code = "from gmm_dist import lake; print(plan_lake('./').hash)"
     environment = os.environ | {
         "PYTHONHASHSEED": "7",
-        "PYTHONPATH": str(Path(lake.__file__).parents[1]),
+        "PYTHONPATH": str(Path(gmm_dist.__file__).parents[1]),
     }
     answer = subprocess.run(
         [sys.executable, "-c", code],
@@ -146,7 +148,7 @@ def test_the_hash_is_the_same_in_another_process_and_by_another_spelling(two_fil
         check=True,
     )
     assert answer.stdout.strip() == plan.hash
-    assert lake.plan(f"file://{two_files}").hash == plan.hash
+    assert plan_lake(f"file://{two_files}").hash == plan.hash
 
 
 @pytest.mark.parametrize(
@@ -162,26 +164,26 @@ def test_the_hash_is_the_same_in_another_process_and_by_another_spelling(two_fil
     ],
 )
 def test_the_hash_changes_with_every_setting(two_files, options):
-    assert lake.plan(str(two_files), **options).hash != lake.plan(str(two_files)).hash
+    assert plan_lake(str(two_files), **options).hash != plan_lake(str(two_files)).hash
 
 
 def test_the_hash_changes_with_a_file(two_files):
-    before = lake.plan(str(two_files)).hash
+    before = plan_lake(str(two_files)).hash
     path = two_files / "dt=2026-11-01" / "a.parquet"
     os.utime(path, ns=(1, 1))
-    assert lake.plan(str(two_files)).hash != before
+    assert plan_lake(str(two_files)).hash != before
 
 
 def test_a_lake_on_s3_gives_the_same_shards_and_rows(two_files, s3_lake):
     url = lakes.upload(two_files, s3_lake.file_system(), s3_lake.url)
-    local = lake.plan(str(two_files), where="i != 3", n_shards=5)
-    remote = lake.plan(url, where="i != 3", n_shards=5)
+    local = plan_lake(str(two_files), where="i != 3", n_shards=5)
+    remote = plan_lake(url, where="i != 3", n_shards=5)
     assert remote.shards == local.shards
     assert remote.schema == local.schema
     assert [f.path for f in remote.files] == [f.path for f in local.files]
-    assert lake.plan(f"{url}/", where="i != 3", n_shards=5) == remote
+    assert plan_lake(f"{url}/", where="i != 3", n_shards=5) == remote
     np.testing.assert_array_equal(lakes.read_all(remote)[0], lakes.read_all(local)[0])
-    np.testing.assert_array_equal(reading.probe(remote), reading.probe(local))
+    np.testing.assert_array_equal(read.probe(remote), read.probe(local))
 
 
 # --- files without rows
@@ -198,14 +200,14 @@ def test_a_lake_on_s3_gives_the_same_shards_and_rows(two_files, s3_lake):
     ids=["without columns", "with others", "of other types"],
 )
 def test_a_file_without_rows_does_not_block_a_lake(two_files, empty, where):
-    whole = lakes.read_all(lake.plan(str(two_files)))[0]
+    whole = lakes.read_all(plan_lake(str(two_files)))[0]
     lakes.write(two_files / "dt=2026-11-01" / "0.parquet", empty)  # the first, too
     lakes.write(two_files / "dt=2026-11-03" / "a.parquet", empty)
-    plan = lake.plan(str(two_files), where=where, keep=["i"], missing="mean")
+    plan = plan_lake(str(two_files), where=where, keep=["i"], missing="mean")
     np.testing.assert_array_equal(lakes.read_all(plan)[0], whole)
     assert [sum(file.rows) for file in plan.files] == [0, 25, 25, 0]
-    groups = streaming.row_groups(plan)
-    streamed = [sum(X.shape[1] for _, X in streaming.stream(plan, i, groups[i])) for i in range(4)]
+    groups = stream.row_groups(plan)
+    streamed = [sum(X.shape[1] for _, X in stream.stream(plan, i, groups[i])) for i in range(4)]
     assert streamed == [0, 25, 25, 0]
 
 
@@ -214,7 +216,7 @@ def test_a_lake_without_rows_is_said(tmp_path):
         lakes.write(tmp_path / "dt=1" / "a.parquet", table)
         for where in (None, "dt == 1", "x > 0"):
             with pytest.raises(NoRows, match="no rows in 1 Parquet file; check the path"):
-                lake.plan(str(tmp_path), where=where)
+                plan_lake(str(tmp_path), where=where)
 
 
 # --- the filter
@@ -232,7 +234,7 @@ def test_a_lake_without_rows_is_said(tmp_path):
     ],
 )
 def test_a_filter_leaves_out_files_row_groups_and_rows(two_files, where, files, rows, kept):
-    plan = lake.plan(str(two_files), columns=["i"], where=where, n_shards=3)
+    plan = plan_lake(str(two_files), columns=["i"], where=where, n_shards=3)
     X, _, counts = lakes.read_all(plan)
     assert (len(plan.files), plan.n_rows) == (files, rows)
     assert X[:, 0].tolist() == list(kept)
@@ -243,9 +245,9 @@ def test_a_filter_on_dates_and_nulls(tmp_path):
     days = [dt.date(2026, 11, day) for day in (1, 2)]
     columns = {"x": lakes.numbers(4), "day": [*days, None, days[1]], "v": [1.0, NAN, 1.0, None]}
     path = str(lakes.write(tmp_path / "a.parquet", columns))
-    kept = lakes.read_all(lake.plan(path, columns=["x"], where="day >= '2026-11-02'"))[0]
+    kept = lakes.read_all(plan_lake(path, columns=["x"], where="day >= '2026-11-02'"))[0]
     assert kept[:, 0].tolist() == lakes.numbers(4)[[1, 3]].tolist()
-    kept = lakes.read_all(lake.plan(path, columns=["x"], where="v != 5"))[0]
+    kept = lakes.read_all(plan_lake(path, columns=["x"], where="v != 5"))[0]
     assert kept[:, 0].tolist() == lakes.numbers(4)[[0, 2]].tolist()
 
 
@@ -253,8 +255,8 @@ def test_a_null_hive_key_and_a_column_that_a_file_lacks_do_not_match(tmp_path):
     lakes.write(tmp_path / "k=__HIVE_DEFAULT_PARTITION__" / "a.parquet", {"x": [1.0]})
     lakes.write(tmp_path / "k=2" / "a.parquet", {"x": [2.0]})
     lakes.write(tmp_path / "k=2" / "b.parquet", {"x": [3.0], "added": [3]})
-    assert lakes.read_all(lake.plan(str(tmp_path), where="k != 1"))[0].tolist() == [[2.0], [3.0]]
-    assert lakes.read_all(lake.plan(str(tmp_path), where="added != 1"))[0].tolist() == [[3.0]]
+    assert lakes.read_all(plan_lake(str(tmp_path), where="k != 1"))[0].tolist() == [[2.0], [3.0]]
+    assert lakes.read_all(plan_lake(str(tmp_path), where="added != 1"))[0].tolist() == [[3.0]]
 
 
 @pytest.mark.parametrize(
@@ -263,16 +265,16 @@ def test_a_null_hive_key_and_a_column_that_a_file_lacks_do_not_match(tmp_path):
 def test_a_column_of_nothing_but_null_matches_nothing(tmp_path, where, match):
     lakes.write(tmp_path / "a.parquet", {"x": lakes.numbers(9), "v": pa.nulls(9)})
     with pytest.raises(UserError, match=r"no rows match the filter .*, by the row groups' stat"):
-        lake.plan(str(tmp_path), where=where)
+        plan_lake(str(tmp_path), where=where)
     lakes.write(tmp_path / "b.parquet", {"x": [5.0], "v": [match]})
-    assert lakes.read_all(lake.plan(str(tmp_path), where=where))[0].tolist() == [[5.0]]
+    assert lakes.read_all(plan_lake(str(tmp_path), where=where))[0].tolist() == [[5.0]]
 
 
 def test_a_hive_key_of_nothing_but_null_matches_nothing(tmp_path):
     lakes.write(tmp_path / "k=__HIVE_DEFAULT_PARTITION__" / "a.parquet", {"x": [1.0]})
     for where in ("k == 1", "k != 'a'"):
         with pytest.raises(UserError, match=r"no rows match the filter .*, by any of 1 files' hi"):
-            lake.plan(str(tmp_path), where=where)
+            plan_lake(str(tmp_path), where=where)
 
 
 def test_a_filter_compares_in_the_type_of_all_files(tmp_path):
@@ -280,13 +282,13 @@ def test_a_filter_compares_in_the_type_of_all_files(tmp_path):
         tmp_path / "a.parquet", {"x": lakes.numbers(3), "n": pa.array([1, 2, 3], pa.int8())}
     )
     lakes.write(tmp_path / "b.parquet", {"x": lakes.numbers(3), "n": [1, 2, 300]})
-    plan = lake.plan(str(tmp_path), columns=["n"], where="n >= 3")
+    plan = plan_lake(str(tmp_path), columns=["n"], where="n >= 3")
     assert lakes.read_all(plan)[0].tolist() == [[3], [300]]
 
 
 def test_the_path_decides_on_a_column_that_is_also_a_hive_key(tmp_path):
     lakes.write(tmp_path / "k=1" / "a.parquet", {"x": [1.0], "k": pa.array([7], pa.int32())})
-    assert lake.plan(str(tmp_path), where="k == 1").n_rows == 1
+    assert plan_lake(str(tmp_path), where="k == 1").n_rows == 1
 
 
 @pytest.mark.parametrize(
@@ -299,7 +301,7 @@ def test_the_path_decides_on_a_column_that_is_also_a_hive_key(tmp_path):
 )
 def test_a_filter_that_nothing_passes_is_an_error(two_files, where, message):
     with pytest.raises(UserError, match=message):
-        lake.plan(str(two_files), where=where)
+        plan_lake(str(two_files), where=where)
 
 
 # --- held-out rows
@@ -308,7 +310,7 @@ def test_a_filter_that_nothing_passes_is_an_error(two_files, where, message):
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, NAN])
 def test_a_share_that_is_none_is_refused(two_files, share):
     with pytest.raises(UserError, match=f"--holdout is {share:g}: give a share of the rows, 0 <="):
-        lake.plan(str(two_files), holdout=share)
+        plan_lake(str(two_files), holdout=share)
 
 
 def splitmix64(seed, n):
@@ -327,16 +329,14 @@ def test_rows_are_drawn_by_splitmix64_seeded_by_the_path():
     assert splitmix64(1234567, 2) == [6457827717110365317, 3203168211198807973]
     seed = int.from_bytes(hashlib.sha256(b"dt=1/a.parquet").digest()[:8], "little")
     expected = splitmix64(seed, 300)
-    assert lake._row_hashes("dt=1/a.parquet", 0, 300).tolist() == expected
-    assert lake._row_hashes("dt=1/a.parquet", 17, 212).tolist() == expected[17:212]
+    assert _row_hashes("dt=1/a.parquet", 0, 300).tolist() == expected
+    assert _row_hashes("dt=1/a.parquet", 17, 212).tolist() == expected[17:212]
 
 
 def test_plans_without_held_out_rows_keep_their_hash():
     file = listing.LakeFile("a.parquet", 10, "v1", (5,), ())
     shards = ((RowRange(0, 0, 0, 5),),)
-    plan = lake.Plan(
-        "/lake", (file,), pa.schema([]), ("x",), ("x",), None, None, "error", shards, False
-    )
+    plan = Plan("/lake", (file,), pa.schema([]), ("x",), ("x",), None, None, "error", shards, False)
     # As computed by the version before there was a holdout.
     assert plan.hash == "bf596b7d507356ea2348ce8d5e9f02b556eea55fc3e1035184efd359472295e4"
     assert replace(plan, holdout=0.1).hash != replace(plan, holdout=0.2).hash != plan.hash
@@ -347,7 +347,7 @@ def test_the_share_is_of_every_file_and_no_file_like_another(tmp_path):
     for name in "ab":
         lakes.write(tmp_path / f"{name}.parquet", {"x": np.arange(float(n))}, rows_per_group=3000)
     held = {
-        name: lakes.held_out(lake.plan(str(tmp_path / name), holdout=0.1))
+        name: lakes.held_out(plan_lake(str(tmp_path / name), holdout=0.1))
         for name in ("a.parquet", "b.parquet")
     }
     for rows in held.values():
@@ -358,13 +358,13 @@ def test_the_share_is_of_every_file_and_no_file_like_another(tmp_path):
 
 
 def test_a_larger_share_holds_the_rows_of_a_smaller_one(two_files):
-    small, large = (lakes.held_out(lake.plan(str(two_files), holdout=f)) for f in (0.2, 0.6))
+    small, large = (lakes.held_out(plan_lake(str(two_files), holdout=f)) for f in (0.2, 0.6))
     assert small < large
 
 
 def test_the_same_rows_are_held_out_whatever_else_is_asked_for(two_files, tmp_path):
     def held(url=two_files, **options):
-        plan = lake.plan(str(url), columns=["i"], holdout=0.3, **options)
+        plan = plan_lake(str(url), columns=["i"], holdout=0.3, **options)
         return lakes.held_out(plan)
 
     rows = held()
@@ -380,7 +380,7 @@ def test_the_same_rows_are_held_out_whatever_else_is_asked_for(two_files, tmp_pa
 
 
 def test_row_groups_do_not_decide_which_rows_are_held_out(two_files):
-    rows = lakes.held_out(lake.plan(str(two_files), columns=["i"], holdout=0.3))
+    rows = lakes.held_out(plan_lake(str(two_files), columns=["i"], holdout=0.3))
     for path in two_files.rglob("*.parquet"):
         lakes.write(path, lakes.pq.ParquetFile(path).read(), rows_per_group=11)
-    assert lakes.held_out(lake.plan(str(two_files), columns=["i"], holdout=0.3)) == rows
+    assert lakes.held_out(plan_lake(str(two_files), columns=["i"], holdout=0.3)) == rows

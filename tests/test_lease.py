@@ -16,8 +16,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gmm_dist.errors import UserError
-from gmm_dist.lease import Cell, Held, Lease, LeaseLost, Stored, Terms, acquire, cell_at
-from gmm_dist.places import Place
+from gmm_dist.runs.folder import Place
+from gmm_dist.runs.lease import Lease, LeaseLost, Terms, acquire
+from gmm_dist.runs.lease_cells import Cell, Held, Stored, cell_at
 
 SHORT = 0.6  # seconds
 
@@ -118,7 +119,7 @@ def test_a_local_cell_leaves_no_file_behind(tmp_path: Path) -> None:
 
 
 def test_a_dead_holder_is_waited_out(cell: Cell, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "gmm_dist.lease")
+    caplog.set_level(logging.INFO, "gmm_dist.runs.lease")
     cell.create(Held("dead", 41, SHORT))
     began = time.monotonic()
     with held(cell, "next") as lease:

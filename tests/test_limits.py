@@ -9,13 +9,16 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from gmm_dist.em.estep import EStep
+from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.em.memory import lane_bytes, require_memory
 from gmm_dist.errors import UserError
-from gmm_dist.families import natural
-from gmm_dist.kernel import EStep
-from gmm_dist.lanes import LaneGroup, Precision
-from gmm_dist.limits import RowsNeed, lane_bytes, require_memory, require_room
-from gmm_dist.parameters import Parameters, Stack
-from gmm_dist.shards import Block, LocalShards, ShardRows, TreeSum, run_on
+from gmm_dist.lake.session import RowsNeed, require_room
+from gmm_dist.model.covariance import natural
+from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
+from gmm_dist.shards.tree_sum import TreeSum, run_on
 
 
 def test_bytes_grow_with_components_and_features() -> None:

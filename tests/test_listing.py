@@ -10,8 +10,10 @@ import time
 import lakes
 import pytest
 
-from gmm_dist import lake, listing, reading, storage
+from gmm_dist import storage
 from gmm_dist.errors import UserError
+from gmm_dist.lake import listing, read
+from gmm_dist.lake.plan import plan_lake
 
 NAN, INF = float("nan"), float("inf")
 
@@ -37,7 +39,7 @@ def test_one_file_is_a_lake_whatever_its_name(tmp_path):
     path = lakes.write(tmp_path / "_part-7", {"x": lakes.numbers(5)})
     found = listing.find(str(path))
     assert (found.root, [file.path for file in found.files]) == (str(tmp_path), ["_part-7"])
-    assert lake.plan(str(path)).n_rows == 5
+    assert plan_lake(str(path)).n_rows == 5
 
 
 def test_a_hive_key_may_begin_like_a_hidden_folder(tmp_path):
@@ -45,15 +47,15 @@ def test_a_hive_key_may_begin_like_a_hidden_folder(tmp_path):
         lakes.write(tmp_path / f"_day={day}" / "a.parquet", {"x": [float(day)]})
     lakes.write(tmp_path / "_temporary" / "_day=3" / "a.parquet", {"x": [3.0]})
     lakes.write(tmp_path / ".spark-staging-1" / "day=4" / "a.parquet", {"x": [4.0]})
-    plan = lake.plan(str(tmp_path), where="_day >= 2")
+    plan = plan_lake(str(tmp_path), where="_day >= 2")
     assert lakes.read_all(plan)[0].tolist() == [[2]]
-    assert lake.plan(str(tmp_path)).n_rows == 2
+    assert plan_lake(str(tmp_path)).n_rows == 2
 
 
 def test_hidden_files_that_could_be_data_are_told(two_files, caplog):
     for name in ("_b.parquet", "_temporary/0/c.parquet", "_metadata", "._a.parquet"):
         lakes.write(two_files / name, {"x": [1.0]})
-    assert lake.plan(str(two_files)).n_rows == 50
+    assert plan_lake(str(two_files)).n_rows == 50
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert line == (
         f"{two_files}: passed over 2 of 4 files, that a name with _ or . in front hides: "
@@ -65,7 +67,7 @@ def test_a_linked_file_is_read(tmp_path):
     target = lakes.write(tmp_path / "elsewhere" / "a.parquet", {"x": lakes.numbers(5)})
     (tmp_path / "lake").mkdir()
     (tmp_path / "lake" / "a.parquet").symlink_to(target)
-    assert lake.plan(str(tmp_path / "lake")).n_rows == 5
+    assert plan_lake(str(tmp_path / "lake")).n_rows == 5
 
 
 def test_a_linked_folder_is_refused_and_not_passed_over(two_files, tmp_path_factory):
@@ -105,7 +107,7 @@ def test_hive_keys_have_types_and_nulls(tmp_path):
         "year": "int64",
         "city": "string",
     }
-    assert lake.plan(str(tmp_path)).feature_names == ("x",)
+    assert plan_lake(str(tmp_path)).feature_names == ("x",)
 
 
 def test_a_link_to_nothing_is_refused_and_not_passed_over(two_files):
@@ -153,7 +155,7 @@ def test_a_column_whose_name_is_not_utf8_is_refused(tmp_path):
     path = lakes.write(tmp_path / "a.parquet", {"name": [1.0], "x": [1.0]})
     path.write_bytes(path.read_bytes().replace(b"name", b"n\xe4me"))
     with pytest.raises(UserError, match=f"^{path}: the name of a column is not UTF-8; write the"):
-        lake.plan(str(tmp_path), columns=["x"])
+        plan_lake(str(tmp_path), columns=["x"])
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "a\0b"])
@@ -166,9 +168,9 @@ def test_a_name_that_no_disk_can_hold_is_not_there(tmp_path, name):
 def test_names_are_no_patterns(tmp_path, name):
     for folder, value in ((name, 1.0), ("b1", 2.0), ("ab", 3.0), ("a", 4.0)):
         lakes.write(tmp_path / folder / f"{folder}.parquet", {"x": [value]})
-    assert lakes.read_all(lake.plan(str(tmp_path / name)))[0].ravel().tolist() == [1.0]
+    assert lakes.read_all(plan_lake(str(tmp_path / name)))[0].ravel().tolist() == [1.0]
     file = tmp_path / name / f"{name}.parquet"
-    assert lakes.read_all(lake.plan(str(file)))[0].ravel().tolist() == [1.0]
+    assert lakes.read_all(plan_lake(str(file)))[0].ravel().tolist() == [1.0]
 
 
 def test_a_missing_path_is_an_error(tmp_path):
@@ -198,19 +200,19 @@ def test_a_truncated_file_is_named(tmp_path, size):
     lakes.truncate(path, size)
     message = rf"{path}: cannot be read as Parquet \(.*\); write the file again or move it away"
     with pytest.raises(UserError, match=message) as caught:
-        lake.plan(str(tmp_path))
+        plan_lake(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_changed_since_the_plan_is_an_error(tmp_path):
     path = lakes.write(tmp_path / "a.parquet", {"x": lakes.numbers(100)})
-    plan = lake.plan(str(tmp_path))
+    plan = plan_lake(str(tmp_path))
     message = f"{path}: changed since the plan was made; run again"
     lakes.write(path, {"x": lakes.numbers(100, seed=1)})
     with pytest.raises(UserError, match=message):
         lakes.read_all(plan)
     with pytest.raises(UserError, match=message):
-        reading.probe(plan)
+        read.probe(plan)
     path.unlink()
     with pytest.raises(UserError, match=message):
         lakes.read_all(plan)
@@ -232,13 +234,13 @@ def replace(path, *, by):
 @pytest.mark.parametrize("by", ["renaming", "writing"])
 def test_a_file_that_hides_that_it_changed_is_an_error(tmp_path, by):
     path = lakes.write(tmp_path / "a.parquet", {"x": lakes.numbers(100)})
-    plan = pickle.loads(pickle.dumps(lake.plan(str(tmp_path))))  # as workers get it
+    plan = pickle.loads(pickle.dumps(plan_lake(str(tmp_path))))  # as workers get it
     time.sleep(0.02)  # the clock that stamps files ticks every few milliseconds
     replace(path, by=by)
     with pytest.raises(UserError, match=f"{path}: changed since the plan was made; run again"):
         lakes.read_all(plan)
     # Another run has the same plan: what is compared within one is no part of it.
-    again = lake.plan(str(tmp_path))
+    again = plan_lake(str(tmp_path))
     assert (again, again.hash, again.versions) == (plan, plan.hash, plan.versions)
     assert len(lakes.read_all(again)[0]) == 100
 
@@ -250,7 +252,7 @@ def test_a_link_that_points_elsewhere_by_now_is_an_error(tmp_path):
     link = tmp_path / "lake" / "a.parquet"
     link.parent.mkdir()
     link.symlink_to("../one/a.parquet")
-    plan = lake.plan(str(tmp_path / "lake"))
+    plan = plan_lake(str(tmp_path / "lake"))
     link.unlink()
     link.symlink_to("../two/a.parquet")
     with pytest.raises(UserError, match="changed since the plan was made"):
@@ -259,7 +261,7 @@ def test_a_link_that_points_elsewhere_by_now_is_an_error(tmp_path):
 
 def test_another_hosts_view_of_a_file_raises_no_alarm(tmp_path, monkeypatch):
     lakes.write(tmp_path / "a.parquet", {"x": lakes.numbers(100)})
-    plan = lake.plan(str(tmp_path))
+    plan = plan_lake(str(tmp_path))
     monkeypatch.setattr(storage, "_boot_id", lambda: "another host")
     (tmp_path / "a.parquet").chmod(0o600)
     assert len(lakes.read_all(plan)[0]) == 100
@@ -283,13 +285,13 @@ def test_one_file_on_s3_is_a_lake(two_files, s3_lake):
     url = lakes.upload(two_files, s3_lake.file_system(), s3_lake.url)
     found = listing.find(f"{url}/dt=2026-11-02/a.parquet")
     assert (found.root, found.files[0].path) == (f"{url}/dt=2026-11-02", "a.parquet")
-    assert lake.plan(f"{url}/dt=2026-11-02/a.parquet").n_rows == 25
+    assert plan_lake(f"{url}/dt=2026-11-02/a.parquet").n_rows == 25
 
 
 def test_a_key_that_changed_since_the_plan_is_an_error(two_files, s3_lake):
     fs = s3_lake.file_system()
     url = lakes.upload(two_files, fs, s3_lake.url)
-    plan = lake.plan(url)
+    plan = plan_lake(url)
     key = f"{url}/dt=2026-11-02/a.parquet"
     data = bytearray(fs.cat_file(fs._strip_protocol(key)))
     data[10] ^= 1
@@ -307,7 +309,7 @@ def test_a_key_that_changes_while_it_is_read_is_an_error(tmp_path, s3_lake, monk
     fs = s3_lake.file_system()
     path = lakes.write(tmp_path / "a.parquet", {"x": lakes.numbers(100)}, rows_per_group=50)
     url = lakes.upload(tmp_path, fs, s3_lake.url)
-    rows = reading.read(lake.plan(url), 0)
+    rows = read.read(plan_lake(url), 0)
     next(rows)
     lakes.write(path, {"x": lakes.numbers(100, seed=1)}, rows_per_group=50)
     lakes.upload(tmp_path, fs, s3_lake.url)
@@ -321,7 +323,7 @@ def test_keys_are_no_patterns(tmp_path, s3_lake, name):
         lakes.write(tmp_path / folder / "a.parquet", {"x": [value]})
     url = lakes.upload(tmp_path, s3_lake.file_system(), s3_lake.url)
     for lake_url in (f"{url}/{name}", f"{url}/{name}/a.parquet"):
-        assert lakes.read_all(lake.plan(lake_url))[0].ravel().tolist() == [1.0]
+        assert lakes.read_all(plan_lake(lake_url))[0].ravel().tolist() == [1.0]
 
 
 def test_a_long_key_is_read(tmp_path, s3_lake):
@@ -330,7 +332,7 @@ def test_a_long_key_is_read(tmp_path, s3_lake):
     fs.pipe_file(
         f"{s3_lake.url}/{'x' * 200}/{'y' * 200}.parquet".removeprefix("s3://"), path.read_bytes()
     )
-    assert lakes.read_all(lake.plan(s3_lake.url))[0].ravel().tolist() == [1.0]
+    assert lakes.read_all(plan_lake(s3_lake.url))[0].ravel().tolist() == [1.0]
 
 
 @pytest.mark.parametrize("url", ["s3://b[1]", "s3://b[1]/x", "https://[b]/x"])
@@ -343,7 +345,7 @@ def test_a_truncated_key_is_named(tmp_path, s3_lake):
     lakes.truncate(lakes.write(tmp_path / "a.parquet", {"x": lakes.numbers(1000)}), 500)
     url = lakes.upload(tmp_path, s3_lake.file_system(), s3_lake.url)
     with pytest.raises(UserError, match=f"{url}/a.parquet: cannot be read as Parquet"):
-        lake.plan(url)
+        plan_lake(url)
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gmm_dist import lake
-from gmm_dist.loading import LakeLoader, SumColumns, column_means, count_rows, loader_for
-from gmm_dist.reading import RowCounts
-from gmm_dist.shards import LocalShards
+from gmm_dist.lake.load import LakeLoader, SumColumns, column_means, count_rows, loader_for
+from gmm_dist.lake.plan import Plan, plan_lake
+from gmm_dist.lake.read import RowCounts
+from gmm_dist.shards.local import LocalShards
 
 
-def write(folder: Path, **columns: object) -> lake.Plan:
+def write(folder: Path, **columns: object) -> Plan:
     pq.write_table(pa.table(columns), folder / "a.parquet", row_group_size=70)
-    return lake.plan(str(folder), n_shards=3, missing="mean")
+    return plan_lake(str(folder), n_shards=3, missing="mean")
 
 
 def local(loader: LakeLoader) -> LocalShards:
@@ -52,7 +52,7 @@ def test_float64_sources_stay_float64_while_they_are_small_or_rounding_matters(
         (tmp_path / name).mkdir()
         plan = write(tmp_path / name, x=x)
         assert loader_for(plan).dtype == torch.float64
-        monkeypatch.setattr("gmm_dist.loading._SMALL_BYTES", 0)
+        monkeypatch.setattr("gmm_dist.lake.load._SMALL_BYTES", 0)
         assert loader_for(plan).dtype == dtype
         monkeypatch.undo()
     (tmp_path / "single").mkdir()
@@ -82,7 +82,7 @@ def test_a_column_without_any_value_has_a_mean_of_its_centre(tmp_path: Path) -> 
 
 def test_an_empty_shard_has_no_rows(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": np.arange(2.0)}), tmp_path / "a.parquet")
-    plan = lake.plan(str(tmp_path), n_shards=5)
+    plan = plan_lake(str(tmp_path), n_shards=5)
     loaded = [LakeLoader(plan, np.zeros(1), torch.float32)(shard) for shard in range(5)]
     assert sum(rows.n_rows for rows in loaded) == 2
     assert LocalShards(loaded).run(count_rows).n_rows == 2
@@ -100,7 +100,7 @@ def parts(loader: LakeLoader) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def test_held_out_rows_lie_beside_the_others_with_their_weights(tmp_path: Path) -> None:
     x = np.arange(200.0)
     pq.write_table(pa.table({"x": x, "w": 2 * x + 1}), tmp_path / "a.parquet", row_group_size=70)
-    plan = lake.plan(str(tmp_path), weight_column="w", columns=["x"], n_shards=3, holdout=0.25)
+    plan = plan_lake(str(tmp_path), weight_column="w", columns=["x"], n_shards=3, holdout=0.25)
     loader = LakeLoader(plan, np.array([100.0]), torch.float64)
     fitted, held, weight = parts(loader)
     assert 30 < held.shape[1] < 70
@@ -109,7 +109,7 @@ def test_held_out_rows_lie_beside_the_others_with_their_weights(tmp_path: Path) 
     counted = local(loader).run(count_rows)
     assert counted.n_rows == fitted.shape[1] == 200 - held.shape[1]
     assert counted.counts == RowCounts(read=200, held_out=held.shape[1])
-    assert LakeLoader(lake.plan(str(tmp_path)), loader.centre, loader.dtype)(0).held_out == []
+    assert LakeLoader(plan_lake(str(tmp_path)), loader.centre, loader.dtype)(0).held_out == []
 
 
 def test_held_out_rows_are_filled_with_the_means_of_the_others(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_held_out_rows_are_filled_with_the_means_of_the_others(tmp_path: Path) -
     missing = np.arange(0, 200, 9)
     x[missing] = np.nan
     pq.write_table(pa.table({"x": x, "i": np.arange(200.0)}), tmp_path / "a.parquet")
-    plan = lake.plan(str(tmp_path), n_shards=3, missing="mean", weight_column="i", holdout=0.25)
+    plan = plan_lake(str(tmp_path), n_shards=3, missing="mean", weight_column="i", holdout=0.25)
     loader = loader_for(plan)
     means = column_means(local(loader), loader)
     held = np.zeros(200, dtype=bool)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mixtures import FIXED, parameters
 from torch import Tensor
 
-from gmm_dist.matching import MIN_OVERLAP, match, overlaps
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.nightly.matching import MIN_OVERLAP, match, overlaps
 
 MIXTURES = {
     "covariance_type": st.sampled_from(COVARIANCE_TYPES),

@@ -12,8 +12,9 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
-from gmm_dist import Mixture, UserError, mixture
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist import Mixture, UserError
+from gmm_dist.model import mixture
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 FORMS = {

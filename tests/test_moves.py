@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from gmm_dist import moves
-from gmm_dist.moves import Merge, Part, Split, apply, merges, split_and_merge, splits
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.selection import split_merge
+from gmm_dist.selection.split_merge import (
+    Merge,
+    Part,
+    Split,
+    apply,
+    merges,
+    split_and_merge,
+    splits,
+)
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 
@@ -234,7 +242,7 @@ def test_splits_come_best_first_and_keep_the_weight(kind):
 
 def test_components_of_too_few_rows_are_not_split():
     """Too few rows of positive weight, or no rows at all."""
-    enough = moves._ROWS * 3
+    enough = split_merge._ROWS * 3
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor([50, enough - 1, enough]))
     X, weight = mixtures.normal_rows(len(labels), 2), ones(len(labels))
     mixture = mixtures.parameters("full", 4, 2)
@@ -372,7 +380,7 @@ def test_useless_components_go_where_splits_gain_most(kind):
     mixture = mixtures.parameters(kind, 6, 2)
     found, _ = made_up(kind, [(1, 9.0), (4, 8.0), (0, 7.0), (2, 6.0)], [])
     useless = torch.tensor([False, True, False, True, False, False])
-    after = moves.replace(mixture, useless, found)
+    after = split_merge.replace(mixture, useless, found)
     assert after.n_components == 6
     assert torch.equal(after.means[:2], mixture.means[[2, 5]])
     assert after.means[2:, 0].tolist() == [104, 204, 100, 200]
@@ -386,8 +394,8 @@ def test_useless_components_stay_where_too_few_can_be_split(kind):
     mixture = mixtures.parameters(kind, 4, 2)
     found, _ = made_up(kind, [(1, 9.0), (2, 8.0)], [])
     useless = torch.tensor([True, True, False, True])
-    assert moves.replace(mixture, useless, found) is None
-    assert moves.replace(mixture, useless, []) is None
+    assert split_merge.replace(mixture, useless, found) is None
+    assert split_merge.replace(mixture, useless, []) is None
 
 
 # --- the smallest, and the degenerate ---
@@ -434,7 +442,7 @@ def test_components_without_rows_make_no_nan(kind, weight):
     assert all(math.isfinite(merge.loss) for merge in cheap)
     moved = split_and_merge(mixture, found, cheap, 10)
     assert moved
-    mended = moves.replace(mixture, mixture.weights < 1e-9, found)
+    mended = split_merge.replace(mixture, mixture.weights < 1e-9, found)
     assert mended is not None
     assert (mended.weights > 0.01).all()
     for after in [*moved, mended]:
@@ -445,11 +453,11 @@ def test_components_without_rows_make_no_nan(kind, weight):
 def test_copies_of_components_are_the_same_density_and_halves_nearly(kind):
     mixture = mixtures.parameters(kind, 3, 2)
     X = 2 * mixtures.normal_rows(400, 2)
-    copied = moves.halved(mixture, 6, shift=0.0)
+    copied = split_merge.halved(mixture, 6, shift=0.0)
     assert copied.n_components == 6
     expected, found = (naive.e_step(X, p).log_likelihood for p in (mixture, copied))
     assert found == pytest.approx(expected, rel=1e-12)
-    halved = moves.halved(mixture, 4)
+    halved = split_merge.halved(mixture, 4)
     assert halved.n_components == 4
     near = naive.e_step(X, halved).log_likelihood
     assert near != expected

@@ -9,9 +9,9 @@ import pytest
 from conftest import S3Server
 from test_artifacts import PROVENANCE, mixture
 
-from gmm_dist import artifacts, runs
 from gmm_dist.errors import UserError
-from gmm_dist.places import Place
+from gmm_dist.runs import claim, load
+from gmm_dist.runs.folder import Place
 
 ROOT = Path(__file__).parents[1]
 ODD = [
@@ -50,10 +50,10 @@ def test_a_run_in_a_folder_of_an_odd_name_touches_no_other(root: str) -> None:
         Place.of(f"{root}/{name}").write(b"theirs", "_attempts", "file")
     for name in ODD:
         url = f"{root}/{name}"
-        with runs.claim(url) as run:
+        with claim.claim(url) as run:
             run.attempt.write_model(mixture(), PROVENANCE)
             run.attempt.commit()
-        assert artifacts.load(url).n_components == mixture().n_components
+        assert load.load(url).n_components == mixture().n_components
         assert Place.of(url).names() == {"_attempts", "manifest.json", "model"}
     for name in NEIGHBOURS:
         for folder in ("_checkpoints", "_attempts"):
@@ -95,7 +95,7 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
 def test_more_files_than_one_request_takes_are_removed(
     s3_lake: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gmm_dist.places._KEYS_AT_ONCE", 7)
+    monkeypatch.setattr("gmm_dist.runs.folder._KEYS_AT_ONCE", 7)
     place, fs = Place.of(f"{s3_lake.url}/many"), s3_lake.file_system()
     bucket_path = place.path
     fs.pipe_file(f"{bucket_path}/sub/", b"")  # the marker of a folder
@@ -109,7 +109,7 @@ def test_more_files_than_one_request_takes_are_removed(
     "url", ["s3://b[1]", "s3://b[1]/x", "s3://b*/x", "s3://B_ü/x", "s3://a b/x"]
 )
 def test_a_bucket_that_cannot_be_is_refused_in_one_line(s3_lake: S3Server, url: str) -> None:
-    for act in (artifacts.load, lambda url: runs.claim(url).__enter__()):
+    for act in (load.load, lambda url: claim.claim(url).__enter__()):
         with pytest.raises(UserError, match=r"^s3://") as raised:
             act(url)
         assert "\n" not in str(raised.value)

@@ -27,13 +27,15 @@ from conftest import S3Server
 from nights import Cluster
 
 import gmm_dist
-from gmm_dist import artifacts, runs, scored
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.gate import Gate
-from gmm_dist.lease import LeaseLost
-from gmm_dist.nights import NightKey
-from gmm_dist.registry import DRIFT, GATE, Lineage, Registry
-from gmm_dist.scoring import Scorer, Scoring
+from gmm_dist.lake.nights import NightKey
+from gmm_dist.nightly.gate import Gate
+from gmm_dist.nightly.lineage import Lineage
+from gmm_dist.nightly.registry import DRIFT, GATE, Registry
+from gmm_dist.runs import claim, load
+from gmm_dist.runs.lease import LeaseLost
+from gmm_dist.scoring import files as scored
+from gmm_dist.scoring.scorer import Scorer, Scoring
 from gmm_dist.storage import open_url
 
 Errors = pytest.CaptureFixture[str]
@@ -70,14 +72,14 @@ class Nights:
         return Lineage.read(self.registry.model_url(night(day)))
 
     def drift(self, day: int) -> dict[str, Any]:
-        return artifacts.read_report(self.registry.model_url(night(day)), DRIFT)
+        return load.read_report(self.registry.model_url(night(day)), DRIFT)
 
     def gate(self, day: int) -> dict[str, Any]:
         """What is said of the one candidate that was kept back."""
         fs, path = open_url(f"{self.url}/candidates/{night(day)}")
         (folder,) = [f for f in fs.ls(path, detail=False) if fs.find(f)]
         url = self.registry.candidate_url(night(day), folder.rpartition("/")[2])
-        return artifacts.read_report(url, GATE)
+        return load.read_report(url, GATE)
 
     def named(self, day: int, clusters: Mapping[str, Cluster]) -> dict[str, int]:
         """The id of the component that lies at each cluster's mean."""
@@ -286,7 +288,7 @@ def test_days_and_the_users_filter_choose_the_rows(local: Nights) -> None:
     for day in (1, 2, 3):
         local.write(day, FIRST)
     assert local.run(3, "--days", "2", "--where", "id < 1000", "--k", "3") == 0
-    report = artifacts.read_report(local.registry.model_url(night(3)))
+    report = load.read_report(local.registry.model_url(night(3)))
     assert report["n_rows"] + report["n_held_out"] == 2000
     assert report["n_held_out"] > 100
 
@@ -383,8 +385,8 @@ def test_many_strangers_are_told_of_and_published(
     assert f"warning: {warning}" in capsys.readouterr().out.replace("\n", " ")
     assert warning in caplog.text
     url = local.registry.model_url(night(2))
-    assert warning in artifacts.read_report(url, GATE)["warnings"][0]
-    assert warning in artifacts.read_report(url)["warnings"][0]
+    assert warning in load.read_report(url, GATE)["warnings"][0]
+    assert warning in load.read_report(url)["warnings"][0]
     assert local.drift(2)["columns"]["strangers"] == pytest.approx(0.25, abs=0.03)
 
 
@@ -752,15 +754,15 @@ def test_who_has_lost_the_night_removes_no_candidate_of_others(
 ) -> None:
     local.write(1, {"a": A}, n=20)
     assert local.run(1, "--k", "1") == 3
-    candidates, check = Path(local.url) / "candidates" / night(1), runs.Run.check
+    candidates, check = Path(local.url) / "candidates" / night(1), claim.Run.check
     (first,) = candidates.iterdir()
 
-    def lost(self: runs.Run) -> None:
+    def lost(self: claim.Run) -> None:
         check(self)
         if len(list(candidates.glob("*/manifest.json"))) == 2:
             raise LeaseLost("another driver has taken over")
 
-    monkeypatch.setattr(runs.Run, "check", lost)
+    monkeypatch.setattr(claim.Run, "check", lost)
     assert local.run(1, "--k", "1") == 1
     assert first.exists()
 
@@ -776,7 +778,7 @@ def test_an_output_that_is_taken_is_told_of_the_registry(local: Nights, capsys: 
 
 def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
     local.write(1, FIRST)
-    with runs.claim(local.registry.model_url(night(1)), lease_seconds=0.5):
+    with claim.claim(local.registry.model_url(night(1)), lease_seconds=0.5):
         assert local.run(1, "--k", "3") == 2
     assert "another driver is at work on this run" in capsys.readouterr().err
     assert local.run(1, "--k", "3") == 0

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import S3Server
 
-from gmm_dist import lake, nights
 from gmm_dist.errors import NoRows, UserError
-from gmm_dist.where import Where
+from gmm_dist.lake import nights
+from gmm_dist.lake.filters import Where
+from gmm_dist.lake.plan import plan_lake
 
 DAYS = [date(2025, 12, 30) + timedelta(i) for i in range(400)]  # two turns of the year
 
@@ -31,7 +32,7 @@ def write(root: Path, folder: str, n: int = 1, **columns: object) -> None:
 def n_rows(url: str, key: nights.NightKey, first: date, last: date) -> int:
     where = Where(tuple(sorted(key.clauses(first, last), key=repr)))
     try:
-        plan = lake.plan(url, columns=["x"], where=where.text)
+        plan = plan_lake(url, columns=["x"], where=where.text)
     except NoRows:
         return 0
     if plan.row_filter is None:
@@ -111,7 +112,7 @@ def test_three_hive_keys_on_s3(tmp_path: Path, s3_lake: S3Server) -> None:
     lakes.upload(tmp_path, s3_lake.file_system(), url)
     found = nights.find(url, ["day"])
     clauses = found.clauses(date(2026, 11, 21), date(2026, 11, 21))
-    plan = lake.plan(url, where=Where(clauses).text)
+    plan = plan_lake(url, where=Where(clauses).text)
     assert plan.n_rows == 21
 
 

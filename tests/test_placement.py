@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from gmm_dist.placement import Placement, ranges, shares
+from gmm_dist.shards.placement import Placement, ranges, shares
 
 
 def test_ranges_are_contiguous_and_of_like_length() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gmm_dist.places import Place
+from gmm_dist.runs.folder import Place
 
 
 @pytest.fixture(params=["local", "s3", "memory"])

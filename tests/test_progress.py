@@ -12,9 +12,9 @@ from progress import Progress, notes, ranking
 from rich.console import Console
 
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.selection import Candidate
-from gmm_dist.shards import LocalShards
-from gmm_dist.sweep import Standing, sweep
+from gmm_dist.selection.ranking import Candidate
+from gmm_dist.selection.sweep import Standing, sweep
+from gmm_dist.shards.local import LocalShards
 
 STANDINGS = [
     Standing(Candidate(2, "full"), True, 7, -12.5, "float32"),

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from test_artifacts import commit
 
-from gmm_dist.artifacts import load, read_report, repair
-from gmm_dist.checkpoint import RunIdentity
 from gmm_dist.errors import UserError
-from gmm_dist.places import Place
-from gmm_dist.records import name_within, parse, to_json
-from gmm_dist.registry import Registry
+from gmm_dist.nightly.registry import Registry
+from gmm_dist.runs.checkpoint import RunIdentity
+from gmm_dist.runs.folder import Place
+from gmm_dist.runs.json_files import name_within, parse, to_json
+from gmm_dist.runs.load import load, read_report, repair
 
 BROKEN = {
     "deep": b'{"format_version": 1, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",

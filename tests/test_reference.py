@@ -19,10 +19,10 @@ import torch
 from sklearn.datasets import load_iris, load_wine
 
 from gmm_dist.config import EMConfig
-from gmm_dist.em import FitResult
-from gmm_dist.families import n_parameters
-from gmm_dist.mixture import Mixture, aic, bic, icl
-from gmm_dist.parameters import Parameters
+from gmm_dist.em.loop import FitResult
+from gmm_dist.model.criteria import aic, bic, icl, n_parameters
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import Parameters
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "gmm_cases.json").read_text())
 CASES = REFERENCE["cases"]

@@ -21,12 +21,13 @@ from mixtures import FIXED
 from test_artifacts import PROVENANCE, race_model
 
 import gmm_dist
-from gmm_dist import commit, conditional, runs
-from gmm_dist.checkpoint import CHECKPOINTS
 from gmm_dist.errors import UserError
-from gmm_dist.lease import Held, cell_at
-from gmm_dist.places import Place
-from gmm_dist.registry import LINEAGE, Lineage, Registry, night_of
+from gmm_dist.nightly.lineage import Lineage, night_of
+from gmm_dist.nightly.registry import LINEAGE, Registry
+from gmm_dist.runs import claim, commit, compare_and_swap
+from gmm_dist.runs.checkpoint import CHECKPOINTS
+from gmm_dist.runs.folder import Place
+from gmm_dist.runs.lease_cells import Held, cell_at
 from gmm_dist.storage import open_url
 
 ROOT = Path(__file__).parent.parent
@@ -119,19 +120,19 @@ def test_pruning_leaves_what_is_no_candidate_of_ours(tmp_path: Path) -> None:
 
 def test_a_file_is_replaced_only_if_it_is_what_it_was(url: str) -> None:
     place = Place.of(url)
-    assert conditional.read(place, "p.json") is None
-    assert conditional.swap(place, "p.json", None, b"one")
-    assert not conditional.swap(place, "p.json", None, b"two")
-    first = conditional.read(place, "p.json")
+    assert compare_and_swap.read(place, "p.json") is None
+    assert compare_and_swap.swap(place, "p.json", None, b"one")
+    assert not compare_and_swap.swap(place, "p.json", None, b"two")
+    first = compare_and_swap.read(place, "p.json")
     assert first is not None
     assert first.data == b"one"
-    assert conditional.swap(place, "p.json", first, b"three")
-    assert not conditional.swap(place, "p.json", first, b"four")
-    now = conditional.read(place, "p.json")
+    assert compare_and_swap.swap(place, "p.json", first, b"three")
+    assert not compare_and_swap.swap(place, "p.json", first, b"four")
+    now = compare_and_swap.read(place, "p.json")
     assert now is not None
     assert now.data == b"three"
     place.remove("p.json")
-    assert not conditional.swap(place, "p.json", now, b"five")
+    assert not compare_and_swap.swap(place, "p.json", now, b"five")
 
 
 def counts(url: str, times: int) -> str:
@@ -334,7 +335,7 @@ def test_who_comes_while_an_earlier_night_is_at_work_waits_for_it(url: str) -> N
     place = Registry(url)
     publish(url, NIGHTS[0])
     with ThreadPoolExecutor(1) as pool:
-        with runs.claim(place.model_url(NIGHTS[2]), lease_seconds=3) as run:
+        with claim.claim(place.model_url(NIGHTS[2]), lease_seconds=3) as run:
             waiting = pool.submit(place.await_earlier, NIGHTS[3])
             place.await_earlier(NIGHTS[2])  # not for itself, nor for what is published
             place.await_earlier(NIGHTS[0])
@@ -472,7 +473,7 @@ def test_pruning_spares_the_pointed_to_and_what_a_run_at_work_started_from(url: 
     for night in (NIGHTS[0], NIGHTS[1], NIGHTS[3], NIGHTS[5], NIGHTS[6]):
         publish(url, night)
     place.point_to(NIGHTS[3])
-    with runs.claim(place.model_url(NIGHTS[2])):  # a late night, from the second
+    with claim.claim(place.model_url(NIGHTS[2])):  # a late night, from the second
         assert place.prune(1, night=NIGHTS[6]) == [NIGHTS[0], NIGHTS[5]]
     assert place.nights() == [NIGHTS[1], NIGHTS[3], NIGHTS[6]]
     assert place.prune(1, night=NIGHTS[1]) == []

@@ -15,10 +15,10 @@ import pages
 import pytest
 from pages import Page, candidate, clusters, content, sample
 
-from gmm_dist import drift as drift_module
-from gmm_dist.em import Status
-from gmm_dist.planes import Clusters
-from gmm_dist.report import Sample, render
+from gmm_dist.em.loop import Status
+from gmm_dist.nightly import drift as drift_module
+from gmm_dist.report.page import Sample, render
+from gmm_dist.report.projection import Clusters
 
 SWEEP = [candidate(k, rank) for k, rank in ((2, 2), (3, 1), (4, 3))]
 ONE = [candidate(3, 1, lower_bounds=[])]

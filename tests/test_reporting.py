@@ -8,14 +8,14 @@ from pathlib import Path
 import mixtures
 import pages
 import pytest
-import reporting
 import torch
 
-from gmm_dist import artifacts
-from gmm_dist.kernel import Total
-from gmm_dist.mixture import Mixture
-from gmm_dist.selection import SweepResult
-from gmm_dist.shards import LocalShards
+from gmm_dist.em.estep import Total
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.report import of_fit
+from gmm_dist.runs import load
+from gmm_dist.selection.ranking import SweepResult
+from gmm_dist.shards.local import LocalShards
 
 CONTENT = pages.content([pages.candidate(3, 1)], 2, data="s3://user:secret@lake/points")
 MIXTURE = Mixture(mixtures.parameters("full", 3, 2), ("x", "y"))
@@ -36,15 +36,15 @@ def shards(n: int = 3000) -> tuple[LocalShards, SweepResult]:
 
 def test_the_report_is_committed_copied_and_repaired(tmp_path: Path) -> None:
     out, rows = tmp_path / "out", mixtures.rows(MIXTURE.parameters, 50)
-    with artifacts.claim(str(out)) as attempt:
-        assert reporting.write(attempt, CONTENT, MIXTURE, rows, numbers=[4, None, 7])
+    with load.claim(str(out)) as attempt:
+        assert of_fit.write(attempt, CONTENT, MIXTURE, rows, numbers=[4, None, 7])
         attempt.commit()
     html = (out / "report.html").read_text()
     assert "A sample of 50 rows" in html
     assert 'scope="row" class="word">new<' in html
     assert "secret" not in html
     (out / "report.html").unlink()
-    assert artifacts.repair(str(out)) == ("report.html",)
+    assert load.repair(str(out)) == ("report.html",)
     assert (out / "report.html").read_text() == html
 
 
@@ -52,24 +52,24 @@ def test_a_report_that_cannot_be_drawn_costs_a_line_and_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    with artifacts.claim(str(out)) as attempt:
-        assert not reporting.write(attempt, {"data": "x", "best": None}, MIXTURE)
+    with load.claim(str(out)) as attempt:
+        assert not of_fit.write(attempt, {"data": "x", "best": None}, MIXTURE)
         attempt.write_json("sweep.json", {})
         attempt.commit()
     assert "report.html could not be drawn and is left out: " in caplog.text
     assert len(caplog.records) == 1
     assert not (out / "report.html").exists()
-    assert artifacts.read_report(str(out)) == {}
+    assert load.read_report(str(out)) == {}
 
 
 def test_a_sample_is_of_the_rows_bounded_and_the_same_again() -> None:
     rows, result = shards(20_000)
-    one, again = (reporting.draw(rows, result, 0) for _ in range(2))
+    one, again = (of_fit.draw(rows, result, 0) for _ in range(2))
     assert one is not None
     assert 1500 < len(one) <= 2000
     assert torch.equal(one, again)
     few, result = shards(900)
-    assert len(reporting.draw(few, result, 0)) == 900
+    assert len(of_fit.draw(few, result, 0)) == 900
 
 
 def test_rows_that_cannot_be_read_again_cost_the_picture_alone(
@@ -78,5 +78,5 @@ def test_rows_that_cannot_be_read_again_cost_the_picture_alone(
     _, result = shards()
     wrong = mixtures.shards(mixtures.normal_rows(10, 5))
     with caplog.at_level(logging.WARNING):
-        assert reporting.draw(wrong, result, 0) is None
+        assert of_fit.draw(wrong, result, 0) is None
     assert "report.html will have no picture of the rows: " in caplog.text

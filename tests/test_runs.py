@@ -21,12 +21,12 @@ from conftest import S3Server, forget_connections, running, wait_until_ready, we
 from fsspec.implementations.memory import MemoryFileSystem
 from test_artifacts import PROVENANCE, attempts, files, number_of, race_model, read_once
 
-from gmm_dist import artifacts
-from gmm_dist.artifacts import load
-from gmm_dist.checkpoint import Checkpoint, RunIdentity
 from gmm_dist.errors import UserError
-from gmm_dist.lease import LeaseLost as LeaseLost  # for the drivers below
-from gmm_dist.runs import Run, claim
+from gmm_dist.runs import load as artifacts
+from gmm_dist.runs.checkpoint import Checkpoint, RunIdentity
+from gmm_dist.runs.claim import Run, claim
+from gmm_dist.runs.lease import LeaseLost as LeaseLost  # for the drivers below
+from gmm_dist.runs.load import load
 from gmm_dist.storage import open_url
 
 ROOT = Path(__file__).parent.parent

@@ -13,15 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from gmm_dist.kernel import Total
-from gmm_dist.sample import (
-    _CORESET,
-    Coreset,
-    DrawCoreset,
-    keyed_generator,
-    whitening,
-)
-from gmm_dist.shards import Block, LocalShards, ShardRows, TreeSum, run_on
+from gmm_dist.em.estep import Total
+from gmm_dist.selection.coreset import _CORESET, Coreset, DrawCoreset, keyed_generator, whitening
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
+from gmm_dist.shards.tree_sum import TreeSum, run_on
 
 
 def drawn(X, size, seed, *, edges=(), sample_weight=None) -> Coreset:

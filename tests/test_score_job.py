@@ -27,12 +27,13 @@ from conftest import S3Server, forget_connections, free_ports
 from test_artifacts import PROVENANCE
 from test_scoring import reference
 
-from gmm_dist import artifacts, lake
-from gmm_dist.artifacts import read_report
-from gmm_dist.histogram import training_quantiles
-from gmm_dist.mixture import Mixture
-from gmm_dist.scored import Counts
-from gmm_dist.shards import LocalShards
+from gmm_dist.em.evaluate import training_quantiles
+from gmm_dist.lake.plan import plan_lake
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.runs import load
+from gmm_dist.runs.load import read_report
+from gmm_dist.scoring.files import Counts
+from gmm_dist.shards.local import LocalShards
 from gmm_dist.storage import Patience, open_url
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def model_at(url: str, **changes: object) -> str:
     """Commit a model of the features x and y, and return where."""
     quantiles = training_quantiles(LocalShards.of(TRAINING), MIXTURE)
     model = Mixture(MIXTURE, ("x", "y"), 2e4, -5e4, quantiles)
-    with artifacts.claim(url) as attempt:
+    with load.claim(url) as attempt:
         attempt.write_model(replace(model, **changes), PROVENANCE)
         attempt.commit()
     return url
@@ -122,7 +123,7 @@ def test_every_row_is_scored_in_its_place_and_a_second_time_there_is_nothing_to_
     assert report["components"] == np.bincount(expected.predict(X), minlength=4).tolist()
 
     assert (
-        lake.plan(str(out), columns=["log_density"], missing="drop").n_rows == 1200
+        plan_lake(str(out), columns=["log_density"], missing="drop").n_rows == 1200
     )  # our readers take it too
     assert not list(out.rglob("*.part"))
     assert not (out / "_scored" / "_checkpoints").exists()
@@ -309,7 +310,7 @@ def test_lists_are_fitted_and_scored_whatever_their_kind(
         lakes.write(tmp_path / "lake" / f"{i}.parquet", {"id": own, "emb": emb})
     data, out = str(tmp_path / "lake"), str(tmp_path / "fit")
     assert fit_job.main([data, "--k", "2", "--output", out]) == 0
-    model = artifacts.load(out)
+    model = load.load(out)
     assert model.feature_names == ("emb[0]", "emb[1]")
     scores = tmp_path / "scores"
     argv = [data, "--model", out, "--output", str(scores), "--keep", "id", "emb"]

@@ -10,18 +10,20 @@ from pathlib import Path
 import pytest
 from test_scored import days, loader_of, score
 
-from gmm_dist import lake, runs, score_runs
-from gmm_dist.checkpoint import RunIdentity
 from gmm_dist.errors import UserError
-from gmm_dist.lease import LeaseLost
-from gmm_dist.runs import Run
+from gmm_dist.lake.plan import plan_lake
+from gmm_dist.runs import claim
+from gmm_dist.runs.checkpoint import RunIdentity
+from gmm_dist.runs.claim import Run
+from gmm_dist.runs.lease import LeaseLost
+from gmm_dist.scoring import run as score_runs
 
 RUN = "_scored/_checkpoints/run.json"
 
 
 @contextmanager
 def claimed(data: Path, out: Path, key: str = "", *, resume: bool = False) -> Iterator[Run]:
-    plan = lake.plan(str(data), columns=["x", "y"], missing="mean", keep=["id"])
+    plan = plan_lake(str(data), columns=["x", "y"], missing="mean", keep=["id"])
     identity = RunIdentity(plan.hash, (), {"k": key})
     with score_runs.claim(str(out), plan, identity, resume=resume) as run:
         yield run
@@ -82,7 +84,7 @@ def test_what_came_while_the_lease_was_waited_for_is_not_overwritten(
         begun.set()  # the first look at the output lies behind us
         return ask(*args, **options)
 
-    with runs.claim(str(home), resume=True, lease_seconds=3.0):
+    with claim.claim(str(home), resume=True, lease_seconds=3.0):
         monkeypatch.setattr(score_runs.runs, "claim", asked)
         waiting.start()
         assert begun.wait(20)

@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import S3Server
 
-from gmm_dist import lake, scored, streaming
-from gmm_dist.checkpoint import RunIdentity
 from gmm_dist.errors import UserError
-from gmm_dist.mixture import Mixture
-from gmm_dist.scored import Scored, ScoreFiles, collect, spread
-from gmm_dist.scoring import Scoring
+from gmm_dist.lake import stream
+from gmm_dist.lake.plan import plan_lake
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.runs.checkpoint import RunIdentity
+from gmm_dist.scoring import files
+from gmm_dist.scoring.files import Scored, ScoreFiles, collect, spread
+from gmm_dist.scoring.scorer import Scoring
 from gmm_dist.storage import open_url
 
 MIXTURE = mixtures.parameters("full", 3, 2)
@@ -41,7 +43,7 @@ def days(folder: Path) -> Path:
 def loader_of(
     data: object, output: object, *, where: str | None = None, key: str = "", attempt: str = "one"
 ) -> ScoreFiles:
-    plan = lake.plan(str(data), columns=["x", "y"], missing="mean", keep=["id"], where=where)
+    plan = plan_lake(str(data), columns=["x", "y"], missing="mean", keep=["id"], where=where)
     scoring = Scoring(MIXTURE, pa.schema([("id", pa.int64())]), threshold=-6.0)
     return ScoreFiles(plan, scoring, str(output), RunIdentity(plan.hash, (), {"k": key}), attempt)
 
@@ -100,8 +102,8 @@ def test_the_bytes_are_the_same_each_time_and_in_any_batches(
     score(loader_of(data, tmp_path / "a"))
     score(loader_of(data, tmp_path / "b", attempt="two"))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    monkeypatch.setattr(scored, "_GROUP_BYTES", 1000)
-    monkeypatch.setattr(streaming, "BATCH_ROWS", 10)
+    monkeypatch.setattr(files, "_GROUP_BYTES", 1000)
+    monkeypatch.setattr(stream, "BATCH_ROWS", 10)
     found = score(loader_of(data, tmp_path / "c"))
     path = "ds=2026-11-03/a.parquet"
     assert pq.read_metadata(tmp_path / "c" / path).num_row_groups > 5

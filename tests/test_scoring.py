@@ -9,9 +9,9 @@ import pytest
 from sklearn.mixture import GaussianMixture
 
 from gmm_dist.errors import UserError
-from gmm_dist.families import FAMILIES
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
-from gmm_dist.scoring import Scorer, Scoring
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.scoring.scorer import Scorer, Scoring
 
 NONE = pa.schema([])
 K, D = 5, 4

@@ -10,14 +10,15 @@ import pytest
 import torch
 from test_seeding import Scattered
 
-from gmm_dist import em
-from gmm_dist import search as search_module
 from gmm_dist.config import INITS, EMConfig, StartConfig
-from gmm_dist.kernel import Total
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
-from gmm_dist.search import _SHARD_ROWS, mend, search
-from gmm_dist.seeding import start_of
-from gmm_dist.shards import LocalShards, ShardRows
+from gmm_dist.em import loop
+from gmm_dist.em.estep import Total
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.selection import starts as search_module
+from gmm_dist.selection.kmeans import start_of
+from gmm_dist.selection.starts import _SHARD_ROWS, mend, search
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import ShardRows
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 every_init = pytest.mark.parametrize("init", INITS)
@@ -51,7 +52,7 @@ def bound(X, start, n_iter=10) -> float:
     """Return the mean log-likelihood (nats per row) that some EM from a start comes to."""
     shards = mixtures.shards(X)
     config = EMConfig(max_iter=n_iter, tol=0.0, precision="float64")
-    (fit,) = em.fit(shards, [start], config, shards.run(Total(X.shape[1])))
+    (fit,) = loop.fit(shards, [start], config, shards.run(Total(X.shape[1])))
     return fit.lower_bounds[-1]
 
 
@@ -194,12 +195,12 @@ def test_mending_puts_useless_components_elsewhere():
     far[5] = 1000.0
     lone = Parameters(start.weights, far, start.covariances, "full")
     shards = mixtures.shards(X)
-    (fit,) = em.fit(shards, [lone], EMConfig(max_iter=2), shards.run(Total(3)))
+    (fit,) = loop.fit(shards, [lone], EMConfig(max_iter=2), shards.run(Total(3)))
     assert fit.degenerate.tolist() == [False] * 5 + [True]
     total, settings = shards.run(Total(3)), StartConfig()
     ((mended,),) = mend(shards, [fit], EMConfig(), settings, total)
     assert bound(X, mended) > bound(X, start_of(X, ones(len(X)), labels, 6, "full")) - 1e-3
-    all_useless = em.fit(shards, [lone], EMConfig(max_iter=1), shards.run(Total(3)))[0]
+    all_useless = loop.fit(shards, [lone], EMConfig(max_iter=1), shards.run(Total(3)))[0]
     all_useless.degenerate[:] = True
     assert mend(shards, [all_useless], EMConfig(), settings, total) == [[]]
 
@@ -326,7 +327,7 @@ def test_fewer_distinct_rows_than_components_still_run(kind, d):
     X = X - X.mean(0)
     shards = mixtures.shards(X)
     (start,) = best(X, [(5, kind)], n_init=2)
-    (fit,) = em.fit(shards, [start], EMConfig(), shards.run(Total(d)))
+    (fit,) = loop.fit(shards, [start], EMConfig(), shards.run(Total(d)))
     assert_positive_definite(start)
     assert_positive_definite(fit.parameters)
 
@@ -336,7 +337,7 @@ def test_rows_that_are_all_the_same_still_run(kind):
     X = torch.zeros(30, 2, dtype=torch.float64)
     shards = mixtures.shards(X)
     (start,) = best(X, [(2, kind)], n_init=2)
-    (fit,) = em.fit(shards, [start], EMConfig(), shards.run(Total(2)))
+    (fit,) = loop.fit(shards, [start], EMConfig(), shards.run(Total(2)))
     assert fit.log_likelihood == pytest.approx(naive.e_step(X, fit.parameters).log_likelihood)
 
 

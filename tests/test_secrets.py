@@ -20,8 +20,10 @@ import sweep as sweep_job
 from conftest import S3Server
 from test_score_job import MIXTURE, model_at
 
-from gmm_dist import artifacts, lake, storage
+from gmm_dist import storage
 from gmm_dist.errors import UserError
+from gmm_dist.lake.plan import plan_lake
+from gmm_dist.runs import load
 from gmm_dist.storage import Patience
 
 PASSWORD, SIGNATURE, TOKEN = "pass-4711-word", "c2ln/4712+bmF0dXJl", "token-4713"
@@ -125,7 +127,7 @@ def test_jobs_over_http_write_and_say_no_secret(
     require_none(out, printed.out, printed.err)
     assert (out / "scored" / "points.parquet").exists()
     # A signature that was made anew names the same run.
-    assert artifacts.load(f"{out}/sweep").n_features == 2
+    assert load.load(f"{out}/sweep").n_features == 2
 
 
 def test_refusals_and_failures_say_no_secret(
@@ -172,7 +174,7 @@ def test_refusals_and_failures_say_no_secret(
 
 def test_a_plan_is_the_same_under_another_signature(served: tuple[type[_Handler], str]) -> None:
     _, url = served
-    plan = lake.plan(url.format("points.parquet"))
+    plan = plan_lake(url.format("points.parquet"))
     assert [file.path for file in plan.files] == ["points.parquet"]
     for secret in SECRETS:
         assert secret not in repr(plan)
@@ -181,7 +183,7 @@ def test_a_plan_is_the_same_under_another_signature(served: tuple[type[_Handler]
 def test_an_s3_url_with_credentials_is_refused(s3_lake: S3Server) -> None:
     bucket = s3_lake.url.removeprefix("s3://")
     for url in (f"s3://AKIA:{PASSWORD}@{bucket}", f"s3://{bucket}?X-Amz-Signature={TOKEN}"):
-        for act in (lake.plan, artifacts.load):
+        for act in (plan_lake, load.load):
             with pytest.raises(UserError, match="credentials") as raised:
                 act(url)
             assert not [secret for secret in SECRETS if secret in str(raised.value)]

@@ -14,12 +14,21 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from gmm_dist import seeding
-from gmm_dist.kernel import Total
-from gmm_dist.parameters import COVARIANCE_TYPES
-from gmm_dist.sample import Whitening, keyed_generator, whitening
-from gmm_dist.seeding import METHODS, assignments, k_means_parallel, lloyd, nearest, start_of
-from gmm_dist.shards import LocalShards, Partial, ShardRows, TreeSum, run_on
+from gmm_dist.em.estep import Total
+from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.selection import kmeans
+from gmm_dist.selection.coreset import Whitening, keyed_generator, whitening
+from gmm_dist.selection.kmeans import (
+    METHODS,
+    assignments,
+    k_means_parallel,
+    lloyd,
+    nearest,
+    start_of,
+)
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import ShardRows
+from gmm_dist.shards.tree_sum import Partial, TreeSum, run_on
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -52,7 +61,7 @@ def naive_k_means_parallel(Z, weight, edges, k, rounds, random_state):
         return min(float(((Z[i] - Z[c]) ** 2).sum()) for c in chosen)
 
     def keyed(shard, round):
-        return keyed_generator(random_state, seeding._PARALLEL, shard, round)
+        return keyed_generator(random_state, kmeans._PARALLEL, shard, round)
 
     times = {}
     for shard, rows in enumerate(shards):
@@ -97,7 +106,7 @@ def test_k_means_parallel_is_its_definition(edges, dtype):
 def test_chunks_do_not_change_which_rows_are_candidates(monkeypatch):
     X = mixtures.normal_rows(3000, 2)
     whole, counts = parallel(X, 5, edges=[1000])
-    monkeypatch.setattr(seeding, "_chunk_rows", lambda *_: 64)
+    monkeypatch.setattr(kmeans, "_chunk_rows", lambda *_: 64)
     centres, weights = parallel(X, 5, edges=[1000])
     assert torch.equal(whole, centres)
     assert torch.equal(counts, weights)
@@ -140,7 +149,7 @@ def test_the_first_candidate_is_drawn_by_weight():
     shards = mixtures.shards(X, [3, 3, 5], weight)
     rounds, counts = 1000, collections.Counter()
     for seed in range(rounds):
-        one = shards.run(seeding._DrawOne(seed, 1))
+        one = shards.run(kmeans._DrawOne(seed, 1))
         counts[int((one.X == X).all(1).nonzero())] += 1
     expected = rounds * weight / weight.sum()
     assert counts[0] == 0
@@ -224,14 +233,14 @@ def test_rows_of_zero_weight_play_no_part(method):
         assert start.means.abs().max() < 5
         assert start.covariances.abs().max() < 20
         seeds = {
-            "random_from_data": seeding.random_rows,
-            "k-means++": seeding.k_means_plus_plus,
+            "random_from_data": kmeans.random_rows,
+            "k-means++": kmeans.k_means_plus_plus,
         }
         if method in seeds:
             assert (seeds[method](X, weight, 6, generator(seed)) < 30).all()
 
 
-@pytest.mark.parametrize("choose", [seeding.random_rows, seeding.k_means_plus_plus])
+@pytest.mark.parametrize("choose", [kmeans.random_rows, kmeans.k_means_plus_plus])
 def test_an_integer_weight_is_so_many_copies(choose):
     """The second seed's distribution, given as values, is the same for both."""
     X = torch.tensor([[0.0], [1.0], [3.0], [7.0]], dtype=torch.float64)
@@ -255,7 +264,7 @@ def test_random_rows_are_drawn_by_weight_without_replacement():
     X, weight = mixtures.normal_rows(5, 1), torch.tensor([1.0, 2, 3, 4, 0], dtype=torch.float64)
     rounds, pairs = 3000, collections.Counter()
     for seed in range(rounds):
-        pairs[tuple(seeding.random_rows(X, weight, 2, generator(seed)).tolist())] += 1
+        pairs[tuple(kmeans.random_rows(X, weight, 2, generator(seed)).tolist())] += 1
     w = weight.tolist()
     expected = {
         (i, j): w[i] / 10 * w[j] / (10 - w[i]) for i in range(4) for j in range(4) if i != j
@@ -269,14 +278,14 @@ def test_distinct_random_rows_that_run_out_are_repeated_in_turn():
     X = torch.tensor([[1.0], [5.0], [1.0], [9.0]], dtype=torch.float64)
     weight = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     for seed in range(10):
-        values = X[seeding.random_rows(X, weight, 5, generator(seed)), 0].tolist()
+        values = X[kmeans.random_rows(X, weight, 5, generator(seed)), 0].tolist()
         assert set(values[:2]) == {1.0, 5.0}
         assert values == [*values[:2], *values[:2], values[0]]
 
 
 def test_labels_are_of_the_seeds_or_of_the_centres_that_k_means_moved_them_to():
     X, weight = mixtures.normal_rows(200, 2), mixtures.row_weights(200)
-    seeds = X[seeding.k_means_plus_plus(X, weight, 5, generator(1))]
+    seeds = X[kmeans.k_means_plus_plus(X, weight, 5, generator(1))]
     found = {
         method: assignments(method, X, weight, [5], generator(1))[5]
         for method in ("kmeans", "k-means++")
@@ -399,7 +408,7 @@ def test_whitened_seeds_are_those_of_the_rows():
     chosen = []
     for rows in (X, turned):
         whiten: Whitening = whitening(mixtures.shards(rows).run(Total(2)))
-        chosen.append(seeding.k_means_plus_plus(whiten(rows), ones(100), 6, generator(2)))
+        chosen.append(kmeans.k_means_plus_plus(whiten(rows), ones(100), 6, generator(2)))
     assert torch.equal(*chosen)
 
 
@@ -409,7 +418,7 @@ def test_seeds_are_far_apart():
     labels = torch.repeat_interleave(torch.arange(6), torch.tensor(sizes))
     X = mixtures.normal_rows(len(labels), 6) + 100 * torch.eye(6, dtype=torch.float64)[labels]
     for seed in range(25):
-        seeds = seeding.k_means_plus_plus(X, ones(len(X)), 6, generator(seed))
+        seeds = kmeans.k_means_plus_plus(X, ones(len(X)), 6, generator(seed))
         assert sorted(labels[seeds].tolist()) == list(range(6))
 
 

@@ -9,10 +9,10 @@ import mixtures
 import pytest
 
 from gmm_dist.config import EMConfig
-from gmm_dist.em import Status
-from gmm_dist.mixture import Mixture
-from gmm_dist.selection import Candidate, Outcome, Scored, SweepResult
-from gmm_dist.statistics import TotalMoments
+from gmm_dist.em.loop import Status
+from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.selection.ranking import Candidate, Outcome, Scored, SweepResult
 
 X = mixtures.normal_rows(300, 2)
 

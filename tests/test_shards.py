@@ -14,7 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmm_dist.shards import Block, HeldOut, LocalShards, Partial, ShardRows, TreeSum, run_on
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, HeldOut, ShardRows
+from gmm_dist.shards.tree_sum import Partial, TreeSum, run_on
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import safetensors.torch
 import torch
 
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.parameters import COVARIANCE_TYPES
-from gmm_dist.selection import Candidate, SweepResult
-from gmm_dist.snapshot import Snapshot
-from gmm_dist.sweep import sweep
+from gmm_dist.em.lane import Snapshot
+from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.selection.ranking import Candidate, SweepResult
+from gmm_dist.selection.sweep import sweep
 
 
 def rows():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gmm_dist import runs
+from gmm_dist.runs import claim
 from tests import soak
 
 
@@ -30,7 +30,7 @@ def found_in(output: Path) -> list[str]:
 
 def test_a_commit_leaves_nothing_that_is_not_its_own(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with runs.claim(str(output)) as run:
+    with claim.claim(str(output)) as run:
         run.attempt.write_json("sweep.json", {"k": 3})
         run.attempt.write("model/model.safetensors", b"1234")
         run.attempt.commit()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gmm_dist import UserError, select
-from gmm_dist.spikes import profile, profile_of
+from gmm_dist.selection.spikes import profile, profile_of
 
 RNG = np.random.default_rng(1)
 NOISE = RNG.normal(size=(1000, 2))

@@ -13,12 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmm_dist.families import natural
-from gmm_dist.kernel import EStep, Total
-from gmm_dist.lanes import LaneGroup, Precision
-from gmm_dist.parameters import Stack
-from gmm_dist.shards import ShardRows
-from gmm_dist.statistics import PassStatistics, SufficientStatistics, TotalMoments
+from gmm_dist.em.estep import EStep, Total
+from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.em.statistics import PassStatistics, SufficientStatistics, TotalMoments
+from gmm_dist.model.covariance import natural
+from gmm_dist.model.parameters import Stack
+from gmm_dist.shards.protocol import ShardRows
 
 MIXTURE = mixtures.parameters("full", 3, 2)
 STACK = Stack.of([MIXTURE])

@@ -17,8 +17,10 @@ import pytest
 from botocore.exceptions import ClientError
 from conftest import S3Server, forget_connections
 
-from gmm_dist import lake, listing, reading, storage
+from gmm_dist import storage
 from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.lake import listing, read, survey
+from gmm_dist.lake.plan import Plan, plan_lake
 from gmm_dist.storage import Patience
 
 
@@ -256,7 +258,7 @@ def proxied(s3_lake: S3Server, tmp_path, monkeypatch) -> Iterator[tuple[faulty.P
         columns = {"x": lakes.numbers(3000, seed=ord(name))}
         lakes.write(tmp_path / f"{name}.parquet", columns, rows_per_group=1000)
     lakes.upload(tmp_path, s3_lake.file_system(), s3_lake.url)
-    reading.release()
+    read.release()
     with faulty.proxy(s3_lake.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -265,8 +267,8 @@ def proxied(s3_lake: S3Server, tmp_path, monkeypatch) -> Iterator[tuple[faulty.P
         forget_connections()
 
 
-def rows_of(plan: lake.Plan) -> np.ndarray:
-    reading.release()
+def rows_of(plan: Plan) -> np.ndarray:
+    read.release()
     return lakes.read_all(plan)[0][:, 0]
 
 
@@ -276,11 +278,11 @@ WANTED = np.concatenate([lakes.numbers(3000, seed=ord(name)) for name in "ab"])
 def test_an_outage_is_outlasted_in_planning_and_reading(proxied, caplog):
     proxy, url = proxied
     with proxy.outage(3):  # s3fs alone gives up after 1.8 s
-        plan = lake.plan(url, n_shards=3)
+        plan = plan_lake(url, n_shards=3)
     with proxy.outage(3):
         np.testing.assert_array_equal(rows_of(plan), WANTED)
     with proxy.outage(1):
-        assert len(reading.probe(plan)) == 6000
+        assert len(read.probe(plan)) == 6000
     assert f"{url}: the storage fails for 0 s now, trying for up to 180 s (" in caplog.text
     assert f"{url}/a.parquet: the storage fails for 0 s now" in caplog.text
 
@@ -289,15 +291,15 @@ def test_an_outage_between_listing_and_footers_is_outlasted(proxied):
     proxy, url = proxied
     found = listing.find(url)
     with proxy.outage(3):
-        footers = lake._read_footers(url, found.files, lake._Questions(None, None, (), 0, ()))
+        footers = survey.read_footers(url, found.files, survey.Questions(None, None, (), 0, ()))
     assert [footer.file.rows for footer in footers] == [(1000, 1000, 1000)] * 2
 
 
 def test_an_outage_in_the_middle_of_a_file_is_outlasted(proxied):
     proxy, url = proxied
-    plan = lake.plan(url, n_shards=1)
-    parts = reading.read(plan, 0)
-    reading.release()
+    plan = plan_lake(url, n_shards=1)
+    parts = read.read(plan, 0)
+    read.release()
     first = next(parts).X
     with proxy.outage(2):
         rest = [part.X for part in parts]
@@ -307,7 +309,7 @@ def test_an_outage_in_the_middle_of_a_file_is_outlasted(proxied):
 def test_a_busy_store_is_asked_again(proxied):
     proxy, url = proxied
     proxy.busy = 12
-    np.testing.assert_array_equal(rows_of(lake.plan(url)), WANTED)
+    np.testing.assert_array_equal(rows_of(plan_lake(url)), WANTED)
     assert proxy.faults == 12
 
 
@@ -315,8 +317,8 @@ def test_a_busy_store_is_asked_again(proxied):
 def test_torn_bodies_are_read_again(proxied, monkeypatch, small):
     proxy, url = proxied
     if not small:
-        monkeypatch.setattr("gmm_dist.listing._SMALL_BYTES", 0)
-    plan = lake.plan(url, n_shards=2)
+        monkeypatch.setattr("gmm_dist.lake.listing._SMALL_BYTES", 0)
+    plan = plan_lake(url, n_shards=2)
     proxy.torn, proxy.torn_after = 7, 100  # s3fs tries five times
     np.testing.assert_array_equal(rows_of(plan), WANTED)
     assert proxy.faults == 7
@@ -324,7 +326,7 @@ def test_torn_bodies_are_read_again(proxied, monkeypatch, small):
 
 def test_slow_bodies_are_waited_for(proxied):
     proxy, url = proxied
-    plan = lake.plan(url)
+    plan = plan_lake(url)
     proxy.bytes_per_second = 40_000
     began = time.monotonic()
     np.testing.assert_array_equal(rows_of(plan), WANTED)
@@ -333,18 +335,18 @@ def test_slow_bodies_are_waited_for(proxied):
 
 def test_an_outage_without_end_ends_in_one_line(proxied, monkeypatch):
     proxy, url = proxied
-    plan = lake.plan(url)
+    plan = plan_lake(url)
     monkeypatch.setattr(storage, "PATIENCE", QUICK)
     proxy.refuse()
     with pytest.raises(storage.StorageFailed, match=rf"^{url}: the storage failed for \d+ s \(.*C"):
-        lake.plan(url)
+        plan_lake(url)
     with pytest.raises(storage.StorageFailed, match=rf"^{url}/a.parquet: the storage failed for"):
         rows_of(plan)
 
 
 def test_a_key_that_was_replaced_during_an_outage_is_an_error(proxied, tmp_path, s3_lake):
     proxy, url = proxied
-    plan = lake.plan(url, n_shards=1)
+    plan = plan_lake(url, n_shards=1)
     lakes.write(tmp_path / "a.parquet", {"x": lakes.numbers(3000)}, rows_per_group=1000)
     lakes.upload(tmp_path, s3_lake.file_system(), url)
     with (

@@ -18,14 +18,18 @@ from test_artifacts import PROVENANCE, mixture
 from test_score_runs import claimed
 from test_scored import days, loader_of, score
 
-from gmm_dist import artifacts, lake, places, runs, score_runs, storage
-from gmm_dist.checkpoint import checkpoint_names
+from gmm_dist import storage
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.failures import Verdict, judge
-from gmm_dist.lease import Held
-from gmm_dist.places import Place, is_foreign, lies_within
-from gmm_dist.registry import Registry
-from gmm_dist.scored import Scored, ScoreFiles, collect
+from gmm_dist.lake.plan import plan_lake
+from gmm_dist.nightly.registry import Registry
+from gmm_dist.runs import claim, load
+from gmm_dist.runs import folder as places
+from gmm_dist.runs.checkpoint import checkpoint_names
+from gmm_dist.runs.folder import Place, is_foreign, lies_within
+from gmm_dist.runs.lease_cells import Held
+from gmm_dist.scoring import run as score_runs
+from gmm_dist.scoring.files import Scored, ScoreFiles, collect
+from gmm_dist.shards.failures import Verdict, judge
 
 FOREIGN = [".DS_Store", "._file", ".nfs000a1", "Thumbs.db", "desktop.ini", "x_$folder$"]
 
@@ -42,14 +46,14 @@ def test_what_systems_leave_in_our_folders_is_passed_over(tmp_path: Path) -> Non
         litter(out / name)
     (out / "model" / "x").unlink(missing_ok=True)
     litter(tmp_path / "empty")
-    with runs.claim(str(tmp_path / "empty")) as run:
+    with claim.claim(str(tmp_path / "empty")) as run:
         run.attempt.write_model(mixture(), PROVENANCE)
         run.attempt.commit()
     for name in ("_attempts", "model", f"_attempts/{run.attempt.id}"):
         litter(tmp_path / "empty" / name)
-    artifacts.load(str(tmp_path / "empty"))
-    assert artifacts.repair(str(tmp_path / "empty")) == ()
-    with runs.claim(str(tmp_path / "empty"), resume=True) as again:
+    load.load(str(tmp_path / "empty"))
+    assert load.repair(str(tmp_path / "empty")) == ()
+    with claim.claim(str(tmp_path / "empty"), resume=True) as again:
         assert again.committed
 
 
@@ -58,12 +62,12 @@ def test_a_lease_is_taken_where_others_left_files(tmp_path: Path) -> None:
     for name in ("_attempts", "_attempts/lease", "_checkpoints"):
         litter(out / name)
     assert checkpoint_names(Place.of(str(out))) == []
-    with runs.claim(str(out)) as run:
+    with claim.claim(str(out)) as run:
         litter(out / "_attempts" / "lease")
         run.check()
         run.attempt.write_model(mixture(), PROVENANCE)
         run.attempt.commit()
-    artifacts.load(str(out))
+    load.load(str(out))
 
 
 def test_a_registry_with_others_files_is_read(tmp_path: Path) -> None:
@@ -96,10 +100,10 @@ def test_a_folder_marker_of_s3_is_no_file(s3_lake: S3Server) -> None:
     path = Place.of(url).path
     for marker in ("/", "/_attempts/", "/_checkpoints/", "_$folder$", "/_attempts_$folder$"):
         fs.pipe_file(f"{path}{marker}", b"")
-    with runs.claim(url) as run:
+    with claim.claim(url) as run:
         run.attempt.write_model(mixture(), PROVENANCE)
         run.attempt.commit()
-    artifacts.load(url)
+    load.load(url)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,7 @@ def test_a_lease_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
         (tmp_path / "_attempts" / "lease" / text).mkdir(parents=True)
         with (
             pytest.raises(UserError, match=r"which is no lease of ours: remove it"),
-            runs.claim(str(tmp_path)),
+            claim.claim(str(tmp_path)),
         ):
             pass
 
@@ -136,23 +140,23 @@ def _all(loader: ScoreFiles) -> Scored:
 
 
 def test_an_output_of_a_name_too_long_is_refused(tmp_path: Path) -> None:
-    for act in (lambda url: runs.claim(url).__enter__(), artifacts.load):
+    for act in (lambda url: claim.claim(url).__enter__(), load.load):
         with pytest.raises(UserError, match="a name is too long for this file system"):
             act(f"{tmp_path}/{'x' * 300}/out")
 
 
 def test_an_output_of_a_name_that_is_not_utf8_is_written_and_read(tmp_path: Path) -> None:
     out = os.fsdecode(os.fsencode(tmp_path) + b"/a\xff\xfe")
-    with runs.claim(out) as run:
+    with claim.claim(out) as run:
         run.attempt.write_model(mixture(), PROVENANCE)
         run.attempt.write_json("sweep.json", {"data": out})
         run.attempt.commit()
-    assert artifacts.load(out).n_components == mixture().n_components
-    assert artifacts.read_report(out)["data"] == out
+    assert load.load(out).n_components == mixture().n_components
+    assert load.read_report(out)["data"] == out
 
 
 def test_a_name_that_is_not_utf8_is_refused_by_s3_in_one_line(s3_lake: S3Server) -> None:
-    with pytest.raises(UserError, match="is no UTF-8"), runs.claim(f"{s3_lake.url}/a\udcff"):
+    with pytest.raises(UserError, match="is no UTF-8"), claim.claim(f"{s3_lake.url}/a\udcff"):
         pass
 
 
@@ -184,7 +188,7 @@ def test_an_output_in_the_lake_is_refused_whatever_it_is_called(
     (tmp_path / "inside").symlink_to(data / "sub")
     names = spellings(data)
     for name in names:
-        plan = lake.plan(name, columns=["x", "y"])
+        plan = plan_lake(name, columns=["x", "y"])
         for output in (*names, f"{data}/new", f"{tmp_path}/inside/x/y", f"{beside}/../lake/x"):
             assert score_runs.lies_inside(plan, output), (name, output)
         for output in (str(beside), f"{data}2", f"{data}-x/y", f"{data}/../x", str(tmp_path)):
@@ -206,7 +210,7 @@ def test_a_job_refuses_to_score_into_its_lake(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_lake_that_is_one_file_is_the_lakes(tmp_path: Path) -> None:
     data = days(tmp_path / "lake")
-    plan = lake.plan(str(next(data.rglob("*.parquet"))), columns=["x", "y"])
+    plan = plan_lake(str(next(data.rglob("*.parquet"))), columns=["x", "y"])
     folder = next(data.rglob("*.parquet")).parent
     assert score_runs.lies_inside(plan, str(folder / "out"))
     assert not score_runs.lies_inside(plan, str(tmp_path / "out"))
@@ -236,13 +240,13 @@ def test_names_on_s3_are_compared_as_servers_may_read_them(output: str, inside: 
 
 def test_what_a_fit_leaves_in_a_lake_is_not_read_as_rows(tmp_path: Path) -> None:
     data = days(tmp_path / "lake")
-    before = lake.plan(str(data), columns=["x", "y"])
-    with runs.claim(str(data / "model")) as run:
+    before = plan_lake(str(data), columns=["x", "y"])
+    with claim.claim(str(data / "model")) as run:
         run.attempt.write_model(mixture(), PROVENANCE)
         run.attempt.write("report.html", b"<html>")
-        assert lake.plan(str(data), columns=["x", "y"]) == before
+        assert plan_lake(str(data), columns=["x", "y"]) == before
         run.attempt.commit()
-    assert lake.plan(str(data), columns=["x", "y"]) == before
+    assert plan_lake(str(data), columns=["x", "y"]) == before
 
 
 # ------------------------------------------------------------------------- no room
@@ -281,7 +285,7 @@ def test_a_disk_that_takes_no_more_ends_a_run_at_once(
     out = tmp_path / "out"
     with (
         pytest.raises(kind, match=rf"^{out}.*: {words}"),
-        runs.claim(str(out)) as run,
+        claim.claim(str(out)) as run,
         failing(monkeypatch, number, after=0) as calls,
     ):
         run.attempt.write_model(mixture(), PROVENANCE)

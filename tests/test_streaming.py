@@ -14,10 +14,10 @@ import pytest
 from conftest import S3Server, forget_connections
 from faulty import proxy
 
-from gmm_dist import lake, streaming
 from gmm_dist.errors import UserError
-from gmm_dist.lake import Plan
-from gmm_dist.streaming import row_groups, stream
+from gmm_dist.lake import stream as streaming
+from gmm_dist.lake.plan import Plan, plan_lake
+from gmm_dist.lake.stream import row_groups, stream
 
 N = 1000
 
@@ -28,7 +28,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_of(url: object, **options) -> Plan:
-    return lake.plan(str(url), missing="mean", **{"columns": ["x", "y"], **options})
+    return plan_lake(str(url), missing="mean", **{"columns": ["x", "y"], **options})
 
 
 def rows_of(plan: Plan, index: int = 0) -> tuple[pa.Table, np.ndarray, list[int]]:
@@ -207,7 +207,7 @@ def test_reading_goes_on_in_the_row_group_where_an_outage_began(
     with proxy(s3_lake.endpoint) as between:
         monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
         forget_connections()
-        monkeypatch.setattr("gmm_dist.listing._SMALL_BYTES", 0)
+        monkeypatch.setattr("gmm_dist.lake.listing._SMALL_BYTES", 0)
         plan = plan_of(s3_lake.url, keep=["id"])
         parts = []
         for i, (kept, _) in enumerate(stream(plan, 0, row_groups(plan)[0])):

@@ -5,21 +5,22 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import gmm_dist.sweep as sweep_module
 import mixtures
 import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
-import gmm_dist.sweep as sweep_module
 from gmm_dist import UserError
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.em import Status
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import COVARIANCE_TYPES, Parameters
-from gmm_dist.selection import Candidate, SweepResult
-from gmm_dist.shards import Block, LocalShards, ShardRows
-from gmm_dist.snapshot import Snapshot
-from gmm_dist.sweep import require_rows, sweep
+from gmm_dist.em.lane import Snapshot
+from gmm_dist.em.loop import Status
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.selection.ranking import Candidate, SweepResult
+from gmm_dist.selection.sweep import require_rows, sweep
+from gmm_dist.shards.local import LocalShards
+from gmm_dist.shards.protocol import Block, ShardRows
 
 TIGHT = EMConfig(tol=1e-9, max_iter=2000)
 

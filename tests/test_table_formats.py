@@ -11,8 +11,9 @@ import fsspec
 import lakes
 import pytest
 
-from gmm_dist import lake, table_formats
 from gmm_dist.errors import UserError
+from gmm_dist.lake import table_formats
+from gmm_dist.lake.plan import plan_lake
 
 REFUSED = r", whose folder also holds deleted rows; export its current rows to a folder of Parquet"
 
@@ -49,7 +50,7 @@ def test_any_part_of_a_table_is_refused(tmp_path, mark, data, kind):
     url = table(tmp_path / "table", mark, data).as_posix()
     for part in parts_of(url, data):
         with pytest.raises(UserError, match=rf"^{part}: {kind} \(.*\){REFUSED}"):
-            lake.plan(part)
+            plan_lake(part)
 
 
 @pytest.mark.parametrize(("mark", "data", "kind"), [TABLES[1], TABLES[3], TABLES[5]])
@@ -57,7 +58,7 @@ def test_any_part_of_a_table_on_s3_is_refused(tmp_path, s3_lake, mark, data, kin
     url = lakes.upload(table(tmp_path, mark, data), s3_lake.file_system(), s3_lake.url)
     for part in parts_of(url, data)[-2:]:
         with pytest.raises(UserError, match=rf"^{part}: {kind} \(.*\){REFUSED}"):
-            lake.plan(part)
+            plan_lake(part)
 
 
 def test_a_partition_that_tells_of_its_table_is_refused(tmp_path):
@@ -65,7 +66,7 @@ def test_a_partition_that_tells_of_its_table_is_refused(tmp_path):
     lakes.write(tmp_path / "a.parquet", {"x": [1.0]})
     (tmp_path / ".hoodie_partition_metadata").write_text("x")
     with pytest.raises(UserError, match=rf"a Hudi table \(\.hoodie_partition_metadata\){REFUSED}"):
-        lake.plan(str(tmp_path))
+        plan_lake(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_a_transactional_hive_table_is_refused(tmp_path, folder):
     lakes.write(tmp_path / "t" / folder / "000000_0", {"x": [1.0]})
     for part in (tmp_path, tmp_path / "t", tmp_path / "t" / folder):
         with pytest.raises(UserError, match=rf"a transactional Hive table \(.*\){REFUSED}"):
-            lake.plan(str(part))
+            plan_lake(str(part))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_files_that_are_called_as_a_tables_are_refused(tmp_path, name, kind):
     lakes.write(tmp_path / "main" / "t" / name, {"x": [1.0]})
     for part in (tmp_path, tmp_path / "main" / "t" / name):
         with pytest.raises(UserError, match=rf"^{part}: {kind} \(.*{name}\){REFUSED}"):
-            lake.plan(str(part))
+            plan_lake(str(part))
 
 
 @pytest.mark.parametrize("folder", ["", "ds=1/"])
@@ -105,15 +106,15 @@ def test_what_databricks_did_not_commit_is_refused(tmp_path, folder):
     (at / "_committed_vacuum5").write_text("{}")
     message = f"^{torn}: a file of Databricks that was never committed .{folder}_started_345.; rem"
     with pytest.raises(UserError, match=message):
-        lake.plan(str(tmp_path))
+        plan_lake(str(tmp_path))
     (at / "_committed_345").write_text(f'{{"added":["{torn.name}"],"removed":["{kept.name}"]}}')
     message = (
         f"^{kept}: a file of Databricks that was removed .{folder}_committed_345.; remove such"
     )
     with pytest.raises(UserError, match=message):
-        lake.plan(str(tmp_path))
+        plan_lake(str(tmp_path))
     (at / "_committed_345").write_text("no list")
-    assert lakes.read_all(lake.plan(str(tmp_path)))[0].ravel().tolist() == [1, 2]
+    assert lakes.read_all(plan_lake(str(tmp_path)))[0].ravel().tolist() == [1, 2]
 
 
 def test_a_partition_by_way_of_a_link_is_refused(tmp_path):
@@ -123,7 +124,7 @@ def test_a_partition_by_way_of_a_link_is_refused(tmp_path):
     (tmp_path / "lake" / "b.parquet").symlink_to(tmp_path / "table" / "ds=1" / "old.parquet")
     for part in ("link", "lake", "lake/b.parquet"):
         with pytest.raises(UserError, match=rf"{part}: a Delta table \(.*\){REFUSED}"):
-            lake.plan(str(tmp_path / part))
+            plan_lake(str(tmp_path / part))
 
 
 def test_folders_that_are_merely_called_alike_are_read(tmp_path):
@@ -136,7 +137,7 @@ def test_folders_that_are_merely_called_alike_are_read(tmp_path):
             (beside / name).write_text("{}")
     (folder.parent / "_delta_log").write_text("a file")
     table(tmp_path / "base_20261121" / "a table beside", "_delta_log/0.json", "ds=1")
-    assert lakes.read_all(lake.plan(str(folder)))[0].ravel().tolist() == [1, 2]
+    assert lakes.read_all(plan_lake(str(folder)))[0].ravel().tolist() == [1, 2]
 
 
 def test_what_may_not_be_looked_at_is_passed_by(tmp_path, monkeypatch):
@@ -160,7 +161,7 @@ def test_a_partition_behind_a_web_server_is_refused(tmp_path):
         try:
             for part in (url, f"{url}/old.parquet"):
                 with pytest.raises(UserError, match=rf"^{part}: a Delta table \(.*\){REFUSED}"):
-                    lake.plan(part)
+                    plan_lake(part)
         finally:
             server.shutdown()
 

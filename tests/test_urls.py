@@ -12,8 +12,8 @@ import pytest
 
 from gmm_dist import storage
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.opened import open_lake
-from gmm_dist.places import Place
+from gmm_dist.lake.lake import open_lake
+from gmm_dist.runs.folder import Place
 from gmm_dist.urls import Url, redacted, reveal, without_secrets
 
 SHOWN = [

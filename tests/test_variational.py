@@ -13,14 +13,15 @@ from scipy.special import betaln, digamma, gammaln, multigammaln
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import BayesianGaussianMixture
 
-from gmm_dist.families import FAMILIES, Densities, Moments, natural
-from gmm_dist.features import Features
-from gmm_dist.kernel import Total
-from gmm_dist.lanes import Precision
-from gmm_dist.mixture import Mixture
-from gmm_dist.parameters import COVARIANCE_TYPES, Stack
-from gmm_dist.trials import Rules, Trial, run
-from gmm_dist.variational import WEIGHT_PRIORS, Posterior, Prior, m_step
+from gmm_dist.em.estep import Total
+from gmm_dist.em.features import Features
+from gmm_dist.em.lane_batch import Precision
+from gmm_dist.em.trials import Rules, Trial, run
+from gmm_dist.model.covariance import FAMILIES, Moments, natural
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Stack
+from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 every_prior = pytest.mark.parametrize("weight_prior", WEIGHT_PRIORS)

@@ -13,9 +13,9 @@ import torch
 
 from gmm_dist import GaussianMixture, select
 from gmm_dist.config import EMConfig
-from gmm_dist.kernel import Total
-from gmm_dist.seeding import start_of
-from gmm_dist.weighting import Reweighted, unit_of
+from gmm_dist.em.estep import Total
+from gmm_dist.selection.kmeans import start_of
+from gmm_dist.shards.reweighted import Reweighted, unit_of
 
 LABELS = np.arange(400) % 4 > 0
 X = np.random.default_rng(5).normal(size=(400, 2)) + 6.0 * LABELS[:, None]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmm_dist.errors import UserError
-from gmm_dist.where import Where, parse
+from gmm_dist.lake.filters import Where, parse
 
 DAYS = [dt.datetime(2026, 11, 1), dt.datetime(2026, 11, 2), None]
 TABLE = pa.table(

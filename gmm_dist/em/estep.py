@@ -1,0 +1,222 @@
+"""One pass over blocks of rows for many lanes: the E-step.
+
+For a chunk of rows: build the features Φ once; `logits = Θ Φ` for the components of all lanes;
+softmax over each lane's components; `G += Φ Rᵀ`. Nothing of size n × K or n × d² ever exists:
+the buffers hold one chunk, whose length follows from the shapes alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from gmm_dist.em.centred_form import CentredPass
+from gmm_dist.em.features import Features
+from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.em.product_form import MatrixPass
+from gmm_dist.em.statistics import PassStatistics, TotalMoments
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.shards.protocol import Block, ShardRows
+
+N_CHECKED = 64
+"""Rows per shard whose float32 log-density is held against float64."""
+
+_CHUNK_ELEMENTS = 1 << 20  # of Φ, logits and R together: a few MB, so that they stay in cache
+_MIN_CHUNK, _MAX_CHUNK = 256, 2048
+_CUDA_CHUNK_ELEMENTS, _CUDA_MAX_CHUNK = 1 << 28, 1 << 17
+_ALIGNED = 16  # chunks are cut at multiples of this many rows: a cache line of float32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EStep:
+    """The task of one pass: sufficient statistics of every lane, in float64.
+
+    Peak memory beside the rows: Φ (P, b), logits and responsibilities (K, b) of one chunk of b
+    rows in the working precision, and the statistics (P, K) in float64.
+    """
+
+    groups: tuple[LaneGroup, ...]
+    n_features: int
+
+    def __call__(self, rows: ShardRows) -> PassStatistics:
+        device = _device(rows)
+        with _denormals_as_zeros():
+            return _workspace(self, device).run(rows)
+
+    def chunk_rows(self, device: torch.device) -> int:
+        """Return how many rows are worked on at once: a function of the shapes."""
+        last = [FAMILIES[g.covariance_type].rows(self.n_features).stop for g in self.groups]
+        components = sum(sum(group.sizes) for group in self.groups)
+        width: int = max(last) + 2 * components
+        if device.type == "cuda":
+            return max(_MAX_CHUNK, min(_CUDA_CHUNK_ELEMENTS // width, _CUDA_MAX_CHUNK))
+        return max(_MIN_CHUNK, min(_CHUNK_ELEMENTS // width, _MAX_CHUNK))
+
+
+class _Workspace:
+    """The buffers of one layout of lanes, kept from shard to shard and from pass to pass."""
+
+    def __init__(self, task: EStep, device: torch.device) -> None:
+        d, n_max = task.n_features, task.chunk_rows(device)
+        self.task: EStep | None = None
+        self._n_max = n_max
+        matrix = [group for group in task.groups if group.precision is not Precision.CENTRED]
+        self._features = {
+            dtype: Features(d, n_max, _kinds(matrix, dtype), dtype, device)
+            for dtype in {group.precision.dtype for group in matrix}
+        }
+        self._passes: list[MatrixPass | CentredPass] = [
+            CentredPass(group, n_max, device)
+            if group.precision is Precision.CENTRED
+            else MatrixPass(group, self._features[group.precision.dtype], n_max)
+            for group in task.groups
+        ]
+        self._checks = [
+            _Float32Check(group, d, device) if group.precision is Precision.FLOAT32 else None
+            for group in task.groups
+        ]
+        self._n_samples = torch.zeros((), dtype=torch.float64, device=device)
+
+    def begin(self, task: EStep) -> None:
+        """Take the parameters of a pass."""
+        for lanes, check, group in zip(self._passes, self._checks, task.groups, strict=True):
+            lanes.begin(group)
+            if check is not None:
+                check.begin(group)
+        self.task = task
+
+    def run(self, rows: ShardRows) -> PassStatistics:
+        for lanes in self._passes:
+            lanes.clear()
+        self._n_samples.zero_()
+        for chunk in chunks(rows.blocks, self._n_max):
+            for features in self._features.values():
+                features.fill(chunk.X)
+            for lanes in self._passes:
+                lanes.add(chunk)
+            weight = chunk.sample_weight
+            self._n_samples += chunk.X.shape[1] if weight is None else weight.sum()
+        errors, n_checked = self._float32_errors(rows)
+        groups = [p.statistics(error) for p, error in zip(self._passes, errors, strict=True)]
+        return PassStatistics(tuple(groups), float(self._n_samples), n_checked)
+
+    def _float32_errors(self, rows: ShardRows) -> tuple[list[Float64[Tensor, " L"]], int]:
+        """Return, per group, Σ |log p in float32 - in float64| over the shard's first rows."""
+        assert self.task is not None
+        head = next((block.X[:, :N_CHECKED] for block in rows.blocks if block.X.shape[1]), None)
+        errors = []
+        for check, group in zip(self._checks, self.task.groups, strict=True):
+            if check is None or head is None:
+                errors.append(torch.zeros(len(group.sizes), dtype=torch.float64))
+            else:
+                errors.append(check.error(head))
+        return errors, 0 if head is None else head.shape[1]
+
+
+class _Float32Check:
+    """Holds float32 log-densities of a few rows against float64 ones."""
+
+    def __init__(self, group: LaneGroup, d: int, device: torch.device) -> None:
+        kinds = {group.covariance_type}
+        self._passes = [
+            MatrixPass(group, Features(d, N_CHECKED, kinds, dtype, device), N_CHECKED)
+            for dtype in (torch.float32, torch.float64)
+        ]
+
+    def begin(self, group: LaneGroup) -> None:
+        for lanes in self._passes:
+            lanes.begin(group)
+
+    def error(self, X: Tensor) -> Float64[Tensor, " L"]:
+        for lanes in self._passes:
+            lanes.features.fill(X)
+        single, double = (lanes.log_norm() for lanes in self._passes)
+        return (single.double() - double).abs().sum(1).cpu()
+
+
+@contextmanager
+def _denormals_as_zeros() -> Iterator[None]:
+    """Have this thread take numbers below the smallest normal one for zero, while we compute.
+
+    Far components have such responsibilities. As zeros they cost nothing; as denormals they
+    made softmax 8 times and the second product 3 times slower.
+    """
+    were_zeros = 5e-324 * 1.0 == 0.0  # no one else in the process may notice that we changed it
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(were_zeros)
+
+
+_local = threading.local()
+
+
+def _workspace(task: EStep, device: torch.device) -> _Workspace:
+    """Return this thread's buffers for the task; only those of the last layout are kept."""
+    key = (task.n_features, device, tuple(group.layout for group in task.groups))
+    if getattr(_local, "key", None) != key:
+        _local.key = _local.workspace = None  # freed before the next is made
+        _local.key, _local.workspace = key, _Workspace(task, device)
+    workspace: _Workspace = _local.workspace
+    if workspace.task is not task:
+        workspace.begin(task)
+    return workspace
+
+
+def _device(rows: ShardRows) -> torch.device:
+    return rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
+
+
+def _kinds(groups: Sequence[LaneGroup], dtype: torch.dtype) -> set[str]:
+    return {group.covariance_type for group in groups if group.precision.dtype == dtype}
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """The task that sums the first two moments of all rows, in float64.
+
+    Not `whole`: of the second ones only the squares.
+    """
+
+    n_features: int
+    whole: bool = True
+
+    def __call__(self, rows: ShardRows) -> TotalMoments:
+        device, d = _device(rows), self.n_features
+        sums = torch.zeros((d if self.whole else 1) + 1, d, dtype=torch.float64, device=device)
+        counts = torch.zeros(3, dtype=torch.float64, device=device)
+        largest = 0.0
+        for chunk in chunks(rows.blocks, _CUDA_MAX_CHUNK if device.type == "cuda" else _MAX_CHUNK):
+            x = chunk.X.double()
+            weight = chunk.weights
+            weighted = x * weight
+            sums[0] += weighted.sum(1)
+            if self.whole:
+                sums[1:].addmm_(weighted, x.T)
+            else:
+                sums[1] += (weighted * x).sum(1)
+            counts += torch.stack([weight.sum(), (weight > 0).sum(), weight.square().sum()])
+            largest = max(largest, float(weight.max()))
+        n_samples, n_rows, sum_ww = counts.tolist()
+        sum_x, sum_xx = sums[0].cpu(), (sums[1:] if self.whole else sums[1]).cpu()
+        return TotalMoments(n_samples, int(n_rows), sum_x, sum_xx, sum_ww, largest)
+
+
+def chunks(blocks: Sequence[Block], n_max: int) -> Iterator[Block]:
+    """Cut blocks into chunks of at most `n_max` rows (a multiple of 16), as equal as can be."""
+    for block in blocks:
+        n = block.X.shape[1]
+        lines = -(-n // _ALIGNED)
+        n_chunks = -(-lines // (n_max // _ALIGNED))
+        edges = [min(lines * i // max(n_chunks, 1) * _ALIGNED, n) for i in range(n_chunks + 1)]
+        for a, b in itertools.pairwise(edges):
+            weight = None if block.sample_weight is None else block.sample_weight[a:b]
+            yield Block(block.X[:, a:b], weight)

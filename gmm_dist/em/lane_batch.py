@@ -1,0 +1,59 @@
+"""What a pass is told of the mixtures that it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from gmm_dist.model.parameters import Parameters, Stack
+
+
+class Precision(Enum):
+    """How a lane's pass is computed, from fast to last resort."""
+
+    FLOAT32 = "float32 matrix products"
+    FLOAT64 = "float64 matrix products"
+    CENTRED = "float64, each component about its own mean, by its Cholesky factor"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self is Precision.FLOAT32 else torch.float64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LaneGroup:
+    """Lanes of one covariance type and precision, as a worker needs them.
+
+    `theta` (K, P) are the natural parameters of all their components; the centred form reads
+    `stack` instead.
+    """
+
+    covariance_type: str
+    precision: Precision
+    sizes: tuple[int, ...]
+    theta: Float64[Tensor, "K P"] | None = None
+    stack: Stack | None = None
+
+    @classmethod
+    def of(
+        cls,
+        lanes: Sequence[Parameters],
+        thetas: Sequence[Float64[Tensor, "_ P"]],
+        precision: Precision,
+    ) -> LaneGroup:
+        """Pack mixtures of one covariance type, and their natural parameters."""
+        kind, sizes = lanes[0].covariance_type, tuple(lane.n_components for lane in lanes)
+        if precision is Precision.CENTRED:
+            return cls(kind, precision, sizes, stack=Stack.of(lanes))
+        theta = thetas[0] if len(thetas) == 1 else torch.cat(list(thetas))
+        return cls(kind, precision, sizes, theta=theta)
+
+    @property
+    def layout(self) -> tuple[str, Precision, tuple[int, ...]]:
+        """What the buffers of a pass depend on."""
+        return self.covariance_type, self.precision, self.sizes

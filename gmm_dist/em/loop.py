@@ -1,0 +1,150 @@
+"""EM for a cohort of lanes: every pass over the rows serves all lanes that still run."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+from gmm_dist.config import EMConfig
+from gmm_dist.em.degenerate import degenerate_components, drop_laggards
+from gmm_dist.em.lane import Lane, Outcome, grouped, task_of
+from gmm_dist.em.mstep import advance
+from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.shards.protocol import Shards
+
+
+class Status(enum.Enum):
+    """Why EM stopped; the value is the sentence to show a user."""
+
+    CONVERGED = "converged: the gain in mean log-likelihood fell below tol"
+    MAX_ITER = "max_iter reached before convergence: raise max_iter or tol"
+    COLLAPSED = "collapsed: a covariance is singular; use fewer components or a larger reg_covar"
+    DEGENERATE = (
+        "degenerate: a component has fewer rows than its covariance needs or lies on the "
+        "regularisation floor; use fewer components"
+    )
+    DROPPED = "dropped: another start of the same candidate was ahead"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FitResult:
+    """One lane's outcome. `log_likelihood` (sum, nats) and `entropy` belong to `parameters`.
+
+    `lower_bounds` are the mean log-likelihoods per row, one for each set of parameters that
+    counts; `nk` (k,) the weight that each component answers for, and `rows` (k,) how many rows
+    of equal weight that is worth (without weights the same); `degenerate` (k,) marks those that
+    mean nothing; `passes_saved` the passes that plain EM would at least have needed more
+    (`acceleration.Squarem`).
+    """
+
+    parameters: Parameters
+    status: Status
+    converged: bool
+    n_iter: int
+    n_samples: float
+    log_likelihood: float
+    entropy: float
+    lower_bounds: tuple[float, ...]
+    nk: Float64[Tensor, " k"]
+    rows: Float64[Tensor, " k"]
+    degenerate: Bool[Tensor, " k"]
+    passes_saved: float = 0.0
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the likelihood means something: the lane neither collapsed nor degenerated."""
+        return self.status in (Status.CONVERGED, Status.MAX_ITER)
+
+    def counted(self, n_samples: float) -> FitResult:
+        """Return the fit of the same rows, whose weights sum to `n_samples`."""
+        if n_samples == self.n_samples:
+            return self
+        factor = n_samples / self.n_samples
+        return replace(
+            self,
+            n_samples=n_samples,
+            log_likelihood=self.log_likelihood * factor,
+            entropy=self.entropy * factor,
+            nk=self.nk * factor,
+        )
+
+
+Watch = Callable[[Sequence[Lane]], None]
+
+
+def fit(
+    shards: Shards,
+    starts: Sequence[Parameters],
+    config: EMConfig,
+    total: TotalMoments,
+    *,
+    watch: Watch = lambda lanes: None,
+) -> list[FitResult]:
+    """Run EM from every start until a `Status` says stop, all lanes in the same passes.
+
+    Starts and results are about the rows' shared centre. `total` are the moments of all rows;
+    `watch` sees the lanes after each pass. A lane that fails never ends its siblings.
+    """
+    scale = total.scale
+    lanes = [Lane.start(parameters, config, scale) for parameters in starts]
+    run(shards, lanes, config, total, watch=watch)
+    return [result_of(lane, total) for lane in lanes]
+
+
+def run(
+    shards: Shards,
+    lanes: Sequence[Lane],
+    config: EMConfig,
+    total: TotalMoments,
+    *,
+    rivals: Sequence[int] | None = None,
+    watch: Watch = lambda lanes: None,
+) -> None:
+    """Pass over the rows until no lane goes on.
+
+    Of lanes with one number in `rivals` those that fall behind are dropped.
+    """
+    while running := [lane for lane in lanes if lane.outcome is Outcome.RUNNING]:
+        groups = grouped(running)
+        statistics = shards.run(task_of(groups))
+        for group, sums in zip(groups, statistics.groups, strict=True):
+            advance(group, sums, statistics, total, config)
+        if rivals is not None:
+            drop_laggards(lanes, rivals, total)
+        watch(lanes)
+
+
+def result_of(lane: Lane, total: TotalMoments) -> FitResult:
+    """Return what a lane has come to."""
+    degenerate = degenerate_components(lane, total)
+    return FitResult(
+        # The parameters returned are those that were scored.
+        parameters=lane.parameters,
+        status=_status(lane, degenerate),
+        converged=lane.outcome is Outcome.CONVERGED,
+        n_iter=lane.n_iter,
+        n_samples=total.n_samples,
+        log_likelihood=lane.log_likelihood,
+        entropy=lane.entropy,
+        lower_bounds=tuple(lane.lower_bounds),
+        nk=lane.nk,
+        rows=lane.rows,
+        degenerate=degenerate,
+        passes_saved=0.0 if lane.squarem is None else lane.squarem.saved,
+    )
+
+
+def _status(lane: Lane, degenerate: Bool[Tensor, " k"]) -> Status:
+    if lane.outcome is Outcome.DROPPED:
+        return Status.DROPPED
+    if lane.outcome is Outcome.SINGULAR or not math.isfinite(lane.log_likelihood):
+        return Status.COLLAPSED
+    if bool(degenerate.any()):
+        return Status.DEGENERATE
+    return Status.CONVERGED if lane.outcome is Outcome.CONVERGED else Status.MAX_ITER

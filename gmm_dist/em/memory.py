@@ -1,0 +1,48 @@
+"""What the lanes of a sweep need of memory, known before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gmm_dist.errors import UserError
+from gmm_dist.formats import gigabytes
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.parameters import COVARIANCE_TYPES
+
+# Parameters, their padded copy, sums in the working precision and in float64, the summary that
+# is sent and the partial sums that it meets on the way: so many float64 copies at once.
+_COPIES = 8
+_LEAST_CHUNK_ROWS = 256
+
+
+def lane_bytes(lanes: Sequence[tuple[int, str]], n_features: int) -> int:
+    """Return the bytes that a worker needs for lanes (k, covariance type), beside its rows."""
+    widths = {kind: _width(kind, n_features) for _, kind in lanes}
+    statistics = sum(k * widths[kind] for k, kind in lanes)
+    chunk = _LEAST_CHUNK_ROWS * (max(widths.values()) + 2 * sum(k for k, _ in lanes))
+    return 8 * (_COPIES * statistics + chunk)
+
+
+def require_memory(lanes: Sequence[tuple[int, str]], n_features: int, available: int) -> None:
+    """Raise UserError when the lanes need more than the `available` bytes of a worker."""
+    needed = lane_bytes(lanes, n_features)
+    if needed <= available:
+        return
+    cheaper = {kind: lane_bytes([(k, kind) for k, _ in lanes], n_features) for kind in _by_width()}
+    fitting = [kind for kind, size in cheaper.items() if size <= available]
+    families = f"--covariance-type {fitting[-1]}, " if fitting else ""
+    raise UserError(
+        f"the statistics of {sum(k for k, _ in lanes):,} components with {n_features:,} features "
+        f"need {gigabytes(needed)} in every worker, which has at most {gigabytes(available)}: "
+        f"use {families}smaller --k, fewer --columns, or fewer workers per machine"
+    )
+
+
+def _by_width() -> list[str]:
+    return sorted(COVARIANCE_TYPES, key=lambda kind: _width(kind, 100))
+
+
+def _width(kind: str, n_features: int) -> int:
+    rows = FAMILIES[kind].rows(n_features)
+    width: int = rows.stop - rows.start
+    return width

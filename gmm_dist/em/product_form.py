@@ -1,0 +1,192 @@
+"""A group of lanes through a pass, as two matrix products per chunk of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from gmm_dist.em.features import Features
+from gmm_dist.em.lane_batch import LaneGroup
+from gmm_dist.em.statistics import SufficientStatistics
+from gmm_dist.model.covariance import NEVER
+from gmm_dist.shards.protocol import Block
+
+_CARRY_ROWS = 2048  # rows after which sums in the working precision are carried to float64
+_MAX_VIEWS = 256
+_PADDING = 0.75  # lanes share a softmax while the smaller has this part of the larger's places
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Lanes that share one softmax: each has `size` places, the last ones maybe empty."""
+
+    size: int
+    lanes: tuple[int, ...]
+
+    @property
+    def n_places(self) -> int:
+        return self.size * len(self.lanes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Buffers for one chunk length: logits and responsibilities (K, n), and per bucket."""
+
+    logits: Tensor
+    resp: Tensor
+    resp_t: Tensor
+    buckets: list[tuple[Tensor, Tensor]]
+
+
+class MatrixPass:
+    """Sums `Φ Rᵀ` of a group's lanes over chunks; keeps its buffers from pass to pass.
+
+    Components are laid out in buckets of lanes of like size, padded to the largest, so that
+    one softmax serves a whole bucket. `begin` starts a pass with new natural parameters.
+    """
+
+    def __init__(self, group: LaneGroup, features: Features, n_max: int) -> None:
+        assert group.theta is not None
+        self.features = features
+        self._kind = group.covariance_type
+        self._constant = 1 if group.covariance_type == "spherical" else 0
+        self._buckets, self._places = _lay_out(group.sizes)
+        self._lanes = [lane for bucket in self._buckets for lane in bucket.lanes]
+        n_places = sum(bucket.n_places for bucket in self._buckets)
+        like = features.empty
+        self._theta = like.new_zeros(n_places, group.theta.shape[1])
+        self._flat = like.new_empty(2, n_places * n_max)
+        self._work: dict[int, _Work] = {}
+        self._carried = like.new_zeros(group.theta.shape[1], n_places)
+        self._sums = torch.zeros_like(self._carried, dtype=torch.float64)
+        self._n_carried = 0
+        self._log_likelihood = self._sums.new_zeros(len(group.sizes))
+        self._entropy = torch.zeros_like(self._log_likelihood)
+        self._squares = self._sums.new_zeros(n_places)
+        self._is_weighted = False
+
+    def begin(self, group: LaneGroup) -> None:
+        """Take the parameters of the next passes."""
+        assert group.theta is not None
+        if len(group.sizes) == 1:  # nothing to lay out, nor below
+            self._theta.copy_(group.theta)
+            return
+        theta = group.theta.new_zeros(self._theta.shape)
+        theta[:, self._constant] = NEVER
+        theta[self._places] = group.theta
+        self._theta.copy_(theta)
+
+    def clear(self) -> None:
+        """Forget what was summed, before the next shard."""
+        self._sums.zero_()
+        self._n_carried = 0
+        self._log_likelihood.zero_()
+        self._entropy.zero_()
+        self._squares.zero_()
+        self._is_weighted = False
+
+    def add(self, chunk: Block) -> None:
+        """Add the statistics of the rows that the features hold."""
+        phi = self.features.of[self._kind]
+        work = self._buffers(phi.shape[1])
+        log_norm = self._softmax(phi, work)
+        weight = chunk.sample_weight
+        if work.resp.dtype == torch.float64:
+            self._add_entropy(work, log_norm, weight)
+        if weight is not None:
+            weight = weight.to(work.resp.dtype)
+            work.resp.mul_(weight)
+            self._squares += work.resp.mv(weight)
+            self._is_weighted = True
+            log_norm = log_norm * weight
+        self._log_likelihood += log_norm.sum(1, dtype=torch.float64)
+        if self._n_carried + phi.shape[1] > _CARRY_ROWS:
+            self._carry()
+        if self._n_carried == 0:
+            torch.mm(phi, work.resp_t, out=self._carried)
+        else:
+            self._carried.addmm_(phi, work.resp_t)
+        self._n_carried += phi.shape[1]
+
+    def log_norm(self) -> Tensor:
+        """Return log p (L, n) of the rows that the features hold."""
+        phi = self.features.of[self._kind]
+        return self._in_order(self._softmax(phi, self._buffers(phi.shape[1])))
+
+    def statistics(self, float32_error: Float64[Tensor, " L"]) -> SufficientStatistics:
+        """Return the sums since `clear`, lanes in the group's order."""
+        self._carry()
+        squares = self._squares if self._is_weighted else self._sums[self._constant]
+        return SufficientStatistics(
+            self._sums[:, self._places].cpu(),
+            self._in_order(self._log_likelihood).cpu(),
+            self._in_order(self._entropy).cpu(),
+            float32_error,
+            squares[self._places].cpu(),
+        )
+
+    def _carry(self) -> None:
+        if self._n_carried:
+            self._sums += self._carried
+            self._n_carried = 0
+
+    def _softmax(self, phi: Tensor, work: _Work) -> Tensor:
+        """Fill logits and responsibilities, lane by lane; return log p (L, n), bucket order."""
+        torch.mm(self._theta, phi, out=work.logits)
+        log_norms = []
+        for logits, resp in work.buckets:
+            torch.softmax(logits, 1, out=resp)
+            # The largest responsibility is exp(its logit - log p), and at least 1 / size.
+            log_norms.append(logits.amax(1).sub_(resp.amax(1).log_()))
+        return log_norms[0] if len(log_norms) == 1 else torch.cat(log_norms)
+
+    def _add_entropy(self, work: _Work, log_norm: Tensor, weight: Tensor | None) -> None:
+        expected = torch.cat([(logits * resp).sum(1) for logits, resp in work.buckets])
+        entropy = log_norm - expected
+        if weight is not None:
+            entropy = entropy * weight
+        self._entropy += entropy.sum(1)
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        if len(self._lanes) == 1:
+            return values.clone()
+        ordered = torch.empty_like(values)
+        ordered[self._lanes] = values
+        return ordered
+
+    def _buffers(self, n: int) -> _Work:
+        if n not in self._work:
+            if len(self._work) >= _MAX_VIEWS:
+                self._work.clear()
+            k = len(self._theta)
+            logits, resp = (flat[: k * n].view(k, n) for flat in self._flat)
+            buckets, first = [], 0
+            for bucket in self._buckets:
+                part = slice(first, first + bucket.n_places)
+                shape = (len(bucket.lanes), bucket.size, n)
+                buckets.append((logits[part].view(shape), resp[part].view(shape)))
+                first = part.stop
+            self._work[n] = _Work(logits, resp, resp.T, buckets)
+        return self._work[n]
+
+
+def _lay_out(sizes: Sequence[int]) -> tuple[list[_Bucket], Tensor]:
+    """Group lanes of like size; return the buckets and each component's place, in lane order."""
+    buckets: list[tuple[int, list[int]]] = []
+    for lane in sorted(range(len(sizes)), key=lambda lane: -sizes[lane]):
+        # Padding costs its share of both products, one more softmax costs its dispatch.
+        if not buckets or sizes[lane] < _PADDING * buckets[-1][0]:
+            buckets.append((sizes[lane], []))
+        buckets[-1][1].append(lane)
+    places: dict[int, range] = {}
+    first = 0
+    for size, lanes in buckets:
+        for lane in lanes:
+            places[lane] = range(first, first + sizes[lane])
+            first += size
+    order = [place for lane in range(len(sizes)) for place in places[lane]]
+    return [_Bucket(size, tuple(lanes)) for size, lanes in buckets], torch.tensor(order)

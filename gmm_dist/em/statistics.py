@@ -1,0 +1,221 @@
+"""Sufficient statistics of a pass over the rows, and their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+_FEW = 0.1  # of the rows: weights that sum to less do not count them
+_MANY = 1e290  # more are no counts, and their products with log-densities no numbers
+CONSTANT = 1e-13
+"""Of a feature's second moment: a variance below it is rounding, the feature has one value."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SufficientStatistics:
+    """All that the M-step needs to know about a set of rows, for a stack of lanes.
+
+    The lanes (one mixture each) are of one covariance type; their components stand one after
+    another. A commutative monoid: `+` merges the statistics of disjoint sets of rows, so shards
+    may be reduced in any order (equal up to float64 rounding; the plan's fixed tree makes a fit
+    reproducible).
+
+    - `moments` (P, K): the sums over rows of w_n r_nk φ(x_n), P features of the covariance
+      type (see `families`), K components of all lanes;
+    - `log_likelihood` (L,): sums of w_n log p(x_n), nats, one per lane;
+    - `entropy` (L,): sums of -w_n Σ_k r_nk ln r_nk, nats; measured by float64 lanes, else 0;
+    - `float32_error` (L,): sums of |log p in float32 - log p in float64| over the checked rows;
+    - `squares` (K,): the sums of w_n² r_nk, of which Kish's number of rows is made
+      (`effective_rows`); without weights those of r_nk.
+    """
+
+    moments: Float64[Tensor, "P K"]
+    log_likelihood: Float64[Tensor, " L"]
+    entropy: Float64[Tensor, " L"]
+    float32_error: Float64[Tensor, " L"]
+    squares: Float64[Tensor, " K"]
+
+    def __add__(self, other: SufficientStatistics) -> SufficientStatistics:
+        return SufficientStatistics(
+            self.moments + other.moments,
+            self.log_likelihood + other.log_likelihood,
+            self.entropy + other.entropy,
+            self.float32_error + other.float32_error,
+            self.squares + other.squares,
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., SufficientStatistics], tuple[object, ...]]:
+        # As arrays, which travel without a copy where the pickler takes buffers out of band
+        # (Ray does): a tensor would be written out byte by byte, 69 MB at K = 1024, d = 128.
+        parts = (self.moments, self.log_likelihood, self.entropy, self.float32_error, self.squares)
+        return _revived, tuple(part.numpy() for part in parts)
+
+
+def _revived(*arrays: object) -> SufficientStatistics:
+    return SufficientStatistics(*(torch.tensor(array) for array in arrays))
+
+
+def effective_rows(
+    nk: Float64[Tensor, " k"], squares: Float64[Tensor, " k"]
+) -> Float64[Tensor, " k"]:
+    """Return how many rows of equal weight tell as much: (Σ w r)² / Σ w² r (Kish 1965).
+
+    It is `nk` without weights, and whatever all weights are multiplied by.
+    """
+    return torch.where(squares > 0, nk / squares * nk, 0.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassStatistics:
+    """What one pass over the rows brings back: statistics per group of lanes, and row counts.
+
+    `n_samples` is the sum of the sample weights (the number of rows without weights);
+    `n_checked` counts the rows whose float32 log-density was held against float64.
+    """
+
+    groups: tuple[SufficientStatistics, ...]
+    n_samples: float
+    n_checked: int
+
+    def __add__(self, other: PassStatistics) -> PassStatistics:
+        pairs = zip(self.groups, other.groups, strict=True)
+        return PassStatistics(
+            tuple(mine + theirs for mine, theirs in pairs),
+            self.n_samples + other.n_samples,
+            self.n_checked + other.n_checked,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Spike:
+    """A value of a feature, about the centre, that a `share` of the rows have to the digit."""
+
+    feature: int
+    value: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TotalMoments:
+    """Moments of all rows together, about the shared centre: a constant of the data.
+
+    `n_samples` is the sum of the weights, `sum_x` (d,) and `sum_xx` (d, d) the weighted sums of
+    x and x xᵀ; where all covariances are diagonal and rows wide, `sum_xx` (d,) is the diagonal
+    alone. `n_rows` counts rows of positive weight. `sum_ww` sums the squared weights, and
+    `max_weight` is the largest; 0 where that is not known. `spikes` are known of all rows only
+    (`spikes`): a sum has none.
+    """
+
+    n_samples: float
+    n_rows: int
+    sum_x: Float64[Tensor, " d"]
+    sum_xx: Float64[Tensor, ...]
+    sum_ww: float = 0.0
+    max_weight: float = 0.0
+    spikes: tuple[Spike, ...] = ()
+
+    def __add__(self, other: TotalMoments) -> TotalMoments:
+        return TotalMoments(
+            self.n_samples + other.n_samples,
+            self.n_rows + other.n_rows,
+            self.sum_x + other.sum_x,
+            self.sum_xx + other.sum_xx,
+            self.sum_ww + other.sum_ww,
+            max(self.max_weight, other.max_weight),
+        )
+
+    @property
+    def n_effective(self) -> float:
+        """How many rows of equal weight tell as much: (Σ w)² / Σ w² (Kish 1965)."""
+        if self.sum_ww == 0:
+            return float(self.n_rows)
+        return self.n_samples / self.sum_ww * self.n_samples
+
+    @property
+    def mean(self) -> Float64[Tensor, " d"]:
+        return self.sum_x / self.n_samples
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether products of two features are known."""
+        return self.sum_xx.ndim == 2
+
+    @property
+    def second(self) -> Float64[Tensor, " d"]:
+        """The mean square of each feature, about the centre."""
+        return (self.sum_xx.diagonal() if self.is_whole else self.sum_xx) / self.n_samples
+
+    @property
+    def variances(self) -> Float64[Tensor, " d"]:
+        return self.second - self.mean.square()
+
+    @property
+    def covariance(self) -> Float64[Tensor, "d d"]:
+        return self.sum_xx / self.n_samples - self.mean[:, None] * self.mean
+
+    def overflowing_features(self) -> tuple[int, ...]:
+        """Return the features whose squares float64 does not hold, or hardly."""
+        return tuple(int(j) for j in (~(self.second < 1e280)).nonzero().flatten())
+
+    @property
+    def scale(self) -> Float64[Tensor, " d"]:
+        """The spread of each feature over all rows; of the widest, where a feature has none."""
+        variances = self.variances.clamp_min(0)
+        variances[list(self.constant_features())] = variances.max()
+        return torch.where(variances > 0, variances, 1.0).sqrt()
+
+    def constant_features(self) -> tuple[int, ...]:
+        """Return the features that have one value in all rows, up to rounding."""
+        flat = self.variances <= CONSTANT * self.second
+        return tuple(int(j) for j in flat.nonzero().flatten())
+
+    def dependent_features(self) -> int:
+        """Return how many of the features that vary are linear functions of the others."""
+        varying = [j for j in range(len(self.sum_x)) if j not in self.constant_features()]
+        covariance = self.covariance[varying][:, varying]
+        scale = covariance.diagonal().sqrt()
+        correlation = covariance / (scale[:, None] * scale)
+        return int((torch.linalg.eigvalsh(correlation) < 1e-10).sum())
+
+
+def criterion_size(total: TotalMoments, scale: float) -> float:
+    """Return the n of the criteria: Σ w, or Kish's number of rows where that is far below.
+
+    `total` are moments of rows that weigh `scale` times what was given. Where the given weights
+    sum to less than a tenth of the rows, or to more than float64 can count with, they are no
+    counts; then n = (Σ w)² / Σ w².
+    """
+    weight = given_weight(total, scale)
+    return weight if counts_rows(weight, total.n_rows) else total.n_effective
+
+
+def given_weight(total: TotalMoments, scale: float) -> float:
+    """Return the sum of the weights as they were given, inf where float64 does not hold it."""
+    return total.n_samples / scale
+
+
+def counts_rows(weight: float, n_rows: int) -> bool:
+    """Say whether the sum of the weights can be a number of rows."""
+    return _FEW * n_rows <= weight <= _MANY
+
+
+def as_given(total: TotalMoments, scale: float) -> TotalMoments:
+    """Return the moments of rows as they were given, before they weighed `scale` times as much.
+
+    Where float64 would not hold these, the moments stay in the unit that they are in.
+    """
+    weight = given_weight(total, scale)
+    if weight > _MANY:
+        return total
+    return replace(
+        total,
+        n_samples=weight,
+        sum_x=total.sum_x / scale,
+        sum_xx=total.sum_xx / scale,
+        sum_ww=total.sum_ww / scale / scale,
+        max_weight=total.max_weight / scale,
+    )

@@ -1,0 +1,86 @@
+"""Learned attributes: set from parameters, read back as users have set them, exchanged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmm_dist.model.arrays import (
+    Space,
+    array_of,
+    is_foreign,
+)
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.parameters import Parameters
+
+if TYPE_CHECKING:
+    from gmm_dist.estimators.base import BaseMixture
+
+
+def require_class(fitted: Any, wanted: type) -> None:
+    """Raise TypeError unless `fitted` is an estimator of scikit-learn's class."""
+    if not isinstance(fitted, wanted):
+        given = f"{type(fitted).__module__}.{type(fitted).__qualname__}"
+        raise TypeError(f"from_sklearn takes a sklearn.mixture.{wanted.__name__}, not a {given}")
+
+
+def publish(estimator: BaseMixture, learned: Parameters, space: Space) -> None:
+    """Set the attributes of a mixture, in feature units."""
+    family = FAMILIES[learned.covariance_type]
+    tied = learned.covariance_type == "tied"
+    covariances = learned.covariances[None] if tied else learned.covariances
+    factors, _ = family.precisions_cholesky(covariances)
+    precisions = family.precisions(factors)
+    estimator.weights_ = space.of(learned.weights)
+    estimator.means_ = space.of(learned.means)
+    estimator.covariances_ = space.of(learned.covariances)
+    estimator.precisions_cholesky_ = space.of(factors[0] if tied else factors)
+    estimator.precisions_ = space.of(precisions[0] if tied else precisions)
+
+
+def exchanged(source: Any, target: Any) -> Any:
+    """Copy to `target` the parameters that both know, and all that `source` has learned."""
+    known = target.get_params(deep=False)
+    shared = {name: v for name, v in source.get_params(deep=False).items() if name in known}
+    target.set_params(**{name: _plain(value) for name, value in shared.items()})
+    for name, value in vars(source).items():
+        if name.endswith("_") and not name.startswith("_"):
+            setattr(target, name, _plain(value))
+    return target
+
+
+def have_factors(kind: str, covariances: Tensor, factors: Tensor) -> bool:
+    """Say whether these are the factors of the covariances' precisions, up to rounding."""
+    if not bool(factors.isfinite().all()):
+        return False
+    own, failed = FAMILIES[kind].precisions_cholesky(covariances)
+    atol = 1e-9 * float(factors.abs().max())
+    return not bool(failed.any()) and torch.allclose(own, factors, rtol=1e-9, atol=atol)
+
+
+def covariances_of(kind: str, factors: Tensor) -> Tensor:
+    """Return the inverses of U Uᵀ, or of 1/σ squared."""
+    if kind in ("full", "tied"):
+        eye = torch.eye(factors.shape[-1], dtype=factors.dtype)
+        lower = torch.linalg.solve_triangular(factors.mT, eye.expand_as(factors), upper=False)
+        covariances: Tensor = lower @ lower.mT
+    else:
+        covariances = factors.square().reciprocal()
+    _, failed = FAMILIES[kind].precisions_cholesky(covariances)
+    if bool(failed.any()):
+        raise ValueError(
+            "precisions_cholesky_ are not the factors of positive-definite precisions, or so "
+            "near to singular that float64 does not hold their inverses: raise reg_covar, or "
+            "scale the features"
+        )
+    return covariances
+
+
+def _plain(value: Any) -> Any:
+    """Return an array of its own of a tensor or array, a list's own copy, and else the value."""
+    if isinstance(value, Tensor) or is_foreign(value):
+        return array_of(value).copy()
+    return value.copy() if isinstance(value, np.ndarray | list) else value

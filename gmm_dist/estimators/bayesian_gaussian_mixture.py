@@ -1,0 +1,355 @@
+"""scikit-learn's face of the variational mixture: `BayesianGaussianMixture`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import sklearn.mixture
+import torch
+from sklearn.utils._param_validation import Interval, StrOptions
+from torch import Tensor
+
+from gmm_dist.config import ABSOLUTE, EMConfig
+from gmm_dist.em.estep import Total
+from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.em.trials import Trial
+from gmm_dist.estimators.attributes import exchanged, publish, require_class
+from gmm_dist.estimators.base import BaseMixture, CentredRows
+from gmm_dist.estimators.local_rows import Resident, one_thread
+from gmm_dist.estimators.restarts import ranked
+from gmm_dist.estimators.settings import in_python, start_of
+from gmm_dist.lake.lake import Lake
+from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
+from gmm_dist.model.covariance import FAMILIES, Moments
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
+from gmm_dist.selection.ranking import Candidate
+from gmm_dist.selection.starts import search
+from gmm_dist.selection.sweep import require_rows
+from gmm_dist.shards.protocol import Shards
+
+_POSITIVE = Interval(Real, 0.0, None, closed="neither")
+_SIZES = 12  # numbers of components that starts on a lake have, at the most
+_FIRST, _KEPT = 3, 2  # passes over a lake for all starts, and how many go on
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LakeRows:
+    """A lake's rows in Ray's workers, about `centre` (d,), and their moments."""
+
+    centre: Tensor
+    shards: Shards
+    total: TotalMoments
+
+
+class BayesianGaussianMixture(BaseMixture):
+    """Infer a posterior over mixtures of Gaussians; a drop-in for scikit-learn's, with weights.
+
+    The parameters are scikit-learn's, and two more: `device` where rows are worked on (None:
+    where they are) and `shards` into how many parts they are dealt (None: by their number).
+    Passes are float64. As in scikit-learn `tol` is the change of the whole lower bound (nats),
+    not of its mean over rows, so many rows want a larger one. Beliefs that are
+    not given are those of scikit-learn: a covariance prior is that of all rows, n - 1 for n.
+
+    A lake (`gmm_dist.open_lake`) is fitted on Ray, also in float64. A search on a sample
+    (`n_init` seeded starts by `init_params`; 16 where `n_init` is 1) finds mixtures of several
+    numbers of components up to `n_components`; each, with empty components beside it, is a
+    start, and those that lead after a few passes over all rows are followed to the end.
+
+    Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
+    `precisions_cholesky_` as in `GaussianMixture`, `weight_concentration_` (k,), or two of them
+    where the prior is a Dirichlet process, `mean_precision_` (k,), `degrees_of_freedom_` (k,),
+    tied (); the beliefs that were used, `weight_concentration_prior_`, `mean_precision_prior_`,
+    `mean_prior_`, `degrees_of_freedom_prior_`, `covariance_prior_`; `converged_`, `n_iter_`,
+    `lower_bound_` (nats, without constants) and `lower_bounds_`, `n_features_in_` and
+    `feature_names_in_`.
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **{k: v for k, v in BaseMixture._parameter_constraints.items() if k != "precision"},
+        "weight_concentration_prior_type": [StrOptions(set(WEIGHT_PRIORS))],
+        "weight_concentration_prior": [None, _POSITIVE],
+        "mean_precision_prior": [None, _POSITIVE],
+        "mean_prior": [None, "array-like"],
+        "degrees_of_freedom_prior": [None, _POSITIVE],
+        "covariance_prior": [None, "array-like", _POSITIVE],
+    }
+    # The bound's entropy, to a tol over all rows, is beyond float32.
+    precision = "float64"
+
+    weight_concentration_: Any
+    mean_precision_: Any
+    degrees_of_freedom_: Any
+    weight_concentration_prior_: float
+    mean_precision_prior_: float
+    mean_prior_: Any
+    degrees_of_freedom_prior_: float
+    covariance_prior_: Any
+
+    def __init__(
+        self,
+        *,
+        n_components: int = 1,
+        covariance_type: str = "full",
+        tol: float = 1e-3,
+        reg_covar: float = 1e-6,
+        max_iter: int = 100,
+        n_init: int = 1,
+        init_params: str = "kmeans",
+        weight_concentration_prior_type: str = "dirichlet_process",
+        weight_concentration_prior: float | None = None,
+        mean_precision_prior: float | None = None,
+        mean_prior: Any = None,
+        degrees_of_freedom_prior: float | None = None,
+        covariance_prior: Any = None,
+        random_state: Any = None,
+        warm_start: bool = False,
+        verbose: int = 0,
+        verbose_interval: int = 10,
+        device: str | torch.device | None = None,
+        shards: int | None = None,
+    ) -> None:
+        self.n_components = n_components
+        self.covariance_type = covariance_type
+        self.tol = tol
+        self.reg_covar = reg_covar
+        self.max_iter = max_iter
+        self.n_init = n_init
+        self.init_params = init_params
+        self.weight_concentration_prior_type = weight_concentration_prior_type
+        self.weight_concentration_prior = weight_concentration_prior
+        self.mean_precision_prior = mean_precision_prior
+        self.mean_prior = mean_prior
+        self.degrees_of_freedom_prior = degrees_of_freedom_prior
+        self.covariance_prior = covariance_prior
+        self.random_state = random_state
+        self.warm_start = warm_start
+        self.verbose = verbose
+        self.verbose_interval = verbose_interval
+        self.device = device
+        self.shards = shards
+
+    def to_sklearn(self) -> Any:
+        """Return scikit-learn's own BayesianGaussianMixture with what was set and learned.
+
+        Learned numbers are the same to the bit.
+        """
+        return _detached(exchanged(self, sklearn.mixture.BayesianGaussianMixture()))
+
+    @classmethod
+    def from_sklearn(cls, fitted: Any) -> Self:
+        """Return our face on one of scikit-learn's, fitted or not; numbers are the same.
+
+        Raises TypeError for any other class, ValueError where its numbers are no mixture's.
+        """
+        require_class(fitted, sklearn.mixture.BayesianGaussianMixture)
+        made: Self = _detached(exchanged(fitted, cls()))
+        if hasattr(made, "lower_bound_"):
+            # Theirs have an axis or two of length one where covariances are tied.
+            made.lower_bound_ = float(np.ravel(made.lower_bound_)[0])
+            made.lower_bounds_ = [float(np.ravel(bound)[0]) for bound in made.lower_bounds_]
+        made._require_sound()
+        return made
+
+    def _check_parameters(self, rows: Rows) -> None:
+        self._check_beliefs(rows.shape[1])
+
+    def _check_beliefs(self, d: int) -> None:
+        nu = self.degrees_of_freedom_prior
+        if nu is not None and nu <= d - 1:
+            raise ValueError(
+                "The parameter 'degrees_of_freedom_prior' should be greater than "
+                f"{d - 1}, but got {nu:.3f}."
+            )
+        self._given_mean(d)
+        self._given_covariance(d)
+
+    def _first_model(self, moments: Moments | None, rows: Resident) -> Posterior:
+        assert moments is not None
+        return m_step(self._prior(rows), moments)
+
+    def _fitted_model(self, rows: CentredRows) -> Posterior:
+        return self._posterior(self._prior(rows).shifted(rows.centre)).shifted(-rows.centre)
+
+    def _fit_lake(self, opened: Lake) -> None:
+        # Only here are Ray and pyarrow needed: they would be most of the time of an import.
+        from gmm_dist.fitting.lake_sweep import resident_lake
+        from gmm_dist.lake.session import plan_of
+
+        self._validate_params()
+        with in_python():
+            plan = plan_of(opened)
+        self._check_beliefs(plan.n_features)
+        if self.warm_start and hasattr(self, "converged_"):
+            self._require_warm(plan.n_features)
+        # Lanes of the first passes: each start has all the components.
+        candidates = [
+            Candidate(self.n_components, self.covariance_type) for _ in _sizes(self.n_components)
+        ]
+        lake = resident_lake(opened, plan, candidates)
+        with one_thread(), in_python(), lake as (shards, centre):
+            rows = _LakeRows(centre, shards, shards.run(Total(plan.n_features)))
+            require_rows(candidates, rows.total.n_rows)
+            best = self._best_of([self._lake_trials(rows)], rows)
+        self._publish(best.model, rows, Space(torch.float64))
+        self.n_features_in_ = plan.n_features
+        self.feature_names_in_ = np.array(plan.feature_names, dtype=object)
+        self._conclude(best)
+
+    def _lake_trials(self, rows: CentredRows) -> list[Trial]:
+        """Return the trials that lead after a few passes, of starts of every size.
+
+        Likelihood takes all components that it gets, and the bound climbs slowly out of where
+        that ends: mixtures of k components are hardly ever the best start for a posterior of k.
+        """
+        if self.warm_start and hasattr(self, "converged_"):
+            return [Trial(self._fitted_model(rows), last_bound=self.lower_bound_)]
+        prior, k, n = self._prior(rows), self.n_components, rows.total.n_samples
+        pairs = [(size, self.covariance_type) for size in _sizes(k)]
+        # The search's tol is of the mean over rows, unlike our own.
+        config = EMConfig(reg_covar=float(self.reg_covar), reg_unit=ABSOLUTE)
+        start, threads = replace(start_of(self), finalists=1), os.cpu_count() or 1
+        found = search(rows.shards, pairs, config, start, rows.total, n_threads=threads)
+        # The largest first: it is the one that is left where no pass is asked for.
+        mixtures = [_filled(best, k) for (best,) in reversed(found)]
+        trials = [Trial(updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]
+        self._iterate(trials, rows, min(_FIRST, self.max_iter))
+        return ranked(trials)[:_KEPT]
+
+    def _publish(self, model: Any, rows: CentredRows, space: Space) -> None:
+        posterior = model.shifted(rows.centre)
+        self._publish_prior(posterior.prior, space)
+        concentration = posterior.weight_concentration
+        if concentration.ndim == 2:
+            self.weight_concentration_ = tuple(space.of(part) for part in concentration)
+        else:
+            self.weight_concentration_ = space.of(concentration)
+        self.mean_precision_ = space.of(posterior.mean_precision)
+        self.degrees_of_freedom_ = space.of(posterior.degrees_of_freedom)[()]
+        publish(self, posterior.parameters, space)
+
+    def _publish_prior(self, prior: Prior, space: Space) -> None:
+        d = len(prior.mean)
+        mean, covariance = self._given_mean(d), self._given_covariance(d)
+        self.weight_concentration_prior_ = prior.weight_concentration
+        self.mean_precision_prior_ = prior.mean_precision
+        nu = self.degrees_of_freedom_prior
+        self.degrees_of_freedom_prior_ = d if nu is None else nu
+        # What was given comes back to the bit.
+        self.mean_prior_ = space.of(prior.mean if mean is None else mean)
+        self.covariance_prior_ = space.of(prior.covariance if covariance is None else covariance)[
+            ()
+        ]
+
+    def _parameters(self) -> Parameters:
+        prior = Prior(
+            self.covariance_type,
+            self.weight_concentration_prior_type,
+            self.weight_concentration_prior_,
+            self.mean_precision_prior_,
+            tensor_of(self.mean_prior_),
+            float(self.degrees_of_freedom_prior_),
+            tensor_of(self.covariance_prior_),
+        )
+        return self._posterior(prior).parameters
+
+    def _posterior(self, prior: Prior) -> Posterior:
+        """Return what has been learned, in feature units."""
+        concentration = self.weight_concentration_
+        if isinstance(concentration, tuple):
+            weight_concentration = torch.stack([tensor_of(part) for part in concentration])
+        else:
+            weight_concentration = tensor_of(concentration)
+        return Posterior(
+            prior,
+            weight_concentration,
+            tensor_of(self.mean_precision_),
+            tensor_of(self.means_),
+            tensor_of(self.degrees_of_freedom_),
+            self._covariances(),
+        )
+
+    def _prior(self, rows: CentredRows) -> Prior:
+        """Return what is believed, about the rows' shared centre."""
+        d, concentration = len(rows.centre), self.weight_concentration_prior
+        mean, covariance = self._given_mean(d), self._given_covariance(d)
+        precision, nu = self.mean_precision_prior, self.degrees_of_freedom_prior
+        return Prior(
+            self.covariance_type,
+            self.weight_concentration_prior_type,
+            1.0 / self.n_components if concentration is None else float(concentration),
+            1.0 if precision is None else float(precision),
+            rows.total.mean if mean is None else mean - rows.centre,
+            float(d if nu is None else nu),
+            self._covariance_of(rows) if covariance is None else covariance,
+            float(self.reg_covar),
+        )
+
+    def _covariance_of(self, rows: CentredRows) -> Tensor:
+        """Return the covariance of all rows: unbiased where weights count rows."""
+        n = rows.total.n_samples
+        if n <= 1:
+            raise ValueError(
+                f"the rows' weights sum to {n:g}: the covariance of all rows, which is the default "
+                "for covariance_prior, takes more than one row; give covariance_prior, or "
+                "weights that count rows"
+            )
+        if self.covariance_type in ("full", "tied"):
+            return rows.total.covariance * (n / (n - 1))
+        variances: Tensor = rows.total.variances * (n / (n - 1))
+        return variances if self.covariance_type == "diag" else variances.mean()
+
+    def _given_mean(self, n_features: int) -> Tensor | None:
+        if self.mean_prior is None:
+            return None
+        return checked_start(self.mean_prior, (n_features,), "means")
+
+    def _given_covariance(self, n_features: int) -> Tensor | None:
+        """Return covariance_prior in float64; raise ValueError where it is no covariance."""
+        if self.covariance_prior is None:
+            return None
+        kind, d, given = self.covariance_type, n_features, array_of(self.covariance_prior)
+        shape = {"diag": (d,), "spherical": ()}.get(kind, (d, d))
+        # check_array takes no scalars.
+        given = given[None] if given.ndim == 0 and kind == "spherical" else given
+        covariance = checked_start(given, shape or (1,), f"{kind} covariance_prior").view(shape)
+        symmetric = covariance.ndim < 2 or torch.allclose(covariance, covariance.mT)
+        _, failed = FAMILIES[kind].precisions_cholesky(covariance[None])
+        if not symmetric or bool(failed.any()):
+            wanted = "symmetric, positive-definite" if covariance.ndim == 2 else "positive"
+            raise ValueError(f"'{kind} covariance_prior' should be {wanted}")
+        return covariance
+
+
+def _sizes(k: int) -> list[int]:
+    """Return numbers of components from one to k: all, or some at equal distances."""
+    n = min(k, _SIZES)
+    return [-(-k * i // n) for i in range(1, n + 1)]
+
+
+def _filled(mixture: Parameters, k: int) -> Parameters:
+    """Return the mixture with empty components, k in all; the largest come first.
+
+    A broken stick expects them in that order.
+    """
+    size = mixture.n_components
+    order = mixture.weights.argsort(descending=True)
+    # Without rows, their means and covariances have no part in a posterior.
+    order = torch.cat([order, order[:1].expand(k - size)])
+    weights = mixture.weights[order]
+    weights[size:] = 0.0
+    tied = mixture.covariance_type == "tied"
+    covariances = mixture.covariances if tied else mixture.covariances[order]
+    return replace(mixture, weights=weights, means=mixture.means[order], covariances=covariances)
+
+
+def _detached(made: Any) -> Any:
+    """Give an estimator arrays of its own where a pair of them was copied to it."""
+    concentration = getattr(made, "weight_concentration_", None)
+    if isinstance(concentration, tuple):
+        made.weight_concentration_ = tuple(array_of(part).copy() for part in concentration)
+    return made

@@ -1,0 +1,316 @@
+"""scikit-learn's GaussianMixture, of arrays and of lakes."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import sklearn.mixture
+import torch
+from sklearn import get_config
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from gmm_dist.config import ABSOLUTE, EMConfig
+from gmm_dist.em.loop import FitResult, Status
+from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.em.trials import (
+    MaximumLikelihood,
+    Model,
+    maximised,
+    mean_weight,
+)
+from gmm_dist.estimators.attributes import exchanged, publish, require_class
+from gmm_dist.estimators.base import (
+    ARRAY_API_INITS,
+    NOT_CONVERGED,
+    SINGULAR,
+    BaseMixture,
+    CentredRows,
+)
+from gmm_dist.estimators.local_rows import Resident, one_thread
+from gmm_dist.estimators.settings import feature_name, in_python, start_of
+from gmm_dist.lake.lake import Lake
+from gmm_dist.model.arrays import (
+    Rows,
+    Space,
+    checked_start,
+    mean_of,
+    tensor_of,
+)
+from gmm_dist.model.covariance import Moments
+from gmm_dist.model.criteria import aic, bic, icl, n_parameters
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.selection.ranking import Candidate
+from gmm_dist.shards.reweighted import unit_of
+
+
+class GaussianMixture(BaseMixture):
+    """Fit a mixture of Gaussians: a drop-in for scikit-learn's, with weights.
+
+    The parameters are scikit-learn's, and three more: `precision` is the arithmetic of the
+    passes ("float64"; "auto": float32 while its measured error is harmless; "float32"; None:
+    float64 for rows in memory, auto for a lake), `device` where rows are worked on (None: where
+    they are), `shards` into how many parts they are dealt (None: by their number; sums have the
+    same bits for the same number of shards).
+
+    A lake (`gmm_dist.open_lake`) is fitted on Ray, from the best starts that a search on a
+    sample finds (`n_init` seeded ones by `init_params`; 16 where `n_init` is 1), leaping ahead
+    of EM where that raises the likelihood; it stops where it has scored, a step before
+    scikit-learn would. `verbose` tells nothing of it, and `device` and `shards` are refused.
+
+    Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
+    `precisions_cholesky_` (full (k, d, d), tied (d, d), diag (k, d), spherical (k,)),
+    `converged_`, `n_iter_`, `lower_bound_` (nats per row) and `lower_bounds_`, `n_features_in_`
+    and `feature_names_in_`.
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **BaseMixture._parameter_constraints,
+        "weights_init": ["array-like", None],
+        "means_init": ["array-like", None],
+        "precisions_init": ["array-like", None],
+    }
+
+    def __init__(
+        self,
+        n_components: int = 1,
+        *,
+        covariance_type: str = "full",
+        tol: float = 1e-3,
+        reg_covar: float = 1e-6,
+        max_iter: int = 100,
+        n_init: int = 1,
+        init_params: str = "kmeans",
+        weights_init: Any = None,
+        means_init: Any = None,
+        precisions_init: Any = None,
+        random_state: Any = None,
+        warm_start: bool = False,
+        verbose: int = 0,
+        verbose_interval: int = 10,
+        precision: str | None = None,
+        device: str | torch.device | None = None,
+        shards: int | None = None,
+    ) -> None:
+        self.n_components = n_components
+        self.covariance_type = covariance_type
+        self.tol = tol
+        self.reg_covar = reg_covar
+        self.max_iter = max_iter
+        self.n_init = n_init
+        self.init_params = init_params
+        self.weights_init = weights_init
+        self.means_init = means_init
+        self.precisions_init = precisions_init
+        self.random_state = random_state
+        self.warm_start = warm_start
+        self.verbose = verbose
+        self.verbose_interval = verbose_interval
+        self.precision = precision
+        self.device = device
+        self.shards = shards
+
+    def bic(self, X: Any) -> float:
+        """Return the Bayesian information criterion on rows X; lower is better."""
+        n = _n_rows(scores := self.score_samples(X))
+        return bic(mean_of(scores) * n, self._n_parameters(), n)
+
+    def aic(self, X: Any) -> float:
+        """Return Akaike's information criterion on rows X; lower is better."""
+        scores = self.score_samples(X)
+        return aic(mean_of(scores) * _n_rows(scores), self._n_parameters())
+
+    def icl(self, X: Any) -> float:
+        """Return the BIC plus twice the soft entropy of the labels; lower is better."""
+        resp = tensor_of(self.predict_proba(X))
+        return icl(self.bic(X), float(-torch.special.xlogy(resp, resp).sum()))
+
+    def to_sklearn(self) -> Any:
+        """Return scikit-learn's own GaussianMixture with these parameters and what was learned.
+
+        Learned numbers are the same to the bit. Raises ImportError without scikit-learn.
+        """
+        return exchanged(self, sklearn.mixture.GaussianMixture())
+
+    @classmethod
+    def from_sklearn(cls, fitted: Any) -> Self:
+        """Return our face on one of scikit-learn's, fitted or not; numbers are the same.
+
+        Raises TypeError for any other class, ValueError where its numbers are no mixture's.
+        """
+        require_class(fitted, sklearn.mixture.GaussianMixture)
+        made: Self = exchanged(fitted, cls())
+        made._require_sound()
+        return made
+
+    def _n_parameters(self) -> int:
+        k, d = self.means_.shape
+        return n_parameters(self.covariance_type, k, d)
+
+    def _check_parameters(self, rows: Rows) -> None:
+        k, d = self.n_components, rows.shape[1]
+        if get_config()["array_api_dispatch"] and self.init_params not in ARRAY_API_INITS:
+            raise NotImplementedError(
+                f"Allowed `init_params` are {list(ARRAY_API_INITS)} if 'array_api_dispatch' is "
+                f"enabled. You passed init_params={self.init_params!r}: k-means runs on NumPy"
+            )
+        if self.weights_init is not None:
+            _require_weights(checked_start(self.weights_init, (k,), "weights"))
+        if self.means_init is not None:
+            checked_start(self.means_init, (k, d), "means")
+        if self.precisions_init is not None:
+            self._covariances_init(d)
+
+    def _in_unit(self, weight: Tensor | None) -> Tensor | None:
+        return None if weight is None else weight * unit_of(float(weight.max()))
+
+    def _covariances_init(self, d: int) -> Tensor:
+        """Return the inverses of `precisions_init`."""
+        kind, k = self.covariance_type, self.n_components
+        shapes = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}
+        precisions = checked_start(self.precisions_init, shapes[kind], f"{kind} precision")
+        if kind in ("diag", "spherical"):
+            if not bool((precisions > 0).all()):
+                raise ValueError(f"'{kind} precision' should be positive")
+            return precisions.reciprocal()
+        factors, info = torch.linalg.cholesky_ex(precisions)
+        if bool((info != 0).any()) or not torch.allclose(precisions, precisions.mT):
+            raise ValueError(f"'{kind} precision' should be symmetric, positive-definite")
+        return torch.cholesky_inverse(factors)
+
+    def _needs_shares(self) -> bool:
+        return any(v is None for v in (self.weights_init, self.means_init, self.precisions_init))
+
+    def _first_model(self, moments: Moments | None, rows: Resident) -> Model:
+        kind, d = self.covariance_type, len(rows.centre)
+        given: dict[str, Any] = {}
+        if self.weights_init is not None:
+            given["weights"] = tensor_of(self.weights_init)
+        if self.means_init is not None:
+            given["means"] = tensor_of(self.means_init) - rows.centre
+        if self.precisions_init is not None:
+            given["covariances"] = self._covariances_init(d)
+        weight = mean_weight(rows.total)
+        if moments is None:
+            start = Parameters(**given, covariance_type=kind)
+            return MaximumLikelihood(start, self.reg_covar, weight)
+        estimated = maximised(kind, moments, self.reg_covar, weight)
+        # Of all rows, as in scikit-learn: where seeds share out k rows only, they sum to k / n.
+        shared = float(moments.nk.sum()) / rows.total.n_samples
+        estimated = replace(estimated, weights=estimated.weights * shared)
+        return MaximumLikelihood(replace(estimated, **given), self.reg_covar, weight)
+
+    def _fitted_model(self, rows: CentredRows) -> Model:
+        fitted = self._parameters().shifted(-rows.centre)
+        return MaximumLikelihood(fitted, self.reg_covar, mean_weight(rows.total))
+
+    def _fit_lake(self, opened: Lake) -> None:
+        # Only here are Ray and pyarrow needed: they would be most of the time of an import.
+        from gmm_dist.fitting.lake_sweep import sweep_lake
+
+        self._validate_params()
+        given = self._given_start(opened)
+        candidate = Candidate(self.n_components, self.covariance_type)
+        precision = self.precision or "auto"
+        config = EMConfig(self.tol, self.max_iter, self.reg_covar, precision, reg_unit=ABSOLUTE)
+        with one_thread(), in_python():
+            found = sweep_lake(opened, [candidate], config, start_of(self), given=given)
+        fit, space = found.result.scored[0].fit, Space(torch.float64)
+        adopt(self, fit, found.centre, found.feature_names, space)
+        names, total = found.feature_names, found.result.total
+        _warn_if_drowned(fit.parameters, total, self.reg_covar, names, stacklevel=4)
+
+    def _given_start(self, opened: Lake) -> Parameters | None:
+        """Return the one start that the parameters give, if they do."""
+        if self.warm_start and hasattr(self, "converged_"):
+            self._require_warm(self.means_.shape[1])  # of the lake's columns the sweep tells
+            return self._parameters()
+        given = (self.weights_init, self.means_init, self.precisions_init)
+        if all(value is None for value in given):
+            return None
+        if any(value is None for value in given):
+            raise ValueError(
+                "a lake takes weights_init, means_init and precisions_init together, or none"
+            )
+        means = tensor_of(self.means_init)
+        covariances = self._covariances_init(means.shape[1])
+        return Parameters(tensor_of(self.weights_init), means, covariances, self.covariance_type)
+
+    def _publish(self, model: MaximumLikelihood, rows: CentredRows, space: Space) -> None:
+        publish(self, model.parameters.shifted(rows.centre), space)
+        names = getattr(self, "feature_names_in_", ())
+        _warn_if_drowned(model.parameters, rows.total, self.reg_covar, names, stacklevel=5)
+
+
+def adopt(
+    estimator: BaseMixture,
+    fit: FitResult,
+    centre: Tensor,
+    feature_names: Sequence[str],
+    space: Space,
+) -> None:
+    """Have an estimator take a sweep's fit, about `centre`, for what it has learned.
+
+    Raises ValueError where it collapsed; warns with ConvergenceWarning and the status sentence
+    where it did not converge or means nothing.
+    """
+    if fit.status is Status.COLLAPSED:
+        raise ValueError(f"{SINGULAR} ({fit.status.value})")
+    if fit.status is not Status.CONVERGED:
+        warnings.warn(f"{NOT_CONVERGED} ({fit.status.value})", ConvergenceWarning, stacklevel=4)
+    publish(estimator, fit.parameters.shifted(centre), space)
+    estimator.n_features_in_ = fit.parameters.n_features
+    if feature_names:
+        estimator.feature_names_in_ = np.array(feature_names, dtype=object)
+    estimator.converged_, estimator.n_iter_ = fit.converged, fit.n_iter
+    estimator.lower_bound_ = fit.log_likelihood / fit.n_samples
+    estimator.lower_bounds_ = list(fit.lower_bounds)
+
+
+def _warn_if_drowned(
+    learned: Parameters,
+    total: TotalMoments,
+    reg_covar: float,
+    names: Sequence[str],
+    *,
+    stacklevel: int,
+) -> None:
+    """Warn of a feature whose variances are mostly reg_covar, which does not know its unit."""
+    own = (learned.variances() - reg_covar).amax(0)
+    variances = total.variances
+    # All components on one value each are no matter of units.
+    drowned = (variances < reg_covar) | ((own < reg_covar) & (own > 1e-9 * reg_covar))
+    drowned[list(total.constant_features())] = False
+    if not bool(drowned.any()):
+        return
+    j = int(drowned.nonzero()[0])
+    warnings.warn(
+        f"reg_covar={reg_covar:g} is more than the variance of feature {feature_name(j, names)} in "
+        f"any component, so that the components hardly differ in it: scale the feature, or set "
+        f"reg_covar far below {float(variances[j]):.2g}, its variance over all rows",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def _n_rows(scores: Any) -> int:
+    n: int = scores.shape[0]
+    return n
+
+
+def _require_weights(weights: Tensor) -> None:
+    if bool((weights < 0).any() | (weights > 1).any()):
+        # The least comes first in scikit-learn's message too, and its tests look for it.
+        raise ValueError(
+            "The parameter 'weights' should be in the range [0, 1], but got max value "
+            f"{float(weights.min()):.5f}, min value {float(weights.max()):.5f}"
+        )
+    if not math.isclose(total := float(weights.sum()), 1, abs_tol=1e-6):
+        raise ValueError(
+            f"The parameter 'weights' should be normalized, but got sum(weights) = {total:.5f}"
+        )

@@ -1,0 +1,49 @@
+"""How rows are shared out among components before the first M-step, by scikit-learn's seeds."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from sklearn.cluster import KMeans, kmeans_plusplus
+from torch import Tensor
+
+from gmm_dist.model.arrays import Rows, array_of
+
+INIT_PARAMS = ("kmeans", "k-means++", "random", "random_from_data")
+
+
+def shares_of(
+    method: str,
+    X: Rows,
+    sample_weight: Float64[Tensor, " n"] | None,
+    k: int,
+    random_state: np.random.RandomState,
+) -> Float64[Tensor, "n k"]:
+    """Return each row's weight times its responsibilities.
+
+    One of `INIT_PARAMS`; draws from `random_state` what scikit-learn draws, so that the shares
+    are its own. Weights play their part as probabilities, and in k-means.
+    """
+    n = len(X)
+    weight = None if sample_weight is None else sample_weight.numpy()
+    if method == "random":
+        share = torch.from_numpy(random_state.uniform(size=(n, k)))
+        share /= share.sum(1, keepdim=True)
+    elif method == "random_from_data":
+        likely = None if weight is None else weight / weight.sum()
+        share = _seeds(random_state.choice(n, size=k, replace=False, p=likely), n, k)
+    elif method == "k-means++":
+        _, seeds = kmeans_plusplus(array_of(X), k, sample_weight=weight, random_state=random_state)
+        share = _seeds(seeds, n, k)
+    else:
+        means = KMeans(n_clusters=k, n_init=1, random_state=random_state)
+        labels = torch.from_numpy(means.fit(array_of(X), sample_weight=weight).labels_)
+        share = torch.nn.functional.one_hot(labels.long(), k).double()
+    return share if sample_weight is None else share * sample_weight[:, None]
+
+
+def _seeds(rows: np.ndarray, n: int, k: int) -> Tensor:
+    share = torch.zeros(n, k, dtype=torch.float64)
+    share[torch.from_numpy(rows), torch.arange(k)] = 1
+    return share

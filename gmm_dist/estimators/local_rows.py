@@ -1,0 +1,92 @@
+"""Rows in this process, ready for passes: centred, dealt to shards, one thread each."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from gmm_dist.em.estep import Total
+from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.shards.local import LocalShards
+
+_SHARD_ROWS, _MOST_SHARDS = 16_384, 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resident:
+    """Rows about `centre` (d,), float64: `X` (n, d) and the same in shards; their moments.
+
+    Peak memory: twice the rows in float64.
+    """
+
+    X: Float64[Tensor, "n d"]
+    sample_weight: Float64[Tensor, " n"] | None
+    centre: Float64[Tensor, " d"]
+    shards: LocalShards
+    total: TotalMoments
+
+    @classmethod
+    def of(
+        cls,
+        X: Float64[Tensor, "n d"],
+        sample_weight: Float64[Tensor, " n"] | None,
+        n_shards: int | None,
+        *,
+        whole: bool = True,
+    ) -> Resident:
+        """Centre rows and deal them to shards, as many as their number asks for by default.
+
+        `whole` is as in `kernel.Total`.
+        """
+        n = len(X)
+        wanted = min(n // _SHARD_ROWS, _MOST_SHARDS) if n_shards is None else min(n_shards, n)
+        wanted = max(wanted, 1)
+        centre = X.mean(0)
+        columns = (X - centre).T.contiguous()
+        # By the caller's own thread where there is one shard: a call to another costs more than
+        # a pass over a thousand rows.
+        n_threads = 0 if wanted == 1 else min(wanted, os.cpu_count() or 1)
+        shards = LocalShards.of(columns.T, sample_weight, n_shards=wanted, n_threads=n_threads)
+        total = shards.run(Total(X.shape[1], whole))
+        return cls(columns.T, sample_weight, centre.cpu(), shards, total)
+
+
+class _Threads:
+    """How many threads torch takes when nobody here computes, and how many of us do."""
+
+    def __init__(self) -> None:
+        self.lock, self.n_users, self.before = threading.Lock(), 0, 1
+
+
+_threads = _Threads()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch take one thread for what the caller computes, and give back what was set.
+
+    Sums then have the same bits whatever the machine's cores. torch keeps the number per thread
+    and, for threads that are still to come, per process; both are as before in the end, also
+    where several threads fit at once.
+    """
+    with _threads.lock:
+        if _threads.n_users == 0:
+            _threads.before = torch.get_num_threads()
+        _threads.n_users += 1
+        before = _threads.before
+    if before != 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _threads.lock:
+            _threads.n_users -= 1
+            if before != 1:
+                torch.set_num_threads(before)

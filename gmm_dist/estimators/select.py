@@ -1,0 +1,293 @@
+"""The sweep as a function: `select` fits a grid of mixtures in the same passes and ranks them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.errors import TooFewRows, UserError
+from gmm_dist.estimators.gaussian_mixture import GaussianMixture, adopt
+from gmm_dist.estimators.local_rows import one_thread
+from gmm_dist.estimators.settings import in_python, of_arguments, require_lake_settings, seed_of
+from gmm_dist.formats import counted
+from gmm_dist.lake.lake import Lake
+from gmm_dist.model.arrays import Space, require_rows_or_lake, space_of
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.criteria import most_components
+from gmm_dist.selection.ranking import CRITERIA, Candidate, Scored, SweepResult
+from gmm_dist.selection.sweep import require_rows, sweep
+
+SIZES, KINDS = range(2, 21), ("full", "diag")
+"""What is tried where nothing is asked for: of these, what the rows can tell apart."""
+
+_COLUMNS = ("rank", "k", "covariance_type", "bic", "aic", "icl", "log_likelihood", "status")
+_PER_ROW = "mean log-likelihood, nats per row"
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What `select` found: prints as a table, the best first; `best` is fitted.
+
+    `result` has everything that was measured, about the rows' shared centre; of a lake
+    (`is_lake`), rows could be held out. `left_out` says which of the default candidates were not
+    fitted, for the rows are too few for them; "" for none.
+    """
+
+    result: SweepResult
+    best: GaussianMixture
+    feature_names: tuple[str, ...]
+    is_lake: bool = False
+    left_out: str = ""
+
+    @property
+    def criterion(self) -> str:
+        return self.result.criterion
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one dictionary per candidate, the best first; those of no rank have None.
+
+        `log_likelihood` is the sum over all rows (nats), as in sweep.json, and
+        `mean_log_likelihood` that per row; of `bic`, `aic` and `icl` lower is better.
+        """
+        return [_row(rank, scored) for rank, scored in enumerate(self.result.ranked, start=1)]
+
+    def warnings(self) -> list[str]:
+        """Return what a reader of the table should know, each with what to do."""
+        d = self.best.n_features_in_
+        names = self.feature_names or tuple(f"x{j}" for j in range(d))
+        found = self.result.warnings(
+            names, lambda k: f"select again with k from {k}", holds_out=self.is_lake
+        )
+        found = [of_arguments(text) for text in found]
+        return [self.left_out, *found] if self.left_out else found
+
+    def to_frame(self) -> Any:
+        """Return `rows` as a pandas DataFrame. Raises ImportError without pandas."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows())
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the criterion over k, a line for each covariance type; return matplotlib's Axes.
+
+        Raises ImportError without matplotlib.
+        """
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            _, ax = plt.subplots()
+        ranked = [s for s in self.result.ranked if s.fit.is_ranked]
+        for kind in dict.fromkeys(s.candidate.covariance_type for s in self.result.scored):
+            own = [s for s in ranked if s.candidate.covariance_type == kind]
+            if line := sorted(_point(s, self.criterion) for s in own):
+                ax.plot(*zip(*line, strict=True), marker="o", label=kind)
+        ax.plot(*_point(ranked[0], self.criterion), marker="*", markersize=14, linestyle="none")
+        ax.set(xlabel="k", ylabel=_LABELS[self.criterion])
+        ax.legend()
+        return ax
+
+    def __str__(self) -> str:
+        means = [scored.mean_log_likelihood for scored in self.result.ranked]
+        rows = [row | {_PER_ROW: mean} for row, mean in zip(self.rows(), means, strict=True)]
+        shown = [_PER_ROW if name == "log_likelihood" else name for name in _COLUMNS]
+        shown += ["holdout"] if "holdout" in rows[0] else []
+        cells = [shown, *([_cell(row[name]) for name in shown] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        pairs = (zip(line, widths, strict=True) for line in cells)
+        lines = ["  ".join(cell.rjust(w) for cell, w in line).rstrip() for line in pairs]
+        return "\n".join(lines + [f"note: {text}" for text in self.warnings()])
+
+    __repr__ = __str__
+
+
+def select(
+    X: Any,
+    k: int | Iterable[int] = SIZES,
+    covariance_types: str | Sequence[str] = KINDS,
+    criterion: str = "bic",
+    *,
+    sample_weight: Any = None,
+    tol: float = 1e-5,
+    max_iter: int = 100,
+    reg_covar: float = 1e-6,
+    n_init: int = 16,
+    init_params: str = "k-means++",
+    random_state: Any = 0,
+    precision: str = "auto",
+    device: str | torch.device | None = None,
+    shards: int | None = None,
+) -> Selection:
+    """Fit every k with every covariance type in the same passes over the rows, and rank them.
+
+    `X` is what `GaussianMixture.fit` takes: rows in memory (n, d), with `sample_weight` (n,),
+    `device` and `shards` as there, or a lake. Of the default `k` and `covariance_types` those are
+    left out for which rows in memory are too few; what is asked for is fitted, ranked or not.
+    Starts come from a search on a sample, `n_init` seeded by `init_params` and then moved about.
+    `reg_covar` counts in units of each feature's variance over all rows, as in the jobs, so that
+    the features' units change nothing; a fit of `GaussianMixture` itself takes it as scikit-learn
+    does, in squared feature units.
+    `criterion`: "bic", "aic", "icl" (lower is better), or "holdout", the mean log-likelihood of
+    a lake's held-out rows. `random_state` is what scikit-learn takes.
+
+    Raises TypeError for a path, of which `open_lake` makes a lake; UserError, a ValueError, for
+    settings out of range, and when no candidate is ranked.
+    """
+    candidates = _candidates(k, covariance_types)
+    if criterion not in CRITERIA:
+        raise UserError(f"criterion is {criterion!r}: give one of {', '.join(CRITERIA)}")
+    seed = seed_of(random_state)
+    best = GaussianMixture(
+        tol=tol,
+        max_iter=max_iter,
+        reg_covar=reg_covar,
+        random_state=random_state,
+        precision=precision,
+        device=device,
+        shards=shards,
+        covariance_type=candidates[0].covariance_type,
+    )
+    best._validate_params()
+    config = EMConfig(tol, max_iter, reg_covar, precision)
+    start = StartConfig(n_init, init_params, random_state=seed)
+    require_rows_or_lake(X)
+    with one_thread(), in_python():
+        if isinstance(X, Lake):
+            # Ray and pyarrow are needed only here.
+            from gmm_dist.fitting.lake_sweep import sweep_lake
+
+            require_lake_settings(sample_weight, device, shards)
+            lake = sweep_lake(X, candidates, config, start, criterion=criterion)
+            space = Space(torch.float64)
+            return _selected(
+                best, lake.result, lake.centre, lake.feature_names, space, is_lake=True
+            )
+        if criterion == "holdout":
+            raise UserError("criterion 'holdout' is for lakes: open_lake(..., holdout=0.1)")
+        rows, weight = best._checked_rows(X, sample_weight)
+        if k is not SIZES:
+            require_rows(candidates, len(rows))
+        asked, n, d = candidates, len(rows), rows.shape[1]
+        candidates = _bearable(asked, n, d, any_k=k is SIZES, any_kind=covariance_types is KINDS)
+        left_out = _left_out(asked, candidates, n, d)
+        best.set_params(covariance_type=candidates[0].covariance_type)
+        names = tuple(getattr(best, "feature_names_in_", ()))
+        resident = best._resident(rows, weight)
+        result = sweep(
+            resident.shards,
+            candidates,
+            config,
+            start,
+            n_features=d,
+            feature_names=names,
+            centre=resident.centre,
+            criterion=criterion,
+        )
+        space = space_of(X, rows)
+        return _selected(best, result, resident.centre, names, space, left_out=left_out)
+
+
+def _candidates(k: int | Iterable[int], kinds: str | Sequence[str]) -> list[Candidate]:
+    ks = list(k) if isinstance(k, Iterable) and not isinstance(k, str) else [k]
+    if wrong := [size for size in ks if not isinstance(size, Integral) or isinstance(size, bool)]:
+        raise UserError(f"k has {wrong[0]!r}: give a whole number >= 1, or several")
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    if unknown := [kind for kind in kinds if kind not in FAMILIES]:
+        raise UserError(f"covariance type {unknown[0]!r}: give some of {', '.join(FAMILIES)}")
+    if not ks or not kinds or min(ks) < 1:
+        raise UserError(f"k is {ks}, covariance_types {kinds}: give k >= 1, at least one of each")
+    return [Candidate(int(size), kind) for kind, size in itertools.product(kinds, ks)]
+
+
+def _bearable(
+    candidates: Sequence[Candidate], n_rows: int, d: int, *, any_k: bool, any_kind: bool
+) -> list[Candidate]:
+    """Return the candidates that so many rows can rank, of those that were not asked for by name.
+
+    `any_k` and `any_kind` say that sizes, covariance types are the default ones. Raises TooFewRows
+    where none is left.
+    """
+    least = min(candidate.k for candidate in candidates)
+    kept = []
+    for candidate in candidates:
+        most = most_components(candidate.covariance_type, n_rows, d)
+        if not (any_k and candidate.k > most) and not (any_kind and least > most):
+            kept.append(candidate)
+    if not kept:
+        kinds = " or ".join(dict.fromkeys(candidate.covariance_type for candidate in candidates))
+        raise TooFewRows(
+            f"{counted(n_rows, 'row')} of {counted(d, 'feature')} are too few for "
+            f"{counted(least, 'component')}, {kinds}: give more rows, or ask for a smaller k or "
+            "for other covariance_types"
+        )
+    return kept
+
+
+def _left_out(asked: Sequence[Candidate], kept: Sequence[Candidate], n_rows: int, d: int) -> str:
+    """Say which candidates are not among those that are kept."""
+    told = []
+    for kind in dict.fromkeys(c.covariance_type for c in asked if c not in kept):
+        most = max((c.k for c in kept if c.covariance_type == kind), default=0)
+        told.append(f"{kind} with k above {most}" if most else f"{kind} covariances")
+    rows = f"{counted(n_rows, 'row')} of {counted(d, 'feature')} are too few for them"
+    return f"not tried: {' and '.join(told)}, for {rows}" if told else ""
+
+
+def _selected(
+    best: GaussianMixture,
+    result: SweepResult,
+    centre: Tensor,
+    names: tuple[str, ...],
+    space: Space,
+    *,
+    is_lake: bool = False,
+    left_out: str = "",
+) -> Selection:
+    if result.best is None:
+        raise UserError(
+            f"none of the {len(result.scored)} candidates could be ranked: use smaller k, more "
+            "rows, or leave out constant and duplicated columns"
+        )
+    candidate = result.best.candidate
+    best.set_params(n_components=candidate.k, covariance_type=candidate.covariance_type)
+    adopt(best, result.best.fit, centre, names, space)
+    return Selection(result, best, names, is_lake, left_out)
+
+
+_LABELS = {"bic": "BIC", "aic": "AIC", "icl": "ICL", "holdout": "held-out log-likelihood per row"}
+
+
+def _row(rank: int, scored: Scored) -> dict[str, Any]:
+    fit = scored.fit
+    row: dict[str, Any] = {
+        "rank": rank if fit.is_ranked else None,
+        "k": scored.candidate.k,
+        "covariance_type": scored.candidate.covariance_type,
+        "bic": scored.bic,
+        "aic": scored.aic,
+        "icl": scored.icl,
+        "log_likelihood": fit.log_likelihood,
+        "mean_log_likelihood": scored.mean_log_likelihood,
+        "n_parameters": scored.n_parameters,
+        "n_iter": fit.n_iter,
+        "converged": fit.converged,
+        "status": fit.status.name.lower(),
+    }
+    return row if scored.holdout is None else row | {"holdout": scored.holdout}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4f}" if isinstance(value, float) else str(value)
+
+
+def _point(scored: Scored, criterion: str) -> tuple[int, float]:
+    value = scored.value(criterion)
+    return scored.candidate.k, -value if criterion == "holdout" else value

@@ -1,0 +1,76 @@
+"""What the estimators' parameters mean, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sklearn.utils import check_random_state
+
+from gmm_dist.config import StartConfig
+from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from gmm_dist.estimators.base import BaseMixture
+
+
+@contextmanager
+def in_python() -> Iterator[None]:
+    """Have a UserError name arguments: commands and estimators share what raises it."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(of_arguments(str(error))) from error
+
+
+def of_arguments(text: str) -> str:
+    """Return a text with arguments for the commands' options: num_workers for --num-workers."""
+    return re.sub(r"(?<!\S)--([a-z][a-z-]*)", lambda found: found[1].replace("-", "_"), text)
+
+
+def require_lake_settings(
+    sample_weight: Any, device: str | torch.device | None, shards: int | None
+) -> None:
+    """Raise ValueError where a lake is to be fitted with what is for rows in memory."""
+    if sample_weight is not None:
+        raise ValueError("sample_weight is for rows in memory: open_lake(..., weight_column=)")
+    if device is not None:
+        raise ValueError(f"device={str(device)!r} is for rows in memory: open_lake(..., use_gpu=)")
+    if shards is not None:
+        raise ValueError(
+            f"shards={shards} is for rows in memory: a lake's are planned from its files"
+        )
+
+
+def start_of(estimator: BaseMixture) -> StartConfig:
+    """Return how a search on a sample is to look for an estimator's starts."""
+    return StartConfig(
+        estimator.n_init if estimator.n_init > 1 else StartConfig().n_init,
+        estimator.init_params,
+        random_state=seed_of(estimator.random_state),
+    )
+
+
+def seed_of(random_state: Any) -> int:
+    """Return an int as it is, and one drawn from anything else."""
+    if isinstance(random_state, Integral):
+        return int(random_state)
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def require_range(total: TotalMoments, names: Sequence[str]) -> None:
+    """Raise ValueError for a feature whose squares float64 does not hold."""
+    if features := total.overflowing_features():
+        raise ValueError(
+            f"feature {feature_name(features[0], names)} has values too large for their squares to "
+            "be float64 numbers: divide it by a power of ten first"
+        )
+
+
+def feature_name(feature: int, names: Sequence[str]) -> str:
+    return repr(str(names[feature])) if len(names) else f"{feature}"

@@ -1,0 +1,118 @@
+"""A lake planned, held by Ray's workers, swept: what the command line and the estimators share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.em.memory import lane_bytes, require_memory
+from gmm_dist.errors import UserError
+from gmm_dist.lake.lake import Lake
+from gmm_dist.lake.load import LakeLoader, loader_for
+from gmm_dist.lake.plan import Plan
+from gmm_dist.lake.session import load_rows, plan_of, require_rows_fit
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.selection.ranking import Candidate, SweepResult
+from gmm_dist.selection.sweep import require_rows, sweep
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected, most_memory
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LakeSweep:
+    """A sweep over a lake: `result` is about `centre` (d,), the features have names."""
+
+    result: SweepResult
+    centre: Float64[Tensor, " d"]
+    feature_names: tuple[str, ...]
+
+
+def sweep_lake(
+    opened: Lake,
+    candidates: Sequence[Candidate],
+    config: EMConfig,
+    start: StartConfig,
+    *,
+    criterion: str = "bic",
+    given: Parameters | None = None,
+) -> LakeSweep:
+    """Plan, load on Ray, fit and rank. `given`, in feature units, is the one candidate's start.
+
+    Raises UserError as `plan_lake`, `cluster.connected` and `sweep.sweep` do.
+    """
+    plan = plan_of(opened)
+    if given is not None and given.n_features != plan.n_features:
+        raise UserError(
+            f"the start has {given.n_features} features, but {opened.url} has {plan.n_features} "
+            f"({', '.join(plan.feature_names)}): give a start of as many, or choose columns"
+        )
+    with resident_lake(opened, plan, candidates) as (shards, centre):
+        result = sweep(
+            shards,
+            candidates,
+            config,
+            start,
+            n_features=plan.n_features,
+            feature_names=plan.feature_names,
+            centre=centre,
+            criterion=criterion,
+            holdout=plan.holdout > 0,
+            given=None if given is None else [given.shifted(-centre)],
+        )
+    return LakeSweep(result, centre, plan.feature_names)
+
+
+@contextmanager
+def resident_lake(
+    opened: Lake, plan: Plan, candidates: Sequence[Candidate]
+) -> Iterator[tuple[RayShards, Float64[Tensor, " d"]]]:
+    """Hold a lake's rows in Ray's workers until the block ends, for passes with such candidates.
+
+    Yields the shards, and their rows' shared centre (d,) in feature units. Raises UserError as
+    `cluster.connected` does, and where rows or memory are too few.
+    """
+    scaling = ScalingConfig(opened.num_workers, opened.use_gpu).at_most(plan.n_shards)
+    require_means(plan, candidates, scaling, opened.address)
+    loader = loader_for(plan)
+    with connected(opened.address, scaling):
+        shards = start_workers(loader, candidates, scaling)
+        load_rows(shards, loader)
+        yield shards, torch.from_numpy(loader.centre)
+        shards.close()
+
+
+def require_means(
+    plan: Plan, candidates: Sequence[Candidate], scaling: ScalingConfig, address: str | None
+) -> None:
+    """Raise UserError where rows or memory are too few, as far as that is known without Ray."""
+    require_rows(candidates, plan.n_rows)
+    available = most_memory(address, scaling, plan.n_shards)
+    require_memory(_lanes(candidates), plan.n_features, available)
+
+
+def _lanes(candidates: Sequence[Candidate]) -> list[tuple[int, str]]:
+    return [(candidate.k, candidate.covariance_type) for candidate in candidates]
+
+
+def start_workers(
+    loader: LakeLoader,
+    candidates: Sequence[Candidate],
+    scaling: ScalingConfig,
+    faults: FaultConfig | None = None,
+) -> RayShards:
+    """Start workers, and hold what they will need against their memory.
+
+    Raises UserError when it is too much.
+    """
+    lanes, n_features = _lanes(candidates), loader.plan.n_features
+    reserve = lane_bytes(lanes, n_features)
+    shards = RayShards(loader, loader.plan.n_shards, scaling, faults, reserve=reserve)
+    require_memory(lanes, n_features, shards.worker_memory())
+    require_rows_fit(shards, loader, reserve=reserve)
+    return shards

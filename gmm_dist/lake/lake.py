@@ -1,0 +1,57 @@
+"""A lake as a value to hand to an estimator: where its rows are, and which; nothing is read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from gmm_dist.urls import Url
+
+
+@dataclass(frozen=True, slots=True)
+class Lake:
+    """Name the rows of a Parquet file or folder, and the Ray cluster that is to hold them."""
+
+    not_in_memory: ClassVar[str] = (
+        "give rows in memory: a lake can be fitted only (`gmm-dist score` writes the scores of its "
+        "rows)"
+    )
+
+    url: str
+    columns: tuple[str, ...] | None = None
+    where: str | None = None
+    weight_column: str | None = None
+    missing: Literal["error", "drop", "mean"] = "error"
+    holdout: float = 0.0
+    address: str | None = None
+    num_workers: int | None = None
+    use_gpu: bool | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", Url(self.url))
+
+
+def open_lake(
+    url: str,
+    *,
+    columns: Sequence[str] | None = None,
+    where: str | None = None,
+    weight_column: str | None = None,
+    missing: Literal["error", "drop", "mean"] = "error",
+    holdout: float = 0.0,
+    address: str | None = None,
+    num_workers: int | None = None,
+    use_gpu: bool | None = None,
+) -> Lake:
+    """Name a lake for the estimators' `fit` and for `select`; its rows are read by Ray's workers.
+
+    `url` is a local path or any fsspec URL. `columns`: numeric columns, or one column of lists of
+    one length (default: every floating-point column but pandas' indices). `where`: comparisons
+    joined by `and`, on any column or hive partition. `missing`: what becomes of nulls and NaN.
+    `holdout`: the share of rows that nothing is fitted to. `address` of a Ray cluster (default:
+    RAY_ADDRESS, else one is started here), with `num_workers` actors, each on a GPU where
+    `use_gpu` says so (default: if the cluster has any).
+    """
+    chosen = None if columns is None else tuple(columns)
+    return Lake(url, chosen, where, weight_column, missing, holdout, address, num_workers, use_gpu)

@@ -1,0 +1,256 @@
+"""What the footer of a Parquet file tells of its rows, and of columns that no one has read yet.
+
+A damaged one is refused before it is asked: Arrow would end the process.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gmm_dist.lake.parquet.column_types import is_embedding, is_numeric
+from gmm_dist.lake.parquet.comparing import Key, Passing, extremes, value_type
+
+Extent = tuple[Key, Key]
+
+
+def leaves(schema: pa.Schema) -> list[range]:
+    """Return, for each column, the numbers of the Parquet columns that it is stored in."""
+    ends = list(itertools.accumulate(map(_n_leaves, schema.types), initial=0))
+    return [range(first, stop) for first, stop in itertools.pairwise(ends)]
+
+
+def _n_leaves(type_: pa.DataType) -> int:
+    type_ = value_type(type_)
+    if is_numeric(type_):
+        return 1
+    return sum(_n_leaves(type_.field(i).type) for i in range(type_.num_fields)) or 1
+
+
+def looked_at(metadata: pq.FileMetaData, names: Collection[str] | None) -> list[int]:
+    """Return the Parquet columns to ask of when those of these names are wanted (None: all).
+
+    One at least is without lists, where there is any: see `contradiction`.
+    """
+    every = range(metadata.num_columns)
+    if names is None:
+        return list(every)
+    found = set(itertools.chain.from_iterable(stored_in(metadata, names).values()))
+    return sorted(found if _flat(metadata, found) else {*found, *_flat(metadata, every)[:1]})
+
+
+def _flat(metadata: pq.FileMetaData, leaves: Iterable[int]) -> list[int]:
+    return [i for i in leaves if not metadata.schema.column(i).max_repetition_level]
+
+
+def contradiction(metadata: pq.FileMetaData, leaves: Iterable[int]) -> str | None:
+    """Say where a footer tells the number of rows in two ways; None where it does not.
+
+    Only these Parquet columns are asked of.
+    """
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    rows = sum(group.num_rows for group in groups)
+    if rows != metadata.num_rows:
+        return f"the footer promises {metadata.num_rows:,} rows, its row groups {rows:,}"
+    # A column without lists has a value for each row, if only a null: one such column will tell.
+    flat = next(iter(_flat(metadata, leaves)), None)
+    for number, group in enumerate(groups):
+        values = group.num_rows if flat is None else group.column(flat).num_values
+        if group.num_rows < 0 or values != group.num_rows:
+            return (
+                f"the footer promises {group.num_rows:,} rows of row group {number}, and "
+                f"{values:,} values of its columns"
+            )
+    return None
+
+
+def index_columns(schema: pa.Schema) -> frozenset[str]:
+    """Return the columns that pandas wrote an index to, by its own account in the schema."""
+    listed: list[object] = []
+    with suppress(ValueError, TypeError, KeyError):
+        listed = json.loads((schema.metadata or {})[b"pandas"])["index_columns"]
+    if not isinstance(listed, list):
+        listed = []
+    # A range is kept as its bounds, and has no column.
+    told = {name for name in listed if isinstance(name, str)}
+    # Others copy the columns of such a file, and not what pandas said of them.
+    return frozenset(name for name in schema.names if name in told or _is_index_name(name))
+
+
+def _is_index_name(name: str) -> bool:
+    number = name.removeprefix("__index_level_").removesuffix("__")
+    return number.isdecimal() and name == f"__index_level_{number}__"
+
+
+def old_timestamps(metadata: pq.FileMetaData, schema: pa.Schema) -> frozenset[str]:
+    """Return the columns that hold INT96 timestamps, alone or in lists and such."""
+    stored = [metadata.schema.column(i).physical_type for i in range(len(metadata.schema))]
+    if "INT96" not in stored:
+        return frozenset()
+    places = zip(schema.names, leaves(schema), strict=True)
+    return frozenset(name for name, place in places if "INT96" in stored[place.start : place.stop])
+
+
+def matching_groups(
+    metadata: pq.FileMetaData, schema: pa.Schema, tests: Iterable[tuple[str, Passing]]
+) -> list[int]:
+    """Return the row groups that may hold a row that passes, as far as the footer tells."""
+    places = leaves(schema)
+    columns = ((schema.get_field_index(name), passing) for name, passing in tests)
+    at = [(places[i].start, schema.field(i).type, passing) for i, passing in columns]
+    return [
+        group
+        for group in range(metadata.num_row_groups)
+        if all(_may_pass(metadata, group, *one) for one in at)
+    ]
+
+
+def _told(metadata: pq.FileMetaData, group: int, leaf: int) -> pq.Statistics | None:
+    return statistics(
+        metadata.row_group(group).column(leaf), metadata.schema.column(leaf).physical_type
+    )
+
+
+def _may_pass(
+    metadata: pq.FileMetaData, group: int, leaf: int, type_: pa.DataType, passing: Passing
+) -> bool:
+    if passing.never:
+        return False
+    found, rows = _told(metadata, group, leaf), metadata.row_group(group).num_rows
+    if found is not None and found.has_null_count and found.null_count == rows > 0:
+        return bool(found.has_min_max)  # of nothing but nulls? then neither is to be trusted
+    if type_ != passing.type or (pa.types.is_decimal(type_) and type_.bit_width < 128):
+        return True  # plans that were made before have read such row groups
+    bounds = extremes(found, type_)
+    return bounds is None or passing.may_hold(*bounds)
+
+
+def nulls(
+    metadata: pq.FileMetaData,
+    schema: pa.Schema,
+    groups: Iterable[int],
+    among: Collection[str] | None,
+    *,
+    most: int,
+) -> dict[str, tuple[int, int]]:
+    """Return the columns that have nulls: a row group, and how many; those that the footer tells.
+
+    Of columns that could be features and are `among` (None: all) these; `most` is how many
+    column chunks are looked at. Of lists both null lists and null elements count.
+    """
+    if among is not None and not among:
+        return {}
+    wanted = [
+        (name, place.start, metadata.schema.column(place.start).physical_type)
+        for name, place, type_ in zip(schema.names, leaves(schema), schema.types, strict=True)
+        if (among is None or name in among) and _could_be_feature(type_)
+    ]
+    found: dict[str, tuple[int, int]] = {}
+    for group in groups:
+        if (most := most - len(wanted)) < 0:
+            break
+        row_group = metadata.row_group(group)
+        for name, leaf, physical_type in wanted:
+            told = statistics(row_group.column(leaf), physical_type)
+            if told is not None and told.has_null_count and told.null_count > 0:
+                found.setdefault(name, (group, told.null_count))
+    return found
+
+
+def _could_be_feature(type_: pa.DataType) -> bool:
+    return is_numeric(type_) or is_embedding(type_)
+
+
+def extents(
+    metadata: pq.FileMetaData, schema: pa.Schema, groups: Iterable[int], names: Collection[str]
+) -> Mapping[str, Extent]:
+    """Return the least and the largest key of columns, where the footer tells of any row group."""
+    places = leaves(schema)
+    found: dict[str, Extent] = {}
+    for name in names:
+        column = schema.get_field_index(name)
+        if column < 0:
+            continue
+        leaf, type_ = places[column].start, schema.field(column).type
+        bounds = [extremes(_told(metadata, group, leaf), type_) for group in groups]
+        told = [bound for bound in bounds if bound is not None]
+        if told:
+            found[name] = min(low for low, _ in told), max(high for _, high in told)
+    return found
+
+
+def stored_in(metadata: pq.FileMetaData, names: Collection[str]) -> dict[str, list[int]]:
+    """Return the numbers of the Parquet columns that hold each column of these names.
+
+    A name may have dots, and nested columns add more.
+    """
+    found: dict[str, list[int]] = {name: [] for name in names}
+    for i in range(metadata.num_columns):
+        for name in itertools.accumulate(metadata.schema.column(i).path.split("."), "{}.{}".format):
+            if name in found:
+                found[name].append(i)
+    return found
+
+
+def require_sound(metadata: pq.FileMetaData, size: int, leaves: Sequence[int]) -> None:
+    """Raise OSError where what a footer says of chunks of these Parquet columns makes no sense.
+
+    So it is where they are encrypted. Arrow looks at all of it before it reads, and then raises;
+    hence it begins to read from a file of `size` bytes that yields nothing.
+    """
+    parquet = pq.ParquetFile(_Unreadable(size), metadata=metadata, pre_buffer=True)
+    batches = parquet.iter_batches(
+        row_groups=range(metadata.num_row_groups),
+        columns=[metadata.schema.column(i).path for i in leaves],
+        use_threads=False,
+    )
+    with suppress(_NothingRead):
+        next(batches, None)
+
+
+class _NothingRead(Exception):  # noqa: N818 - no error: all that was to be looked at is well
+    pass
+
+
+class _Unreadable(io.RawIOBase):
+    """A file that has a size and nothing else."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._at = size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = start + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        raise _NothingRead
+
+
+def statistics(chunk: pq.ColumnChunkMetaData, physical_type: str) -> pq.Statistics | None:
+    """Return what a footer tells of the values of a column chunk, None where it does not.
+
+    `physical_type` is the column's, by the schema in the same footer. Raises OSError where they
+    contradict each other.
+    """
+    if chunk.physical_type != physical_type:
+        raise OSError(
+            f"the footer says both {physical_type} and {chunk.physical_type} of column "
+            f"{chunk.path_in_schema!r}"
+        )
+    return chunk.statistics

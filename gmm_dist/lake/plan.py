@@ -1,0 +1,267 @@
+"""Plan a lake: which rows of which files a job reads, dealt to shards by rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from gmm_dist import storage
+from gmm_dist.errors import NoRows, UserError
+from gmm_dist.formats import counted
+from gmm_dist.lake import listing, nights
+from gmm_dist.lake.deal import RowRange, deal
+from gmm_dist.lake.filters import Where, parse
+from gmm_dist.lake.listing import LakeFile, Listing
+from gmm_dist.lake.schema import Columns
+from gmm_dist.lake.survey import (
+    _CHUNKS_ASKED,
+    Questions,
+    matching_row_groups,
+    measure_lists,
+    read_footers,
+    refuse_nulls,
+    refuse_rounding,
+    tell_of_old_timestamps,
+)
+from gmm_dist.urls import Url
+
+logger = logging.getLogger(__name__)
+
+Missing = Literal["error", "drop", "mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Say which rows and columns a job reads, and how they are dealt to shards.
+
+    A picklable value. `hash` is the same for the same files and settings, wherever they are
+    mounted (`url` is not part of it); `n_rows` counts rows before the row-level filter;
+    `schema` has the file columns that are read, filtered by or kept, their types unified over
+    files; `float64_source` says that float32 cannot hold some feature's every value; `holdout` is
+    the share of rows that nothing is fitted to; `kept` are columns to go along with the rows,
+    which some files may lack; `first_list` says where the list is whose length all lists of an
+    embedding must have, where their types do not tell it.
+    """
+
+    url: str
+    files: tuple[LakeFile, ...]
+    schema: pa.Schema
+    columns: tuple[str, ...]
+    feature_names: tuple[str, ...]
+    weight_column: str | None
+    where: Where | None
+    missing: Missing
+    shards: tuple[tuple[RowRange, ...], ...]
+    float64_source: bool
+    holdout: float = 0.0
+    kept: tuple[str, ...] = ()
+    first_list: str | None = None
+    hash: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", Url(self.url))
+        object.__setattr__(self, "hash", _hash(self))
+
+    @property
+    def n_rows(self) -> int:
+        return sum(part.stop - part.start for shard in self.shards for part in shard)
+
+    @property
+    def n_features(self) -> int:
+        return len(self.feature_names)
+
+    @property
+    def n_shards(self) -> int:
+        return len(self.shards)
+
+    @property
+    def versions(self) -> tuple[tuple[str, int, str], ...]:
+        """Each file's path, size (bytes) and version, by which a change is noticed."""
+        return tuple((file.path, file.size, file.version) for file in self.files)
+
+    @property
+    def row_filter(self) -> Where | None:
+        """Return what is left of `where` to test row by row: files were chosen by hive keys."""
+        return self.where.restricted(self.schema.names) if self.where else None
+
+    @property
+    def read_columns(self) -> tuple[str, ...]:
+        """Name the file columns that reading needs: features, weight, filter; each once."""
+        weight = (self.weight_column,) if self.weight_column else ()
+        tested = self.row_filter.columns if self.row_filter else ()
+        return tuple(dict.fromkeys((*self.columns, *weight, *tested)))
+
+    def held_out(self, part: RowRange) -> npt.NDArray[np.bool_] | None:
+        """Say which rows of a range are held out, (n,), or None when none ever is.
+
+        It depends on the file's path within the lake and the row's number within the file alone:
+        neither on the filter, nor on shards, nor on other files.
+        """
+        if self.holdout == 0:
+            return None
+        file = self.files[part.file]
+        first = sum(file.rows[: part.row_group])
+        hashes = _row_hashes(file.path, first + part.start, first + part.stop)
+        return hashes < np.uint64(int(self.holdout * 2.0**64))
+
+
+def plan_lake(
+    url: str,
+    *,
+    columns: Sequence[str] | None = None,
+    weight_column: str | None = None,
+    where: str | None = None,
+    missing: Missing = "error",
+    holdout: float = 0.0,
+    keep: Sequence[str] = (),
+    remedy: str = "name the feature columns with --columns",
+    n_shards: int | None = None,
+) -> Plan:
+    """Plan the Parquet file or folder at `url`; reads footers, and one list at most.
+
+    `listing.find` says which files count. `columns` are numeric columns or one column of lists of
+    numbers, all of one length; default: every floating-point column but pandas' indices, or else
+    the one column of lists. Where types do not say how long lists are, the first one that matches
+    is read; the others are checked when they are read. With `missing` "error", nulls of which
+    footers tell are an error here, unless a filter by row might leave them out.
+    `where` is a filter in the syntax of `filters` over columns and hive keys: it leaves out
+    whole files and row groups here, rows when they are read. `holdout` is the share of rows, at
+    random but the same every time, that nothing is fitted to. `keep` are columns to go along with
+    the rows; hive keys among them stay in the path. `remedy` says what helps when a feature is
+    missing. `n_shards` overrides the number of shards, which else depends on the number of rows
+    alone.
+
+    Raises:
+        UserError: the path, bucket or credentials are wrong; there is no Parquet file, or it is
+            corrupt, or part of a Delta, Iceberg or Hudi table; a column is missing from a file,
+            duplicate, or of a wrong or incompatible type; no rows, or none that match; `holdout`
+            is not a share below one.
+    """
+    if not 0 <= holdout < 1:
+        raise UserError(f"--holdout is {holdout:g}: give a share of the rows, 0 <= share < 1")
+    condition = parse(where) if where is not None else None
+    found = nights.with_dates(listing.find(url), condition)
+    tested = _tested_by_row(condition, found.keys)
+    files = _matching_files(found, condition)
+    may_fail = missing == "error" and tested is None
+    no_nulls = _columns_of(columns) if may_fail else ()
+    names = _columns_of(columns)
+    if names is not None:
+        names = {*names, *keep, *(tested.columns if tested else ()), *filter(None, [weight_column])}
+    questions = Questions(names, tested, no_nulls, _CHUNKS_ASKED // len(files), keep)
+    told = read_footers(found.root, files, questions)
+    if not any(sum(footer.file.rows) for footer in told):
+        n_files = counted(len(told), "Parquet file")
+        raise NoRows(f"{storage.redacted(found.root)}: no rows in {n_files}; check the path")
+    # Writers leave files without rows or even columns: these say nothing about the lake's.
+    filled = [footer for footer in told if any(footer.file.rows)]
+    known = Columns.unify(
+        found.root,
+        ((footer.schema, footer.file) for footer in filled),
+        found.keys,
+        frozenset[str]().union(*{footer.indices for footer in filled}),
+    )
+    chosen = known.choose(columns, weight_column, tested, keep, remedy=remedy)
+    refuse_rounding(known, chosen, told)
+    groups = matching_row_groups(found.root, told, condition if tested else None)
+    first_list = None
+    if chosen.unmeasured is not None:
+        length, first_list = measure_lists(found.root, told, groups, tested, chosen.unmeasured)
+        chosen = chosen.measured(length)
+    if may_fail:
+        refuse_nulls(found.root, told, chosen)
+    result = Plan(
+        url=found.root,
+        files=tuple(footer.file for footer in told),
+        schema=chosen.schema,
+        columns=chosen.columns,
+        feature_names=chosen.feature_names,
+        weight_column=weight_column,
+        where=condition,
+        missing=missing,
+        shards=deal(groups, n_shards),
+        float64_source=chosen.float64_source,
+        holdout=holdout,
+        kept=chosen.kept,
+        first_list=first_list,
+    )
+    what = counted(len(files), "file"), counted(result.n_rows, "row")
+    logger.info("%s: %s, %s", storage.redacted(result.url), *what)
+    logger.info("%s", known.described(chosen, weight_column))
+    tell_of_old_timestamps(told)
+    return result
+
+
+def _tested_by_row(condition: Where | None, keys: pa.Schema) -> Where | None:
+    """Return the comparisons that the path does not decide."""
+    return condition.restricted(set(condition.columns) - set(keys.names)) if condition else None
+
+
+def _matching_files(found: Listing, condition: Where | None) -> Sequence[LakeFile]:
+    """Return the files whose hive keys match."""
+    by_key = condition.restricted(found.keys.names) if condition else None
+    if condition is None or by_key is None:
+        return found.files
+    partitions = [dict(file.partition) for file in found.files]
+    matches = by_key.mask(pa.Table.from_pylist(partitions, schema=found.keys))
+    if not matches.any():
+        what = f"any of {len(found.files)} files' hive keys"
+        raise _nothing_matches(found.root, condition, what)
+    return [file for file, match in zip(found.files, matches, strict=True) if match]
+
+
+def _nothing_matches(root: str, condition: Where, what: str) -> NoRows:
+    return NoRows(
+        f"{storage.redacted(root)}: no rows match the filter {condition.shown}, by {what}; "
+        "widen the filter"
+    )
+
+
+def _columns_of(names: Sequence[str] | None) -> Collection[str] | None:
+    """Return the columns that features of such names may come from; None for any."""
+    if names is None:
+        return None
+    return {*names, *(name.rpartition("[")[0] for name in names)}
+
+
+def _row_hashes(path: str, first: int, stop: int) -> npt.NDArray[np.uint64]:
+    """Return 64 random bits for each row number from `first` up to `stop` of a file.
+
+    SplitMix64 (Steele, Lea, Flood 2014), whose n-th number can be had without those before it,
+    seeded by the path; arithmetic modulo 2^64.
+    """
+    seed = int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "little")
+    z = np.arange(first + 1, stop + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64(seed)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _hash(plan: Plan) -> str:
+    content: dict[str, object] = {
+        "format": 1,
+        "files": [(file.path, file.size, file.version, file.rows) for file in plan.files],
+        "row_groups": sorted({(p.file, p.row_group) for shard in plan.shards for p in shard}),
+        "columns": plan.columns,
+        "feature_names": plan.feature_names,
+        "weight_column": plan.weight_column,
+        "where": plan.where.text if plan.where else None,
+        "missing": plan.missing,
+        "n_shards": plan.n_shards,
+    }
+    if plan.holdout > 0:  # plans without it keep the hash that they had before there was any
+        content["holdout"] = plan.holdout
+    if plan.kept:
+        content["kept"] = plan.kept
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

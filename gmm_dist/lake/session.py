@@ -1,0 +1,143 @@
+"""A lake's rows held by workers: what they need of memory, and loading them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gmm_dist.errors import TooFewRows, UserError
+from gmm_dist.formats import gigabytes
+from gmm_dist.lake.lake import Lake
+from gmm_dist.lake.load import Counted, LakeLoader, column_means, count_rows
+from gmm_dist.lake.plan import Plan, plan_lake
+from gmm_dist.shards.ray_shards import RayShards
+
+logger = logging.getLogger(__name__)
+
+_LOADING_BYTES = 24  # of a value, while its shard is made: read, centred in float64, cast, joined
+
+Loaded = Callable[[int, int], None]
+"""Told of the shards and the rows that have been loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowsNeed:
+    """What rows need of memory, by numbers that a plan knows.
+
+    `itemsize`: bytes of a resident value; `row_bytes`: of a row's further values, its weight;
+    `decoded`: of the largest row group, decoded; `is_bound`: a filter may leave fewer rows.
+    """
+
+    n_rows: int
+    n_features: int
+    n_shards: int
+    itemsize: int
+    row_bytes: int = 0
+    decoded: int = 0
+    is_bound: bool = False
+
+    @property
+    def shard(self) -> int:
+        """Return the bytes of a resident shard; they are of equal size, give or take a row."""
+        return self._shard_rows * (self.n_features * self.itemsize + self.row_bytes)
+
+    @property
+    def loading(self) -> int:
+        """Return the bytes that are needed for a while to make a shard."""
+        return self.decoded + self._shard_rows * self.n_features * _LOADING_BYTES
+
+    @property
+    def _shard_rows(self) -> int:
+        return math.ceil(self.n_rows / self.n_shards)
+
+
+def require_room(need: RowsNeed, n_workers: int, available: int, *, beside: int) -> None:
+    """Raise UserError when the rows do not fit into the `available` bytes of `n_workers` each.
+
+    `beside` are the bytes that a worker needs next to its rows, once they are loaded, or while
+    they are. Where a filter may leave fewer rows, this only warns: loading will tell.
+    """
+    resident = math.ceil(need.n_shards / n_workers) * need.shard
+    if resident + beside <= available:
+        return
+    message = (
+        f"{need.n_rows:,} rows of {need.n_features:,} features need {gigabytes(resident)} in "
+        f"each of {n_workers} workers, and {gigabytes(beside)} beside them, but a worker has "
+        f"{gigabytes(available)}: use {_more_workers(need, available - beside)}fewer --columns "
+        "or a narrower --where"
+    )
+    if not need.is_bound:
+        raise UserError(message)
+    logger.warning("unless the filter leaves fewer rows, they will not fit: %s", message)
+
+
+def _more_workers(need: RowsNeed, room: int) -> str:
+    shards = room // need.shard
+    if shards < 1:
+        return ""
+    n_workers = math.ceil(need.n_shards / shards)
+    return f"--num-workers {n_workers} on machines with as much memory for each, "
+
+
+def plan_of(opened: Lake) -> Plan:
+    """Return which rows a lake's name stands for, as `plan_lake` does, and raise as it does."""
+    return plan_lake(
+        opened.url,
+        columns=opened.columns,
+        weight_column=opened.weight_column,
+        where=opened.where,
+        missing=opened.missing,
+        holdout=opened.holdout,
+    )
+
+
+def require_rows_fit(shards: RayShards, loader: LakeLoader, *, reserve: int) -> None:
+    """Raise UserError where the workers' memory does not hold the rows and `reserve` bytes."""
+    need = _rows_need(loader.plan, loader)
+    # Loading is over when the statistics come.
+    beside = reserve if shards.on_gpu else max(reserve, need.loading)
+    require_room(need, shards.n_workers, shards.worker_memory(), beside=beside)
+
+
+def load_rows(
+    shards: RayShards, loader: LakeLoader, watch: Loaded = lambda done, rows: None
+) -> Counted:
+    """Have the workers load their rows; where values are missing, after a pass for the means.
+
+    Raises TooFewRows when none is left.
+    """
+    plan = loader.plan
+    n_rows = shards.load(watch)
+    if n_rows == 0:
+        filters = f" after --where {str(plan.where)!r}" if plan.where else ""
+        smaller = ", or give a smaller --holdout" if plan.holdout else ""
+        weighing = f", and weights {plan.weight_column!r} above 0" if plan.weight_column else ""
+        raise TooFewRows(
+            f"{plan.url}: no rows are left of {plan.n_rows:,}{filters}: "
+            f"loosen --where or choose another --missing{smaller}{weighing}"
+        )
+    if plan.missing == "mean":
+        fill = column_means(shards, loader)
+        shards.replace(LakeLoader(plan, loader.centre, loader.dtype, fill))
+        shards.load(watch)
+    counted = shards.run(count_rows)
+    if counted.counts.dropped:
+        logger.info("missing=drop left out %s rows", f"{counted.counts.dropped:,}")
+    return counted
+
+
+def _rows_need(plan: Plan, loader: LakeLoader) -> RowsNeed:
+    source = 8 if plan.float64_source else 4
+    n_values = plan.n_features + len(plan.read_columns) - len(plan.columns)
+    largest = max(plan.files[p.file].rows[p.row_group] for shard in plan.shards for p in shard)
+    return RowsNeed(
+        plan.n_rows,
+        plan.n_features,
+        plan.n_shards,
+        itemsize=loader.dtype.itemsize,
+        row_bytes=8 if plan.weight_column else 0,
+        decoded=largest * n_values * source,
+        is_bound=plan.row_filter is not None or plan.missing == "drop",
+    )

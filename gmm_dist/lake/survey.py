@@ -1,0 +1,238 @@
+"""What the footers of a plan's files say: their rows, types and extents, and what they rule out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from gmm_dist import storage
+from gmm_dist.errors import TooFewRows, UserError
+from gmm_dist.lake import listing
+from gmm_dist.lake.deal import RowRange
+from gmm_dist.lake.filters import Where, shown_names
+from gmm_dist.lake.listing import LakeFile
+from gmm_dist.lake.parquet import footers
+from gmm_dist.lake.parquet.comparing import stored
+from gmm_dist.lake.parquet.decoding import parquet_file
+from gmm_dist.lake.parquet.footers import Extent
+from gmm_dist.lake.plan import _nothing_matches
+from gmm_dist.lake.schema import Chosen, Columns
+
+logger = logging.getLogger(__name__)
+
+_FOOTERS_AT_ONCE = 32
+
+_CHUNKS_ASKED = 2**18  # for nulls, over all files: a second or so
+
+_LISTS_AT_ONCE = 256
+
+_PAGES_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """Hold what planning needs of one file's footer.
+
+    `groups` are the row groups that may hold a matching row; `nulls` says of columns with nulls
+    in which of them the first are, and how many; `extents` are of columns to be kept;
+    `old_timestamps` are the columns of INT96 among those that are compared or kept.
+    """
+
+    file: LakeFile
+    schema: pa.Schema
+    indices: frozenset[str]
+    groups: Sequence[int]
+    nulls: Mapping[str, tuple[int, int]]
+    extents: Mapping[str, Extent]
+    old_timestamps: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Say what is asked of footers: the filter by row, columns that may have no null or are kept.
+
+    `names` are the columns that may be read (None: all), `no_nulls` those of them to be asked for
+    nulls, `chunks` how many of a file's column chunks at most.
+    """
+
+    names: Collection[str] | None
+    tested: Where | None
+    no_nulls: Collection[str] | None
+    chunks: int
+    keep: Sequence[str]
+
+    def of(self, file: LakeFile, parquet: pq.ParquetFile) -> Footer:
+        """Return the answers of one file's footer."""
+        metadata, schema = parquet.metadata, parquet.schema_arrow
+        rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        bare = schema.remove_metadata()
+        groups = self._groups(metadata, bare)
+        read = {*self.keep, *(self.tested.columns if self.tested else ())}
+        return Footer(
+            replace(file, rows=rows),
+            bare,
+            footers.index_columns(schema),
+            groups,
+            footers.nulls(metadata, bare, groups, self.no_nulls, most=self.chunks),
+            footers.extents(metadata, bare, groups, self.keep),
+            footers.old_timestamps(metadata, bare) & read if read else frozenset(),
+        )
+
+    def _groups(self, metadata: pq.FileMetaData, schema: pa.Schema) -> Sequence[int]:
+        if self.tested is None:
+            return range(metadata.num_row_groups)
+        if set(self.tested.columns) - set(schema.names):
+            return ()  # an added column: null in this file, and null never matches
+        with suppress(UserError):  # told once it is known what other files have
+            return footers.matching_groups(metadata, schema, self.tested.tests(schema))
+        return range(metadata.num_row_groups)
+
+
+def tell_of_old_timestamps(told: Sequence[Footer]) -> None:
+    names = sorted(frozenset[str]().union(*{footer.old_timestamps for footer in told}))
+    if names:
+        logger.info(
+            "INT96 timestamps are compared and kept to the microsecond, finer digits cut off: %s",
+            shown_names(names),
+        )
+
+
+def read_footers(root: str, files: Sequence[LakeFile], questions: Questions) -> list[Footer]:
+    fs, path = storage.open_url(root)
+    known: dict[bytes, pa.Schema] = {}  # one for all files that have the same
+
+    def read(file: LakeFile) -> Footer:
+        with listing.opened(fs, path, root, file, footer=True) as source:
+            parquet = parquet_file(source)
+            leaves = footers.looked_at(parquet.metadata, questions.names)
+            footers.require_sound(parquet.metadata, file.size, leaves)
+            footer = questions.of(file, parquet)
+        if lie := footers.contradiction(parquet.metadata, leaves):
+            name = listing.name_of(root, file)
+            raise UserError(f"{name}: {lie}; write the file again or move it away")
+        schema = known.setdefault(footer.schema.serialize().to_pybytes(), footer.schema)
+        return replace(footer, schema=schema)
+
+    def footer(file: LakeFile) -> Footer:
+        return storage.patiently(lambda: read(file), listing.name_of(root, file))
+
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        try:
+            return list(pool.map(footer, files))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def matching_row_groups(root: str, told: list[Footer], condition: Where | None) -> list[RowRange]:
+    """Return the row groups that may hold a matching row, whole; `condition` is tested by row."""
+    groups = [
+        RowRange(index, group, 0, footer.file.rows[group])
+        for index, footer in enumerate(told)
+        for group in footer.groups
+        if footer.file.rows[group] > 0
+    ]
+    if condition is not None and not groups:
+        raise _nothing_matches(root, condition, "the row groups' statistics")
+    return groups
+
+
+def refuse_nulls(root: str, told: Sequence[Footer], chosen: Chosen) -> None:
+    """Raise for the first null of a feature that a footer tells of."""
+    for footer in told:
+        for name in chosen.columns:
+            if name not in footer.nulls:
+                continue
+            group, count = footer.nulls[name]
+            what = "null" if count == 1 else "nulls"
+            if chosen.feature_names != chosen.columns:
+                what += ", lists or elements of them"
+            raise UserError(
+                f"{listing.name_of(root, footer.file)}, row group {group}: column {name!r} has "
+                f"{count:,} {what}; pass --missing drop or impute such rows first"
+            )
+
+
+def refuse_rounding(known: Columns, chosen: Chosen, told: Sequence[Footer]) -> None:
+    """Raise where a kept value, as footers tell, does not fit the common type of all files."""
+    for name in chosen.kept:
+        for footer in told:
+            bounds = footer.extents.get(name)
+            if bounds is None or not isinstance(bounds[0], int):
+                continue
+            type_ = footer.schema.field(name).type
+            if not _fits(bounds, type_, known.types[name]):
+                raise known.no_common_type(name, (type_, footer.file))
+
+
+def _fits(bounds: Extent, stored: pa.DataType, common: pa.DataType) -> bool:
+    """Say whether the least and the largest value of a column stand a cast to a common type."""
+    if stored == common or pa.types.is_decimal(stored):
+        return True
+    integers = pa.int64() if stored.bit_width == 64 else pa.int32()
+    integers = pa.uint64() if stored == pa.uint64() else integers
+    try:
+        pa.array(list(bounds), integers).cast(stored).cast(common)
+    except pa.ArrowInvalid:
+        return False
+    except pa.ArrowNotImplementedError:  # no matter of whole numbers, such as booleans
+        return True
+    return True
+
+
+def measure_lists(
+    root: str, told: Sequence[Footer], groups: Sequence[RowRange], tested: Where | None, name: str
+) -> tuple[int, str]:
+    """Return the length of the first list of a column that matches, and where it is."""
+    fs, path = storage.open_url(root)
+    for part in groups:
+        file = told[part.file].file
+        where = listing.name_of(root, file)
+
+        def read(file: LakeFile = file, group: int = part.row_group) -> tuple[int, int] | None:
+            with listing.opened(fs, path, root, file) as source:
+                return _first_length(source, group, tested, name)
+
+        first = storage.patiently(read, where)
+        if first is not None:
+            return first[1], f"{where}, row group {part.row_group}, row {first[0]}"
+    matching, error = ("", UserError) if tested is None else (" in rows that match", TooFewRows)
+    raise error(
+        f"{storage.redacted(root)}: column {name!r} has no list that is not null or empty"
+        f"{matching}, in {len(told)} Parquet files; name other feature columns with --columns"
+    )
+
+
+def _first_length(
+    source: Any, group: int, tested: Where | None, name: str
+) -> tuple[int, int] | None:
+    """Return the row and the length of a row group's first list that matches."""
+    names = [name, *(tested.columns if tested else ())]
+    parquet = parquet_file(source, buffer_size=_PAGES_BYTES)
+    start = 0
+    for batch in _batches(parquet, group, names):
+        column = batch.column(name)
+        lengths = pc.list_value_length(stored(column)).to_numpy()
+        fits = np.nan_to_num(lengths.astype(np.float64)) > 0  # neither null nor empty
+        if tested is not None:
+            fits &= tested.mask(batch)
+        if fits.any():
+            row = int(fits.argmax())
+            return start + row, int(lengths[row])
+        start += batch.num_rows
+    return None
+
+
+def _batches(parquet: pq.ParquetFile, group: int, names: list[str]) -> Iterator[pa.Table]:
+    # Some rows at first: one is enough where none is null, and lists may be long.
+    for batch in parquet.iter_batches(_LISTS_AT_ONCE, row_groups=[group], columns=names):
+        yield pa.Table.from_batches([batch])

@@ -1,0 +1,86 @@
+"""Log-densities of rows under each component, centred on the component's own mean."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from gmm_dist.model.covariance import FAMILIES, LOG_2PI, log_weights
+from gmm_dist.model.parameters import Stack
+
+_TINY = torch.finfo(torch.float64).tiny
+_FAR = -1e12  # log-densities below it have no digits left for what sets components apart
+_BEYOND = 1e300  # minus the log-density of a row whose distances overflow, at most
+
+
+class Densities:
+    """The weighted log-densities of a stack's components, each centred on its own mean.
+
+    The textbook form by Cholesky factors: K triangular products per chunk, and right where the
+    matrix-product form loses its digits to cancellation. `peaks` (K,) are the largest values,
+    those at the means.
+    """
+
+    def __init__(self, stack: Stack, device: torch.device) -> None:
+        self._family, d = FAMILIES[stack.covariance_type], stack.means.shape[1]
+        factors, failed = self._family.precisions_cholesky(stack.covariances)
+        assert not bool(failed.any()), "a covariance is not positive definite"
+        half = stack.per_component(self._family.half_log_det(factors, d))
+        self.peaks = log_weights(stack) + half - 0.5 * d * LOG_2PI
+        parts = (stack.means, stack.per_component(factors), self.peaks)
+        self._components = list(zip(*(part.to(device) for part in parts), strict=True))
+
+    def __call__(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
+        """Return log w_k + log N(x; k) of rows `x`, one per column."""
+        distance = self._family.mahalanobis
+        logits = torch.stack([c - 0.5 * distance(x, m, f) for m, f, c in self._components])
+        # One sum tells whether any row is so far out that digits or the range are short.
+        if not float(logits.detach().sum()) > _FAR:
+            self._place_far_rows(x, logits)
+        return logits
+
+    def _place_far_rows(self, x: Float64[Tensor, "d n"], logits: Float64[Tensor, "K n"]) -> None:
+        """Give rows beyond every component finite log-densities of which one is the largest."""
+        known = x.isfinite().all(0)
+        logits[logits.isnan() & known] = -math.inf
+        beyond = known & logits.isinf().all(0)
+        if bool(beyond.any()):
+            logits[:, beyond] = self._relative(x[:, beyond])
+        top = logits.amax(0)
+        tied = (logits == top).sum(0) > 1
+        tied &= known & (top < _FAR)
+        if bool(tied.any()):
+            logits[:, tied] = self._apart(x[:, tied], logits[:, tied])
+
+    def _relative(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
+        """Return stand-ins for log-densities whose distances overflow, in the distances' order."""
+        unit = x.abs().amax(0)
+        steepest = max(float(f.abs().max()) for _, f, _ in self._components)
+        near = [
+            self._family.mahalanobis(
+                x / unit - m[:, None] / unit, torch.zeros_like(m), f / steepest
+            )
+            for m, f, _ in self._components
+        ]
+        distances = torch.stack(near)
+        return -_BEYOND * (1 + 1e6 * distances / distances.amax(0).clamp_min(_TINY))
+
+    def _apart(
+        self, x: Float64[Tensor, "d n"], logits: Float64[Tensor, "K n"]
+    ) -> Float64[Tensor, "K n"]:
+        """Part components that are equally far, up to rounding: by the side that a row lies on."""
+        top = logits.amax(0)
+        unit = x / x.abs().amax(0)
+        sides = torch.stack([self._side(unit, m, f) for m, f, _ in self._components])
+        sides = torch.where(logits == top, sides, -math.inf)
+        return torch.where(sides == sides.amax(0), logits, logits * (1 + 1e-9))
+
+    def _side(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+        """Return x ᵀ Σ⁻¹ m, in which distances of far rows from like components differ."""
+        distance, zero = self._family.mahalanobis, torch.zeros_like(mean)
+        size = mean.abs().max().clamp_min(_TINY)
+        unit = (mean / size)[:, None]
+        return (distance(x + unit, zero, factor) - distance(x - unit, zero, factor)) * size

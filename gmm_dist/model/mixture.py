@@ -1,0 +1,166 @@
+"""A fitted mixture put to use: densities, labels, samples and criteria of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from gmm_dist.errors import UserError
+from gmm_dist.model.criteria import aic, bic, icl, n_parameters
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.quantiles import Quantiles
+
+Rows = npt.NDArray[Any] | Tensor
+
+_CHUNK_ELEMENTS = 1 << 22  # of log-densities at a time
+_MOST_NAMES, _LONGEST_NAME = 4, 60  # of features, in a repr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mixture:
+    """Score rows under a mixture; arrays in, arrays out, tensors in, tensors out.
+
+    Rows are (n, d) in the feature units of the fit: arrays, tensors and lists in the order of
+    `feature_names`, tables (pandas, polars, pyarrow) with these very columns, as scikit-learn
+    asks for them. What is no such rows, or not finite, raises UserError, as the estimators
+    raise ValueError; a path, a lake and sparse rows raise TypeError. All
+    arithmetic is float64 and centred per component, on the rows' device; results are float64
+    and nats. `n_samples` and `log_likelihood` (sum, nats) are those of the fit, and so are
+    `log_density_quantiles`, of the rows' log-densities; None for a model that keeps none.
+    `ids` are the numbers that the components keep from night to night; None where they have none.
+    """
+
+    parameters: Parameters
+    feature_names: tuple[str, ...] = ()
+    n_samples: float = float("nan")
+    log_likelihood: float = float("nan")
+    log_density_quantiles: Quantiles | None = None
+    ids: tuple[int, ...] | None = None
+
+    @property
+    def component_ids(self) -> tuple[int, ...]:
+        """The components' numbers, in their order: `ids`, or else 0 to k - 1."""
+        return tuple(range(self.n_components)) if self.ids is None else self.ids
+
+    @property
+    def n_components(self) -> int:
+        return self.parameters.n_components
+
+    @property
+    def n_features(self) -> int:
+        return self.parameters.n_features
+
+    @property
+    def covariance_type(self) -> str:
+        return self.parameters.covariance_type
+
+    @property
+    def n_parameters(self) -> int:
+        """The number of free parameters."""
+        return n_parameters(self.covariance_type, self.n_components, self.n_features)
+
+    def predict(self, X: Any) -> Any:
+        """Return the component of largest responsibility for each row, (n,) int64."""
+        return self._of_rows(X, labels)
+
+    def predict_proba(self, X: Any) -> Any:
+        """Return the responsibilities, (n, k), each row summing to one."""
+        return self._of_rows(X, responsibilities)
+
+    def score_samples(self, X: Any) -> Any:
+        """Return the log-density of each row, (n,)."""
+        return self._of_rows(X, log_densities)
+
+    def score(self, X: Any) -> float:
+        """Return the mean log-density of the rows.
+
+        Raises UserError when there are none.
+        """
+        return self._scored(X)[0]
+
+    def bic(self, X: Any) -> float:
+        """Return the Bayesian information criterion on these rows; lower is better."""
+        mean, n = self._scored(X)
+        return bic(mean * n, self.n_parameters, n)
+
+    def aic(self, X: Any) -> float:
+        """Return Akaike's information criterion on these rows; lower is better."""
+        mean, n = self._scored(X)
+        return aic(mean * n, self.n_parameters)
+
+    def icl(self, X: Any) -> float:
+        """Return the BIC plus twice the soft entropy of the labels; lower is better."""
+        rows = self._checked(X)
+        resp = responsibilities(self.parameters, rows)
+        return icl(self.bic(rows), float(-torch.special.xlogy(resp, resp).sum()))
+
+    def __repr__(self) -> str:
+        names = [_short(repr(name)) for name in self.feature_names[:_MOST_NAMES]]
+        names += ["..."] if len(self.feature_names) > _MOST_NAMES else []
+        return (
+            f"Mixture(n_components={self.n_components}, n_features={self.n_features}, "
+            f"covariance_type={self.covariance_type!r}, feature_names=({', '.join(names)}))"
+        )
+
+    def _checked(self, X: Any) -> Rows:
+        # scikit-learn, which checks them, is slow to import, and jobs do without.
+        from gmm_dist.model.arrays import checked_for_model
+
+        return checked_for_model(X, self.n_features, self.feature_names)
+
+    def _of_rows(self, X: Any, verb: Callable[[Parameters, Rows], Tensor]) -> Any:
+        from gmm_dist.model.arrays import space_of
+
+        rows = self._checked(X)
+        space = replace(space_of(X, rows), dtype=torch.float64)
+        return space.of(verb(self.parameters, rows))
+
+    def _scored(self, X: Any) -> tuple[float, int]:
+        """Return the mean log-density of the rows, and how many they are."""
+        found = log_densities(self.parameters, self._checked(X))
+        if len(found) == 0:
+            raise UserError("X has no rows, so they have no mean log-density: give one or more")
+        return float(found.mean()), len(found)
+
+
+def labels(mixture: Parameters, X: Rows) -> Int64[Tensor, " n"]:
+    """Return the component of largest responsibility for each of some checked rows (n, d)."""
+    return torch.cat([logits.argmax(0) for logits in _chunks(mixture, X)])
+
+
+def responsibilities(mixture: Parameters, X: Rows) -> Float64[Tensor, "n k"]:
+    """Return the responsibilities for some checked rows (n, d)."""
+    return torch.cat([logits.softmax(0).T for logits in _chunks(mixture, X)])
+
+
+def log_densities(mixture: Parameters, X: Rows) -> Float64[Tensor, " n"]:
+    """Return the log-density of each of some checked rows (n, d), nats."""
+    return torch.cat([logits.logsumexp(0) for logits in _chunks(mixture, X)])
+
+
+def _chunks(mixture: Parameters, X: Rows) -> Iterator[Float64[Tensor, "k b"]]:
+    """Yield log w_k + log N(x | k) for a few rows at a time."""
+    device = X.device if isinstance(X, Tensor) else torch.device("cpu")
+    densities = Densities(Stack.of([mixture]), device)
+    n_chunk = max(1, _CHUNK_ELEMENTS // (mixture.n_components + mixture.n_features))
+    for first in range(0, max(len(X), 1), n_chunk):
+        yield densities(_columns(X[first : first + n_chunk]))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 4]}...'"
+
+
+def _columns(X: Rows) -> Float64[Tensor, "d b"]:
+    """Return a few rows as columns; a copy, for arrays may be read-only, reversed or swapped."""
+    if isinstance(X, Tensor):
+        return X.T.double()
+    return torch.from_numpy(np.array(X.T, dtype=np.float64, order="C"))

@@ -1,0 +1,369 @@
+"""A registry of nightly models: each a committed result, and a pointer to the latest.
+
+    REG/models/2026-11-21/        a run's output: model/, sweep.json, drift.json, gate.json,
+                                  lineage.json, manifest.json last; there means published
+    REG/latest.json               the pointer: a night; it moves forward alone
+    REG/ids.json                  the counter of component ids: what is below it has been given
+    REG/pruned.json               nights whose model was published and is removed
+    REG/candidates/2026-11-21/    what the gate kept back, of the night's last try
+    REG/_turn                     the lease of whoever publishes or prunes
+
+The pointer, the counter and the list of the pruned are compared and swapped, so of two writers
+neither undoes the other. Ids come from the counter, and from above all that is found in the
+registry, should the counter be lost or be an old one: they stay unique when a night comes late, is
+computed again or is pruned; a run that dies between the counter and its commit leaves a gap.
+
+A night is matched against the newest one published *before* it, by date. Nights that are at work
+at once come in their order: each waits for the earlier ones (`await_earlier`), and of those that
+publish or prune, one does at a time (`turn`). One that comes late all the same is matched against
+its own past, and where it has none, takes its numbers from the night after it; what is published
+already stays as it is, and so does the pointer. Its newborns get numbers that no later night has:
+a cluster that is born on a late night and was seen by a later one before has two.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from gmm_dist.errors import UserError
+from gmm_dist.nightly.lineage import DRIFT, LINEAGE, Lineage, Published, _shown, is_night
+from gmm_dist.runs import compare_and_swap
+from gmm_dist.runs.checkpoint import checkpoint_names
+from gmm_dist.runs.commit import ATTEMPTS, LEASE, MANIFEST, MODEL
+from gmm_dist.runs.folder import Place
+from gmm_dist.runs.json_files import FORMAT_VERSION, parse, to_json, whole
+from gmm_dist.runs.lease import Lease, Terms, acquire, await_end
+from gmm_dist.runs.lease_cells import SECONDS, cell_at
+from gmm_dist.runs.load import LATEST
+from gmm_dist.storage import explained, join
+from gmm_dist.urls import Url
+
+logger = logging.getLogger(__name__)
+
+MODELS, CANDIDATES = "models", "candidates"
+COUNTER, PRUNED = "ids.json", "pruned.json"
+TURN = "_turn"
+_AT_ONCE = 16  # small files that are read
+
+
+@dataclass(frozen=True, slots=True)
+class _Pruned:
+    """Nights whose models were removed; their components' ids are below `next_id`."""
+
+    nights: frozenset[str]
+    next_id: int
+
+
+class Registry:
+    """The registry at `url`, a folder on a local disk or S3. Nights are dates, YYYY-MM-DD."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._place = Url(url), Place.of(url)
+
+    def model_url(self, night: str) -> str:
+        """Where a night's model is published: the output of its run."""
+        return join(self._url, MODELS, night)
+
+    def candidate_url(self, night: str, attempt: str) -> str:
+        """Where what an attempt left is kept if the gate says no."""
+        return join(self._url, CANDIDATES, night, attempt)
+
+    def is_published(self, night: str) -> bool:
+        """Say whether the night's model is there: not any more once it is pruned."""
+        return self._has_manifest(night) and not self.is_pruned(night)
+
+    def is_pruned(self, night: str) -> bool:
+        """Say whether the night was published, and its model is removed or about to be."""
+        return night in self._pruned(self._seen(PRUNED)).nights
+
+    def nights(self) -> list[str]:
+        """Return the nights that are published, in order."""
+        pruned = self._pruned(self._seen(PRUNED)).nights
+        nights = [n for n in self._folders() if n not in pruned]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = list(pool.map(self._has_manifest, nights))
+        return [n for n, is_there in zip(nights, found, strict=True) if is_there]
+
+    def _has_manifest(self, night: str) -> bool:
+        with explained(self._place.url):
+            return self._place.read(MODELS, night, MANIFEST) is not None
+
+    def newest_before(self, night: str) -> Published | None:
+        """Return the newest night published before another, None for none."""
+        return self._first_of(lambda: [n for n in reversed(self._folders()) if n < night])
+
+    def oldest_after(self, night: str) -> Published | None:
+        """Return the first night published after another, None for none."""
+        return self._first_of(lambda: [n for n in self._folders() if n > night])
+
+    def _first_of(self, nights: Callable[[], list[str]]) -> Published | None:
+        """Return the first of the nights that is published."""
+        while True:
+            pruned = self._pruned(self._seen(PRUNED)).nights
+            kept = (n for n in nights() if n not in pruned and self._has_manifest(n))
+            if (night := next(kept, None)) is None:
+                return None
+            url = self.model_url(night)
+            try:
+                found = Published.read(url)
+                if found.night != night:  # by which it is looked for: a copy of another's folder
+                    raise UserError(
+                        f"{url}: {LINEAGE} is that of {_shown([found.night])}, as in a copied or "
+                        "renamed folder: restore this night's own, or remove the folder"
+                    )
+                return found
+            except UserError:
+                if self.is_published(night):
+                    raise
+                # Pruned while it was read: it has become another that is first.
+
+    def came_between(self, before: str | None, night: str) -> bool:
+        """Say whether a night has been published between two, of which `before` may be none."""
+        pruned = self._pruned(self._seen(PRUNED)).nights
+        between = [n for n in self._folders() if (before or "") < n < night and n not in pruned]
+        return any(map(self._has_manifest, between))
+
+    def await_earlier(self, night: str) -> None:
+        """Wait until no run is at work on a night that this one is to be matched against.
+
+        A run that renews its lease no longer is not waited for: its night will come late.
+        """
+        for earlier in reversed(self._folders()):
+            if earlier >= night:
+                continue
+            if self._has_manifest(earlier):
+                return
+            if LEASE not in self._place.below(MODELS, earlier, ATTEMPTS).names():
+                continue
+            logger.info("%s: waits for %s, a run is at work on it", self._place.url, earlier)
+            await_end(cell_at(self._place.below(MODELS, earlier, ATTEMPTS, LEASE)), self._place.url)
+            if self._has_manifest(earlier):
+                return
+
+    @contextmanager
+    def turn(self, *, seconds: float = SECONDS) -> Iterator[Lease]:
+        """Hold the registry: of those that publish or prune, one does at a time, others wait.
+
+        A holder that no longer renews its lease is waited out. Ask `Lease.check` before what
+        cannot be undone.
+        """
+        with explained(self._place.url):
+            terms = Terms(self._place.url, seconds, patience=math.inf)
+            cell = cell_at(self._place.below(TURN), seconds)
+            lease = acquire(cell, secrets.token_hex(8), terms, finish=lambda attempt: None)
+        assert lease is not None, "nobody decides anything by this lease"
+        try:
+            yield lease
+        finally:
+            lease.release()
+
+    def latest(self) -> str | None:
+        """Return the night that the pointer names, None where there is none yet.
+
+        A pointer that names no night, or one without a model, counts as none, and the next
+        `point_to` replaces it; a line in the log says so.
+        """
+        return self._pointed_to(self._seen(LATEST))
+
+    def new_ids(self, count: int, *, above: Collection[int] = ()) -> int:
+        """Take `count` component ids that nobody was given before, and return the first.
+
+        They are also larger than those in `above`, and than those of all nights that are
+        published, pruned or kept back, should the counter have been lost or restored.
+        """
+        known = max([-1, *above, self._largest_id()]) + 1
+        while True:
+            seen = self._seen(COUNTER)
+            first = max(known, 0 if seen is None else self._next_id(seen, COUNTER))
+            if seen is not None and first > self._next_id(seen, COUNTER):
+                logger.warning(
+                    "%s: %s is older than the nights, which have ids up to %d: goes on above them",
+                    *(self._place.url, COUNTER, first - 1),
+                )
+            if count == 0 or self._swap(COUNTER, seen, {"next_id": first + count}):
+                return first
+
+    def _largest_id(self) -> int:
+        """Return the largest id that is found anywhere but in the counter, -1 for none."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            published = list(pool.map(self._ids_of, self.nights()))
+            kept_back = list(pool.map(self._ids_kept_back, self._candidates()))
+        pruned = self._pruned(self._seen(PRUNED)).next_id - 1
+        return max([-1, pruned, *(i for ids in (*published, *kept_back) for i in ids)])
+
+    def _ids_of(self, night: str) -> tuple[int, ...]:
+        try:
+            lineage = Lineage.read(self.model_url(night))
+        except UserError:
+            if self.is_published(night):
+                raise
+            return ()  # pruned in this moment: its ids are below what `pruned.json` says
+        return (*lineage.ids, *lineage.dead)
+
+    def _ids_kept_back(self, candidate: tuple[str, str]) -> list[int]:
+        data = self._place.read(CANDIDATES, *candidate, DRIFT)
+        try:
+            found = json.loads(data or b"{}")
+            told = [c["id"] for key in ("components", "born", "dead") for c in found.get(key, ())]
+            return [i for i in told if isinstance(i, int)]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return []  # for people to look at; whatever was given is told elsewhere
+
+    def _candidates(self) -> list[tuple[str, str]]:
+        place = self._place.below(CANDIDATES)
+        nights = sorted(filter(is_night, place.names()))
+        return [(n, a) for n in nights for a in sorted(place.below(n).names())]
+
+    def _next_id(self, seen: compare_and_swap.Version, name: str) -> int:
+        return _whole_number(parse(seen.data, name, self._place.url), name, self._place.url)
+
+    def point_to(self, night: str) -> bool:
+        """Move the pointer to a published night, never back; say whether it names it now.
+
+        A night that was pruned meanwhile is pointed to by nobody.
+        """
+        while True:
+            seen = self._seen(LATEST)
+            now = self._pointed_to(seen)
+            if now is not None and now >= night:
+                if now > _tomorrow():
+                    logger.warning(
+                        "%s: %s names %s, a night ahead of the calendar, and stays there until "
+                        "then: remove the pointer and that night's model if it is a mistake",
+                        *(self._place.url, LATEST, now),
+                    )
+                return now == night
+            if not self.is_published(night):
+                return False
+            if self._swap(LATEST, seen, {"night": night, "model": f"{MODELS}/{night}"}):
+                logger.info("%s: %s points to %s", self._place.url, LATEST, night)
+
+    def forget_candidates(self, night: str, *, but: str) -> None:
+        """Remove what earlier attempts at a night left for the gate to keep back."""
+        folder = self._place.below(CANDIDATES, night)
+        for name in sorted(folder.names() - {but}):
+            folder.remove(name)
+
+    def prune(self, keep: int, *, night: str) -> list[str]:
+        """Remove published models but the newest `keep`, and return their nights.
+
+        Never the one pointed to, `night` itself, or one that a run at work on some night started
+        from or can be resumed from. They go on the list of the pruned first, so that nobody takes
+        one for a night that is still to come. Candidates older than all models that stay go too.
+        """
+        with self.turn() as turn:
+            return self._prune(keep, night, turn)
+
+    def _prune(self, keep: int, night: str, turn: Lease) -> list[str]:
+        nights, pointed = self.nights(), self.latest()
+        at_work = [name for name in self._folders() if self._is_at_work(name)]
+        starts = {max((n for n in nights if n < name), default="") for name in at_work}
+        kept = {*nights[-keep:], night, pointed} | starts
+        gone = [n for n in nights if n not in kept]
+        turn.check()
+        pruned = self._bury(gone)
+        for old in self._folders():
+            if old in pruned or self._is_rest(old):
+                self._remove(old)
+        oldest = min((n for n in nights if n in kept), default="")
+        for name in sorted(self._place.below(CANDIDATES).names()):
+            if is_night(name) and name < oldest:
+                self._place.remove(CANDIDATES, name)
+        return gone
+
+    def _bury(self, nights: Collection[str]) -> frozenset[str]:
+        """Put nights on the list of the pruned, and return all that are on it."""
+        while True:
+            seen = self._seen(PRUNED)
+            known = self._pruned(seen)
+            if known.nights.issuperset(nights):
+                return known.nights
+            # What has been given by now is above their ids, should the counter be lost one day.
+            next_id = max(known.next_id, self.new_ids(0))
+            together = known.nights.union(nights)
+            if self._swap(PRUNED, seen, {"nights": sorted(together), "next_id": next_id}):
+                return together
+
+    def _pruned(self, seen: compare_and_swap.Version | None) -> _Pruned:
+        if seen is None:
+            return _Pruned(frozenset(), 0)
+        content = parse(seen.data, PRUNED, self._place.url)
+        next_id = _whole_number(content, PRUNED, self._place.url)
+        with whole(PRUNED, self._place.url):
+            nights = content["nights"]
+            if not isinstance(nights, list) or not all(map(is_night, nights)):
+                raise ValueError("nights are no list of dates")
+            return _Pruned(frozenset(nights), next_id)
+
+    def _remove(self, night: str) -> None:
+        # The manifest first: a reader finds a whole model or none.
+        for parts in ((MANIFEST,), (ATTEMPTS,), ()):
+            self._place.remove(MODELS, night, *parts)
+        logger.info("%s: removed the model of %s", self._place.url, night)
+
+    def _is_at_work(self, night: str) -> bool:
+        folder = self._place.below(MODELS, night)
+        if MANIFEST in folder.names():
+            return False
+        return LEASE in folder.below(ATTEMPTS).names() or bool(checkpoint_names(folder))
+
+    def _is_rest(self, night: str) -> bool:
+        """Say whether a removal was cut off: copies without a manifest, and nobody at work."""
+        folder = self._place.below(MODELS, night)
+        names = folder.names()
+        return (
+            MANIFEST not in names and MODEL in names and LEASE not in folder.below(ATTEMPTS).names()
+        )
+
+    def _folders(self) -> list[str]:
+        with explained(self._place.url):
+            names = self._place.below(MODELS).names()
+        return sorted(name for name in names if is_night(name))
+
+    def _seen(self, name: str) -> compare_and_swap.Version | None:
+        with explained(self._place.url):
+            return compare_and_swap.read(self._place, name)
+
+    def _swap(self, name: str, seen: compare_and_swap.Version | None, content: object) -> bool:
+        assert isinstance(content, dict)
+        with explained(self._place.url):
+            data = to_json({"format_version": FORMAT_VERSION, **content})
+            return compare_and_swap.swap(self._place, name, seen, data)
+
+    def _pointed_to(self, seen: compare_and_swap.Version | None) -> str | None:
+        if seen is None:
+            return None
+        with whole(LATEST, self._place.url):
+            content = parse(seen.data, LATEST, self._place.url)
+            night, model = content["night"], content["model"]
+        if is_night(night) and model == f"{MODELS}/{night}" and self.is_published(night):
+            return str(night)
+        logger.warning(
+            "%s: %s names %r in %r, which is no published night: the next night replaces it",
+            *(self._place.url, LATEST, night, model),
+        )
+        return None
+
+
+def _whole_number(content: Mapping[str, object], name: str, url: str) -> int:
+    """Return `next_id` of one of our files, or refuse it in a line."""
+    with whole(name, url):
+        value = content["next_id"]
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53:
+        return value
+    raise UserError(
+        f"{url}: {name} has the next_id {value!r}, which is no whole number >= 0: restore the file"
+        ", or remove it, and ids go on above those of all nights"
+    )
+
+
+def _tomorrow() -> str:
+    return (datetime.now(UTC).date() + timedelta(1)).isoformat()

@@ -1,0 +1,1 @@
+"""report.html: one file that shows a fit, a sweep or a night, and opens anywhere."""

@@ -1,0 +1,400 @@
+"""The report that people open in the morning: one HTML file that needs nothing else.
+
+It opens offline, in light and dark, on a phone and on paper. Everything that comes from the
+lake, names of columns first, is escaped, and the page forbids itself to load anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from gmm_dist.formats import (
+    ABSENT,
+    count,
+    counted,
+    duration,
+    fixed,
+    measured,
+    number,
+    printable,
+    share,
+    shortened,
+    signed,
+)
+from gmm_dist.report import figures
+from gmm_dist.report.of_night import drift_table, gate_table, number_or_nan
+from gmm_dist.report.projection import Clusters, Floats, plane
+from gmm_dist.report.svg import N_COLOURS, Drawing
+
+_CRITERIA = {
+    "bic": "BIC",
+    "aic": "AIC",
+    "icl": "ICL",
+    "holdout": "held-out log-likelihood",
+}
+_MOST_FEATURES, _MOST_CLUSTERS = 60, 100  # of the tables and the heat map
+_MOST_LINES = 240  # candidates in the chart of iterations
+_LONGEST_NAME = 64  # of a feature, in a table; drawings have less room
+_STANDS_OUT = 0.5  # standard deviations from the mean of all rows
+_ROWS = (
+    ("read", "rows read", ""),
+    ("filtered", "left out by --where", ""),
+    ("dropped", "dropped for a missing value", "--missing drop"),
+    ("held_out", "held out of the fit", "--holdout"),
+    ("absent", "of weight 0", "--weight-column"),
+)
+
+Json = Mapping[str, Any]
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """Some rows `X` (m, d), in data units, and the index of each one's component, (m,)."""
+
+    X: Floats
+    labels: npt.NDArray[np.int64]
+
+
+def render(
+    content: Json | None,
+    clusters: Clusters | None = None,
+    sample: Sample | None = None,
+    nightly: Json | None = None,
+) -> str:
+    """Return the report as HTML; equal input gives equal bytes.
+
+    `content` is what sweep.json holds, `clusters` the best mixture; None where nothing was
+    fitted, or nothing could be ranked. Without a `sample` there is no picture. Numbers may be
+    None or NaN: they are shown as absent. `nightly` makes it the report of a night: `night`,
+    `published`, `reasons` (why not: the gate's sentences), and `drift` (a `drift.Drift` as JSON;
+    None or absent on the first night).
+    """
+    chosen = _chosen(content) if content is not None and clusters is not None else None
+    view: dict[str, Any] = {
+        **dict.fromkeys(("data", "facts", "candidates", "clusters", "rows")),
+        **dict.fromkeys(("picture", "criteria", "iterations", "why", "warnings"), ()),
+        "title": _title(clusters, nightly),
+        "gate": gate_table(nightly),
+        "drift": drift_table(nightly),
+    }
+    if content is not None:
+        view |= _told(content)
+        view |= {"why": _why(content, chosen), "candidates": _candidates(content)}
+    if content is not None and clusters is not None and chosen is not None:
+        kept = _largest(clusters)
+        view |= {
+            "facts": _facts(content, chosen, clusters),
+            "criteria": _criteria(content, chosen),
+            "clusters": _clusters(clusters, kept, content),
+            "picture": _picture(clusters, sample, kept),
+            "iterations": _iterations(content, chosen),
+        }
+    return _environment().get_template("report.html.j2").render(view)
+
+
+def _told(content: Json) -> Table:
+    """Return what is shown as it stands."""
+    return {
+        "data": printable(str(content["data"])),
+        "warnings": [printable(str(line)) for line in content.get("warnings", ())],
+        "rows": _rows(content),
+        "settings": _settings(content),
+        "versions": [(name, version or ABSENT) for name, version in content["versions"].items()],
+        "plan_hash": content["plan_hash"],
+    }
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("gmm_dist.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = _svg
+    return environment
+
+
+def _svg(drawing: Drawing) -> Markup:
+    # Ours, and text in it was escaped as XML when it was drawn.
+    return Markup(drawing.svg)
+
+
+def _title(clusters: Clusters | None, nightly: Json | None) -> str:
+    what = "no model"
+    if clusters is not None:
+        k = len(clusters.weights)
+        what = f"Gaussian mixture of {k:,} component{'s' if k > 1 else ''}"
+    if nightly is None:
+        return what[0].upper() + what[1:]
+    return f"Night of {printable(str(nightly['night']))}: {what}"
+
+
+def _named(candidate: Json) -> str:
+    return f"K = {candidate['k']} {candidate['covariance_type']}"
+
+
+def _chosen(content: Json) -> Json:
+    best = content["best"]
+    return next(
+        c for c in content["candidates"] if all(c[key] == value for key, value in best.items())
+    )
+
+
+def _per_row(content: Json, candidate: Json) -> float:
+    n = number_or_nan(content["n_samples"])
+    return number_or_nan(candidate["log_likelihood"]) / n if n else math.nan
+
+
+def _facts(content: Json, chosen: Json, clusters: Clusters) -> list[tuple[str, str]]:
+    criterion = content["criterion"]
+    facts = [
+        ("components K", f"{chosen['k']:,}"),
+        ("covariances", str(chosen["covariance_type"])),
+        ("rows fitted", count(content["n_rows"])),
+        ("features", f"{len(clusters.feature_names):,}"),
+        ("log-likelihood", f"{fixed(_per_row(content, chosen), 4)} nats per row"),
+    ]
+    if criterion == "holdout":
+        facts.append(("held-out", f"{fixed(number_or_nan(chosen['holdout']), 4)} nats per row"))
+    else:
+        facts.append((_CRITERIA[criterion], f"{fixed(number_or_nan(chosen[criterion]), 1)} nats"))
+    if content.get("seconds") is not None:
+        facts.append(("took", duration(content["seconds"])))
+    return facts
+
+
+def _why(content: Json, chosen: Json | None) -> list[str]:
+    """Say in sentences what decided, by how much, and what the other criteria would have chosen."""
+    ranked = sorted(
+        (c for c in content["candidates"] if c["rank"] is not None), key=lambda c: c["rank"]
+    )
+    criterion, n = content["criterion"], len(content["candidates"])
+    if chosen is None:
+        none = f"None of the {n:,} candidates could" if n > 1 else "The one candidate could not"
+        return [f"{none} be ranked, for reasons below the table."]
+    if n == 1:
+        return [f"One candidate was fitted, {_named(chosen)}: {chosen['status']}."]
+    order = "highest" if criterion == "holdout" else "lowest"
+    line = f"{_named(chosen)} has the {order} {_CRITERIA[criterion]} of {n:,} candidates"
+    if len(ranked) > 1:
+        gap = abs(number_or_nan(ranked[1][criterion]) - number_or_nan(chosen[criterion]))
+        unit = "nats per row" if criterion == "holdout" else "nats"
+        line += f", {number(gap)} {unit} ahead of the next, {_named(ranked[1])}"
+    others = [
+        f"{_CRITERIA[name]} would choose {_named(own)}"
+        for name in _present(content)
+        if name != criterion and (own := _best_by(name, ranked)) is not None and own != chosen
+    ]
+    n_failed = n - len(ranked)
+    failed = [f"Not ranked, for reasons below the table: {n_failed:,}."] if n_failed else []
+    return [f"{line}.", *([f"{'; '.join(others)}."] if others else []), *failed]
+
+
+def _present(content: Json) -> list[str]:
+    """Return the criteria that any candidate has, the one that ranked first."""
+    names = [
+        name for name in _CRITERIA if any(c.get(name) is not None for c in content["candidates"])
+    ]
+    return sorted(names, key=lambda name: name != content["criterion"])
+
+
+def _best_by(criterion: str, ranked: Sequence[Json]) -> Json | None:
+    known = [c for c in ranked if math.isfinite(number_or_nan(c[criterion]))]
+    sign = -1 if criterion == "holdout" else 1
+    return min(known, key=lambda c: sign * number_or_nan(c[criterion]), default=None)
+
+
+def _criteria(content: Json, chosen: Json) -> list[Drawing]:
+    """Draw how far candidates are from the best by each criterion; nothing for a single K."""
+    if len({c["k"] for c in content["candidates"]}) == 1:
+        return []
+    drawings = []
+    ranked = [c for c in content["candidates"] if c["rank"] is not None]
+    for name in _present(content):
+        best = _best_by(name, ranked)
+        if best is None:
+            continue
+        sign, label = 1, f"{_CRITERIA[name]} above its lowest, nats"
+        if name == "holdout":
+            sign, label = -1, "held-out below its highest, nats/row"
+        families: dict[str, list[figures.Point]] = {}
+        for c in content["candidates"]:
+            gap = sign * (number_or_nan(c[name]) - number_or_nan(best[name]))
+            point = figures.Point(c["k"], gap, c["rank"] is not None)
+            families.setdefault(c["covariance_type"], []).append(point)
+        choice = (chosen["k"], chosen["covariance_type"])
+        drawings.append(figures.criterion(f"by-{name}", label, families, choice))
+    return drawings
+
+
+def _candidates(content: Json) -> Table:
+    criteria = _present(content)
+    head = ["rank", "K", "covariances", "parameters"]
+    head += [_headed(name) for name in criteria]
+    head += ["log-lik., nats/row", "iterations", "seconds", "status"]
+    ordered = sorted(content["candidates"], key=lambda c: (c["rank"] is None, c["rank"] or 0))
+    rows = []
+    for c in ordered:
+        cells = [ABSENT if c["rank"] is None else f"{c['rank']}", f"{c['k']:,}"]
+        cells += [c["covariance_type"], f"{c['n_parameters']:,}"]
+        cells += [fixed(number_or_nan(c[name]), 6 if name == "holdout" else 1) for name in criteria]
+        cells += [fixed(_per_row(content, c), 6), f"{c['n_iter']:,}"]
+        cells += [fixed(number_or_nan(c["seconds"]), 1), _word(c)]
+        rows.append({"cells": cells, "is_chosen": c["rank"] == 1, "is_ranked": c["rank"]})
+    statuses: dict[str, list[str]] = {}
+    for c in ordered:
+        if not c["converged"]:
+            statuses.setdefault(c["status"], []).append(_named(c))
+    notes = [f"{', '.join(names)}: {status}." for status, names in statuses.items()]
+    return {"head": head, "rows": rows, "words": (2, len(head) - 1), "notes": notes}
+
+
+def _word(candidate: Json) -> str:
+    """Return what a status begins with: the word for it."""
+    return "not converged" if "max_iter" in (s := candidate["status"]) else s.partition(":")[0]
+
+
+def _headed(criterion: str) -> str:
+    return "held-out, nats/row" if criterion == "holdout" else f"{_CRITERIA[criterion]}, nats"
+
+
+def _largest(clusters: Clusters) -> list[int]:
+    """Return the indices of the largest components, largest first."""
+    order = np.argsort(-clusters.weights, kind="stable")
+    return [int(c) for c in order[:_MOST_CLUSTERS]]
+
+
+def _clusters(clusters: Clusters, kept: Sequence[int], content: Json) -> Table:
+    features = clusters.telling(_MOST_FEATURES)
+    shown = clusters.narrowed(features)
+    standardised, hues = clusters.standardised, figures.colours(clusters)
+    n_samples = number_or_nan(content["n_samples"])
+    overview = [
+        {
+            "number": clusters.numbers[c],
+            "colour": hues[c] % N_COLOURS,
+            "share": share(float(clusters.weights[c])),
+            "bar": f"{100 * clusters.weights[c] / clusters.weights.max():.1f}",
+            "rows": count(round(float(clusters.weights[c]) * n_samples)),
+            "stands_out": _stands_out(clusters, standardised[c]),
+        }
+        for c in kept
+    ]
+    spreads = np.sqrt(shown.variances)
+    means = [
+        [measured(float(m), float(s)) for m, s in zip(shown.means[c], spreads[c], strict=True)]
+        for c in kept
+    ]
+    names = [shortened(printable(name), _LONGEST_NAME) for name in shown.feature_names]
+    numbers = [clusters.numbers[c] for c in kept]
+    # The longer side goes down, where there is room.
+    across = len(names) > 8 and len(names) > len(numbers)
+    return {
+        "overview": overview,
+        "means": list(zip(*means, strict=True)) if across else means,
+        "down": names if across else numbers,
+        "across": numbers if across else names,
+        "is_across": across,
+        "heat_map": figures.heat_map("heat-map", shown, sorted(kept)),
+        "left_out": _left_out(clusters, len(kept), len(names)),
+    }
+
+
+def _stands_out(clusters: Clusters, standardised: Floats) -> str:
+    """Name the features in which a component lies farthest from the mean of all rows."""
+    order = np.argsort(-np.abs(standardised), kind="stable")[:3]
+    said = [
+        f"{shortened(printable(clusters.feature_names[j]), 32)} {signed(float(standardised[j]))}"
+        for j in order
+        if abs(standardised[j]) >= _STANDS_OUT
+    ]
+    return ", ".join(said) or "near the mean of all rows"
+
+
+def _left_out(clusters: Clusters, n_clusters: int, n_features: int) -> str:
+    k, d = clusters.means.shape
+    parts = []
+    if n_clusters < k:
+        parts.append(f"the {n_clusters:,} largest of {k:,} components")
+    if n_features < d:
+        parts.append(f"the {n_features:,} of {d:,} features that tell them best apart")
+    return f"Shown are {' and '.join(parts)}; model.safetensors has all." if parts else ""
+
+
+def _picture(clusters: Clusters, sample: Sample | None, kept: Sequence[int]) -> Table | None:
+    if sample is None or len(sample.X) == 0:
+        return None
+    n_rows, radius = min(len(sample.X), figures.MOST_POINTS), figures.radius(len(kept))
+    if clusters.means.shape[1] == 1:
+        one = f"A sample of {counted(n_rows, 'row')}, and each component's share of the density."
+        return {"drawing": figures.densities("picture", clusters, sample.X, kept), "said": [one]}
+    seen = plane(clusters)
+    drawing = figures.scatter("picture", clusters, seen, sample.X, sample.labels, kept)
+    said = [
+        f"A sample of {counted(n_rows, 'row')} in {seen.kind}; ellipses reach {radius:g} standard "
+        f"deviation{'s' if radius > 1 else ''} and bear their component's number."
+    ]
+    for label, features in zip(seen.labels, seen.made_of, strict=False):
+        parts = ", ".join(
+            f"{shortened(printable(name), _LONGEST_NAME)} {signed(r, 2)}" for name, r in features
+        )
+        said.append(f"{label.capitalize()} goes along with (correlation): {parts}.")
+    if len(kept) > N_COLOURS:
+        said.append(f"Colours repeat after {N_COLOURS}; the numbers do not.")
+    if n_out := figures.n_outside(clusters, seen, sample.X):
+        said.append(f"Rows of the sample that lie outside the frame: {n_out:,}.")
+    return {"drawing": drawing, "said": said}
+
+
+def _iterations(content: Json, chosen: Json) -> list[Drawing]:
+    """Draw what the candidates' fits went through, the chosen one at the front."""
+    fits = [c for c in content["candidates"] if c["lower_bounds"]]
+    others = [c for c in fits if c is not chosen and c["rank"] is not None][:_MOST_LINES]
+    if chosen not in fits:
+        return []
+    lines = [(_named(c), [number_or_nan(b) for b in c["lower_bounds"]]) for c in [chosen, *others]]
+    drawings = [figures.climb("climb", lines)]
+    if len(lines[0][1]) > 2:
+        tol = number_or_nan(content["config"].get("em", {}).get("tol"))
+        drawings.append(figures.approach("approach", lines, tol))
+    return drawings
+
+
+def _rows(content: Json) -> list[tuple[str, str, str]]:
+    """Return what became of the rows: what, how many, which share of those read."""
+    counts = content["rows"]
+    read = counts["read"]
+    lines = []
+    for key, what, option in _ROWS:
+        told = f"{what} ({option})" if option else what
+        n = counts.get(key, 0)
+        lines.append((told, count(n), share(n / read if read else None)))
+    fitted = content["n_rows"]
+    lines.append(("fitted", count(fitted), share(fitted / read if read else None)))
+    if content["n_samples"] != fitted:
+        lines.append(("sum of their weights", count(content["n_samples"]), ""))
+    lines.append(
+        ("missing values put in (--missing mean)", counted(counts["imputed"], "value"), "")
+    )
+    return lines
+
+
+def _settings(content: Json) -> list[tuple[str, str]]:
+    """Return the settings, one line each: `em.tol`, `start.n_init`, ..."""
+    lines = []
+    for section, values in content["config"].items():
+        items = values.items() if isinstance(values, Mapping) else [("", values)]
+        for name, value in items:
+            lines.append((printable(f"{section}.{name}".rstrip(".")), printable(str(value))))
+    return lines

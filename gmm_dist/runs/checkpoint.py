@@ -1,0 +1,321 @@
+"""Write a run's state beside its output as it works, and find it again.
+
+    OUT/_checkpoints/run.json                             whose run it is, see `RunIdentity`
+    OUT/_checkpoints/<number>-<sha256>.safetensors        tensors, and state as JSON metadata
+
+A name holds the sha256 of its file's bytes, so that a torn file is never taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from gmm_dist.errors import UserError
+from gmm_dist.runs.folder import Place
+from gmm_dist.runs.json_files import FORMAT_VERSION, require_readable
+from gmm_dist.runs.model_folder import library_versions
+from gmm_dist.storage import line_of
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "_checkpoints"
+_IDENTITY = "run.json"
+_NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.safetensors")
+_KEYS = {"format_version", "key", "environment", "number", "state"}
+_REMEDY = "give back what it was, or pass another --output to start afresh"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Hold what a run needs to go on: tensors by name, and `state` as plain JSON values.
+
+    `number` orders a run's checkpoints. Both come back exactly: float64, int64 and bool tensors
+    bit for bit, JSON floats too, infinite ones and NaN included; tuples come back as lists.
+    """
+
+    number: int
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Say what decides a run's bits: the plan, and `settings` as plain JSON values.
+
+    `files` are the plan's, as (path, size in bytes, version), to be able to name one that has
+    changed. `environment` (library versions, processors) is not part of `key`: with another one
+    a run goes on, and may differ in the last bits.
+    """
+
+    plan_hash: str
+    files: tuple[tuple[str, int, str], ...]
+    settings: Mapping[str, Any]
+    environment: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self.canonical).hexdigest()
+
+    @property
+    def canonical(self) -> bytes:
+        """The bytes that `key` is the sha256 of, to be kept beside a run."""
+        content = {"plan_hash": self.plan_hash, "files": self.files, "settings": self.settings}
+        return json.dumps(content, sort_keys=True).encode()
+
+    def difference(self, saved: bytes | None, key: str) -> str:
+        """Say what differs from the run whose `run.json` is `saved` and whose key is `key`."""
+        if saved is None or hashlib.sha256(saved).hexdigest() != key:
+            return "the lake's files, the columns or the settings differ"
+        now = json.loads(self.canonical)
+        try:
+            then = json.loads(saved)
+            changes = _changed_files(then["files"], now["files"])
+            was, are = _flat(then["settings"]), _flat(now["settings"])
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            return f"{_IDENTITY} is damaged, or not ours"
+        if changes:
+            return changes
+        changed = [
+            f"{name} was {json.dumps(was.get(name))}, is {json.dumps(are.get(name))}"
+            for name in sorted(was.keys() | are.keys())
+            if was.get(name) != are.get(name)
+        ]
+        if changed:
+            return f"the settings differ: {', '.join(changed)}"
+        return "the plan (columns, filter or rows) differs"
+
+
+def _changed_files(then: list[list[Any]], now: list[list[Any]]) -> str | None:
+    was, are = ({path: facts for path, *facts in files} for files in (then, now))
+    changed = sorted(path for path in was.keys() | are.keys() if was.get(path) != are.get(path))
+    if not changed:
+        return None
+    path = changed[0]
+    if path not in are:
+        what = f"{path} ({was[path][0]:,} bytes) is gone"
+    elif path not in was:
+        what = f"{path} ({are[path][0]:,} bytes) is new"
+    else:
+        (size, version), (new_size, new_version) = was[path], are[path]
+        what = f"{path} had {size:,} bytes, version {version}, has {new_size:,}, {new_version}"
+    more = f" and {len(changed) - 1:,} more" if len(changed) > 1 else ""
+    return f"the lake's files have changed: {what}{more}"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def environment() -> dict[str, str | None]:
+    """Return what, in this process, may change a sum's last bits: libraries and processor."""
+    return {
+        **library_versions(["torch", "numpy"]),
+        "processor": _processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def checkpoint_names(place: Place) -> list[str]:
+    """Return the names of the checkpoints in a run's output, the oldest first."""
+    return _sorted(place.below(CHECKPOINTS).names())
+
+
+def _sorted(names: set[str]) -> list[str]:
+    found = [match for match in map(_NAME.fullmatch, names) if match]
+    return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), match[2]))]
+
+
+class CheckpointStore:
+    """Keep the newest checkpoints of one run, written by a thread of its own.
+
+    The newest wins: one that waits to be written is dropped for a newer one. With `seconds`, at
+    most one is taken in that time. `guard` is asked before each write: a run that may have been
+    taken over writes none. Failing storage never ends a run: it is logged, and the next
+    checkpoint is tried.
+    """
+
+    def __init__(
+        self,
+        output: Place,
+        identity: RunIdentity,
+        *,
+        keep: int = 2,
+        seconds: float = 0.0,
+        guard: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._place = output.below(CHECKPOINTS)
+        self._identity, self._keep, self._seconds, self._guard = identity, keep, seconds, guard
+        self._key = identity.key
+        self._taken: float | None = None
+        self._changed = threading.Condition()
+        self._pending: Checkpoint | None = None
+        self._busy = self._closed = self._identified = False
+        self._thread: threading.Thread | None = None
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest whole checkpoint, None where there is none.
+
+        Raises:
+            UserError: it is that of another run: other files, columns or settings; or a newer
+                gmm_dist wrote it.
+        """
+        for name in reversed(_sorted(self._place.names())):
+            data = self._place.read(name)
+            content = None if data is None else _whole(name, data)
+            if data is None or content is None:
+                logger.warning("%s: %s/%s is torn: ignored", self._place.url, CHECKPOINTS, name)
+                continue
+            self._refuse_other(name, content)
+            return Checkpoint(content["number"], safetensors.torch.load(data), content["state"])
+        return None
+
+    def _refuse_other(self, name: str, content: Mapping[str, Any]) -> None:
+        url = self._place.url
+        require_readable(content["format_version"], name, url)
+        if content["key"] != self._key:
+            saved = self._place.read(_IDENTITY)
+            raise UserError(
+                f"{url}: cannot resume from checkpoint {content['number']}: "
+                f"{self._identity.difference(saved, content['key'])}: {_REMEDY}"
+            )
+        was, now = content["environment"], self._identity.environment
+        changes = [
+            f"{what} {was.get(what)} is now {now.get(what)}"
+            for what in sorted({*was, *now})
+            if was.get(what) != now.get(what)
+        ]
+        if changes:
+            logger.warning(
+                "%s: resumed elsewhere (%s): the last bits may differ", url, ", ".join(changes)
+            )
+
+    @property
+    def is_due(self) -> bool:
+        """Say whether `put` would take a checkpoint now."""
+        return self._taken is None or time.monotonic() - self._taken >= self._seconds
+
+    def put(self, checkpoint: Checkpoint) -> None:
+        """Take a copy of a checkpoint to be written soon, if one is due; returns at once."""
+        if not self.is_due:
+            return
+        self._taken = time.monotonic()
+        # Contiguous copies: the run goes on to change its own, and safetensors shares no memory.
+        copies = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in checkpoint.tensors.items()
+        }
+        with self._changed:
+            assert not self._closed
+            self._pending = Checkpoint(checkpoint.number, copies, dict(checkpoint.state))
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._write_all, name="checkpoint", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self, timeout: float = 60.0) -> bool:
+        """Wait until all that was taken is written or has failed; say whether that was in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._busy and self._pending is None, timeout)
+
+    def close(self, *, flush: bool = True, timeout: float = 60.0) -> None:
+        """End the thread; what was taken last is written before, unless `flush` is False."""
+        in_time = self.flush(timeout) if flush else True
+        with self._changed:
+            self._pending, self._closed = None, True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout if in_time else 0.0)
+            if self._thread.is_alive():
+                logger.warning("%s: a checkpoint is still being written", self._place.url)
+
+    def clear(self) -> None:
+        """End the thread and remove all checkpoints: the run has committed."""
+        self.close(flush=False)
+        self._place.remove()
+
+    def _write_all(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._closed or self._pending is not None)
+                checkpoint, self._pending = self._pending, None
+                if checkpoint is None:
+                    return
+                self._busy = True
+            try:
+                if self._guard():
+                    self._write(checkpoint)
+            except Exception as error:
+                logger.warning(
+                    "%s: checkpoint %d was not written, the run goes on: %s",
+                    *(self._place.url, checkpoint.number, line_of(error)),
+                )
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        if not self._identified:
+            logger.info("writing checkpoints to %s", self._place.url)
+            self._place.write(self._identity.canonical, _IDENTITY, durable=True)
+            self._identified = True
+        content = {
+            "format_version": FORMAT_VERSION,
+            "key": self._key,
+            "environment": dict(self._identity.environment),
+            "number": checkpoint.number,
+            "state": checkpoint.state,
+        }
+        data = safetensors.torch.save(
+            dict(checkpoint.tensors), metadata={"checkpoint": json.dumps(content)}
+        )
+        name = f"{checkpoint.number:08d}-{hashlib.sha256(data).hexdigest()}.safetensors"
+        self._place.write(data, name, durable=True)
+        self._prune()
+
+    def _prune(self) -> None:
+        names = self._place.names()
+        torn = {name for name in names if name.endswith(".part")}
+        for name in [*_sorted(names)[: -self._keep], *sorted(torn)]:
+            self._place.remove(name)
+
+
+def _whole(name: str, data: bytes) -> dict[str, Any] | None:
+    """Return what a checkpoint file says of itself, None where its bytes are not its name's."""
+    match = _NAME.fullmatch(name)
+    if match is None or hashlib.sha256(data).hexdigest() != match[2]:
+        return None
+    try:
+        header = int.from_bytes(data[:8], "little")
+        content = dict(json.loads(json.loads(data[8 : 8 + header])["__metadata__"]["checkpoint"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return content if content.keys() >= _KEYS else None

@@ -1,0 +1,163 @@
+"""Claim an output for a run: the lease, the attempt, and the checkpoints to go on from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from gmm_dist.errors import UserError
+from gmm_dist.runs import commit
+from gmm_dist.runs.checkpoint import CHECKPOINTS, CheckpointStore, RunIdentity, checkpoint_names
+from gmm_dist.runs.commit import ATTEMPTS, LEASE, MANIFEST, MODEL, Attempt, Result
+from gmm_dist.runs.folder import Place
+from gmm_dist.runs.lease import Lease, Terms, acquire
+from gmm_dist.runs.lease_cells import SECONDS, Cell, cell_at
+from gmm_dist.storage import explained, line_of
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """Hold an output for one run: `attempt` to write to and commit, and its checkpoints.
+
+    `committed` says that an earlier attempt has committed: there is nothing left to do, and no
+    `attempt`. Made by `claim`.
+    """
+
+    def __init__(self, place: Place, attempt: Attempt | None, lease: Lease | None) -> None:
+        self._place, self._attempt, self._lease = place, attempt, lease
+        self._checkpoints: CheckpointStore | None = None
+
+    @property
+    def committed(self) -> bool:
+        return self._attempt is None
+
+    @property
+    def attempt(self) -> Attempt:
+        assert self._attempt is not None, "the run has been committed before"
+        return self._attempt
+
+    def check(self) -> None:
+        """Raise LeaseLost when another driver has taken the run over; cheap, ask it often."""
+        if self._lease is not None:
+            self._lease.check()
+
+    def checkpoints(
+        self, identity: RunIdentity, *, keep: int = 2, seconds: float = 0.0
+    ) -> CheckpointStore:
+        """Open the run's checkpoints; at most one is written in `seconds`."""
+        assert self._lease is not None, "the run has been committed before"
+        lease = self._lease
+        self._checkpoints = CheckpointStore(
+            self._place, identity, keep=keep, seconds=seconds, guard=lambda: lease.is_current
+        )
+        return self._checkpoints
+
+    def forget(self) -> None:
+        """Remove the checkpoints: the run came to an end that there is no way on from."""
+        if self._checkpoints is not None:
+            self._checkpoints.clear()
+
+    def end(self) -> None:
+        """Give the lease back; see `claim` for what stays."""
+        if self._attempt is None or self._lease is None:
+            return
+        if self._checkpoints is not None:
+            self._checkpoints.close(flush=not (self._attempt.committed or self._lease.is_lost))
+        if self._attempt.committed:
+            _tidy(self._place, self._attempt.id)
+        # An open decision stays for whoever comes next to complete.
+        self._lease.release(keep=self._attempt.is_undecided)
+        if not self._attempt.committed:
+            self._attempt.abandon()
+
+
+@contextmanager
+def claim(url: str, *, resume: bool = False, lease_seconds: float = SECONDS) -> Iterator[Run]:
+    """Claim the output `url` for a run, before any work is done.
+
+    With `resume`, a run that was committed gives a Run that says so; a dead driver's lease is
+    waited out and its checkpoints are there to go on from. Leaving the block without a commit
+    gives the lease back, keeps the checkpoints and removes all else that the attempt wrote.
+
+    Raises:
+        UserError: another driver is at work; the place holds other files or cannot hold results;
+            without `resume`, it holds a result or an unfinished run's checkpoints.
+        LeaseLost: at the commit or in `Run.check`, another driver has taken the run over.
+    """
+    place = Place.of(url)
+    with explained(place.url):
+        run = _opened(place, resume, lease_seconds)
+    try:
+        yield run
+    finally:
+        run.end()
+
+
+def _opened(place: Place, resume: bool, seconds: float) -> Run:
+    cell = cell_at(place.below(ATTEMPTS, LEASE), seconds)
+    if (winner := _winner(place, resume)) is None:
+        attempt = Attempt(place)
+        lease = _acquired(place, attempt, cell, resume, seconds)
+        if lease is not None:
+            attempt.lease = lease
+            run = Run(place, attempt, lease)
+            try:
+                # Somebody may have committed while we waited.
+                winner = _winner(place, resume)
+                if winner is None:
+                    attempt.begin(leased=True)
+                    commit.remove_superseded(place, attempt.id)
+                    return run
+            except BaseException:
+                run.end()
+                raise
+            lease.release()
+        else:
+            winner = Result.at(place).attempt
+            _winner(place, resume)  # refuses it without `resume`
+    logger.info("%s: committed before by %s", place.url, commit.who(place, winner))
+    commit.copy_for_people(place)
+    _tidy(place, winner, cell)
+    return Run(place, None, None)
+
+
+def _acquired(
+    place: Place, attempt: Attempt, cell: Cell, resume: bool, seconds: float
+) -> Lease | None:
+    terms = Terms(place.url, seconds, resume, partial(commit.who, place))
+    try:
+        with commit.can_hold_results(place):
+            return acquire(cell, attempt.id, terms, finish=partial(commit.finish, place))
+    except BaseException:
+        attempt.abandon()
+        raise
+
+
+def _winner(place: Place, resume: bool) -> str | None:
+    """Return the attempt that has committed, if any; refuse what leaves no room for this run."""
+    names = place.names()
+    if resume and MANIFEST in names:
+        return Result.at(place).attempt
+    commit.refuse_taken(place, names - {ATTEMPTS, CHECKPOINTS})
+    if not resume and CHECKPOINTS in names and checkpoint_names(place):
+        raise UserError(
+            f"{place.url} holds the checkpoints of an unfinished run: pass --resume to go on with "
+            "it, or another --output"
+        )
+    return None
+
+
+def _tidy(place: Place, winner: str, cell: Cell | None = None) -> None:
+    """Remove what is of no more use once `winner` has committed."""
+    try:
+        place.remove(CHECKPOINTS)
+        commit.remove_superseded(place, winner)
+        for folder in (place, place.below(MODEL)):
+            folder.remove_abandoned_parts()
+        if cell is not None and (stale := cell.read()) is not None:
+            cell.remove(stale)
+    except Exception as error:
+        logger.warning("%s: not all that is left over was removed: %s", place.url, line_of(error))

@@ -1,0 +1,422 @@
+"""Write a run's results so that they are complete or absent.
+
+    OUT/_attempts/<attempt>/model/model.safetensors    what a run writes
+    OUT/_attempts/<attempt>/model/model.json
+    OUT/_attempts/<attempt>/sweep.json
+    OUT/manifest.json                                  the commit: attempt, files, sha256
+    OUT/model/..., OUT/sweep.json                      plain copies, for people
+
+The manifest is created only if there is none, in one step, and never changes. Readers follow
+it and verify what they read, so they see nothing of a run that has not committed, and a late
+writer cannot change a result.
+
+A run that holds a lease commits in two steps. It writes the manifest among its own files, and
+then *decides*: the lease is replaced by one that says so, on condition that it is still this
+run's. What follows is a consequence that whoever comes next can complete (`finish`), so
+neither a clock nor a pause lets a run commit that has lost its lease.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from gmm_dist.errors import UserError
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.runs import model_folder
+from gmm_dist.runs.folder import Place, sync
+from gmm_dist.runs.json_files import (
+    FORMAT_VERSION,
+    FileEntry,
+    name_within,
+    parse,
+    parse_plain,
+    to_json,
+    whole,
+)
+from gmm_dist.runs.lease import Lease, LeaseLost
+from gmm_dist.runs.model_folder import Provenance
+from gmm_dist.storage import explained, line_of
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+ATTEMPTS = "_attempts"
+MODEL = "model"
+LEASE = "lease"
+WHO = "attempt.json"
+
+
+@contextmanager
+def claim(url: str) -> Iterator[Attempt]:
+    """Open an attempt at the output `url`, before any work is done; it holds no lease.
+
+    Leaving the block without `Attempt.commit` removes all that the attempt wrote, and the
+    folders that it made. Meant for local disks, object stores and `memory://`: folders are
+    made on local disks only.
+
+    Raises:
+        UserError: the place holds a result or other files already, cannot be written to, or
+            cannot create a file only if there is none.
+    """
+    place = Place.of(url)
+    attempt = Attempt(place)
+    with explained(place.url):
+        refuse_taken(place, place.names() - {ATTEMPTS})
+    try:
+        attempt.begin()
+        yield attempt
+    finally:
+        if not attempt.committed:
+            attempt.abandon()
+
+
+def refuse_taken(place: Place, names: set[str]) -> None:
+    """Raise UserError when `names`, which are in the folder, leave no room for a result."""
+    remedy = "pass another --output, or delete it first"
+    if names == {""}:
+        raise UserError(f"{place.url} is a file, and results need a folder: {remedy}")
+    if MANIFEST in names:
+        raise UserError(f"{place.url} already holds a committed result ({MANIFEST}): {remedy}")
+    if names:
+        raise UserError(
+            f"{place.url} is not empty ({len(names)} entries, first {min(names)!r}): {remedy}"
+        )
+
+
+@contextmanager
+def can_hold_results(place: Place) -> Iterator[None]:
+    """Turn a failure to write the first file into a UserError.
+
+    Read-only disks, file systems without hard links, stores without conditions fail so.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = line_of(error)
+        raise UserError(
+            f"{place.url} cannot hold results ({reason}): pass another --output"
+        ) from error
+
+
+class Attempt:
+    """Write one run's results to a place of their own, and commit them in one step.
+
+    `id` names the attempt: the UTC time it began and a random part. `lease`, if set before
+    `begin`, fences the commit. Made by `claim`, or by `runs.claim`.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+        self.committed = False
+        self.lease: Lease | None = None
+        self._place = place
+        self._home = place.below(ATTEMPTS, self.id)
+        self._files: dict[str, FileEntry] = {}
+        home = Path(self._home.path)
+        self._made = (
+            [folder for folder in (home, *home.parents) if not folder.exists()]
+            if place.is_local
+            else []
+        )
+        self._undecided = False
+
+    @property
+    def is_undecided(self) -> bool:
+        """Say whether a manifest may name the attempt, or come to do so."""
+        return self._undecided
+
+    def begin(self, *, leased: bool = False) -> None:
+        """Write the attempt's first file the way the manifest will be written.
+
+        What would make the commit fail at the end (rights, credentials, a store that ignores
+        the condition) so fails before the work. `leased` attempts may be removed by whoever
+        holds the lease later.
+
+        Raises:
+            UserError: the place cannot be written to, or cannot create a file only if there is
+                none.
+        """
+        with can_hold_results(self._place), explained(self._place.url):
+            self._begin(leased)
+
+    def _begin(self, leased: bool) -> None:
+        if self._home.is_local:
+            Path(self._home.path).mkdir(parents=True)
+        facts = {"attempt": self.id, "host": socket.gethostname(), "pid": os.getpid()}
+        who = to_json(facts | {"began": datetime.now(UTC).isoformat(), "leased": leased})
+        with suppress(FileExistsError):  # Our own, if an answer was lost.
+            self._home.create(who, WHO, scratch=self._home.at("scratch"))
+        try:
+            self._home.create(who, WHO, scratch=self._home.at("scratch"))
+        except FileExistsError:
+            return
+        raise UserError(
+            f"{self._place.url} overwrites files where create-if-absent was asked for, so two runs "
+            "could destroy each other's results: pass an --output on S3 or a local disk"
+        )
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one file of the result; `name` is its path below the output."""
+        with explained(self._place.url):
+            self._home.write(data, name)
+        self._files[name] = FileEntry.of(data)
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write one file of the result as strict JSON, see `to_json`."""
+        self.write(name, to_json(value))
+
+    def write_model(self, mixture: Mixture, provenance: Provenance) -> None:
+        """Write the model folder; equal parameters give an equal model.safetensors."""
+        for name, data in model_folder.dump(mixture, provenance).items():
+            self.write(f"{MODEL}/{name}", data)
+
+    def commit(self) -> None:
+        """Make the attempt's files the result, all at once, and copy them for people.
+
+        Raises:
+            UserError: another run has committed to this output before.
+            LeaseLost: another attempt has taken the run over.
+        """
+        manifest = to_json(
+            {
+                "format_version": FORMAT_VERSION,
+                "attempt": self.id,
+                "files": {name: asdict(entry) for name, entry in self._files.items()},
+            }
+        )
+        with explained(self._place.url):
+            if self.lease is not None:
+                self._home.write(manifest, MANIFEST)
+            self._sync_files()
+            self._decide()
+            winner = self._settle(manifest)
+            self._undecided = False
+            if winner != self.id:
+                raise UserError(
+                    f"{self._place.url}: another run committed its result (attempt {winner}) while "
+                    f"this one (attempt {self.id}) was at work: use that result, or pass another "
+                    "--output"
+                )
+            self.committed = True
+            self._sync_folders()
+        copy_for_people(self._place)
+
+    def _decide(self) -> None:
+        if self.lease is None:
+            return
+        self._undecided = True
+        try:
+            self.lease.decide()
+        except LeaseLost:
+            self._undecided = False
+            raise
+
+    def _settle(self, manifest: bytes) -> str:
+        """Create the manifest if there is none, and return the attempt that it names."""
+        decided, self._undecided = self._undecided, True
+        try:
+            self._place.create(manifest, MANIFEST, scratch=self._home.at("scratch"))
+        except FileExistsError:
+            pass  # Our own, if the answer to an earlier try was lost.
+        except Exception:
+            # A disk has answered; a request to a store may still be under way.
+            self._undecided = decided or not self._place.is_local
+            raise
+        return Result.at(self._place).attempt
+
+    def _sync_files(self) -> None:
+        """Push the attempt's files to the disk: a manifest must not outlive what it names."""
+        if self._home.is_local:
+            home = Path(self._home.path)
+            for path in (*home.rglob("*"), home, home.parent):
+                sync(path)
+
+    def _sync_folders(self) -> None:
+        """Push the manifest's name, and those of the folders that were made, to the disk."""
+        if self._place.is_local:
+            for path in {Path(self._place.path), *(folder.parent for folder in self._made)}:
+                sync(path)
+
+    def abandon(self) -> None:
+        """Remove the attempt's files, and the folders that it made and nobody else uses."""
+        if self._undecided:
+            # To remove files that a manifest may name would destroy a committed result.
+            logger.warning(
+                "%s: unknown whether attempt %s was committed; its files stay in %s",
+                *(self._place.url, self.id, self._home.path),
+            )
+            return
+        try:
+            self._home.remove()
+        except Exception as error:
+            # Never in place of the error that ended the run.
+            logger.warning(
+                "%s: %s was not removed: %s", self._place.url, self._home.path, line_of(error)
+            )
+        for folder in self._made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def finish(place: Place, attempt: str) -> None:
+    """Complete the commit of an attempt that had decided to; any number may do so at once.
+
+    Raises:
+        UserError: the attempt's manifest is gone.
+    """
+    manifest = place.read(ATTEMPTS, attempt, MANIFEST)
+    if manifest is None:
+        raise UserError(
+            f"{place.url}: attempt {attempt} had decided to commit, and its {MANIFEST} is gone: "
+            "delete the output and run again, or pass another --output"
+        )
+    with suppress(FileExistsError):
+        scratch = place.at(ATTEMPTS, attempt, f"scratch-{secrets.token_hex(4)}")
+        place.create(manifest, MANIFEST, scratch=scratch)
+    if place.is_local:
+        sync(Path(place.path))
+    logger.info("%s: completed the commit of attempt %s", place.url, attempt)
+
+
+def who(place: Place, attempt: str) -> str:
+    """Describe an attempt in messages: host, process and since when."""
+    try:
+        facts = parse_plain(place.read(ATTEMPTS, attempt, WHO) or b"{}", WHO, place.url)
+        return f"attempt {attempt}, process {facts['pid']} on {facts['host']}, {facts['began']}"
+    except (OSError, ValueError, KeyError):
+        return f"attempt {attempt}"
+
+
+def remove_superseded(place: Place, winner: str) -> None:
+    """Remove what earlier holders of the lease left, all of whose commits have become impossible.
+
+    Attempts without a lease are left alone: they may be at work.
+    """
+    for name in sorted(place.below(ATTEMPTS).names() - {winner, LEASE}):
+        data = place.read(ATTEMPTS, name, WHO)
+        if data is None:  # begun a moment ago, or by a process that was killed in that moment
+            place.remove_abandoned(ATTEMPTS, name)
+            continue
+        with suppress(ValueError):
+            if parse_plain(data, WHO, place.url).get("leased"):
+                place.remove(ATTEMPTS, name)
+
+
+def repair(url: str) -> tuple[str, ...]:
+    """Make the copies of a committed result again where they are missing or differ.
+
+    Returns:
+        The names of the files that were made again.
+
+    Raises:
+        UserError: nothing is committed at `url`, or a committed file is missing or damaged.
+    """
+    place = Place.of(url)
+    with explained(place.url):
+        return _make_copies(Result.at(place))
+
+
+def copy_for_people(place: Place) -> None:
+    """Make the copies of a committed result, or warn: our readers need none."""
+    try:
+        _make_copies(Result.at(place))
+    except Exception as error:
+        logger.warning("%s: no copies for people were made: %s", place.url, line_of(error))
+
+
+def _make_copies(result: Result) -> tuple[str, ...]:
+    for name in result.files:
+        _refuse_link(result.place, name)
+    stale = [
+        name for name, entry in result.files.items() if not entry.fits(result.place.read(name))
+    ]
+    for name in stale:
+        result.place.write(result.read(name), name)
+    return tuple(stale)
+
+
+def _of_result(name: str, url: str) -> str:
+    """Return a name that a manifest lists, if it can be that of a result's file."""
+    name_within(name, MANIFEST, url)
+    if name == MANIFEST or name.split("/")[0].startswith("_"):
+        raise ValueError(f"{name} is no file of a result")
+    return name
+
+
+def _refuse_link(place: Place, *parts: str) -> None:
+    if place.leads_out(*parts):
+        raise UserError(
+            f"{place.url}: {'/'.join(parts)} leads out of the folder by a link, where a manifest "
+            "has no say: put the files themselves in its place"
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a manifest says: the attempt that committed, and its files."""
+
+    place: Place
+    attempt: str
+    files: Mapping[str, FileEntry]
+
+    @classmethod
+    def at(cls, place: Place) -> Result:
+        result = cls.find(place)
+        if result is None:
+            raise UserError(nothing_at(place))
+        return result
+
+    @classmethod
+    def find(cls, place: Place) -> Result | None:
+        data = place.read(MANIFEST)
+        if data is None:
+            return None
+        content = parse(data, MANIFEST, place.url)
+        with whole(MANIFEST, place.url):
+            files = {
+                _of_result(name, place.url): FileEntry(**entry)
+                for name, entry in content["files"].items()
+            }
+            attempt = name_within(content["attempt"], MANIFEST, place.url)
+            if "/" in attempt:
+                raise ValueError(f"the attempt {attempt}")
+            return cls(place, attempt, files)
+
+    def read(self, name: str) -> bytes:
+        """Return a file's verified bytes, the attempt's own or else those of its copy."""
+        if name not in self.files:
+            raise UserError(
+                f"{self.place.url}: {MANIFEST} lists no {name!r} but {', '.join(self.files)}: pass "
+                "the output of a run that wrote one"
+            )
+        # People tidy away folders whose names begin with an underscore: equal bytes will do.
+        for parts in ((ATTEMPTS, self.attempt, name), (name,)):
+            _refuse_link(self.place, *parts)
+            data = self.place.read(*parts)
+            if data is not None and self.files[name].fits(data):
+                return data
+        raise UserError(
+            f"{self.place.url}: {name} is missing or damaged (no copy fits {MANIFEST}'s sha256): "
+            f"restore {ATTEMPTS}/{self.attempt}/{name}, or run again with another --output"
+        )
+
+
+def nothing_at(place: Place) -> str:
+    """Say why nothing can be read from a place without a manifest."""
+    if ATTEMPTS in place.names():
+        return (
+            f"{place.url} holds unfinished attempts and no {MANIFEST}: the run is at work, or died "
+            "before its commit; wait for it, or run it again"
+        )
+    return (
+        f"{place.url} holds no result, neither {MANIFEST} nor {model_folder.CARD}: pass the "
+        "--output of a run that has finished, or its model folder"
+    )

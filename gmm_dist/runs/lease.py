@@ -1,0 +1,282 @@
+"""A run's lease: of several drivers of one run, one is at work.
+
+A lease is one small value beside the run, and every change of it is conditional on what it was
+before: created if absent, renewed or taken over if unchanged. Of those that compete one
+succeeds, whatever their clocks say. Whoever waits for a lease measures with a clock of its own
+how long the value has not changed; times of two machines are never compared.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.runs.lease_cells import SECONDS, Cell, Held, Stored
+from gmm_dist.storage import line_of, patiently
+
+logger = logging.getLogger(__name__)
+
+# With `wait`, a lease that is being renewed is watched for so many times its length: its holder
+# may be a driver that is being stopped.
+_PATIENCE = 3
+
+
+class LeaseLost(RunFailed):
+    """Say that another attempt has taken the run over: this one must stop."""
+
+
+# ---------------------------------------------------------------------------- where it is stored
+
+
+# ---------------------------------------------------------------------------- waiting for it
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Say how a lease is asked for.
+
+    It lasts `seconds` after each renewal. With `wait` a holder that lives is watched for three
+    times as long as its lease lasts before the request is refused: it may be about to end; or
+    for `patience` seconds. `url` and `who` (which describes an attempt) are for messages.
+    """
+
+    url: str
+    seconds: float = SECONDS
+    wait: bool = False
+    who: Callable[[str], str] = str
+    patience: float = 0.0
+
+    def longest(self, holder: Held) -> float:
+        """Return the seconds for which a holder that lives is watched."""
+        return max(self.patience, _PATIENCE * holder.seconds if self.wait else 0.0)
+
+
+class _Watch:
+    """Measure how long a value has been seen unchanged, by this process's clock."""
+
+    def __init__(self) -> None:
+        self._last: Stored | None = None
+        self._first = self._since = self._answered = time.monotonic()
+        self.changes = -1
+        self.announced = False
+
+    def read(self, cell: Cell, terms: Terms) -> Stored | None:
+        """Read the cell; a store that fails to answer is waited for."""
+        asked = time.monotonic()
+        found = patiently(cell.read, terms.url)
+        self._answered = time.monotonic()
+        if found is not None and found != self._last:
+            self._last, self._since, self.changes = found, self._answered, self.changes + 1
+        elif found is not None and self._answered - asked > found.held.seconds / 3:
+            # What happened meanwhile was not seen, and the holder may have been as blind.
+            self._since = self._answered
+        return found
+
+    @property
+    def idle(self) -> float:
+        """Return the seconds for which the value has been seen unchanged."""
+        return self._answered - self._since
+
+    @property
+    def total(self) -> float:
+        return self._answered - self._first
+
+
+def acquire(
+    cell: Cell, attempt: str, terms: Terms, *, finish: Callable[[str], None]
+) -> Lease | None:
+    """Take the lease for `attempt`, if need be from a holder that no longer renews it.
+
+    Every holder is watched, for as long as its lease lasts, before it counts as dead. A dead
+    holder that had decided to commit keeps its right: `finish` is called with its attempt to
+    complete the commit, and None is returned.
+
+    Raises:
+        UserError: another attempt is at work, or the store cannot keep a lease.
+    """
+    watch = _Watch()
+    while True:
+        since = time.monotonic()
+        found = watch.read(cell, terms)
+        stored = None
+        if found is None:
+            stored = patiently(partial(cell.create, Held(attempt, 0, terms.seconds)), terms.url)
+            if stored is not None:
+                _require_conditions(cell, stored, terms)
+        elif found.held.attempt == attempt:
+            stored, since = found, -math.inf  # An answer was lost, we do not know when.
+        elif watch.idle < found.held.seconds:
+            _refuse_living(watch, found.held, terms)
+            time.sleep(min(found.held.seconds / 20, 1.0))
+        elif found.held.state == "decided":
+            finish(found.held.attempt)
+            cell.remove(found)
+            return None
+        else:
+            ours = Held(attempt, found.held.count + 1, terms.seconds)
+            stored = patiently(partial(cell.replace, found, ours), terms.url)
+            if stored is not None:
+                logger.info("%s: goes on after %s", terms.url, terms.who(found.held.attempt))
+        if stored is not None:
+            return Lease(cell, stored, terms, since=since)
+
+
+def await_end(cell: Cell, url: str) -> None:
+    """Wait until nobody holds the lease in `cell`, or its holder no longer renews it."""
+    watch = _Watch()
+    while (found := watch.read(cell, Terms(url))) is not None:
+        if watch.idle >= found.held.seconds:
+            return
+        time.sleep(min(found.held.seconds / 20, 1.0))
+
+
+def _refuse_living(watch: _Watch, holder: Held, terms: Terms) -> None:
+    """Say once that a holder is waited for; refuse to wait longer for one that lives."""
+    if watch.changes == 0:
+        if not watch.announced:
+            watch.announced = True
+            logger.info(
+                "%s: held by %s; waiting up to %g s to see whether it still renews its lease",
+                *(terms.url, terms.who(holder.attempt), holder.seconds),
+            )
+        return
+    if watch.total >= terms.longest(holder):
+        raise UserError(
+            f"{terms.url}: another driver is at work on this run and renews its lease "
+            f"({terms.who(holder.attempt)}): wait until it has ended, or pass another --output"
+        )
+
+
+def _require_conditions(cell: Cell, stored: Stored, terms: Terms) -> None:
+    """Refuse a store that replaces a value without regard to the condition."""
+    stale = Stored(stored.held, '"00000000000000000000000000000000"')
+    if cell.replace(stale, replace(stored.held, count=1)) is not None:
+        raise UserError(
+            f"{terms.url}: the store overwrites where a conditional replacement was asked for, so "
+            "two drivers could not tell who holds the run: pass an --output on S3 or a local disk"
+        )
+
+
+# ---------------------------------------------------------------------------- holding it
+
+
+class Lease:
+    """Hold a run's lease and renew it in the background, until `release`.
+
+    A store that fails, even for longer than the lease lasts, does not end it: nobody has taken
+    it over before a renewal says so.
+    """
+
+    def __init__(self, cell: Cell, stored: Stored, terms: Terms, *, since: float) -> None:
+        self._cell, self._stored, self._terms = cell, stored, terms
+        self._lock = threading.Lock()
+        self._lost: LeaseLost | None = None
+        self._stop = threading.Event()
+        # Counted from before the request: the store saw the change later than that. A fifth is
+        # kept back: clocks differ in speed, and writes take time.
+        self._until = since + 0.8 * terms.seconds
+        self._thread = threading.Thread(target=self._renew_all, name="lease", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_current(self) -> bool:
+        """Say whether nobody can have taken the lease over yet, by this process's clock."""
+        return self._lost is None and time.monotonic() < self._until
+
+    def check(self) -> None:
+        """Raise when the lease is another's; ask the store where this process cannot know.
+
+        Raises:
+            LeaseLost: another attempt has taken the run over.
+        """
+        if self._lost is None and not self.is_current:
+            self._renew()
+        if self._lost is not None:
+            raise self._lost
+
+    def decide(self) -> None:
+        """Replace the lease by the decision to commit, on condition that it is still held.
+
+        Raises:
+            LeaseLost: another attempt has taken the run over. After any other error it is open
+                whether the decision was stored.
+        """
+        self._stop.set()
+        patiently(self._decide, self._terms.url)
+
+    def _decide(self) -> None:
+        with self._lock:
+            if self._lost is not None:
+                raise self._lost
+            self._advance("decided")
+
+    @property
+    def is_lost(self) -> bool:
+        """Say whether it is known that another attempt has taken the run over."""
+        return self._lost is not None
+
+    def release(self, *, keep: bool = False) -> None:
+        """Stop renewing, and give the lease back unless it is another's.
+
+        With `keep` it stays as it is, for whoever waits it out.
+        """
+        self._stop.set()
+        self._thread.join(self._terms.seconds)
+        if keep or self._lost is not None:
+            return
+        try:
+            self._cell.remove(self._stored)
+        except Exception as error:
+            # Never in place of the error that ended the run; whoever comes next waits it out.
+            logger.warning("%s: the lease was not released: %s", self._terms.url, line_of(error))
+
+    def _renew_all(self) -> None:
+        while not self._stop.wait(self._terms.seconds / 3):
+            self._renew()
+
+    def _renew(self) -> None:
+        with self._lock:
+            if self._lost is not None or self._stored.held.state == "decided":
+                return
+            sent = time.monotonic()
+            try:
+                self._advance("held")
+            except LeaseLost as error:
+                logger.warning("%s", error)
+                self._stop.set()
+            except Exception as error:
+                logger.warning("%s: the lease was not renewed: %s", self._terms.url, line_of(error))
+            else:
+                self._until = sent + 0.8 * self._terms.seconds
+
+    def _advance(self, state: Literal["held", "decided"]) -> None:
+        """Replace our value by its successor."""
+        for _ in range(3):
+            ours = self._stored.held
+            stored = self._cell.replace(
+                self._stored, replace(ours, count=ours.count + 1, state=state)
+            )
+            if stored is None:
+                stored = self._cell.read()
+                if stored is None or stored.held.attempt != ours.attempt:
+                    self._lost = self._lost_to(stored)
+                    raise self._lost
+            self._stored = stored
+            # Else the answer to an earlier change had been lost: its tag is known now.
+            if stored.held.count > ours.count and stored.held.state == state:
+                return
+        raise OSError("the lease changes while it is being changed")
+
+    def _lost_to(self, stored: Stored | None) -> LeaseLost:
+        holder = "nobody holds it now" if stored is None else self._terms.who(stored.held.attempt)
+        return LeaseLost(
+            f"{self._terms.url}: the lease of this run (attempt {self._stored.held.attempt}) has "
+            f"passed to another driver ({holder}): this one stops"
+        )

@@ -1,0 +1,1 @@
+"""Every row of a lake scored under a model, into files beside the lake's own."""

@@ -1,0 +1,128 @@
+"""A run that scores a lake: claimed once, resumed by the same run alone, committed whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.lake.plan import Plan
+from gmm_dist.runs import claim as runs
+from gmm_dist.runs.checkpoint import CHECKPOINTS, RunIdentity
+from gmm_dist.runs.claim import Run
+from gmm_dist.runs.commit import ATTEMPTS, Result, refuse_taken
+from gmm_dist.runs.folder import Place, lies_within, sync
+from gmm_dist.runs.json_files import FORMAT_VERSION
+from gmm_dist.runs.lease import LeaseLost
+from gmm_dist.scoring.files import HOME, SCRATCH, Scored, home_of
+from gmm_dist.storage import absolute, explained, join, redacted
+
+REPORT = "scored.json"
+_RUN = "run.json"
+_REMEDY = "give back what it was, or pass another --output"
+
+
+@contextmanager
+def claim(url: str, plan: Plan, identity: RunIdentity, *, resume: bool = False) -> Iterator[Run]:
+    """Claim the output `url` for a run of scoring, before any work is done.
+
+    A run of this identity that has committed gives a Run that says so, with or without `resume`.
+    Leaving the block without a commit keeps the files that are finished, and their records.
+
+    Raises:
+        UserError: the output lies within the lake, or holds other files, the scores of another
+            run, or without `resume` those of an unfinished one; another driver is at work.
+    """
+    place = Place.of(url)
+    if lies_inside(plan, url):
+        raise UserError(
+            f"{place.url} lies inside the lake, whose rows would double: pass an --output outside "
+            f"{redacted(plan.url)}"
+        )
+    with explained(place.url):
+        committed = _refuse_other(place, identity, resume)
+    with runs.claim(join(absolute(url), HOME), resume=resume or committed) as run:
+        with explained(place.url):
+            _refuse_other(place, identity, resume)  # who may have been at work while we waited
+            if not run.committed:
+                home_of(place).write(identity.canonical, CHECKPOINTS, _RUN, durable=True)
+        try:
+            yield run
+        except LeaseLost:
+            raise
+        except BaseException:
+            if not run.committed:
+                _forget_unbegun(place, run)
+            raise
+
+
+def _forget_unbegun(place: Place, run: Run) -> None:
+    """Remove what tells of a run that has written no file, if it still is this driver's."""
+    with suppress(OSError, UserError, RunFailed):  # never in place of the error that ended the run
+        run.check()
+        if place.names() <= {HOME}:
+            home_of(place).remove(CHECKPOINTS)
+
+
+def lies_inside(plan: Plan, url: str) -> bool:
+    """Say whether an output lies within the lake, which would read it as more rows."""
+    folders = {str(above) for file in plan.files for above in PurePosixPath(file.path).parents}
+    return lies_within(url, plan.url, parts=sorted(folders))
+
+
+def _refuse_other(place: Place, identity: RunIdentity, resume: bool) -> bool:
+    """Say whether this very run has committed; refuse an output that holds anything else."""
+    home = home_of(place)
+    result = Result.find(home)
+    saved = home.read(CHECKPOINTS, _RUN) if result is None else result.read(_RUN)
+    if saved is None:
+        refuse_taken(place, place.names() - {HOME})
+        return False
+    key = hashlib.sha256(saved).hexdigest()
+    if key != identity.key:
+        what = "an unfinished run" if result is None else "another run"
+        difference = identity.difference(saved, key)
+        raise UserError(f"{place.url} holds the scores of {what}: {difference}: {_REMEDY}")
+    if result is None and not resume:
+        raise UserError(
+            f"{place.url} holds the scores of an unfinished run: pass --resume to go on with it, "
+            "or another --output"
+        )
+    return result is not None
+
+
+def commit(
+    url: str, run: Run, identity: RunIdentity, scored: Scored, more: Mapping[str, Any]
+) -> None:
+    """Commit the files that were scored, if all are in their place.
+
+    Raises:
+        UserError: a file is not where it was written.
+        LeaseLost: another driver has taken the run over.
+    """
+    place = Place.of(url)
+    with explained(place.url):
+        _require_files(place, scored)
+        home_of(place).remove(ATTEMPTS, run.attempt.id, SCRATCH)
+    files = {path: file.entry for path, file in sorted(scored.files.items())}
+    report = {"format_version": FORMAT_VERSION, **asdict(scored.counts), **more, "files": files}
+    run.attempt.write(_RUN, identity.canonical)
+    run.attempt.write_json(REPORT, report)
+    run.attempt.commit()
+
+
+def _require_files(place: Place, scored: Scored) -> None:
+    found = place.sizes()
+    for path, file in scored.files.items():
+        if found.get(path) != file.size:
+            raise UserError(
+                f"{place.at(path)} has {found.get(path, 'no')} bytes where a worker wrote "
+                f"{file.size}: pass an --output that all machines share, such as one on S3"
+            )
+    if place.is_local:
+        for folder in {Path(place.at(path)).parent for path in scored.files}:
+            sync(folder)

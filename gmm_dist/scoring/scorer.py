@@ -1,0 +1,147 @@
+"""What a batch of rows becomes: the kept columns, and what the mixture says of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from gmm_dist.errors import UserError
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.parameters import Parameters, Stack
+
+COMPONENT, PROBABILITY, LOG_DENSITY = "component", "probability", "log_density"
+PROBABILITIES, OUTLIER = "probabilities", "outlier"
+
+_CHUNK, _CUDA_CHUNK = 2048, 1 << 16  # rows
+_LEAST = -1e300  # of a log-density, nats: no -inf, from which nothing can be subtracted
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scoring:
+    """Say what rows are scored with, and what is written beside the columns `kept`.
+
+    `probabilities` asks for all responsibilities; `threshold` is the log-density (nats) below
+    which a row is an outlier, None to mark none. `ids` are the numbers that `component` gives in
+    place of the components' places in the mixture; `probabilities` keep the mixture's order.
+
+    Raises UserError when a kept column has the name of one that is written.
+    """
+
+    mixture: Parameters
+    kept: pa.Schema
+    probabilities: bool = False
+    threshold: float | None = None
+    ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        taken = [name for name in self.kept.names if name in self._written().names]
+        if taken:
+            raise UserError(
+                f"--keep {taken[0]} would stand beside the column of that name that is written: "
+                "leave it out, or rename it in the lake"
+            )
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of a scored file: those kept, then those written."""
+        return pa.schema([*map(_plain, self.kept), *self._written()])
+
+    def _written(self) -> pa.Schema:
+        fields = [
+            (COMPONENT, pa.int32()),
+            (PROBABILITY, pa.float64()),
+            (LOG_DENSITY, pa.float64()),
+        ]
+        if self.probabilities:
+            fields.append((PROBABILITIES, pa.list_(pa.float64(), self.mixture.n_components)))
+        if self.threshold is not None:
+            fields.append((OUTLIER, pa.bool_()))
+        return pa.schema(fields)
+
+
+def _plain(field: pa.Field) -> pa.Field:
+    """Return a field without metadata, its values spelt out where it was a dictionary."""
+    type_ = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    return pa.field(field.name, type_)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """What a mixture says of n rows: float64 and nats; NaN, and component 0, for missing rows.
+
+    `components` (n,) int32 of largest responsibility, `probabilities` (n,) that responsibility,
+    `log_densities` (n,), and `resp` (n, k) all responsibilities if asked for.
+    """
+
+    components: npt.NDArray[np.int32]
+    probabilities: npt.NDArray[np.float64]
+    log_densities: npt.NDArray[np.float64]
+    resp: npt.NDArray[np.float64] | None
+
+
+def device() -> torch.device:
+    """Return where this process scores: on a GPU if it may see one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Scorer:
+    """Scores batches of rows; holds the factors of the mixture between them.
+
+    Float64, each component centred on its own mean. On a CPU in chunks of 2048 rows, whose
+    log-densities stay in its cache; on a GPU, where there is one, 65,536 rows at a time.
+    """
+
+    def __init__(self, scoring: Scoring) -> None:
+        self._scoring, self._schema = scoring, scoring.schema
+        self._device = device()
+        ids = scoring.ids or range(scoring.mixture.n_components)
+        self._numbers = np.array(ids, dtype=np.int32)
+        self._densities = Densities(Stack.of([scoring.mixture]), self._device)
+
+    def table(self, kept: pa.Table, X: npt.NDArray[np.float64]) -> pa.Table:
+        """Return the scored table of rows `X` (d, n); null where a feature is missing (NaN)."""
+        missing = np.isnan(X).any(axis=0)
+        scores = self.scores(X)
+        columns = [
+            column.cast(field.type)
+            for column, field in zip(kept.columns, self._schema, strict=False)
+        ]
+        columns += [
+            pa.array(self._numbers[scores.components], mask=missing),
+            pa.array(scores.probabilities, mask=missing),
+            pa.array(scores.log_densities, mask=missing),
+        ]
+        if scores.resp is not None:
+            values, k = pa.array(scores.resp.ravel()), scores.resp.shape[1]
+            columns.append(pa.FixedSizeListArray.from_arrays(values, k, mask=pa.array(missing)))
+        if (threshold := self._scoring.threshold) is not None:
+            columns.append(pa.array(scores.log_densities < threshold, mask=missing))
+        return pa.table(columns, schema=self._schema)
+
+    def scores(self, X: npt.NDArray[np.float64]) -> Scores:
+        """Return what the mixture says of rows `X` (d, n)."""
+        parts = [self._chunk(x) for x in self._cut(X)]
+        joined = [torch.cat(own).cpu().numpy() for own in zip(*parts, strict=True)]
+        return Scores(joined[0], joined[1], joined[2], joined[3] if len(joined) > 3 else None)
+
+    def _cut(self, X: npt.NDArray[np.float64]) -> Iterator[Tensor]:
+        step = _CUDA_CHUNK if self._device.type == "cuda" else _CHUNK
+        for first in range(0, max(X.shape[1], 1), step):
+            yield torch.from_numpy(X[:, first : first + step]).to(self._device)
+
+    def _chunk(self, x: Tensor) -> tuple[Tensor, ...]:
+        logits = self._densities(x)
+        top, component = logits.max(0)
+        if bool(top.isinf().any()):  # so far out that every distance overflows
+            logits = logits.clamp_min(_LEAST)
+            top, component = logits.max(0)
+        shares = (logits - top).exp_()
+        total = shares.sum(0)
+        found = component.int(), total.reciprocal(), top + total.log()
+        return (*found, (shares / total).T) if self._scoring.probabilities else found

@@ -1,0 +1,1 @@
+"""Where fits start, which candidates share their passes, and which K is taken."""

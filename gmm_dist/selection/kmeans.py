@@ -1,0 +1,363 @@
+"""Where components start: seeds among rows in whitened coordinates, and k-means from them.
+
+Everything but k-means|| works on a sample: rows `Z` (m, r) in whitened coordinates and their
+weights (m,), float64. Rows of zero weight play no part, and an integer weight counts as so
+many copies of the row (for `random` in expectation only). With one generator's state, the
+seeds of a smaller k are the first of a larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from gmm_dist.em.estep import chunks
+from gmm_dist.em.statistics import CONSTANT, TotalMoments
+from gmm_dist.model.covariance import FAMILIES, Moments, maximise
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.selection.coreset import Whitening, keyed_generator, whitening
+from gmm_dist.shards.protocol import ShardRows, Shards
+
+METHODS = ("kmeans", "k-means++", "random", "random_from_data")
+"""Ways to start on a sample, under scikit-learn's names."""
+
+_TRIALS = 4  # of greedy k-means++; not a function of k, so that seeds of a smaller k are a prefix
+_EXACT = "donot_use_mm_for_euclid_dist"  # by differences: a row is at distance 0 from its copies
+_MAX_LLOYD = 50
+_OVERSAMPLING = 2  # rows that a round of k-means|| draws on average, times k
+_PARALLEL = 3  # the stream of keyed random numbers that k-means|| draws from
+_CHUNK_ELEMENTS, _CUDA_CHUNK_ELEMENTS = 1 << 19, 1 << 26  # of distances: a few MB, in cache
+_MIN_CHUNK, _MAX_CHUNK, _CUDA_MAX_CHUNK = 256, 2048, 1 << 17
+
+
+def assignments(
+    method: str,
+    Z: Float64[Tensor, "m r"],
+    weight: Float64[Tensor, " m"],
+    sizes: Sequence[int],
+    generator: torch.Generator,
+) -> dict[int, Tensor]:
+    """Share the rows among components, for each k of `sizes`, by one of `METHODS`.
+
+    Returns labels (m,), int64: of the nearest seed (`random_from_data`, `k-means++`) or of the
+    nearest centre after k-means (`kmeans`); for `random` responsibilities (m, k), float64.
+    """
+    largest = max(sizes)
+    if method == "random":
+        resp = torch.rand(len(Z), largest, dtype=torch.float64, generator=generator)
+        return {k: resp[:, :k] / resp[:, :k].sum(1, keepdim=True) for k in sizes}
+    if method == "random_from_data":
+        seeds = random_rows(Z, weight, largest, generator)
+    else:
+        seeds = k_means_plus_plus(Z, weight, largest, generator)
+    n_iter = _MAX_LLOYD if method == "kmeans" else 0
+    return {k: nearest(Z, lloyd(Z, weight, Z[seeds[:k]], n_iter)) for k in sizes}
+
+
+def random_rows(
+    Z: Float64[Tensor, "m r"], weight: Float64[Tensor, " m"], k: int, generator: torch.Generator
+) -> Int64[Tensor, " k"]:
+    """Choose k distinct rows by their weights, one after the other; equal rows count as one.
+
+    Where fewer than k are distinct, they are repeated in turn.
+    """
+    # `unique` wants a column, even of rows that are all the same.
+    _, group = torch.nn.functional.pad(Z, (0, 1)).unique(dim=0, return_inverse=True)
+    mass = weight.new_zeros(int(group.max()) + 1).index_add(0, group, weight)
+    rows = torch.arange(len(Z))
+    member = torch.zeros_like(mass, dtype=torch.int64).scatter_reduce(
+        0, group, rows, "amin", include_self=False
+    )
+    # The first of exponential clocks that tick at these rates: draws without replacement.
+    times = torch.empty_like(mass).exponential_(generator=generator) / mass
+    order = member[times.argsort()[: int((mass > 0).sum())]]
+    return order[torch.arange(k) % len(order)]
+
+
+def k_means_plus_plus(
+    Z: Float64[Tensor, "m r"], weight: Float64[Tensor, " m"], k: int, generator: torch.Generator
+) -> Int64[Tensor, " k"]:
+    """Choose k rows, each far from those before it (Arthur & Vassilvitskii 2007, greedy).
+
+    Each step draws a few rows with probability ∝ weight · squared distance to the nearest
+    seed, and keeps the one that lowers the weighted sum of these distances most.
+    """
+    seeds = [int(torch.multinomial(weight, 1, generator=generator))]
+    apart = (Z - Z[seeds[0]]).square().sum(1)
+    for _ in range(k - 1):
+        mass = weight * apart
+        # Fewer distinct rows than seeds: any row is as good as another.
+        mass = mass if bool(mass.sum() > 0) else weight
+        trials = torch.multinomial(mass, _TRIALS, replacement=True, generator=generator)
+        after = torch.minimum(torch.cdist(Z[trials], Z, compute_mode=_EXACT).square(), apart)
+        chosen = int((after @ weight).argmin())
+        apart = after[chosen]
+        seeds.append(int(trials[chosen]))
+    return torch.tensor(seeds)
+
+
+def lloyd(
+    Z: Float64[Tensor, "m r"],
+    weight: Float64[Tensor, " m"],
+    centres: Float64[Tensor, "k r"],
+    n_iter: int = _MAX_LLOYD,
+) -> Float64[Tensor, "k r"]:
+    """Return centres after k-means iterations until no row changes sides, `n_iter` at most.
+
+    A centre without rows stays where it is.
+    """
+    labels = None
+    for _ in range(n_iter):
+        before, labels = labels, nearest(Z, centres)
+        if before is not None and torch.equal(before, labels):
+            break
+        mass = weight.new_zeros(len(centres)).index_add(0, labels, weight)
+        sums = torch.zeros_like(centres).index_add(0, labels, Z * weight[:, None])
+        centres = torch.where(mass[:, None] > 0, sums / mass[:, None], centres)
+    return centres
+
+
+def nearest(Z: Float64[Tensor, "m r"], centres: Float64[Tensor, "k r"]) -> Int64[Tensor, " m"]:
+    """Return the label of each row's nearest centre; chunks of rows bound the memory."""
+    half = centres.square().sum(1) / 2
+    rows = _chunk_rows(len(centres), Z.device)
+    return torch.cat(
+        [torch.addmm(half, part, centres.T, alpha=-1).min(1).indices for part in Z.split(rows)]
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pooled:
+    """What starts of one kind on the same rows have in common.
+
+    `spread` is the covariance of all rows, (d, d) or its diagonal (d,), and `floor` (d,) what is
+    added to it; `counted` (m,) is 1 where a row has weight.
+    """
+
+    mean: Float64[Tensor, " d"]
+    counted: Float64[Tensor, " m"]
+    spread: Float64[Tensor, ...]
+    floor: Float64[Tensor, " d"]
+
+    @classmethod
+    def of(cls, X: Float64[Tensor, "m d"], weight: Float64[Tensor, " m"], kind: str) -> Pooled:
+        """Compute it of the rows; `start_of` of each start would else do so again."""
+        mean = (weight @ X) / weight.sum()
+        spread = _scatter(kind)(X - mean, weight) / weight.sum()
+        return cls(mean, (weight > 0).double(), spread, _floor(X, weight, mean))
+
+
+def _scatter(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return _diagonal_scatter if kind in ("diag", "spherical") else _full_scatter
+
+
+def start_of(
+    X: Float64[Tensor, "m d"],
+    weight: Float64[Tensor, " m"],
+    assignment: Tensor,
+    k: int,
+    kind: str,
+    pooled: Pooled | None = None,
+) -> Parameters:
+    """Return the parameters of an assignment, covariances shrunk towards that of all rows.
+
+    `assignment` is labels (m,) or responsibilities (m, k); rows are in data units, and `pooled` is
+    theirs. Each component counts as many more rows than it has as its family needs at least (full
+    d + 1, others 2), of its own rows' mean weight, spread like the whole sample about its mean: one
+    of few rows does not start singular, however much each row of a coreset weighs.
+    """
+    pooled = Pooled.of(X, weight, kind) if pooled is None else pooled
+    scatter, counted = _scatter(kind), pooled.counted
+    more = FAMILIES[kind].least_rows(X.shape[1])
+    floor = pooled.floor if pooled.spread.ndim == 1 else pooled.floor.diag()
+    prior = more * (pooled.spread + floor)
+    nk, means, within = [], [], []
+    for component in range(k):
+        rows, share = _members(assignment, component)
+        own, x = weight[rows] * share, X[rows]
+        mass, count = own.sum(), counted[rows] @ share
+        occupied = bool(mass > 0)
+        per_row = mass / count if occupied else weight.sum() / counted.sum()
+        centre = (own @ x) / mass if occupied else pooled.mean
+        centred = x - centre
+        nk.append(mass + per_row * more)
+        means.append(centre)
+        within.append(scatter(centred, own) + per_row * prior)
+    return _about_means(torch.stack(nk), torch.stack(means), torch.stack(within), kind)
+
+
+def _members(assignment: Tensor, component: int) -> tuple[Tensor, Tensor]:
+    """Return the rows that have a share in a component, and their shares."""
+    if assignment.ndim == 1:
+        rows = (assignment == component).nonzero()[:, 0]
+        return rows, torch.ones(len(rows), dtype=torch.float64)
+    rows = assignment[:, component].nonzero()[:, 0]
+    return rows, assignment[rows, component]
+
+
+def _full_scatter(centred: Tensor, weight: Tensor) -> Tensor:
+    return (centred.T * weight) @ centred
+
+
+def _diagonal_scatter(centred: Tensor, weight: Tensor) -> Tensor:
+    return weight @ centred.square()
+
+
+def _floor(X: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
+    """Return a billionth of each feature's variance; of the widest's, where it is constant."""
+    second = weight @ X.square() / weight.sum()
+    variances = weight @ (X - mean).square() / weight.sum()
+    largest = variances.max()
+    fallback = largest if largest > 0 else torch.ones_like(largest)
+    return 1e-9 * torch.where(variances > CONSTANT * second, variances, fallback)
+
+
+def _about_means(nk: Tensor, means: Tensor, within: Tensor, kind: str) -> Parameters:
+    sum_xx = within.sum(-1) if kind == "spherical" else within
+    moments = Moments(nk, torch.zeros_like(means), sum_xx, means)
+    return maximise(kind, moments, (len(nk),), torch.zeros_like(means)).lanes()[0]
+
+
+def k_means_parallel(
+    shards: Shards, total: TotalMoments, k: int, *, rounds: int = 5, random_state: int = 0
+) -> tuple[Float64[Tensor, "m d"], Float64[Tensor, " m"]]:
+    """Draw candidates for up to k centres from all rows: k-means|| in `rounds` + 2 passes.
+
+    Returns rows (m, d) in data units, about 2 k · rounds of them, and for each the weight of
+    the rows that are nearest to it. After one row drawn by weight, each round keeps every row
+    independently with probability min(1, 2 k w d² / φ): d is its distance to the nearest
+    candidate in whitened coordinates and φ = Σ w d² (Bahmani et al., PVLDB 2012). Seeds for
+    any k are then those of the candidates as weighted rows.
+    """
+    whiten = whitening(total)
+    candidates = shards.run(_DrawOne(random_state, len(total.sum_x))).X
+    for round in range(1, rounds + 1):
+        task = _DrawFar(whiten, whiten(candidates), _OVERSAMPLING * k, random_state, round)
+        candidates = torch.cat([candidates, shards.run(task).X])
+    return candidates, shards.run(_CountNearest(whiten, whiten(candidates))).weight
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _One:
+    """The row with the earliest key: `key` (1,) and `X` (1, d), or no row."""
+
+    key: Float64[Tensor, " m"]
+    X: Float64[Tensor, "m d"]
+
+    def __add__(self, other: _One) -> _One:
+        key = torch.cat([self.key, other.key])
+        first = key.argsort(stable=True)[:1]
+        return _One(key[first], torch.cat([self.X, other.X])[first])
+
+
+@dataclass(frozen=True, slots=True)
+class _DrawOne:
+    """The task that draws one row with probability ∝ its weight: its clock ticks first."""
+
+    random_state: int
+    n_features: int
+
+    def __call__(self, rows: ShardRows) -> _One:
+        generator = keyed_generator(self.random_state, _PARALLEL, rows.shard, 0)
+        none = torch.empty(0, self.n_features, dtype=torch.float64)
+        found = _One(none[:, 0], none)
+        for block in rows.blocks:
+            weight = block.weights
+            clock = torch.empty(len(weight), dtype=torch.float64)
+            times = clock.exponential_(generator=generator).to(weight.device) / weight
+            first = times.argsort()[: min(1, int((weight > 0).sum()))]
+            found = found + _One(times[first].cpu(), block.X[:, first].T.double().cpu())
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Far:
+    """The rows that a round keeps of those seen so far, and these rows' cost φ.
+
+    A row whose uniform number is u is kept if u < l w d² / φ: if its `threshold` l w d² / u is
+    above φ. As φ only grows while rows are added, no row that is dropped early would have been
+    kept at the end: the draw needs no pass of its own to know φ first.
+    """
+
+    cost: float
+    threshold: Float64[Tensor, " m"]
+    X: Float64[Tensor, "m d"]
+
+    def __add__(self, other: _Far) -> _Far:
+        cost = self.cost + other.cost
+        threshold = torch.cat([self.threshold, other.threshold])
+        kept = threshold > cost
+        return _Far(cost, threshold[kept], torch.cat([self.X, other.X])[kept])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _DrawFar:
+    """The task of a round of k-means||; `centres` (m, r) are in whitened coordinates."""
+
+    whitening: Whitening
+    centres: Float64[Tensor, "m r"]
+    oversampling: int
+    random_state: int
+    round: int
+
+    def __call__(self, rows: ShardRows) -> _Far:
+        generator = keyed_generator(self.random_state, _PARALLEL, rows.shard, self.round)
+        none = self.whitening.mean.new_empty(0, len(self.whitening.mean))
+        far = _Far(0.0, none[:, 0], none)
+        if not rows.blocks:
+            return far
+        device = rows.blocks[0].X.device
+        whiten, centres = self.whitening.to(device), self.centres.to(device)
+        for chunk in chunks(rows.blocks, _chunk_rows(len(centres), device)):
+            x, weight = chunk.X.double(), chunk.weights
+            Z = whiten.columns(x).T
+            # By differences, not products: a candidate is at distance 0 from its copies.
+            mass = weight * (Z - centres[nearest(Z, centres)]).square().sum(1)
+            draws = torch.rand(len(weight), dtype=torch.float64, generator=generator)
+            threshold = self.oversampling * mass / draws.to(device)
+            cost = float(mass.sum())
+            kept = (threshold > max(cost, far.cost)).nonzero()[:, 0]
+            far = far + _Far(cost, threshold[kept].cpu(), x[:, kept].T.cpu())
+        return far
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Counts:
+    """The weight of the rows nearest to each candidate."""
+
+    weight: Float64[Tensor, " m"]
+
+    def __add__(self, other: _Counts) -> _Counts:
+        return _Counts(self.weight + other.weight)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _CountNearest:
+    """The task that sums the weights of the rows nearest to each candidate."""
+
+    whitening: Whitening
+    centres: Float64[Tensor, "m r"]
+
+    def __call__(self, rows: ShardRows) -> _Counts:
+        if not rows.blocks:
+            return _Counts(self.centres.new_zeros(len(self.centres)))
+        device = rows.blocks[0].X.device
+        whiten, centres = self.whitening.to(device), self.centres.to(device)
+        counts = self.centres.new_zeros(len(centres))
+        for chunk in chunks(rows.blocks, _chunk_rows(len(centres), device)):
+            Z = whiten.columns(chunk.X.double()).T
+            # Not on the rows' device, where such sums are not the same bits each time.
+            labels = nearest(Z, centres).cpu()
+            counts += torch.bincount(labels, chunk.weights.cpu(), len(centres))
+        return _Counts(counts)
+
+
+def _chunk_rows(n_centres: int, device: torch.device) -> int:
+    """Return how many rows are compared with the centres at once: a multiple of 16."""
+    if device.type == "cuda":
+        return max(_MAX_CHUNK, min(_CUDA_CHUNK_ELEMENTS // n_centres, _CUDA_MAX_CHUNK))
+    return max(_MIN_CHUNK, min(_CHUNK_ELEMENTS // n_centres, _MAX_CHUNK))

@@ -1,0 +1,308 @@
+"""Moves between mixtures: split a component, merge two, replace one that is good for nothing.
+
+EM climbs to the top of the hill that its start lies on. Where a component sits between two
+clusters and two others share one, no restart of a step of EM mends it; a split and a merge do
+(Ueda, Nakano, Ghahramani & Hinton, "SMEM algorithm for mixture models", Neural Computation 12,
+2000). What a move will bring is reckoned from hard labels: rows counted once, by their
+component, each component coded by its own Gaussian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.selection import kmeans
+
+_NEIGHBOURS = 6  # pairs are looked for among a component's nearest so many
+_LLOYD, _TRIALS = 10, 2
+_TINY = 1e-300  # in place of a mixing weight of zero
+_FLAT = 1e-12  # of a feature's variance: directions below it are no directions
+_WIDE = 128  # features, beyond which diagonal covariances are moved without d x d matrices
+_TIED = 1e-3  # of a tied covariance is left at least, however much a split explains
+_ROWS = 4  # times the least of its family that a component needs to be split in two sound ones
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """One component: its mixing weight (a scalar), mean (d,) and covariance (as its family's)."""
+
+    weight: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """Two parts in place of a component; `gain` in log-likelihood (nats), by hard labels."""
+
+    component: int
+    parts: tuple[Part, Part]
+    gain: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Merge:
+    """One part in place of two components; `loss` of log-likelihood (nats), by hard labels."""
+
+    pair: tuple[int, int]
+    part: Part
+    loss: float
+
+
+def splits(
+    parameters: Parameters,
+    X: Float64[Tensor, "m d"],
+    weight: Float64[Tensor, " m"],
+    labels: Int64[Tensor, " m"],
+    generator: torch.Generator,
+) -> list[Split]:
+    """Return for each component with rows enough its split in two by k-means, best first."""
+    found = []
+    least = FAMILIES[parameters.covariance_type].least_rows(parameters.n_features)
+    for component in range(parameters.n_components):
+        rows = (labels == component) & (weight > 0)
+        if int(rows.sum()) < _ROWS * least:
+            continue
+        if split := _split(parameters, component, X[rows], weight[rows], generator):
+            found.append(split)
+    return sorted(found, key=lambda split: -split.gain)
+
+
+def _split(
+    parameters: Parameters, component: int, X: Tensor, weight: Tensor, generator: torch.Generator
+) -> Split | None:
+    """Return the best of a few splits: across two humps, and by k-means, whose optima differ."""
+    spread = X.std(0, correction=0)
+    Z = X / torch.where(spread > 0, spread, 1.0)
+    is_diagonal = parameters.covariance_type in ("diag", "spherical")
+    # d³ of work for a direction, where components know of none.
+    trials = [] if is_diagonal and X.shape[1] > _WIDE else [_humps(Z, weight)]
+    for _ in range(_TRIALS):
+        seeds = kmeans.k_means_plus_plus(Z, weight, 2, generator)
+        trials.append(kmeans.nearest(Z, kmeans.lloyd(Z, weight, Z[seeds], _LLOYD)))
+    own = _own_type(parameters)
+    pooled = kmeans.Pooled.of(X, weight, own)
+    whole = kmeans.start_of(X, weight, torch.zeros(len(X), dtype=torch.int64), 1, own, pooled)
+    found = [
+        _split_by(parameters, component, X, weight, labels, whole, pooled)
+        for labels in trials
+        if 0 < int(labels.sum()) < len(labels)
+    ]
+    return max(found, key=lambda split: split.gain, default=None)
+
+
+def _humps(X: Float64[Tensor, "m d"], weight: Float64[Tensor, " m"]) -> Int64[Tensor, " m"]:
+    """Part rows at their mean, across the direction in which they have the lightest tails.
+
+    Two humps have lighter tails than one; in whitened coordinates z the direction is the
+    eigenvector of least eigenvalue of E ‖z‖² z zᵀ (FOBI: Cardoso, ICASSP 1989), whatever the angle.
+    """
+    mean = (weight @ X) / weight.sum()
+    covariance = ((X - mean).T * weight) @ (X - mean) / weight.sum()
+    variances, axes = torch.linalg.eigh(covariance)
+    kept = variances > _FLAT * variances[-1]
+    if not bool(kept.any()):
+        return torch.zeros(len(X), dtype=torch.int64)
+    Z = (X - mean) @ axes[:, kept] / variances[kept].sqrt()
+    fourth = (Z.T * (weight * Z.square().sum(1))) @ Z
+    across: Tensor = Z @ torch.linalg.eigh(fourth).eigenvectors[:, 0]
+    return (across > 0).long()
+
+
+def _split_by(
+    parameters: Parameters,
+    component: int,
+    X: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    whole: Parameters,
+    pooled: kmeans.Pooled,
+) -> Split:
+    """Return the split by labels 0 and 1; `whole` is the one Gaussian of all the rows."""
+    kind = parameters.covariance_type
+    mass = torch.stack([weight[labels == 0].sum(), weight[labels == 1].sum()])
+    share = mass / mass.sum()
+    halves = kmeans.start_of(X, weight, labels, 2, _own_type(parameters), pooled)
+    if kind == "tied":
+        covariances = [parameters.covariances] * 2
+        n_samples = mass.sum() / parameters.weights[component].clamp_min(_TINY)
+        freed = _between(parameters, mass.prod() / mass.sum() / n_samples, halves.means)
+        shaped = -n_samples / 2 * torch.log1p(-freed.clamp_max(1 - _TIED))
+    else:
+        covariances = list(halves.covariances)
+        shaped = mass.sum() * _half_log_det(whole)[0] - (mass * _half_log_det(halves)).sum()
+    parts = [
+        Part(parameters.weights[component] * share[h], halves.means[h], covariances[h])
+        for h in (0, 1)
+    ]
+    gain = float((mass * share.log()).sum() + shaped)
+    return Split(component, (parts[0], parts[1]), gain)
+
+
+def _own_type(parameters: Parameters) -> str:
+    """Return the covariance type of a component by itself."""
+    return "full" if parameters.covariance_type == "tied" else parameters.covariance_type
+
+
+def _between(parameters: Parameters, scale: Tensor, means: Float64[Tensor, "2 d"]) -> Tensor:
+    """Return the part of a tied covariance that two means make up: scale · δᵀ Σ⁻¹ δ."""
+    difference = means[1] - means[0]
+    distance: Tensor = difference @ torch.linalg.solve(parameters.covariances, difference)
+    return scale * distance
+
+
+def merges(parameters: Parameters, n_samples: float) -> list[Merge]:
+    """Return the merges of neighbouring components, the cheapest first.
+
+    The loss is Runnalls' bound ("Kullback-Leibler approach to Gaussian mixture reduction",
+    IEEE Trans. AES 43, 2007), less what one label instead of two saves.
+    """
+    weights, half = parameters.weights, _half_log_det(parameters)
+    found = []
+    for i, j in _neighbours(parameters):
+        part = _merged(parameters, i, j)
+        if parameters.covariance_type == "tied":
+            scale = weights[i] * weights[j] / part.weight.clamp_min(_TINY)
+            shape = torch.log1p(_between(parameters, scale, parameters.means[[i, j]])) / 2
+        else:
+            joint = _half_log_det(_alone(parameters, part))[0]
+            shape = part.weight * joint - weights[i] * half[i] - weights[j] * half[j]
+        label = torch.special.entr(weights[[i, j]]).sum() - torch.special.entr(part.weight)
+        found.append(Merge((i, j), part, n_samples * float(shape - label)))
+    return sorted(found, key=lambda merge: merge.loss)
+
+
+def _neighbours(parameters: Parameters) -> list[tuple[int, int]]:
+    """Return pairs of components whose means are near, in units of their spread."""
+    k = parameters.n_components
+    spread = _variances(parameters).mean(0).sqrt()
+    Z = parameters.means / torch.where(spread > 0, spread, 1.0)
+    distance = torch.cdist(Z, Z).fill_diagonal_(torch.inf)
+    nearest = distance.topk(min(_NEIGHBOURS, k - 1), largest=False).indices
+    pairs = {(min(i, int(j)), max(i, int(j))) for i in range(k) for j in nearest[i]}
+    return sorted(pairs)
+
+
+def _merged(parameters: Parameters, i: int, j: int) -> Part:
+    """Return the component of the same weight, mean and covariance as two together."""
+    kind, pair = parameters.covariance_type, torch.tensor([i, j])
+    weight = parameters.weights[pair].sum()
+    share = (parameters.weights[pair] + _TINY) / (weight + 2 * _TINY)
+    mean = share @ parameters.means[pair]
+    if kind == "tied":
+        return Part(weight, mean, parameters.covariances)
+    shift = parameters.means[pair] - mean
+    within = torch.tensordot(share, parameters.covariances[pair], 1)
+    if kind == "full":
+        return Part(weight, mean, within + (shift.T * share) @ shift)
+    between = share @ shift.square()
+    return Part(weight, mean, within + (between if kind == "diag" else between.mean()))
+
+
+def apply(
+    parameters: Parameters, *, drop: Sequence[int] = (), add: Sequence[Part] = ()
+) -> Parameters:
+    """Return a mixture without some components and with some parts more."""
+    keep = [c for c in range(parameters.n_components) if c not in set(drop)]
+    weights = torch.cat([parameters.weights[keep], *(part.weight[None] for part in add)])
+    means = torch.cat([parameters.means[keep], *(part.mean[None] for part in add)])
+    covariances = parameters.covariances
+    if parameters.covariance_type != "tied":
+        covariances = torch.cat([covariances[keep], *(part.covariance[None] for part in add)])
+    return Parameters(weights / weights.sum(), means, covariances, parameters.covariance_type)
+
+
+def split_and_merge(
+    parameters: Parameters, found: Sequence[Split], cheap: Sequence[Merge], limit: int
+) -> list[Parameters]:
+    """Return the `limit` most promising mixtures of as many components: one split, one merge."""
+    ranked = sorted(
+        ((s.gain - m.loss, i, j) for i, s in enumerate(found) for j, m in enumerate(cheap[:limit])),
+        reverse=True,
+    )
+    moved = []
+    for _, i, j in ranked:
+        split, merge = found[i], cheap[j]
+        if split.component in merge.pair:
+            continue
+        drop = (split.component, *merge.pair)
+        moved.append(apply(parameters, drop=drop, add=[*split.parts, merge.part]))
+        if len(moved) == limit:
+            break
+    return moved
+
+
+def replace(
+    parameters: Parameters, useless: Bool[Tensor, " k"], found: Sequence[Split]
+) -> Parameters | None:
+    """Return a mixture whose useless components went, and whose best splits came for them.
+
+    None where there are not enough components to split.
+    """
+    gone = [int(c) for c in useless.nonzero().flatten()]
+    chosen = [split for split in found if split.component not in gone][: len(gone)]
+    if len(chosen) < len(gone):
+        return None
+    drop = [*gone, *(split.component for split in chosen)]
+    return apply(parameters, drop=drop, add=[part for split in chosen for part in split.parts])
+
+
+def halved(parameters: Parameters, k: int, *, shift: float = 0.2) -> Parameters:
+    """Return a mixture of k components in which the largest ones have been halved, one by one.
+
+    The halves lie `shift` spreads off either side of their mean, narrower by as much: a pair has
+    the mean and the covariance of the whole (tied ones keep the covariance that all share). With
+    a shift of 0 they are copies, and the mixture is the same density.
+    """
+    while parameters.n_components < k:
+        component = int(parameters.weights.argmax())
+        off, covariance = _narrowed(parameters, component, shift)
+        weight, mean = parameters.weights[component] / 2, parameters.means[component]
+        parts = [Part(weight, mean + side * off, covariance) for side in (1, -1)]
+        parameters = apply(parameters, drop=[component], add=parts)
+    return parameters
+
+
+def _narrowed(parameters: Parameters, component: int, shift: float) -> tuple[Tensor, Tensor]:
+    """Return a way (d,) from the mean, and the covariance less what two parts so far off add."""
+    kind = parameters.covariance_type
+    own = parameters.covariances if kind == "tied" else parameters.covariances[component]
+    if kind in ("full", "tied"):
+        # A column of the factor, which changes with the features' units as they do.
+        off = shift * torch.linalg.cholesky(own)[:, 0]
+        return off, own if kind == "tied" else own - torch.outer(off, off)
+    off = torch.zeros_like(parameters.means[component])
+    if kind == "diag":
+        widest = int((own / _variances(parameters).mean(0)).argmax())
+        off[widest] = shift * own[widest].sqrt()
+        return off, own - off.square()
+    off[0] = shift * own.sqrt()
+    return off, own * (1 - shift**2 / len(off))
+
+
+def _alone(parameters: Parameters, part: Part) -> Parameters:
+    kind = parameters.covariance_type
+    covariance = part.covariance if kind == "tied" else part.covariance[None]
+    return Parameters(part.weight[None], part.mean[None], covariance, kind)
+
+
+def _variances(parameters: Parameters) -> Float64[Tensor, "c d"]:
+    kind, covariances = parameters.covariance_type, parameters.covariances
+    if kind in ("full", "tied"):
+        variances = covariances.diagonal(dim1=-2, dim2=-1)
+        return variances.reshape(-1, parameters.n_features)
+    return covariances if kind == "diag" else covariances[:, None].expand_as(parameters.means)
+
+
+def _half_log_det(parameters: Parameters) -> Float64[Tensor, " c"]:
+    if parameters.covariance_type in ("full", "tied"):
+        log_dets: Tensor = torch.linalg.slogdet(parameters.covariances).logabsdet
+        return log_dets.reshape(-1) / 2
+    return _variances(parameters).log().sum(-1) / 2

@@ -1,0 +1,64 @@
+"""Shards in this process: for tests, for samples, and for data that fit here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from gmm_dist.shards.protocol import Block, S, ShardRows, Task
+from gmm_dist.shards.tree_sum import Partial, TreeSum
+
+
+class LocalShards:
+    """Shards in this process: for tests, for samples, and for data that fit here.
+
+    `n_threads` shards are worked on at a time, each by one thread: torch releases the GIL, and
+    single-threaded operations on their own rows beat multi-threaded ones on the same rows. With
+    `n_threads` 0 the caller's own thread does the work, with torch's setting as it is.
+    """
+
+    def __init__(self, shards: Sequence[ShardRows], *, n_threads: int = 1) -> None:
+        assert [rows.shard for rows in shards] == list(range(len(shards)))
+        self._shards = shards
+        self._n_rows = sum(rows.n_rows for rows in shards)
+        self._pool = ThreadPoolExecutor(n_threads, initializer=_one_thread) if n_threads else None
+
+    @classmethod
+    def of(
+        cls,
+        X: Tensor,
+        sample_weight: Tensor | None = None,
+        *,
+        n_shards: int = 1,
+        n_threads: int = 1,
+    ) -> Self:
+        """Deal rows `X` (n, d) evenly to shards."""
+        edges = [len(X) * i // n_shards for i in range(n_shards + 1)]
+        parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        weights = [None if sample_weight is None else sample_weight[part] for part in parts]
+        blocks = [
+            Block(X[p].T.contiguous(), weight) for p, weight in zip(parts, weights, strict=True)
+        ]
+        return cls([ShardRows(i, [block]) for i, block in enumerate(blocks)], n_threads=n_threads)
+
+    @property
+    def n_shards(self) -> int:
+        return len(self._shards)
+
+    def run(self, task: Task[S]) -> S:
+        tree: TreeSum[S] = TreeSum(self.n_shards)
+        summaries = (
+            map(task, self._shards) if self._pool is None else self._pool.map(task, self._shards)
+        )
+        for rows, summary in zip(self._shards, summaries, strict=True):
+            tree.push(Partial(0, rows.shard, rows.n_rows, summary))
+        return tree.total(self._n_rows)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)

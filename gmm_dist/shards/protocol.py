@@ -1,0 +1,103 @@
+"""The one verb of everything that looks at rows: `Shards.run(task) -> Summary`.
+
+A task is a small picklable pure function over the column-major blocks of one shard; a summary
+has `+`. Summaries are added along a binary tree over shard numbers that belongs to the plan,
+so the result has the same bits wherever the shards lie and in whatever order they answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class Summary(Protocol):
+    """What a task returns: a value that can be added to its like, and its size is bounded."""
+
+    def __add__(self, other: Self, /) -> Self: ...
+
+
+S = TypeVar("S", bound=Summary)
+S_co = TypeVar("S_co", bound=Summary, covariant=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Rows that lie together: `X` (d, n), one contiguous line per feature; weights (n,)."""
+
+    X: Tensor
+    sample_weight: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """The rows' weights (n,), float64, on the rows' device: ones where none were given."""
+        if self.sample_weight is None:
+            return self.X.new_ones(self.X.shape[1], dtype=torch.float64)
+        return self.sample_weight.double()
+
+    def to(self, device: torch.device) -> Block:
+        weight = None if self.sample_weight is None else self.sample_weight.to(device)
+        return Block(self.X.to(device), weight)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardRows:
+    """One shard as a task sees it: its number, and its rows as an iterable of blocks.
+
+    `counts` is what reading the shard counted (a Summary; None for rows from memory).
+    `held_out` are rows that nothing is fitted to: a task sees them through `HeldOut` alone.
+    """
+
+    shard: int
+    blocks: Sequence[Block]
+    counts: object = None
+    held_out: Sequence[Block] = ()
+
+    @property
+    def n_rows(self) -> int:
+        """The rows to be fitted: those that every pass has to count exactly once."""
+        return sum(block.X.shape[1] for block in self.blocks)
+
+    def to(self, device: torch.device) -> ShardRows:
+        return ShardRows(
+            self.shard,
+            [block.to(device) for block in self.blocks],
+            self.counts,
+            [block.to(device) for block in self.held_out],
+        )
+
+
+class Task(Protocol[S_co]):
+    """A pure function of one shard's rows; randomness is keyed by (seed, shard, round)."""
+
+    def __call__(self, rows: ShardRows, /) -> S_co: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut(Generic[S]):
+    """The task that applies another one to the held-out rows of each shard."""
+
+    task: Task[S]
+
+    def __call__(self, rows: ShardRows) -> S:
+        # Whoever runs the task counts the shard's own rows: that each shard was seen once.
+        return self.task(ShardRows(rows.shard, rows.held_out))
+
+
+Loader = Callable[[int], ShardRows]
+"""Makes the rows of a shard, the same bits each time it is called; picklable."""
+
+
+@runtime_checkable
+class Shards(Protocol):
+    """Rows in shards, wherever they lie."""
+
+    @property
+    def n_shards(self) -> int: ...
+
+    def run(self, task: Task[S]) -> S:
+        """Apply the task to every shard once and add the summaries along the fixed tree."""

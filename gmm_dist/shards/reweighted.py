@@ -1,0 +1,60 @@
+"""Sample weights in a unit of their own: weights count relative to each other alone.
+
+Weights that sum to one, or are 1e-300 throughout, are the same rows as others. Passes see them
+multiplied by a power of two, which changes no digit, so that the largest is from 1 to 2: no
+square and no product with a small responsibility leaves the range of float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from gmm_dist.shards.protocol import Block, ShardRows, Shards, Summary, Task
+
+S = TypeVar("S", bound=Summary)
+
+
+@dataclass(frozen=True, slots=True)
+class Reweighted(Generic[S]):
+    """The task that applies another one to rows whose weights are `scale` times theirs."""
+
+    task: Task[S]
+    scale: float
+
+    def __call__(self, rows: ShardRows) -> S:
+        fitted, held = (
+            [_scaled(block, self.scale) for block in blocks]
+            for blocks in (rows.blocks, rows.held_out)
+        )
+        return self.task(ShardRows(rows.shard, fitted, rows.counts, held))
+
+
+def _scaled(block: Block, scale: float) -> Block:
+    weight = block.sample_weight
+    return Block(block.X, None if weight is None else weight.double() * scale)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReweightedShards:
+    """Shards whose rows weigh `scale` times as much."""
+
+    shards: Shards
+    scale: float
+
+    @property
+    def n_shards(self) -> int:
+        return self.shards.n_shards
+
+    def run(self, task: Task[S]) -> S:
+        """Apply the task to every shard once and add the summaries along the fixed tree."""
+        return self.shards.run(Reweighted(task, self.scale))
+
+
+def unit_of(largest: float) -> float:
+    """Return the power of two that brings the largest weight to between 1 and 2."""
+    if not (0 < largest < math.inf):
+        return 1.0
+    # 2^1023 is the largest there is; weights below its inverse keep a smaller exponent.
+    return math.ldexp(1.0, min(1 - math.frexp(largest)[1], 1023))

@@ -1,0 +1,226 @@
+"""Workers: the actor that holds rows, and what the driver knows of each."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import pickle
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+
+from gmm_dist.shards.protocol import Loader, ShardRows
+from gmm_dist.shards.tree_sum import run_on
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the rows of shards come from: a number that names it, and a loader in the store."""
+
+    number: int
+    loader: list[Any]  # in a list, so that an actor fetches it only when it has to load
+
+    def rows(self, shard: int) -> ShardRows:
+        loader: Loader = ray.get(self.loader[0])
+        return loader(shard)
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Name a call, so that its reply is counted for what was asked: once, and not later.
+
+    `attempt` numbers all calls of a run; `iteration` its passes and loadings.
+    """
+
+    run: str
+    attempt: int
+    iteration: int
+    source: int
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a pass asks of all workers: rows from a source, and a task (None: to load them).
+
+    It is put into the object store once, and every call refers to it there.
+    """
+
+    source: Source
+    task: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one call asks of its worker: the ticket's shards, held or not, and which to let go."""
+
+    ticket: Ticket
+    forget: tuple[int, ...]
+
+    def packed(self) -> bytes:
+        """Return bytes: Ray takes three times as long over an argument that it has to pickle."""
+        return pickle.dumps(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a call returned, with the ticket that it came with."""
+
+    ticket: Ticket
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The size of a shard that was loaded: rows, and bytes where they are kept."""
+
+    n_rows: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What an actor says of itself when it is up; `memory` in bytes, of its GPU if it has one."""
+
+    host: str
+    pid: int
+    memory: int | None
+
+
+class ShardActor:
+    """Holds the rows of some shards, on its GPU where it has one, and nothing else.
+
+    Every call is a pure function of its arguments and names its shards, so it may be repeated,
+    here or elsewhere, even at the same time; the rows held are a cache.
+    """
+
+    def __init__(self, n_shards: int) -> None:
+        self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self._n_shards = n_shards
+        self._rows: dict[tuple[int, int], ShardRows] = {}
+        self._under_way: int | None = None
+
+    def introduce(self) -> Introduction:
+        """Say who is there."""
+        on_gpu = self._device.type == "cuda"
+        memory = torch.cuda.get_device_properties(self._device).total_memory if on_gpu else None
+        return Introduction(socket.gethostname(), os.getpid(), memory)
+
+    def pulse(self) -> int | None:
+        """Say which attempt is under way; answered at once, beside it."""
+        return self._under_way
+
+    def load(self, packed: bytes, work: Work) -> Reply:
+        """Hold the one shard of the request, and no rows of earlier sources."""
+        with self._working(packed, work.source) as ticket:
+            (shard,) = ticket.shards
+            rows = self._held(work.source, shard)
+            return Reply(ticket, Loaded(rows.n_rows, _n_bytes(rows)))
+
+    def run(self, packed: bytes, work: Work) -> Reply:
+        """Return the task's sums over the complete subtrees of the request's shards."""
+        with self._working(packed, work.source) as ticket:
+            held = (self._held(work.source, shard) for shard in ticket.shards)
+            return Reply(ticket, run_on(work.task, held, self._n_shards))
+
+    @contextlib.contextmanager
+    def _working(self, packed: bytes, source: Source) -> Iterator[Ticket]:
+        request: Request = pickle.loads(packed)
+        # One thread per process, one process per core; the setting is the calling thread's own.
+        torch.set_num_threads(1)
+        self._under_way = request.ticket.attempt
+        self._rows = {
+            (number, shard): rows
+            for (number, shard), rows in self._rows.items()
+            if number == source.number and shard not in request.forget
+        }
+        try:
+            yield request.ticket
+        finally:
+            self._under_way = None
+
+    def _held(self, source: Source, shard: int) -> ShardRows:
+        key = source.number, shard
+        if key not in self._rows:
+            self._rows[key] = source.rows(shard).to(self._device)
+        return self._rows[key]
+
+
+def _n_bytes(rows: ShardRows) -> int:
+    weights = sum(b.sample_weight.nbytes for b in rows.blocks if b.sample_weight is not None)
+    return weights + sum(block.X.nbytes for block in rows.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call under way, and when it was sent."""
+
+    ref: Any
+    ticket: Ticket
+    is_load: bool
+    sent: float
+
+
+class State(enum.Enum):
+    """Where a worker stands."""
+
+    DOWN = "down"  # until it has rested
+    STARTING = "starting"  # its actor waits for a place, or for its process
+    UP = "up"
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """The driver's view of a worker: a place that one actor after another may fill.
+
+    `start` makes an actor. At most one call is under way at a time, so that what is sent is
+    worked on at once and silence means something.
+    """
+
+    index: int
+    start: Callable[[], Any]
+    since: float  # when it went down, not having done anything since, or was first asked for
+    state: State = State.DOWN
+    actor: Any = None
+    introduction: Introduction | None = None
+    hello: Any = None
+    call: Call | None = None
+    held: set[int] = field(default_factory=set)
+    failures: int = 0  # in a row
+    rested: float = 0.0  # when it may be asked again
+    heard: float = 0.0  # its last sign of work on its call
+    pulse: Any = None
+    strikes: int = 0  # how often its siblings had to do its share
+    barred: int = 0  # until which iteration it gets no shards back
+
+    @property
+    def name(self) -> str:
+        who = self.introduction
+        return f"worker {self.index}" + (f" ({who.host}, pid {who.pid})" if who else "")
+
+    def expects(self, ref: Any) -> bool:
+        """Say whether a reply is still waited for."""
+        return any(ref is own for own in (self.hello, self.pulse, self.call and self.call.ref))
+
+    def restart(self) -> None:
+        """Ask for an actor."""
+        self.actor = self.start()
+        self.hello = self.actor.introduce.remote()
+        self.state = State.STARTING
+
+    def abandon(self, now: float) -> None:
+        """Let go of the actor and of all it was doing: its replies are not looked at any more."""
+        if self.actor is not None:
+            # Also of one that is cut off: it ends when it is reached again.
+            with contextlib.suppress(Exception):
+                ray.kill(self.actor)
+        if self.state is State.UP and not self.failures:
+            self.since = now
+        self.state = State.DOWN
+        self.actor = self.hello = self.call = self.pulse = self.introduction = None
+        self.held = set()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-import gmm_dist.sweep as sweep_module
 import mixtures
 import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
+import gmm_dist.selection.sweep as sweep_module
 from gmm_dist import UserError
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em.lane import Snapshot

@@ -27,6 +27,7 @@ from gmm_dist.lake.survey import (
     Questions,
     matching_row_groups,
     measure_lists,
+    nothing_matches,
     read_footers,
     refuse_nulls,
     refuse_rounding,
@@ -215,15 +216,8 @@ def _matching_files(found: Listing, condition: Where | None) -> Sequence[LakeFil
     matches = by_key.mask(pa.Table.from_pylist(partitions, schema=found.keys))
     if not matches.any():
         what = f"any of {len(found.files)} files' hive keys"
-        raise _nothing_matches(found.root, condition, what)
+        raise nothing_matches(found.root, condition, what)
     return [file for file, match in zip(found.files, matches, strict=True) if match]
-
-
-def _nothing_matches(root: str, condition: Where, what: str) -> NoRows:
-    return NoRows(
-        f"{storage.redacted(root)}: no rows match the filter {condition.shown}, by {what}; "
-        "widen the filter"
-    )
 
 
 def _columns_of(names: Sequence[str] | None) -> Collection[str] | None:

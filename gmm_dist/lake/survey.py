@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmm_dist import storage
-from gmm_dist.errors import TooFewRows, UserError
+from gmm_dist.errors import NoRows, TooFewRows, UserError
 from gmm_dist.lake import listing
 from gmm_dist.lake.deal import RowRange
 from gmm_dist.lake.filters import Where, shown_names
@@ -24,7 +24,6 @@ from gmm_dist.lake.parquet import footers
 from gmm_dist.lake.parquet.comparing import stored
 from gmm_dist.lake.parquet.decoding import parquet_file
 from gmm_dist.lake.parquet.footers import Extent
-from gmm_dist.lake.plan import _nothing_matches
 from gmm_dist.lake.schema import Chosen, Columns
 
 logger = logging.getLogger(__name__)
@@ -142,7 +141,7 @@ def matching_row_groups(root: str, told: list[Footer], condition: Where | None) 
         if footer.file.rows[group] > 0
     ]
     if condition is not None and not groups:
-        raise _nothing_matches(root, condition, "the row groups' statistics")
+        raise nothing_matches(root, condition, "the row groups' statistics")
     return groups
 
 
@@ -236,3 +235,10 @@ def _batches(parquet: pq.ParquetFile, group: int, names: list[str]) -> Iterator[
     # Some rows at first: one is enough where none is null, and lists may be long.
     for batch in parquet.iter_batches(_LISTS_AT_ONCE, row_groups=[group], columns=names):
         yield pa.Table.from_batches([batch])
+
+
+def nothing_matches(root: str, condition: Where, what: str) -> NoRows:
+    return NoRows(
+        f"{storage.redacted(root)}: no rows match the filter {condition.shown}, by {what}; "
+        "widen the filter"
+    )

@@ -263,7 +263,7 @@ def _shaped(estimator: BaseEstimator, X: Any, reset: bool, n_min: int) -> Rows:
     return rows
 
 
-def _require_finite(rows: Rows, names: Sequence[str]) -> None:
+def _require_finite(rows: Rows, names: Sequence[str] | Array) -> None:
     if get_config()["assume_finite"]:
         return
     with np.errstate(all="ignore"):
@@ -278,7 +278,7 @@ def _require_finite(rows: Rows, names: Sequence[str]) -> None:
     _require_none(infinite, f"X contains infinity or a value too large for {rows.dtype}", names)
 
 
-def _require_none(wrong: Array, what: str, names: Sequence[str]) -> None:
+def _require_none(wrong: Array, what: str, names: Sequence[str] | Array) -> None:
     """Raise NotFinite where any value is wrong, and say where the first of them stands."""
     if wrong.any():
         place = [int(i) for i in np.unravel_index(np.argmax(wrong), wrong.shape)]

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
-from typing import Self
 
 from gmm_dist.errors import UserError
 from gmm_dist.model.mixture import Mixture
@@ -37,7 +36,7 @@ class Lineage:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
-    def read(cls, url: str) -> Self:
+    def read(cls, url: str) -> Lineage:
         content = load.read_report(url, LINEAGE)
         with whole(LINEAGE, url):
             return cls(
@@ -59,7 +58,7 @@ class Published:
     lineage: Lineage
 
     @classmethod
-    def read(cls, url: str) -> Self:
+    def read(cls, url: str) -> Published:
         """Raises UserError where the two do not belong together."""
         mixture, lineage = load.load(url), Lineage.read(url)
         if len(lineage.ids) != mixture.n_components:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gmm_dist.formats import (
@@ -16,8 +16,10 @@ from gmm_dist.formats import (
     signed,
 )
 from gmm_dist.report import figures
-from gmm_dist.report.page import Json, Table
 from gmm_dist.report.svg import N_COLOURS
+
+Json = Mapping[str, Any]
+Table = dict[str, Any]
 
 
 def gate_table(nightly: Json | None) -> Table | None:

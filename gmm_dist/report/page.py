@@ -30,7 +30,7 @@ from gmm_dist.formats import (
     signed,
 )
 from gmm_dist.report import figures
-from gmm_dist.report.of_night import drift_table, gate_table, number_or_nan
+from gmm_dist.report.of_night import Json, Table, drift_table, gate_table, number_or_nan
 from gmm_dist.report.projection import Clusters, Floats, plane
 from gmm_dist.report.svg import N_COLOURS, Drawing
 
@@ -51,9 +51,6 @@ _ROWS = (
     ("held_out", "held out of the fit", "--holdout"),
     ("absent", "of weight 0", "--weight-column"),
 )
-
-Json = Mapping[str, Any]
-Table = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

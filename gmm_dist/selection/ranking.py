@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 from torch import Tensor
 
@@ -49,7 +48,7 @@ class Outcome:
     passes_saved: float = 0.0
 
     @classmethod
-    def of(cls, fit: FitResult, seconds: float) -> Self:
+    def of(cls, fit: FitResult, seconds: float) -> Outcome:
         dropped = int(fit.status is Status.DROPPED)
         return cls(fit, seconds, 1, dropped, fit.passes_saved)
 
@@ -89,7 +88,7 @@ class Scored:
     holdout: float | None = None
 
     @classmethod
-    def of(cls, candidate: Candidate, outcome: Outcome, holdout: float | None = None) -> Self:
+    def of(cls, candidate: Candidate, outcome: Outcome, holdout: float | None = None) -> Scored:
         """Compute the criteria of a fit."""
         fit = outcome.fit
         n_free = n_parameters(

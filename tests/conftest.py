@@ -227,12 +227,14 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     For what does not depend on who holds the rows: a job does the same, to the bit, in half a
     second in place of eight. Some tests of each job do without this.
     """
-    import fitting  # only now: annotations of modules that conftest.py imports go unchecked
     import here
 
+    from gmm_dist.fitting import (
+        fit,  # only now: annotations of modules that conftest.py imports go unchecked
+    )
     from gmm_dist.report import figures
 
-    monkeypatch.setattr(fitting.Job, "resident", here.resident)
+    monkeypatch.setattr(fit.Job, "resident", here.resident)
     monkeypatch.setattr(figures, "drawn", here.titled)
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import fitting
-from progress import Progress
-
+from gmm_dist.commands.progress import Progress
+from gmm_dist.fitting import fit
 from gmm_dist.lake.load import Counted
 from gmm_dist.lake.session import load_rows
 from gmm_dist.report.svg import Drawing
@@ -39,7 +38,7 @@ class HereShards(RayShards):
 
 
 @contextmanager
-def resident(job: fitting.Job, progress: Progress) -> Iterator[tuple[Shards, Counted]]:
+def resident(job: fit.Job, progress: Progress) -> Iterator[tuple[Shards, Counted]]:
     """Do what `Job.resident` does, without a cluster."""
     shards = HereShards(job.loader, job.plan.n_shards)
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import datasets
 import lakes
 import pytest
-import sweep as sweep_job
 from conftest import S3Server, free_ports, running
 
 import gmm_dist
+from gmm_dist.commands import sweep as sweep_job
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,8 +7,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import nightly
 import yaml
+
+from gmm_dist.commands import nightly
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS: list[dict[str, Any]] = list(

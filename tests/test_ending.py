@@ -10,10 +10,10 @@ import botocore.exceptions
 import pyarrow as pa
 import pytest
 import ray.exceptions
-from ending import run, said_how_to_resume
-from options import Again
 from test_jobs import ROOT, Errors
 
+from gmm_dist.commands.ending import run, said_how_to_resume
+from gmm_dist.commands.options import Again
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.runs.lease import LeaseLost
 

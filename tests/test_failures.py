@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from ending import run
 from ray.core.generated import common_pb2
 from ray.exceptions import (
     ActorDiedError,
@@ -17,6 +16,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from gmm_dist.commands.ending import run
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.shards.failures import Budget, FaultConfig, Verdict, judge, reason
 

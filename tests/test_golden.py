@@ -12,11 +12,11 @@ import os
 import shutil
 from pathlib import Path
 
-import nightly as nightly_job
 import pytest
-import score as score_job
 import torch
 
+from gmm_dist.commands import nightly as nightly_job
+from gmm_dist.commands import score as score_job
 from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import load

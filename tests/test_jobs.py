@@ -12,22 +12,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import fit as fit_job
-import fitting
 import here
 import lakes
-import nightly as nightly_job
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-import score as score_job
-import sweep as sweep_job
 from conftest import S3Server, forget_connections
-from options import Again, parse_k
 
 import gmm_dist
+from gmm_dist.commands import fit as fit_job
+from gmm_dist.commands import nightly as nightly_job
+from gmm_dist.commands import score as score_job
+from gmm_dist.commands import sweep as sweep_job
+from gmm_dist.commands.options import Again, parse_k
+from gmm_dist.fitting import fit
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.lake.read import read
 
@@ -249,7 +249,7 @@ def test_workers_do_not_change_a_bit_and_neither_does_s3(
         out = tmp_path / workers
         assert sweep_job.main([place, *common, str(out), "--num-workers", workers]) == 0
         hashes.add(model_hash(out))
-    monkeypatch.setattr(fitting.Job, "resident", here.resident)
+    monkeypatch.setattr(fit.Job, "resident", here.resident)
     assert sweep_job.main([data, *common, str(tmp_path / "here")]) == 0
     reports = [json.loads((tmp_path / i / "sweep.json").read_text()) for i in ("2", "3", "here")]
     assert plan_lake(data, columns=["x", "y"]).n_shards == 4

@@ -13,10 +13,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import fitting
 import lakes
 import mixtures
-import nightly
 import nights
 import numpy as np
 import pyarrow as pa
@@ -27,7 +25,9 @@ from conftest import S3Server
 from nights import Cluster
 
 import gmm_dist
+from gmm_dist.commands import nightly
 from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.fitting import fit as fitting
 from gmm_dist.lake.nights import NightKey
 from gmm_dist.nightly.gate import Gate
 from gmm_dist.nightly.lineage import Lineage

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from progress import Progress, notes, ranking
 from rich.console import Console
 
+from gmm_dist.commands.progress import Progress, notes, ranking
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.sweep import Standing, sweep
@@ -37,7 +37,7 @@ def test_a_terminal_shows_each_candidates_state_iteration_and_likelihood() -> No
 
 def test_elsewhere_there_are_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     progress = Progress(Console(file=io.StringIO()))
-    with caplog.at_level(logging.INFO, "gmm_dist.progress"), progress.shown():
+    with caplog.at_level(logging.INFO, "gmm_dist.commands.progress"), progress.shown():
         progress.loading(8, 8, 1_234_567)
         progress.standings(STANDINGS)
     assert "loaded 8 of 8 shards, 1,234,567 rows" in caplog.text

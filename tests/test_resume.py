@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import sweep as sweep_job
 from test_jobs import Errors, refused
+
+from gmm_dist.commands import sweep as sweep_job
 
 ROOT = Path(__file__).parent.parent
 ARGS = ["--k", "3,6", "--tol", "0", "--max-iter", "60", "--precision", "float64"]

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import fit as fit_job
 import lakes
 import mixtures
 import numpy as np
@@ -22,11 +21,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import score as score_job
 from conftest import S3Server, forget_connections, free_ports
 from test_artifacts import PROVENANCE
 from test_scoring import reference
 
+from gmm_dist.commands import fit as fit_job
+from gmm_dist.commands import score as score_job
 from gmm_dist.em.evaluate import training_quantiles
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.model.mixture import Mixture

@@ -9,18 +9,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote
 
-import fit as fit_job
 import fsspec
 import lakes
 import mixtures
-import nightly as nightly_job
 import pytest
-import score as score_job
-import sweep as sweep_job
 from conftest import S3Server
 from test_score_job import MIXTURE, model_at
 
 from gmm_dist import storage
+from gmm_dist.commands import fit as fit_job
+from gmm_dist.commands import nightly as nightly_job
+from gmm_dist.commands import score as score_job
+from gmm_dist.commands import sweep as sweep_job
 from gmm_dist.errors import UserError
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.runs import load

@@ -11,16 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import early
-import ending
 import pytest
-import stopping
-import talking
-from ending import run, said_how_to_resume
-from options import Again
 from test_jobs import ROOT, Errors
 from test_resume import data  # noqa: F401 - a lake large enough to be at work on
 
+from gmm_dist.commands import early, ending, stopping, talking
+from gmm_dist.commands.ending import run, said_how_to_resume
+from gmm_dist.commands.options import Again
 from gmm_dist.errors import UserError
 
 AGAIN = Again(str(ROOT / "jobs" / "sweep.py"), ["D", "--k", "2", "--output", "O"])

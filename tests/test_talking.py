@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import rich.console
-import sweep as sweep_job
-import talking
-from progress import Progress
-from talking import Unfailing
 from test_jobs import ROOT, table
 
 import gmm_dist
+from gmm_dist.commands import sweep as sweep_job
+from gmm_dist.commands import talking
+from gmm_dist.commands.progress import Progress
+from gmm_dist.commands.talking import Unfailing
 from gmm_dist.errors import UserError
 from gmm_dist.formats import counted, printable
 

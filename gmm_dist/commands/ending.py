@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import sys
 import traceback
@@ -14,17 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import early
-import talking
-from options import Again
-from ray.exceptions import RayError, RayTaskError
-from stopping import Stopper, stopper
-
+from gmm_dist.commands import early, talking
+from gmm_dist.commands.options import Again
+from gmm_dist.commands.stopping import Stopper, stopper
 from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.formats import printable
 from gmm_dist.runs.lease import LeaseLost
-from gmm_dist.shards.failures import is_full
+from gmm_dist.shards.failures import cause_in_worker, is_full, is_of_ray
+from gmm_dist.urls import without_secrets
 
-logger = logging.getLogger("gmm_dist.ending")
+logger = logging.getLogger("gmm_dist.commands.ending")
 
 FAILED = 1
 USER_CAN_MEND = 2
@@ -42,6 +42,9 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "give shorter names",
 }
 
+# What --json tells of the job that runs, beside how it ended.
+_facts: dict[str, object] = {}
+
 # The command that goes on with what is being done; None where there is nothing to go on with.
 _to_resume: list[str | None] = [None]
 
@@ -54,34 +57,47 @@ def said_how_to_resume(again: Again) -> Iterator[None]:
     _to_resume[0] = before
 
 
+def note(**facts: object) -> None:
+    """Have the line that --json asks for tell these facts too; None leaves one out."""
+    _facts.update({name: value for name, value in facts.items() if value is not None})
+
+
 def run(job: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a job and return its exit status; whatever ends it is told in one line on stderr."""
+    words = sys.argv[1:] if argv is None else argv
     _to_resume[0] = None
+    _facts.clear()
     with talking.unfailing(), stopper(_last_words, talking.hurry) as stop:
         early.begun()
+        status = FAILED
         try:
-            status = job(sys.argv[1:] if argv is None else argv) or 0
+            status = job(words) or 0
             stop.finish()
-            return status
         except BaseException as error:
             stop.finish()
             if stop.number is None and not isinstance(error, Exception | KeyboardInterrupt):
                 raise  # SystemExit, of --help
             logger.debug("ended by", exc_info=error)
-            return _told(error, stop)
+            status = _told(error, stop)
+        if "--json" in words:
+            talking.say(json.dumps({"exit_status": status, **_facts}))
+        return status
 
 
 def _told(error: BaseException, stop: Stopper) -> int:
     if stop.number is not None or isinstance(error, KeyboardInterrupt):
-        talking.complain(f"error: stopped by {stop.name}{_go_on()}")
-        return stop.status
+        return _complain(f"stopped by {stop.name}", stop.status, _go_on())
     if isinstance(error, UserError):
-        talking.complain(f"error: {error}")
-        return USER_CAN_MEND
+        return _complain(str(error), USER_CAN_MEND)
     # Who has lost the lease has lost it to a driver that goes on.
-    go_on = "" if isinstance(error, LeaseLost) else _go_on()
-    talking.complain(f"error: {_line(error)}{go_on}")
-    return FAILED
+    return _complain(_line(error), FAILED, "" if isinstance(error, LeaseLost) else _go_on())
+
+
+def _complain(line: str, status: int, go_on: str = "") -> int:
+    """Say what went wrong, also to whoever asked for --json; return the exit status."""
+    talking.complain(f"error: {line}{go_on}")
+    note(error=printable(without_secrets(line)), resume=_to_resume[0] if go_on else None)
+    return status
 
 
 def _last_words(stop: Stopper) -> None:
@@ -96,14 +112,14 @@ def _line(error: BaseException) -> str:
     """Say in one line what happened, where, and what to do."""
     if isinstance(error, RunFailed):
         return str(error)
-    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
-        return f"in a worker: {_line(error.cause)}"
+    if (cause := cause_in_worker(error)) is not None:
+        return f"in a worker: {_line(cause)}"
     if isinstance(error, OSError) and error.errno is not None:
         return _of_system(error)
     if isinstance(error, MemoryError):
         return "out of memory: use a machine with more, or fewer rows, columns and components"
     name, words = type(error).__name__, _shortened(str(error))
-    if isinstance(error, RayError):
+    if is_of_ray(error):
         return f"Ray failed ({name}: {words}): look at the cluster"
     return f"{name}: {words}{_spot(error)} ({talking.DEBUG}=1 shows the traceback)"
 
@@ -128,6 +144,6 @@ def _spot(error: BaseException) -> str:
     root = Path(__file__).resolve().parent.parent
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        if path.is_relative_to(root / "gmm_dist") or path.is_relative_to(root / "jobs"):
+        if path.is_relative_to(root):
             return f" (at {path.name}, line {frame.lineno})"
     return ""

@@ -1,26 +1,46 @@
-"""What a fit leaves behind: the table on the screen, the model, sweep.json, report.html."""
+"""What a fit leaves behind: the model, sweep.json, and report.html by whoever draws it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from progress import notes, ranking
-from talking import bearing, say, screen
 
 from gmm_dist import __version__
 from gmm_dist.lake.load import Counted, LakeLoader
 from gmm_dist.lake.plan import Plan
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.quantiles import Quantiles
-from gmm_dist.report import of_fit
 from gmm_dist.runs import load
 from gmm_dist.runs.load import Attempt
+from gmm_dist.selection.coreset import DrawCoreset, keyed_generator
 from gmm_dist.selection.ranking import Scored, SweepResult
+from gmm_dist.shards.protocol import Shards
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")
+
+
+logger = logging.getLogger(__name__)
+
+# A coreset weighs no row more than twice the mean, so that half of it is a fair sample.
+_DRAWN, _KEPT = 4096, 2000  # rows
+_PICTURE = 3  # the stream of keyed random numbers
+
+DrawReport = Callable[[Attempt, Mapping[str, Any], Mixture | None, torch.Tensor | None], bool]
+"""Draws report.html of sweep.json's content, the mixture and some rows; says whether it did."""
+
+
+def no_report(
+    attempt: Attempt,
+    content: Mapping[str, Any],
+    mixture: Mixture | None,
+    sample: torch.Tensor | None,
+) -> bool:
+    """Draw nothing."""
+    return False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,13 +82,12 @@ def write(
     more: dict[str, Any],
     *,
     ids: tuple[int, ...] | None = None,
-    numbers: Sequence[int | None] | None = None,
-    nightly: Mapping[str, Any] | None = None,
+    draw: DrawReport = no_report,
 ) -> bool:
     """Write the best candidate's model, if any, and the reports on all of them.
 
-    `ids` are the numbers that the model's components keep from night to night; `numbers` and
-    `nightly` are for report.html alone, see `reporting.write`. Return whether that was written.
+    `ids` are the numbers that the model's components keep from night to night; `draw` draws
+    report.html. Return whether that was written.
     """
     result, plan = fitted.result, loader.plan
     content = _report(result, plan, fitted.counted, settings) | more
@@ -79,7 +98,7 @@ def write(
     if fitted.sample is not None:
         sample = fitted.sample + torch.from_numpy(loader.centre)
     attempt.write_json(load.REPORT, content)
-    return of_fit.write(attempt, content, mixture, sample, numbers=numbers, nightly=nightly)
+    return draw(attempt, content, mixture, sample)
 
 
 def spell_best(best: Scored, criterion: str) -> str:
@@ -167,10 +186,18 @@ def _entry(scored: Scored, rank: int) -> dict[str, Any]:
     }
 
 
-def print_table(result: SweepResult, warnings: Sequence[str]) -> None:
-    """Print the ranked table, and what a reader of it should know; never fails."""
-    with bearing():
-        console = screen()
-        console.print(ranking(result, console.width))
-    for line in [*notes(result), *(f"warning: {warning}" for warning in warnings)]:
-        say(line)
+def sample_of(shards: Shards, result: SweepResult, random_state: int) -> torch.Tensor | None:
+    """Return a fair sample (m, d) of the fitted rows, about their centre, for the picture.
+
+    One pass over the rows. None, and a line in the log, where that fails: the fit is done, and
+    nothing for the eye may cost it.
+    """
+    if result.best is None:
+        return None
+    try:
+        coreset = shards.run(DrawCoreset.of(result.total, _DRAWN, random_state))
+        return coreset.fair(_KEPT, keyed_generator(random_state, _PICTURE))
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.warning("the report will have no picture of the rows: %s", reason)
+        return None

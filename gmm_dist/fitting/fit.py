@@ -1,8 +1,7 @@
-"""What the fitting jobs assemble: lake, cluster, sweep, artifacts."""
+"""A fit from its claim to its commit: plan, session, sweep, checkpoint, results."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import logging
@@ -12,71 +11,92 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-import results
 import torch
-from ending import said_how_to_resume
-from options import Again
-from progress import Progress
-from results import Fitted, print_table, spell_best
-from stopping import finish
-from talking import say, screen
 
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em.evaluate import training_quantiles
 from gmm_dist.em.lane import Snapshot
 from gmm_dist.errors import UserError
+from gmm_dist.fitting import results
 from gmm_dist.fitting.lake_sweep import require_means, start_workers
+from gmm_dist.fitting.options import FitOptions
+from gmm_dist.fitting.progress import FitProgress, Silent
+from gmm_dist.fitting.results import DrawReport, Fitted, no_report, sample_of
 from gmm_dist.formats import counted
 from gmm_dist.lake.load import Counted, LakeLoader, loader_for
 from gmm_dist.lake.plan import Plan, plan_lake
 from gmm_dist.lake.session import load_rows
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.report import of_fit
 from gmm_dist.runs import claim, load
 from gmm_dist.runs.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.runs.claim import Run
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import Keep, Watch, sweep
-from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.shards.protocol import Shards
-from gmm_dist.shards.ray_shards import ScalingConfig, connected
+from gmm_dist.shards.ray_shards import connected
 
-logger = logging.getLogger("gmm_dist.fitting")
+logger = logging.getLogger(__name__)
 
 
-def fit_lake(options: argparse.Namespace, again: Again) -> None:
-    """Claim the output, plan, load, fit, rank and commit; then say what came of it.
+@dataclass(frozen=True, slots=True, eq=False)
+class FitOutcome:
+    """What came of a fit that has committed, or could rank nothing.
+
+    `result` is None where the run had committed before; `has_report` says whether there is a
+    report.html. Where `result.best` is None there is no model, and the output is free again.
+    """
+
+    output: str
+    result: SweepResult | None
+    warnings: list[str]
+    has_report: bool = False
+
+
+def fit_lake(
+    options: FitOptions,
+    *,
+    progress: FitProgress | None = None,
+    draw: DrawReport = no_report,
+    next_run: Callable[[str], str] = lambda k: f"fit k={k} next",
+    finish: Callable[[], None] = lambda: None,
+) -> FitOutcome:
+    """Claim the output, plan, load, fit, rank and commit.
 
     With `options.resume` the fit goes on from the output's last checkpoint, and a run that has
     committed is left as it is.
+
+    Args:
+        options: What is fitted, and how.
+        progress: Is told how far the fit is.
+        draw: Draws report.html.
+        next_run: Says how a grid of K, such as "12..24", is fitted next, for a warning.
+        finish: Is called before the commit, which nothing should break off.
+
+    Raises:
+        UserError: the output is taken, or rows or settings are not fit for it.
+        RunFailed: too much has failed.
     """
     torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
     began = time.monotonic()
-    with said_how_to_resume(again), claim.claim(options.output, resume=options.resume) as run:
+    with claim.claim(options.output, resume=options.resume) as run:
         if run.committed:
-            say(f"{options.output}: the run has committed before, nothing is left to do")
-            return
-        job = Job.of(options, given=_given(options))
+            return FitOutcome(options.output, None, [])
+        given = None if options.start is None else load.load(options.start)
+        job = Job.of(options, given=given, progress=progress)
         fitted = job.fit(run)
         result = fitted.result
-        warnings = result.warnings(job.plan.feature_names, lambda k: f"next run: {again.for_k(k)}")
-        warnings = [*fitted.incomplete, *warnings]
+        found = result.warnings(job.plan.feature_names, next_run)
+        warnings = [*fitted.incomplete, *found]
         if result.best is None:
-            print_table(result, warnings)
             run.forget()
-            raise UserError(none_ranked(len(job.candidates)))
+            return FitOutcome(options.output, result, warnings)
         more = {"warnings": warnings, "seconds": time.monotonic() - began}
-        has_report = results.write(run.attempt, fitted, job.loader, job.settings, more)
+        has_report = results.write(run.attempt, fitted, job.loader, job.settings, more, draw=draw)
         logger.info("committing")
-        finish()  # what is left takes a moment, and is not to be told of as broken off
+        finish()
         run.attempt.commit()
-    # Results are committed before anybody is told: the reader may have gone.
-    print_table(result, warnings)
-    best = spell_best(result.best, result.criterion)
-    output = options.output.rstrip("/")
-    report = f", report in {output}/{of_fit.NAME}" if has_report else ""
-    say(f"best by {best}; model in {output}/model{report}")
+    return FitOutcome(options.output, result, warnings, has_report)
 
 
 def none_ranked(n_candidates: int) -> str:
@@ -95,40 +115,46 @@ Look = Callable[[Shards, SweepResult], None]
 class Job:
     """What is fitted, to which rows, and how; `given` and `warm` are about the rows' centre."""
 
-    options: argparse.Namespace
+    options: FitOptions
     em: EMConfig
     start: StartConfig
     candidates: list[Candidate]
     loader: LakeLoader
     given: list[Parameters] | None
     warm: list[Parameters]
+    progress: FitProgress
 
     @classmethod
     def of(
         cls,
-        options: argparse.Namespace,
+        options: FitOptions,
         plan: Plan | None = None,
         *,
         given: Mixture | None = None,
         warm: Mixture | None = None,
+        progress: FitProgress | None = None,
     ) -> Self:
         """Take the settings, and plan the rows unless that was done before.
 
         A fit goes on from `given`; in a sweep, `warm` competes with other starts of its shape.
         """
-        em = EMConfig(
-            options.tol, options.max_iter, options.reg_covar, options.precision, options.accelerate
-        )
-        start = StartConfig(options.n_init, options.init, random_state=options.random_state)
         candidates = _candidates(options, given)
         plan = plan or plan_rows(options)
-        scaling = ScalingConfig(options.num_workers, options.use_gpu)
-        require_means(plan, candidates, scaling, options.address)
+        require_means(plan, candidates, options.scaling, options.address)
         loader = loader_for(plan)
         starts, guests = (
             None if model is None else [about_centre(model, loader)] for model in (given, warm)
         )
-        return cls(options, em, start, candidates, loader, starts, guests or [])
+        return cls(
+            options,
+            options.em,
+            options.search,
+            candidates,
+            loader,
+            starts,
+            guests or [],
+            progress or Silent(),
+        )
 
     @property
     def plan(self) -> Plan:
@@ -160,7 +186,7 @@ class Job:
         """
         checkpoints = run.checkpoints(self.identity, seconds=self.options.checkpoint_seconds)
         latest = checkpoints.latest() if self.options.resume else None
-        progress = Progress(screen(stderr=True))
+        progress = self.progress
 
         def keep(number: int, snapshot: Callable[[], Snapshot]) -> None:
             run.check()
@@ -179,18 +205,17 @@ class Job:
             quantiles = None
             if result.best is not None:
                 quantiles = training_quantiles(shards, result.best.fit.parameters)
-            sample = of_fit.draw(shards, result, self.start.random_state)
+            sample = sample_of(shards, result, self.start.random_state)
             look(shards, result)
         return Fitted(result, counted, quantiles, sample)
 
     @contextmanager
-    def resident(self, progress: Progress) -> Iterator[tuple[Shards, Counted]]:
+    def resident(self, progress: FitProgress) -> Iterator[tuple[Shards, Counted]]:
         """Keep the rows in the memory of a cluster's workers, and count them."""
         options = self.options
-        scaling = ScalingConfig(options.num_workers, options.use_gpu).at_most(self.plan.n_shards)
+        scaling = options.scaling.at_most(self.plan.n_shards)
         with connected(options.address, scaling):
-            faults = FaultConfig(max_failures=options.max_failures, grace=options.grace)
-            shards = start_workers(self.loader, self.candidates, scaling, faults)
+            shards = start_workers(self.loader, self.candidates, scaling, options.faults)
 
             def loaded(done: int, n_rows: int) -> None:
                 progress.loading(done, self.plan.n_shards, n_rows)
@@ -227,16 +252,11 @@ def _digest(given: Sequence[Parameters]) -> str:
     return digest.hexdigest()
 
 
-def _given(options: argparse.Namespace) -> Mixture | None:
-    start = getattr(options, "start", None)
-    return None if start is None else load.load(start)
-
-
-def _candidates(options: argparse.Namespace, given: Mixture | None) -> list[Candidate]:
+def _candidates(options: FitOptions, given: Mixture | None) -> list[Candidate]:
     if given is None:
-        pairs = itertools.product(options.covariance_type, options.k)
+        pairs = itertools.product(options.covariance_type, options.k or ())
         return [Candidate(k, kind) for kind, k in pairs]
-    if options.k not in (None, [given.n_components]):
+    if options.k not in (None, (given.n_components,)):
         components = counted(given.n_components, "component")
         raise UserError(
             f"--k is {options.k[0]} but the model of --start has {components}: leave out --k"
@@ -244,8 +264,8 @@ def _candidates(options: argparse.Namespace, given: Mixture | None) -> list[Cand
     return [Candidate(given.n_components, given.covariance_type)]
 
 
-def plan_rows(options: argparse.Namespace) -> Plan:
-    """Plan the rows that the command line asks for."""
+def plan_rows(options: FitOptions) -> Plan:
+    """Plan the rows that the options ask for."""
     return plan_lake(
         options.data,
         columns=options.columns,

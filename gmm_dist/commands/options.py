@@ -1,23 +1,23 @@
-"""The command line that the jobs share."""
+"""The arguments that the jobs share, and the command lines that they name."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
 
+from gmm_dist import __version__
 from gmm_dist.config import INITS, PRECISIONS, EMConfig, StartConfig
 from gmm_dist.errors import UserError
 from gmm_dist.formats import printable
 from gmm_dist.model.parameters import COVARIANCE_TYPES
-from gmm_dist.model.quantiles import SMALLEST
 from gmm_dist.shards.failures import FaultConfig
-from gmm_dist.shards.ray_shards import ScalingConfig
 from gmm_dist.urls import Url, redacted, without_secrets
 
 _EM, _START = EMConfig(), StartConfig()  # the defaults
@@ -31,36 +31,26 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
-        """Read the command line, and refuse values out of range before anything is begun."""
-        options = super().parse_args(args)
-        _require_in_range(options)
-        return options
+        """Read the command line; --version is answered at once."""
+        self.add_argument("--version", action="version", version=f"gmm-dist {__version__}")
+        return super().parse_args(args)
 
 
-def _require_in_range(options: argparse.Namespace) -> None:
-    given = vars(options)
+T = TypeVar("T")
 
-    def only(*names: str) -> dict[str, Any]:
-        return {name: given[name] for name in names if name in given}
 
-    # Each says itself what is wrong with it.
-    for config, names in (
-        (EMConfig, ("tol", "max_iter", "reg_covar")),
-        (StartConfig, ("n_init", "random_state")),
-        (FaultConfig, ("max_failures", "grace")),
-        (ScalingConfig, ("num_workers",)),
-    ):
-        config(**only(*names))
-    if not 0 <= given.get("holdout", 0.0) < 1:
-        raise UserError(
-            f"--holdout is {options.holdout:g}: give a share of the rows, 0 <= share < 1"
-        )
-    seconds = given.get("checkpoint_seconds", 0.0)
-    if not (seconds >= 0 and math.isfinite(seconds)):
-        raise UserError(f"--checkpoint-seconds is {seconds:g}: give seconds >= 0")
-    share = given.get("outliers")
-    if share is not None and not SMALLEST <= share < 1:
-        raise UserError(f"--outliers is {share:g}: give a share from {SMALLEST:g} to below 1")
+def options_of(kind: Callable[..., T], given: argparse.Namespace) -> T:
+    """Return the options that a command line asks for; lists become tuples.
+
+    Raises UserError for a value out of range.
+    """
+    names = {field.name for field in fields(cast(Any, kind))}
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(given).items()
+        if name in names
+    }
+    return kind(**values)
 
 
 def parse_k(text: str) -> list[int]:
@@ -220,7 +210,15 @@ def add_cluster(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_json(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Add the option that schedulers read a job's end by."""
+    group.add_argument(
+        "--json", action="store_true", help="end with a line of JSON on stdout that says what came"
+    )
+
+
 def _add_run(group: argparse._ArgumentGroup) -> None:
+    add_json(group)
     group.add_argument(
         "--resume",
         action="store_true",
@@ -235,14 +233,25 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def program(job: str) -> tuple[str, ...]:
+    """Return the words by which this process was called: gmm-dist, a script of jobs/, python -m."""
+    called = Path(sys.argv[0])
+    if called.name == f"{job}.py":
+        return "python", os.path.relpath(called)
+    if called.name == "__main__.py":
+        return "python", "-m", "gmm_dist", job
+    return "gmm-dist", job
+
+
 @dataclass(frozen=True, slots=True)
 class Again:
     """The command line of a job, to be spelt as for a shell with something changed.
 
-    Without credentials, where a URL had any: it goes into logs.
+    `program` are the words before the arguments. Without credentials, where a URL had any: it
+    goes into logs.
     """
 
-    script: str
+    program: Sequence[str]
     argv: Sequence[str]
 
     def for_k(self, k: str) -> str:
@@ -265,7 +274,7 @@ class Again:
     def _spelt(self, words: Sequence[str]) -> str:
         shown = [_without_secrets(word) for word in words]
         hint = "" if shown == words else " (with the credentials, which are left out here)"
-        return " ".join(map(_quoted, ["python", os.path.relpath(self.script), *shown])) + hint
+        return " ".join(map(_quoted, [*self.program, *shown])) + hint
 
 
 def _without_secrets(word: str) -> str:

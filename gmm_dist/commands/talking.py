@@ -24,7 +24,7 @@ from rich.console import Console
 from gmm_dist.formats import printable
 from gmm_dist.urls import without_secrets
 
-logger = logging.getLogger("gmm_dist.talking")
+logger = logging.getLogger("gmm_dist.commands.talking")
 
 DEBUG = "GMM_DIST_DEBUG"  # an environment variable; 1 shows tracebacks and what else is traced
 _WIDE = 160  # columns, where there is no terminal

@@ -24,15 +24,21 @@ from rich.text import Text
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-SWEEP = "jobs/sweep.py ./flights --k 2..12 --output ./flights-model"
+SWEEP = "gmm-dist sweep ./flights --k 2..12 --output ./flights-model"
 COLUMNS = 118  # what the widest line of the table takes
 WIDTH, HEIGHT = 1200, 3600  # pixels of the report that are shown
 PARTS = ("report.png", "clusters.png")  # down to the table of candidates; the picture of the rows
 _EDGES = """
-document.documentElement.style.overflow = "hidden";
 const which = document.querySelector("[aria-labelledby=which]").getBoundingClientRect();
 const rows = document.querySelector("figure.picture").closest(".beside").getBoundingClientRect();
-[0, which.bottom + 8, rows.top, rows.bottom]
+[document.documentElement.clientWidth, 0, which.bottom + 8, rows.top, rows.bottom]
+"""
+# As the script gmm-dist does, whether or not it is installed.
+_COMMAND = """
+import sys
+from gmm_dist.commands.early import main
+del sys.argv[0]
+main()
 """
 _SECONDS = 600  # for a sweep, at most
 
@@ -40,10 +46,9 @@ _SECONDS = 600  # for a sweep, at most
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pictures-") as folder:
         place = Path(folder)
-        (place / "jobs").symlink_to(ROOT / "jobs")  # so that commands are shown as in a clone
         datasets = ROOT / "benchmarks" / "datasets.py"
         subprocess.run([sys.executable, datasets, "flights", "./flights"], cwd=place, check=True)
-        (IMAGES / "sweep.svg").write_text(terminal(swept(place), f"python {SWEEP}"))
+        (IMAGES / "sweep.svg").write_text(terminal(swept(place), SWEEP))
         photograph(place / "flights-model" / "report.html", IMAGES)
 
 
@@ -51,7 +56,7 @@ def swept(place: Path) -> str:
     """Run the sweep, and return what it writes to a terminal, with its escapes."""
     environment = os.environ | {"FORCE_COLOR": "1", "COLUMNS": str(COLUMNS)}
     done = subprocess.run(
-        [sys.executable, *shlex.split(SWEEP)],
+        [sys.executable, "-c", _COMMAND, *shlex.split(SWEEP)],
         cwd=place,
         env=environment,
         stdout=subprocess.PIPE,
@@ -86,10 +91,11 @@ def photograph(page: Path, folder: Path) -> None:
     view = QWebEngineView()
     view.resize(WIDTH, HEIGHT)
 
-    def save(edges: list[float]) -> None:
+    def save(found: list[float]) -> None:
         whole = view.grab().toImage()
+        width, *edges = map(int, found)
         for name, top, bottom in zip(PARTS, edges[::2], edges[1::2], strict=True):
-            part = whole.copy(0, int(top), WIDTH, int(bottom - top))
+            part = whole.copy(0, top, width, bottom - top)
             part.save(str(folder / name))
             _shrink(folder / name)
         app.exit(0)
@@ -109,9 +115,9 @@ def photograph(page: Path, folder: Path) -> None:
 
 
 def _shrink(picture: Path) -> None:
-    """Take 64 colours for all that there are: a quarter of the bytes, and nobody sees it."""
+    """Take 256 colours for all that there are: a third of the bytes, and nobody sees it."""
     with Image.open(picture) as image:
-        few = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     few.save(picture, optimize=True)
 
 

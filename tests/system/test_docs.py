@@ -182,9 +182,9 @@ def commands() -> Iterator[str]:
 
 def test_the_architecture_names_every_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """And each as it does itself; `python tools/modules.py` writes the list anew."""
-    modules = tool(monkeypatch, "modules")
-    assert modules.listed() in (ROOT / "docs" / "architecture.md").read_text()
-    assert modules.listed().count("\n| `") > 50
+    listed = tool(monkeypatch, "modules").listed()
+    assert listed in (ROOT / "docs" / "architecture.md").read_text()
+    assert listed.count("\n| `") > 50
 
 
 def test_the_architecture_says_where_things_are() -> None:

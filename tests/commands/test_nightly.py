@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from nights import Cluster
 
 import gmm_dist
 from gmm_dist.commands import nightly
+from gmm_dist.commands.night_options import NightlyOptions, NightRows
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.fitting import fit as fitting
 from gmm_dist.lake.nights import NightKey
@@ -466,7 +466,8 @@ def test_a_pruned_night_is_not_fitted_again(local: Nights, capsys: Errors) -> No
     assert local.registry.new_ids(0) == 3
     argv = [local.data, "--registry", local.url, "--night", night(1), "--partition", "ds"]
     with pytest.raises(UserError, match=r"was published and pruned while this run waited"):
-        nightly._publish(nightly._parse([*argv, "--k", "3"]), local.registry, Gate(), ExitStack())
+        options = nightly._parse([*argv, "--k", "3"])
+        nightly._publish(options, NightRows(options), local.registry, Gate(), ExitStack())
 
 
 def test_scores_inside_the_lake_are_refused_before_any_fitting(
@@ -804,7 +805,7 @@ def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
         (["--night", "9999-12-31"], "--night 9999-12-31: no calendar has so many"),
         (["--max-drop", "-1"], "--max-drop is -1: give a number of nats >= 0"),
         (["--min-rows", "-1"], "--min-rows is -1: give a whole number >= 0"),
-        (["--where", "x > 1 or x < 0"], "'or' is not supported"),
+        (["--where", "x > 1 or"], "cannot be read to its end"),
         (["--partition", "dt"], "--partition 'dt' is no column; columns are ds, x, y"),
         (["--keep", "id"], "--keep and --outliers are for --scores"),
         (["--outliers", "0.1"], "--keep and --outliers are for --scores"),
@@ -848,7 +849,21 @@ def test_help_tells_this_jobs_own_default(capsys: Errors) -> None:
 
 def test_the_filter_is_a_half_open_range_beside_the_users() -> None:
     key = NightKey(("the day",))
-    options = argparse.Namespace(night="2026-03-01", own_where="0 < x <= 5", partition_key=key)
-    assert nightly._rows_of(options, days=2).text == (
+    options = NightlyOptions(
+        data="lake",
+        registry="models",
+        night="2026-03-01",
+        partition=("the day",),
+        k=(2,),
+        where="0 < x <= 5",
+    )
+    rows = NightRows(options)
+    rows.__dict__["key"] = key  # as found in the lake
+    assert rows.where(days=2).text == (
         "col('the day') < '2026-03-02' and col('the day') >= '2026-02-28' and x <= 5 and x > 0"
+    )
+    options.own_where = "x is null or not x in (1, 2)"  # of these days too, and of no others
+    assert nightly._rows_of(options, days=1).text == (
+        "col('the day') < '2026-03-02' and col('the day') >= '2026-03-01' and "
+        "(x != 1 and x != 2 or x is null)"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 import pydoc
@@ -17,6 +18,7 @@ import lakes
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import sklearn.mixture
 import torch
@@ -485,7 +487,7 @@ def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
         str(tmp_path / "lake"),
         columns=["a", "b"],
         weight_column="w",
-        where="t >= 20",
+        where=(pc.field("t") >= 20) & pc.field("a").is_valid(),
         address=ray_address,
         num_workers=2,
     )
@@ -502,7 +504,8 @@ def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
         weights_init=model.weights_, means_init=model.means_, precisions_init=model.precisions_
     )
     assert again.fit(lake).lower_bounds_[0] == pytest.approx(model.lower_bound_, abs=1e-9)
-    chosen = gmm_dist.select(lake, k=[1, 2], covariance_types="diag")
+    told = dataclasses.replace(lake, where="t >= 20 and (a is not null or t in (0))")
+    chosen = gmm_dist.select(told, k=[1, 2], covariance_types="diag")
     assert chosen.best.feature_names_in_.tolist() == ["a", "b"]
     assert chosen.best.n_components == 2
 

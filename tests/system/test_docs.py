@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from gmm_dist.commands import cli
+from gmm_dist.lake.filters.text import parse
 
 pytestmark = pytest.mark.unchecked  # whole fits
 
@@ -133,6 +134,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_site_has_every_page_once() -> None:
     named = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
     assert sorted(named) == sorted(page.name for page in PAGES[1:])
+
+
+def test_filters_can_be_read() -> None:
+    section = (ROOT / "docs" / "lakes.md").read_text().partition("## Filter rows")[2]
+    table = section.partition("\n## ")[0]
+    examples = re.findall(r"^\| .* \| (`.*`) \|$", table, re.M)
+    filters = [text for cell in examples for text in re.findall(r"`([^`]+)`", cell)]
+    filters += [text for line in commands() for text in re.findall(r'--where "([^"]+)"', line)]
+    assert len(filters) >= 8
+    for text in filters:
+        assert parse(text).columns
 
 
 def tool(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:

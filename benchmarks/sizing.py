@@ -21,6 +21,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,55 +90,59 @@ def _write(folder: Path, n: int, d: int) -> None:
 
 
 def _sweep(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Run the job; note when each phase begins, and look now and then at its workers' memory."""
-    command = [
-        sys.executable,
-        _JOB,
-        folder / "lake",
-        "--output",
-        folder / "model",
-        "--k",
-        options.k,
-    ]
+    """Run the job, and return what its workers and its phases took."""
+    command = [_JOB, folder / "lake", "--output", folder / "model", "--k", options.k]
     command += ["--covariance-type", options.covariance_type, "--num-workers", options.num_workers]
-    began, peak = time.perf_counter(), 0
-    starts: dict[str, float] = {}
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    watched = _watched([sys.executable, *map(str, command)])
+    missed = [phase for phase in _PHASES if phase not in watched.begins]
+    if watched.status or missed or not watched.peak:
+        raise RuntimeError(
+            f"sweep.py ended with status {watched.status}, phases not seen: {missed}; peak "
+            f"{watched.peak} KiB; its log ends with: {watched.last}"
+        )
+    begins = [watched.begins[phase] for phase in _PHASES if phase != "start"]
+    edges = itertools.pairwise([0.0, *begins, watched.seconds])
+    phases = {name: round(b - a, 2) for name, (a, b) in zip(_PHASES, edges, strict=True)}
+    report = json.loads((folder / "model" / "sweep.json").read_text())
+    return {
+        "worker_gib": watched.peak / 2**20,
+        "seconds": watched.seconds,
+        "phases": phases,
+        "n_passes": report["n_passes"],
+    }
 
-    lines: list[str] = []
 
-    def read() -> None:
-        assert process.stderr is not None
-        for line in process.stderr:
-            lines.append(line)
+@dataclass
+class _Watched:
+    """What was seen of a job: seconds from its start, and KiB."""
+
+    begins: dict[str, float] = field(default_factory=dict)
+    last: str = ""
+    peak: int = 0
+    seconds: float = 0.0
+    status: int = 0
+
+
+def _watched(command: list[str]) -> _Watched:
+    """Run a job; note when each phase begins, and look now and then at its workers' memory."""
+    seen, began = _Watched(), time.perf_counter()
+
+    def read(lines: Iterable[str]) -> None:
+        for seen.last in lines:
             for phase, pattern in _PHASES.items():
-                if re.search(pattern, line):
-                    starts.setdefault(phase, time.perf_counter() - began)
+                if re.search(pattern, seen.last):
+                    seen.begins.setdefault(phase, time.perf_counter() - began)
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    while process.poll() is None:
-        peak = max(peak, machine.workers_peak(process.pid))
-        time.sleep(0.2)
-    reader.join()
-    seconds = time.perf_counter() - began
-    missed = [phase for phase in _PHASES if phase not in starts]
-    if process.returncode or missed or not peak:
-        what = f"sweep.py ended with status {process.returncode}, phases not seen: {missed}"
-        raise RuntimeError(f"{what}; peak {peak} KiB; its log ends with: {''.join(lines[-3:])}")
-    edges = [0.0, *(starts[phase] for phase in _PHASES if phase != "start"), seconds]
-    spans = dict(zip(_PHASES, map(_between, itertools.pairwise(edges)), strict=True))
-    passes = json.loads((folder / "model" / "sweep.json").read_text())["n_passes"]
-    return {"worker_gib": peak / 2**20, "seconds": seconds, "phases": spans, "n_passes": passes}
-
-
-def _between(edges: tuple[float, float]) -> float:
-    return round(edges[1] - edges[0], 2)
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        reader = threading.Thread(target=read, args=(process.stderr,))
+        reader.start()
+        while process.poll() is None:
+            seen.peak = max(seen.peak, machine.workers_peak(process.pid))
+            time.sleep(0.2)
+        reader.join()
+    seen.seconds, seen.status = time.perf_counter() - began, process.returncode
+    return seen
 
 
 def _row(n: int, d: int, workers: int, found: dict[str, Any]) -> str:

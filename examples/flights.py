@@ -15,14 +15,16 @@ import gmm_dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import datasets  # noqa: E402
+import datasets
 
 
 def main(n_rows: int = 40_000) -> None:
     """Fit K = 2..6 to a sample of the flights, and describe the best mixture."""
     with tempfile.TemporaryDirectory() as folder:
         table = datasets.flights()
-        pq.write_table(table.take(range(0, len(table), -(-len(table) // n_rows))), f"{folder}/a.parquet")
+        pq.write_table(
+            table.take(range(0, len(table), -(-len(table) // n_rows))), f"{folder}/a.parquet"
+        )
         lake = gmm_dist.Lake(folder, columns=["departure", "distance", "speed", "arr_delay"])
         found = gmm_dist.select(lake, n_components=range(2, 7), covariance_type="full")
     print(found)

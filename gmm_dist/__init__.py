@@ -2,7 +2,8 @@
 
 - `GaussianMixture`, `BayesianGaussianMixture`: scikit-learn's estimators, of arrays and of lakes;
 - `select`: a grid of mixtures fitted in the same passes, and ranked;
-- `open_lake`: a lake as what `fit` and `select` take in place of rows;
+- `Lake`: rows of Parquet files, by name: what `fit` and `select` take in place of rows;
+- `Cluster`: the Ray cluster that a lake's rows are held by;
 - `load`: a model that a job or a registry has left behind, as a `Mixture`;
 - `Mixture`: a fitted mixture put to use; its `Parameters` are float64 tensors;
 - `UserError`: what is raised for input that a user can mend, a `ValueError`.
@@ -14,13 +15,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gmm_dist.config import Cluster as Cluster
     from gmm_dist.errors import UserError as UserError
     from gmm_dist.estimators.bayesian_gaussian_mixture import (
         BayesianGaussianMixture as BayesianGaussianMixture,
     )
     from gmm_dist.estimators.gaussian_mixture import GaussianMixture as GaussianMixture
     from gmm_dist.estimators.select import select as select
-    from gmm_dist.lake.lake import open_lake as open_lake
+    from gmm_dist.lake.lake import Lake as Lake
     from gmm_dist.model.mixture import Mixture as Mixture
     from gmm_dist.model.parameters import Parameters as Parameters
     from gmm_dist.runs.load import load as load
@@ -31,28 +33,35 @@ __version__ = "0.1.0"
 # runs where only torch is installed, and reading a lake does not wait for torch.
 _HOMES = {
     "BayesianGaussianMixture": "estimators.bayesian_gaussian_mixture",
+    "Cluster": "config",
     "GaussianMixture": "estimators.gaussian_mixture",
+    "Lake": "lake.lake",
     "Mixture": "model.mixture",
     "Parameters": "model.parameters",
     "UserError": "errors",
     "load": "runs.load",
-    "open_lake": "lake.lake",
     "select": "estimators.select",
 }
 
 __all__ = [
     "BayesianGaussianMixture",
+    "Cluster",
     "GaussianMixture",
+    "Lake",
     "Mixture",
     "Parameters",
     "UserError",
     "load",
-    "open_lake",
     "select",
 ]
 
 
 def __getattr__(name: str) -> object:
+    if name == "open_lake":
+        raise AttributeError(
+            f"module {__name__!r} has no attribute 'open_lake': gmm_dist.Lake(url, ...) names a "
+            "lake, and fit(lake, cluster=gmm_dist.Cluster(...)) says where its rows are held"
+        )
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

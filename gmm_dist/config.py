@@ -1,4 +1,4 @@
-"""Frozen, validated settings of a fit and of a sweep."""
+"""Frozen, validated settings: of the cluster, of a fit and of a sweep."""
 
 from __future__ import annotations
 
@@ -12,6 +12,39 @@ PRECISIONS = ("auto", "float32", "float64")
 RELATIVE, ABSOLUTE = "variance of the feature over all rows", "squared feature unit"
 REG_UNITS = (RELATIVE, ABSOLUTE)
 INITS = ("k-means||", "k-means++", "kmeans", "random", "random_from_data")
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The Ray cluster that holds a lake's rows, and how many workers do.
+
+    Connects to nothing yet: a fit does, and leaves again. A process that is connected to Ray
+    already, such as a notebook, uses that cluster and stays connected.
+
+    >>> Cluster(num_workers=4)
+    Cluster(address=None, num_workers=4, use_gpu=None)
+
+    Args:
+        address: HOST:PORT of the cluster's head, ray://HOST:10001, "auto" for the one that runs on
+            this machine, or "local" to start Ray here. None: the cluster that this process is
+            connected to, else that of RAY_ADDRESS, else Ray is started here.
+        num_workers: Ray actors that hold rows; None for one per CPU, or per GPU.
+        use_gpu: whether each worker has a GPU of its own; None for whether the cluster has any.
+
+    Raises UserError for a value out of range.
+    """
+
+    address: str | None = None
+    num_workers: int | None = None
+    use_gpu: bool | None = None
+
+    def __post_init__(self) -> None:
+        address, n, gpu = self.address, self.num_workers, self.use_gpu
+        address_ok = address is None or (isinstance(address, str) and address.strip() != "")
+        _require(address_ok, "address", repr(address), "HOST:PORT of a Ray cluster's head, or None")
+        n_ok = n is None or (_is_whole(n, 1) and not isinstance(n, bool))
+        _require(n_ok, "num_workers", n, "a whole number >= 1")
+        _require(gpu is None or isinstance(gpu, bool), "use_gpu", repr(gpu), "True, False or None")
 
 
 @dataclass(frozen=True, slots=True)

@@ -324,9 +324,22 @@ def test_no_cluster_at_the_address_is_one_line() -> None:
 def test_a_process_that_is_connected_stays_so(ray_address: str) -> None:
     ray.init(ray_address, log_to_driver=False)
     try:
-        with on_ray("127.0.0.1:1", 1) as shards:
+        with on_ray(ray_address, 1) as shards:
             assert shards.load() == sum(300 + 50 * shard for shard in range(N_SHARDS))
         assert ray.is_initialized()
+        host, _, port = ray_address.rpartition(":")
+        other = f"{host}:1"
+        for address in (other, "ray://192.0.2.77:10001", "local"):
+            with (
+                pytest.raises(
+                    UserError, match=f"^--address is {address}, but .* cluster at .*{port}: leave"
+                ),
+                connected(address, ScalingConfig()),
+            ):
+                pass
+        for address in (None, "auto", f"localhost:{port}", "ray://127.0.0.1:10001"):
+            with connected(address, ScalingConfig()):
+                assert ray.is_initialized()
     finally:
         ray.shutdown()
 

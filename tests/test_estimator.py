@@ -23,7 +23,11 @@ import sklearn.mixture
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_iris, make_blobs
-from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.exceptions import (
+    ConvergenceWarning,
+    NotFittedError,
+    UnsetMetadataPassedError,
+)
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -31,7 +35,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from test_reference import CASES, data, name, start_of
 
 import gmm_dist
-from gmm_dist import GaussianMixture, open_lake
+from gmm_dist import Cluster, GaussianMixture, Lake
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import MaximumLikelihood, Trial, moments_of_shares
 from gmm_dist.estimators.restarts import ranked
@@ -52,7 +56,7 @@ import sys, numpy as np, gmm_dist
 assert "sklearn" not in sys.modules and "torch" not in sys.modules
 gmm_dist.GaussianMixture(2, random_state=0).fit(np.random.default_rng(0).normal(size=(99, 2)))
 # pyarrow may be there: scikit-learn imports pandas, and that pyarrow, where they are installed.
-ours = {f"gmm_dist.{name}" for name in ("assembly", "cluster", "lake", "loading")}
+ours = {f"gmm_dist.{name}" for name in ("fitting", "lake.plan", "runs", "shards.ray_shards")}
 assert not ({"ray", "fsspec", "matplotlib"} | ours) & set(sys.modules)
 """
     command = [sys.executable, "-c", code]
@@ -482,15 +486,14 @@ def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
     X = load_iris().data
     columns = {"a": X[:, 0], "b": X[:, 2], "w": np.ones(len(X)), "t": np.arange(len(X))}
     lakes.write(tmp_path / "lake" / "x.parquet", columns, rows_per_group=40)
-    lake = open_lake(
+    lake = Lake(
         str(tmp_path / "lake"),
         columns=["a", "b"],
         weight_column="w",
         where="t >= 20",
-        address=ray_address,
-        num_workers=2,
     )
-    model = GaussianMixture(2, random_state=0, tol=1e-6).fit(lake)
+    cluster = Cluster(ray_address, num_workers=2)
+    model = GaussianMixture(2, random_state=0, tol=1e-6).fit(lake, cluster=cluster)
     rows = X[20:][:, [0, 2]]
     assert model.feature_names_in_.tolist() == ["a", "b"]
     assert model.converged_ is True
@@ -502,14 +505,37 @@ def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
     again = clone(model).set_params(
         weights_init=model.weights_, means_init=model.means_, precisions_init=model.precisions_
     )
-    assert again.fit(lake).lower_bounds_[0] == pytest.approx(model.lower_bound_, abs=1e-9)
-    chosen = gmm_dist.select(lake, k=[1, 2], covariance_types="diag")
+    assert again.fit(lake, cluster=cluster).lower_bounds_[0] == pytest.approx(
+        model.lower_bound_, abs=1e-9
+    )
+    chosen = gmm_dist.select(lake, k=[1, 2], covariance_types="diag", cluster=cluster)
     assert chosen.best.feature_names_in_.tolist() == ["a", "b"]
     assert chosen.best.n_components == 2
 
 
+@pytest.mark.parametrize("kind", [GaussianMixture, gmm_dist.BayesianGaussianMixture])
+def test_a_cluster_is_for_a_lake_alone(kind):
+    for verb in (kind().fit, lambda X, cluster: gmm_dist.select(X, cluster=cluster)):
+        with pytest.raises(ValueError, match=r"^cluster is for a lake, .* leave it out$"):
+            verb(blobs(), cluster=Cluster(num_workers=2))
+        with pytest.raises(TypeError, match=r"^cluster is '10\.0\.0\.1:6379': give gmm_dist\.Clu"):
+            verb(Lake("nowhere"), cluster="10.0.0.1:6379")
+
+
+def test_a_cluster_and_weights_are_routed_to_the_estimator():
+    """A pipeline hands on what a step asks for, and nothing else."""
+    with sklearn.config_context(enable_metadata_routing=True):
+        asking = GaussianMixture().set_fit_request(cluster=True, sample_weight=True)
+        steps = make_pipeline(asking)
+        with pytest.raises(ValueError, match=r"^cluster is for a lake"):
+            steps.fit(blobs(), cluster=Cluster())
+        assert steps.fit(blobs(), sample_weight=np.ones(300)).predict(blobs()).shape == (300,)
+        with pytest.raises(UnsetMetadataPassedError, match="cluster"):
+            make_pipeline(GaussianMixture()).fit(blobs(), cluster=Cluster())
+
+
 def test_what_a_lake_does_not_take():
-    lake = open_lake("nowhere")
+    lake = Lake("nowhere")
     with pytest.raises(ValueError, match="weight_column"):
         GaussianMixture().fit(lake, sample_weight=[1])
     with pytest.raises(TypeError, match="rows in memory"):
@@ -621,18 +647,14 @@ def test_a_model_made_by_hand_scores_by_its_factors(kind):
 def test_a_lake_takes_no_settings_of_rows_in_memory():
     for options, message in [({"device": "cpu"}, "use_gpu="), ({"shards": 2}, "planned from its")]:
         with pytest.raises(ValueError, match=message):
-            GaussianMixture(**options).fit(open_lake("nowhere"))
+            GaussianMixture(**options).fit(Lake("nowhere"))
 
 
 def test_of_a_lake_too_messages_name_arguments(tmp_path):
-    with pytest.raises(ValueError, match=r"^holdout is 2: give a share"):
-        GaussianMixture().fit(open_lake("nowhere", holdout=2))
-    with pytest.raises(ValueError, match=r"^holdout is 2: give a share"):
-        gmm_dist.BayesianGaussianMixture().fit(open_lake("nowhere", holdout=2))
     model = GaussianMixture(2, random_state=0, warm_start=True).fit(blobs())
     lakes.write(tmp_path / "lake" / "a.parquet", {"x": np.arange(9.0), "y": np.arange(9.0) ** 2})
     with pytest.raises(ValueError, match=r"start has 3 features, but .* has 2 \(x, y\)"):
-        model.fit(open_lake(str(tmp_path / "lake")))
+        model.fit(Lake(str(tmp_path / "lake")))
 
 
 def test_rows_that_lie_in_order_are_not_copied_whole():
@@ -648,9 +670,9 @@ def test_rows_that_lie_in_order_are_not_copied_whole():
 
 def test_a_path_is_no_rows():
     for verb in (GaussianMixture().fit, GaussianMixture().fit_predict, gmm_dist.select):
-        with pytest.raises(TypeError, match=r"X is 's3://x/y', a place .* gmm_dist\.open_lake"):
+        with pytest.raises(TypeError, match=r"X is 's3://x/y', a place .* gmm_dist\.Lake"):
             verb("s3://x/y")
-    with pytest.raises(TypeError, match="open_lake"):
+    with pytest.raises(TypeError, match=r"gmm_dist\.Lake"):
         GaussianMixture().fit(Path("x"))
 
 
@@ -755,9 +777,10 @@ def test_a_reg_covar_below_every_variance_is_not_told(kind):
 
 def test_a_reg_covar_beyond_a_lakes_variance_is_told(tmp_path, ray_address):
     lakes.write(tmp_path / "a.parquet", {"x": blobs()[:, 0] * 1e-4, "y": blobs()[:, 1]})
-    lake = open_lake(str(tmp_path), address=ray_address, num_workers=1)
+    lake, cluster = Lake(tmp_path), Cluster(ray_address, num_workers=1)
+    model = GaussianMixture(2, covariance_type="diag", n_init=1, random_state=0)
     with pytest.warns(UserWarning, match="more than the variance of feature 'x'") as caught:
-        GaussianMixture(2, covariance_type="diag", n_init=1, random_state=0).fit(lake)
+        model.fit(lake, cluster=cluster)
     assert [Path(w.filename).name for w in caught] == ["test_estimator.py"]
 
 

@@ -10,7 +10,7 @@ import pytest
 from sklearn.datasets import make_blobs
 
 import gmm_dist
-from gmm_dist import UserError, open_lake, select
+from gmm_dist import Lake, UserError, select
 from gmm_dist.estimators.settings import of_arguments
 
 pytestmark = pytest.mark.unchecked  # whole searches
@@ -168,7 +168,7 @@ def test_settings_are_checked_as_the_estimators(X):
 )
 def test_a_lake_takes_no_settings_of_rows_in_memory(options, message):
     with pytest.raises(ValueError, match=message):
-        select(open_lake("nowhere"), **options)
+        select(Lake("nowhere"), **options)
 
 
 def test_numpys_numbers_and_scikit_learns_seeds(X):

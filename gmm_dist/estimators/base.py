@@ -25,7 +25,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from gmm_dist.config import PRECISIONS
+from gmm_dist.config import PRECISIONS, Cluster
 from gmm_dist.em.loop import Status
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import (
@@ -41,7 +41,11 @@ from gmm_dist.estimators.attributes import covariances_of, have_factors
 from gmm_dist.estimators.init_params import INIT_PARAMS, shares_of
 from gmm_dist.estimators.local_rows import Resident, one_thread
 from gmm_dist.estimators.restarts import Reporter, ranked
-from gmm_dist.estimators.settings import require_lake_settings, require_range
+from gmm_dist.estimators.settings import (
+    require_lake_settings,
+    require_no_cluster,
+    require_range,
+)
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import (
     Array,
@@ -146,18 +150,31 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     n_features_in_: int
     feature_names_in_: Array
 
-    def fit(self, X: Any, y: object = None, sample_weight: Any = None) -> Self:
-        """Fit the mixture to rows X (n, d) by EM; `y` is ignored.
+    def fit(
+        self,
+        X: Any,
+        y: object = None,
+        sample_weight: Any = None,
+        *,
+        cluster: Cluster | None = None,
+    ) -> Self:
+        """Fit the mixture to rows X (n, d), or to a lake, by EM.
 
-        `sample_weight` (n,): 0 is an absent row, 2 a doubled one.
+        Args:
+            X: rows (n, d) in memory, or a `gmm_dist.Lake`.
+            y: is ignored.
+            sample_weight: of rows in memory, (n,): 0 is an absent row, 2 a doubled one.
+            cluster: where a lake's rows are to be held; None for the Ray cluster that this process
+                is connected to, else one that is started here.
 
         Raises ValueError for bad parameters or rows, and for a singular covariance; warns with
         ConvergenceWarning where the best of the trials did not converge.
         """
         if isinstance(X, Lake):
-            require_lake_settings(sample_weight, self.device, self.shards)
-            self._fit_lake(X)
+            require_lake_settings(sample_weight, self.device, self.shards, cluster)
+            self._fit_lake(X, cluster or Cluster())
         else:
+            require_no_cluster(cluster)
             self._fit(X, sample_weight)
         return self
 
@@ -226,7 +243,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _publish(self, model: Any, rows: CentredRows, space: Space) -> None:
         raise NotImplementedError
 
-    def _fit_lake(self, opened: Lake) -> None:
+    def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
         raise NotImplementedError
 
     def _parameters(self) -> Parameters:

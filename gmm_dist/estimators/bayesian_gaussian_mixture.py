@@ -13,7 +13,7 @@ import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
-from gmm_dist.config import ABSOLUTE, EMConfig
+from gmm_dist.config import ABSOLUTE, Cluster, EMConfig
 from gmm_dist.em.estep import Total
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import Trial
@@ -55,7 +55,7 @@ class BayesianGaussianMixture(BaseMixture):
     not of its mean over rows, so many rows want a larger one. Beliefs that are
     not given are those of scikit-learn: a covariance prior is that of all rows, n - 1 for n.
 
-    A lake (`gmm_dist.open_lake`) is fitted on Ray, also in float64. A search on a sample
+    A lake (`gmm_dist.Lake`) is fitted on Ray, also in float64. A search on a sample
     (`n_init` seeded starts by `init_params`; 16 where `n_init` is 1) finds mixtures of several
     numbers of components up to `n_components`; each, with empty components beside it, is a
     start, and those that lead after a few passes over all rows are followed to the end.
@@ -175,14 +175,14 @@ class BayesianGaussianMixture(BaseMixture):
     def _fitted_model(self, rows: CentredRows) -> Posterior:
         return self._posterior(self._prior(rows).shifted(rows.centre)).shifted(-rows.centre)
 
-    def _fit_lake(self, opened: Lake) -> None:
+    def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.
         from gmm_dist.fitting.lake_sweep import resident_lake
         from gmm_dist.lake.session import plan_of
 
         self._validate_params()
         with in_python():
-            plan = plan_of(opened)
+            plan = plan_of(lake)
         self._check_beliefs(plan.n_features)
         if self.warm_start and hasattr(self, "converged_"):
             self._require_warm(plan.n_features)
@@ -190,8 +190,8 @@ class BayesianGaussianMixture(BaseMixture):
         candidates = [
             Candidate(self.n_components, self.covariance_type) for _ in _sizes(self.n_components)
         ]
-        lake = resident_lake(opened, plan, candidates)
-        with one_thread(), in_python(), lake as (shards, centre):
+        resident = resident_lake(plan, candidates, cluster)
+        with one_thread(), in_python(), resident as (shards, centre):
             rows = _LakeRows(centre, shards, shards.run(Total(plan.n_features)))
             require_rows(candidates, rows.total.n_rows)
             best = self._best_of([self._lake_trials(rows)], rows)

@@ -15,7 +15,7 @@ from sklearn import get_config
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from gmm_dist.config import ABSOLUTE, EMConfig
+from gmm_dist.config import ABSOLUTE, Cluster, EMConfig
 from gmm_dist.em.loop import FitResult, Status
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import (
@@ -58,7 +58,7 @@ class GaussianMixture(BaseMixture):
     they are), `shards` into how many parts they are dealt (None: by their number; sums have the
     same bits for the same number of shards).
 
-    A lake (`gmm_dist.open_lake`) is fitted on Ray, from the best starts that a search on a
+    A lake (`gmm_dist.Lake`) is fitted on Ray, from the best starts that a search on a
     sample finds (`n_init` seeded ones by `init_params`; 16 where `n_init` is 1), leaping ahead
     of EM where that raises the likelihood; it stops where it has scored, a step before
     scikit-learn would. `verbose` tells nothing of it, and `device` and `shards` are refused.
@@ -209,23 +209,25 @@ class GaussianMixture(BaseMixture):
         fitted = self._parameters().shifted(-rows.centre)
         return MaximumLikelihood(fitted, self.reg_covar, mean_weight(rows.total))
 
-    def _fit_lake(self, opened: Lake) -> None:
+    def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.
         from gmm_dist.fitting.lake_sweep import sweep_lake
 
         self._validate_params()
-        given = self._given_start(opened)
+        given = self._given_start()
         candidate = Candidate(self.n_components, self.covariance_type)
         precision = self.precision or "auto"
         config = EMConfig(self.tol, self.max_iter, self.reg_covar, precision, reg_unit=ABSOLUTE)
         with one_thread(), in_python():
-            found = sweep_lake(opened, [candidate], config, start_of(self), given=given)
+            found = sweep_lake(
+                lake, [candidate], config, start_of(self), cluster=cluster, given=given
+            )
         fit, space = found.result.scored[0].fit, Space(torch.float64)
         adopt(self, fit, found.centre, found.feature_names, space)
         names, total = found.feature_names, found.result.total
         _warn_if_drowned(fit.parameters, total, self.reg_covar, names, stacklevel=4)
 
-    def _given_start(self, opened: Lake) -> Parameters | None:
+    def _given_start(self) -> Parameters | None:
         """Return the one start that the parameters give, if they do."""
         if self.warm_start and hasattr(self, "converged_"):
             self._require_warm(self.means_.shape[1])  # of the lake's columns the sweep tells

@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.config import Cluster, EMConfig, StartConfig
 from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.estimators.gaussian_mixture import GaussianMixture, adopt
 from gmm_dist.estimators.local_rows import one_thread
-from gmm_dist.estimators.settings import in_python, of_arguments, require_lake_settings, seed_of
+from gmm_dist.estimators.settings import (
+    in_python,
+    of_arguments,
+    require_lake_settings,
+    require_no_cluster,
+    seed_of,
+)
 from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Space, require_rows_or_lake, space_of
@@ -123,6 +129,7 @@ def select(
     precision: str = "auto",
     device: str | torch.device | None = None,
     shards: int | None = None,
+    cluster: Cluster | None = None,
 ) -> Selection:
     """Fit every k with every covariance type in the same passes over the rows, and rank them.
 
@@ -136,7 +143,7 @@ def select(
     `criterion`: "bic", "aic", "icl" (lower is better), or "holdout", the mean log-likelihood of
     a lake's held-out rows. `random_state` is what scikit-learn takes.
 
-    Raises TypeError for a path, of which `open_lake` makes a lake; UserError, a ValueError, for
+    Raises TypeError for a path, which is no `Lake` yet; UserError, a ValueError, for
     settings out of range, and when no candidate is ranked.
     """
     candidates = _candidates(k, covariance_types)
@@ -162,14 +169,17 @@ def select(
             # Ray and pyarrow are needed only here.
             from gmm_dist.fitting.lake_sweep import sweep_lake
 
-            require_lake_settings(sample_weight, device, shards)
-            lake = sweep_lake(X, candidates, config, start, criterion=criterion)
+            require_lake_settings(sample_weight, device, shards, cluster)
+            found = sweep_lake(
+                X, candidates, config, start, cluster=cluster or Cluster(), criterion=criterion
+            )
             space = Space(torch.float64)
             return _selected(
-                best, lake.result, lake.centre, lake.feature_names, space, is_lake=True
+                best, found.result, found.centre, found.feature_names, space, is_lake=True
             )
+        require_no_cluster(cluster)
         if criterion == "holdout":
-            raise UserError("criterion 'holdout' is for lakes: open_lake(..., holdout=0.1)")
+            raise UserError("criterion 'holdout' is for lakes: Lake(..., holdout=0.1)")
         rows, weight = best._checked_rows(X, sample_weight)
         if k is not SIZES:
             require_rows(candidates, len(rows))

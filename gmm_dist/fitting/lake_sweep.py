@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.config import Cluster, EMConfig, StartConfig
 from gmm_dist.em.memory import lane_bytes, require_memory
 from gmm_dist.errors import UserError
 from gmm_dist.lake.lake import Lake
@@ -34,25 +34,35 @@ class LakeSweep:
 
 
 def sweep_lake(
-    opened: Lake,
+    lake: Lake,
     candidates: Sequence[Candidate],
     config: EMConfig,
     start: StartConfig,
     *,
+    cluster: Cluster,
     criterion: str = "bic",
     given: Parameters | None = None,
 ) -> LakeSweep:
-    """Plan, load on Ray, fit and rank. `given`, in feature units, is the one candidate's start.
+    """Plan, load on Ray, fit and rank.
 
-    Raises UserError as `plan_lake`, `cluster.connected` and `sweep.sweep` do.
+    Args:
+        lake: which rows.
+        candidates: what is fitted to them, in the same passes.
+        config: how EM goes, and when it stops.
+        start: how starts are looked for, unless `given`.
+        cluster: who holds the rows.
+        criterion: what ranks the candidates.
+        given: the one candidate's start, in feature units.
+
+    Raises UserError as `plan_lake`, `connected` and `sweep` do.
     """
-    plan = plan_of(opened)
+    plan = plan_of(lake)
     if given is not None and given.n_features != plan.n_features:
         raise UserError(
-            f"the start has {given.n_features} features, but {opened.url} has {plan.n_features} "
+            f"the start has {given.n_features} features, but {lake.url} has {plan.n_features} "
             f"({', '.join(plan.feature_names)}): give a start of as many, or choose columns"
         )
-    with resident_lake(opened, plan, candidates) as (shards, centre):
+    with resident_lake(plan, candidates, cluster) as (shards, centre):
         result = sweep(
             shards,
             candidates,
@@ -70,17 +80,17 @@ def sweep_lake(
 
 @contextmanager
 def resident_lake(
-    opened: Lake, plan: Plan, candidates: Sequence[Candidate]
+    plan: Plan, candidates: Sequence[Candidate], cluster: Cluster
 ) -> Iterator[tuple[RayShards, Float64[Tensor, " d"]]]:
     """Hold a lake's rows in Ray's workers until the block ends, for passes with such candidates.
 
     Yields the shards, and their rows' shared centre (d,) in feature units. Raises UserError as
-    `cluster.connected` does, and where rows or memory are too few.
+    `connected` does, and where rows or memory are too few.
     """
-    scaling = ScalingConfig(opened.num_workers, opened.use_gpu).at_most(plan.n_shards)
-    require_means(plan, candidates, scaling, opened.address)
+    scaling = ScalingConfig(cluster.num_workers, cluster.use_gpu).at_most(plan.n_shards)
+    require_means(plan, candidates, scaling, cluster.address)
     loader = loader_for(plan)
-    with connected(opened.address, scaling):
+    with connected(cluster.address, scaling):
         shards = start_workers(loader, candidates, scaling)
         load_rows(shards, loader)
         yield shards, torch.from_numpy(loader.centre)

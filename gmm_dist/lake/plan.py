@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from gmm_dist.formats import counted
 from gmm_dist.lake import listing, nights
 from gmm_dist.lake.deal import RowRange, deal
 from gmm_dist.lake.filters import Where, parse
+from gmm_dist.lake.lake import Missing as Missing
 from gmm_dist.lake.listing import LakeFile, Listing
 from gmm_dist.lake.schema import Columns
 from gmm_dist.lake.survey import (
@@ -36,8 +36,6 @@ from gmm_dist.lake.survey import (
 from gmm_dist.urls import Url
 
 logger = logging.getLogger(__name__)
-
-Missing = Literal["error", "drop", "mean"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,12 +227,14 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     For what does not depend on who holds the rows: a job does the same, to the bit, in half a
     second in place of eight. Some tests of each job do without this.
     """
-    import fitting  # only now: annotations of modules that conftest.py imports go unchecked
     import here
 
+    from gmm_dist.fitting import (
+        fit,  # only now: annotations of modules that conftest.py imports go unchecked
+    )
     from gmm_dist.report import figures
 
-    monkeypatch.setattr(fitting.Job, "resident", here.resident)
+    monkeypatch.setattr(fit.Job, "resident", here.resident)
     monkeypatch.setattr(figures, "drawn", here.titled)
 
 
@@ -246,7 +248,9 @@ def ray_cluster(server: S3Server) -> Iterator[str]:
     command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder}"]
     # Drivers in this process and the cluster must agree; a token file would be the developer's.
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    tests = str(Path(__file__).parent)  # where workers find loaders and tasks defined in tests
+    folder_of_tests = Path(__file__).parent  # where workers find loaders and tasks of tests
+    boxes = [str(path) for path in folder_of_tests.iterdir() if path.is_dir()]
+    tests = os.pathsep.join([str(folder_of_tests), *boxes])
     environment = server.environment | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": tests}
     try:
         with running(command, folder, environment):

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / part) for part in ("", "tests", "tests/support", "benchmarks")]
 
 import datasets  # noqa: E402
 import lakes  # noqa: E402

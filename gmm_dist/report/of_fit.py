@@ -10,34 +10,11 @@ import torch
 
 from gmm_dist.model.mixture import Mixture, labels
 from gmm_dist.runs.load import Attempt
-from gmm_dist.selection.coreset import DrawCoreset, keyed_generator
-from gmm_dist.selection.ranking import SweepResult
-from gmm_dist.shards.protocol import Shards
 from gmm_dist.storage import redacted
 
 logger = logging.getLogger("gmm_dist.report.of_fit")
 
 NAME = "report.html"
-
-# A coreset weighs no row more than twice the mean, so that half of it is a fair sample.
-_DRAWN, _KEPT = 4096, 2000  # rows
-_PICTURE = 3  # the stream of keyed random numbers
-
-
-def draw(shards: Shards, result: SweepResult, random_state: int) -> torch.Tensor | None:
-    """Return a fair sample (m, d) of the fitted rows, about their centre, for the picture.
-
-    One pass over the rows. None, and a line in the log, where that fails: the fit is done, and
-    nothing for the eye may cost it.
-    """
-    if result.best is None:
-        return None
-    try:
-        coreset = shards.run(DrawCoreset.of(result.total, _DRAWN, random_state))
-        return coreset.fair(_KEPT, keyed_generator(random_state, _PICTURE))
-    except Exception as error:
-        logger.warning("%s will have no picture of the rows: %s", NAME, _line(error))
-        return None
 
 
 def write(

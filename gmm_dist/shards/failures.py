@@ -137,3 +137,15 @@ class Budget:
                 f"the last: {what}"
             )
         return f"failure {self.used} of {self.config.max_failures}"
+
+
+def cause_in_worker(error: BaseException) -> Exception | None:
+    """Return what a task raised in a worker, if that is what Ray reports."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        return error.cause
+    return None
+
+
+def is_of_ray(error: BaseException) -> bool:
+    """Say whether Ray itself has failed."""
+    return isinstance(error, RayError)

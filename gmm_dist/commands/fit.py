@@ -1,0 +1,92 @@
+"""Fit one Gaussian mixture to a lake.
+
+gmm-dist fit ./points --k 8 --output ./points-8
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from gmm_dist.commands.ending import note, run, said_how_to_resume
+from gmm_dist.commands.options import (
+    Again,
+    Parser,
+    add_common,
+    options_of,
+    parse_k,
+    parse_url,
+    program,
+)
+from gmm_dist.commands.progress import Progress
+from gmm_dist.commands.stopping import finish
+from gmm_dist.commands.tables import print_table
+from gmm_dist.commands.talking import say, screen
+from gmm_dist.errors import UserError
+from gmm_dist.fitting.fit import fit_lake, none_ranked
+from gmm_dist.fitting.options import FitOptions
+from gmm_dist.fitting.results import spell_best
+from gmm_dist.report import of_fit
+
+
+def fit(argv: Sequence[str]) -> None:
+    """Parse the command line and run the fit."""
+    parser = Parser(
+        prog="gmm-dist fit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_common(parser)
+    parser.add_argument("--k", type=parse_k, help="number of components (default: --start's)")
+    parser.add_argument(
+        "--start", type=parse_url, metavar="MODEL", help="go on from this model's parameters"
+    )
+    given = parser.parse_args(argv)
+    if given.start is None and given.k is None:
+        parser.error("one of --k and --start is required")
+    if (given.k is not None and len(given.k) != 1) or len(given.covariance_type) != 1:
+        parser.error("fit takes one k and one covariance type: use sweep for several")
+    fit_and_tell(options_of(FitOptions, given), Again(program("fit"), argv))
+
+
+def fit_and_tell(options: FitOptions, again: Again) -> None:
+    """Fit, commit, and say what came of it.
+
+    Raises UserError where nothing could be ranked, and as `fit_lake` does.
+    """
+    output = options.output.rstrip("/")
+    note(output=output)
+    with said_how_to_resume(again):
+        outcome = fit_lake(
+            options,
+            progress=Progress(screen(stderr=True)),
+            draw=of_fit.write,
+            next_run=lambda k: f"next run: {again.for_k(k)}",
+            finish=finish,  # what is left takes a moment, and is not to be told of as broken off
+        )
+        if outcome.result is None:
+            say(f"{options.output}: the run has committed before, nothing is left to do")
+            return
+        if outcome.result.best is None:
+            print_table(outcome.result, outcome.warnings)
+            raise UserError(none_ranked(len(outcome.result.scored)))
+    # Results are committed before anybody is told: the reader may have gone.
+    result, best = outcome.result, outcome.result.best
+    print_table(result, outcome.warnings)
+    report = f"{output}/{of_fit.NAME}" if outcome.has_report else None
+    note(
+        model=f"{output}/model",
+        report=report,
+        k=best.candidate.k,
+        covariance_type=best.candidate.covariance_type,
+        criterion=result.criterion,
+        value=best.holdout if result.criterion == "holdout" else best.value(result.criterion),
+        warnings=outcome.warnings,
+    )
+    told = "" if report is None else f", report in {report}"
+    say(f"best by {spell_best(best, result.criterion)}; model in {output}/model{told}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job; return its exit status."""
+    return run(fit, argv)

@@ -1,0 +1,345 @@
+"""One night: its rows, its fit, its gate, and what is published or kept back."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from gmm_dist.commands import early  # noqa: F401 - first: signals while the rest is loaded
+from gmm_dist.commands.night_options import NightlyOptions, NightRows
+from gmm_dist.commands.progress import Progress
+from gmm_dist.commands.stopping import holding
+from gmm_dist.commands.tables import print_table
+from gmm_dist.commands.talking import quiet, say, screen
+from gmm_dist.errors import SchemaError, TooFewRows
+from gmm_dist.fitting import results
+from gmm_dist.fitting.fit import Job, none_ranked
+from gmm_dist.fitting.results import Fitted, mixture_of, spell_best
+from gmm_dist.lake.plan import Plan
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.nightly import gate
+from gmm_dist.nightly.column_drift import ColumnDrift, column_drift, sample_size
+from gmm_dist.nightly.drift import Densities, Drift, Numbered, compare_densities, drift
+from gmm_dist.nightly.gate import Gate
+from gmm_dist.nightly.lineage import DRIFT, GATE, LINEAGE, Lineage, Published
+from gmm_dist.nightly.matching import Matching, match
+from gmm_dist.nightly.registry import Registry
+from gmm_dist.report import of_fit
+from gmm_dist.runs import commit
+from gmm_dist.runs.claim import Run
+from gmm_dist.runs.json_files import FORMAT_VERSION
+from gmm_dist.runs.lease import Lease
+from gmm_dist.selection.coreset import Coreset, DrawCoreset
+from gmm_dist.selection.ranking import SweepResult
+from gmm_dist.shards.protocol import Shards
+from gmm_dist.shards.ray_shards import connected
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Night:
+    """One night's work, between the claim of its output and its commit."""
+
+    options: NightlyOptions
+    rows: NightRows
+    place: Registry
+    gate: Gate
+    before: Published | None
+    session: ExitStack
+
+    def candidate(self, run: Run) -> str:
+        """Where the run's results are if the gate keeps them back."""
+        return self.place.candidate_url(self.options.night, run.attempt.id)
+
+    @property
+    def _night_before(self) -> str | None:
+        return None if self.before is None else self.before.night
+
+    def run(self, run: Run) -> list[str] | None:
+        """Fit and commit; return why the model was kept back, nothing if it is published.
+
+        None if nothing is committed, for another night has come between this and the one before.
+        """
+        began = time.monotonic()
+        try:
+            work = self._fit(run)
+        except (TooFewRows, SchemaError) as error:
+            if self.before is None and isinstance(error, SchemaError):
+                raise  # nothing to differ from: the command line or the lake is wrong
+            self._keep_back(run, [str(error)])
+            return [str(error)]
+        warnings = [*work.warnings, *self._warnings(work.columns)]
+        more = {"warnings": warnings, "seconds": time.monotonic() - began}
+        self.place.await_earlier(self.options.night)
+        if self.place.came_between(self._night_before, self.options.night):
+            return None
+        if work.reasons:
+            self._keep_back(run, work.reasons, work, more)
+            print_table(work.fitted.result, warnings)
+            return work.reasons
+        with self.place.turn() as turn:
+            if self.place.came_between(self._night_before, self.options.night):
+                return None
+            lineage = self._publish(run, work, more, turn)
+        # Results are committed before anybody is told: the reader may have gone.
+        print_table(work.fitted.result, warnings)
+        say(f"best by {work.best}; {_spell(lineage)}")
+        return []
+
+    def _fit(self, run: Run) -> _Work:
+        plan, asked, reasons = self._plan()
+        where = self.rows.where(days=self.options.days).text
+        options = replace(self.options, where=where, columns=asked)
+        warm = None if self.before is None or reasons else self.before.mixture
+        if warm is not None and self.before is not None:
+            logger.info("warm start from %s, %s", self.before.night, _shape(warm, self.options))
+        job = Job.of(options, plan, warm=warm, progress=Progress(screen(stderr=True)))
+        seen: list[tuple[Densities, Coreset]] = []
+
+        def look(shards: Shards, result: SweepResult) -> None:
+            if job.warm and result.best is not None:
+                tonight = result.best.fit.parameters
+                size, seed = sample_size(job.warm[0]), self.options.random_state
+                rows = shards.run(DrawCoreset.of(result.total, size, seed))
+                seen.append((compare_densities(shards, job.warm[0], tonight), rows))
+
+        if self.options.scores is not None:  # whose scoring is to find Ray as the fit leaves it
+            scaling = options.scaling.at_most(max(plan.n_shards, len(plan.files)))
+            self.session.enter_context(connected(self.options.address, scaling))
+        fitted = job.fit(run, look)
+        densities, columns = None, None
+        if seen and self.before is not None:
+            densities, rows = seen[0]
+            columns = _columns_against(self.before, mixture_of(fitted, job.loader), job, rows)
+        reasons += self._reasons(job, fitted, densities, columns)
+        return _Work(job, fitted, densities, columns, reasons)
+
+    def _plan(self) -> tuple[Plan, tuple[str, ...] | None, list[str]]:
+        """Plan the rows, their columns in last night's order; say how they differ from them.
+
+        Returns the plan, the columns that are asked for, and what keeps the night back.
+        """
+        options = self.options
+        plan = self._planned(options.columns)
+        if self.before is None:
+            return plan, options.columns, []
+        columns = self.before.lineage.columns
+        reasons = gate.on_columns(gate.kinds(plan.schema, plan.columns), columns)
+        if reasons or plan.columns == tuple(columns):
+            return plan, options.columns, reasons
+        with quiet():
+            return self._planned(tuple(columns)), tuple(columns), []
+
+    def _planned(self, columns: Sequence[str] | None) -> Plan:
+        options = self.options
+        return self.rows.plan(days=options.days, missing=options.missing, columns=columns)
+
+    def _warnings(self, columns: ColumnDrift | None) -> list[str]:
+        if columns is None:
+            return []
+        warnings = self.gate.warnings_of_drift(
+            columns.drift,
+            columns.change,
+            divergence=columns.divergence,
+            strangers=columns.strangers,
+        )
+        for warning in warnings:
+            logger.warning("%s: %s", self.options.night, warning)
+        return warnings
+
+    def _reasons(
+        self,
+        job: Job,
+        fitted: Fitted,
+        densities: Densities | None,
+        columns: ColumnDrift | None,
+    ) -> list[str]:
+        before = None if self.before is None else self.before.lineage.n_rows
+        reasons = self.gate.on_rows(fitted.n_rows, before)
+        if fitted.result.best is None:
+            return [*reasons, none_ranked(len(job.candidates))]
+        if densities is not None:
+            held_out = densities.held_out_tonight, densities.held_out_before
+            reasons += self.gate.on_likelihood(*held_out)
+        if columns is not None:
+            reasons += self.gate.on_drift(
+                columns.drift, columns.change, strangers=columns.strangers
+            )
+        return reasons
+
+    def _publish(self, run: Run, work: _Work, more: dict[str, Any], turn: Lease) -> Lineage:
+        mixture, reference = work.mixture, self._reference(work)
+        known = () if reference is None else reference.lineage.ids
+        matching = _match(reference, mixture)
+        first = self.place.new_ids(len(matching.born), above=known)
+        lineage = Lineage(
+            night=self.options.night,
+            night_before=self._night_before,
+            ids=(ids := matching.ids(known, first)),
+            born=tuple(ids[i] for i in matching.born),
+            dead=() if self.before is None else tuple(known[i] for i in matching.dead),
+            n_rows=work.fitted.n_rows,
+            columns=gate.kinds(work.job.plan.schema, work.job.plan.columns),
+        )
+        changes = self._drift(work, matching, ids)
+        self._write(run.attempt, [], work, more, changes, ids, ids)
+        run.attempt.write_json(LINEAGE, lineage.to_json())
+        logger.info("committing")
+        turn.check()
+        with holding():
+            run.attempt.commit()
+        self.place.point_to(self.options.night)
+        return lineage
+
+    def _keep_back(
+        self,
+        run: Run,
+        reasons: list[str],
+        work: _Work | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> None:
+        """Commit what there is beside the published models, in place of an earlier try's."""
+        run.check()
+        with commit.claim(self.candidate(run)) as attempt:
+            changes, numbers = None, None
+            if work is not None and work.densities is not None and self.before is not None:
+                matching = _match(self.before, work.mixture)
+                known = {j: self.before.lineage.ids[i] for i, j in matching.pairs}
+                numbers = tuple(known.get(j) for j in range(work.mixture.n_components))
+                changes = self._drift(work, matching, numbers)
+            self._write(attempt, reasons, work, more or {}, changes, numbers)
+            attempt.commit()
+        run.check()  # drawing the report takes time: whoever has taken over keeps theirs
+        self.place.forget_candidates(self.options.night, but=run.attempt.id)
+        run.forget()
+
+    def _write(
+        self,
+        attempt: commit.Attempt,
+        reasons: list[str],
+        work: _Work | None,
+        more: dict[str, Any],
+        changes: Drift | None,
+        numbers: Sequence[int | None] | None = None,
+        ids: tuple[int, ...] | None = None,
+    ) -> None:
+        verdict = {
+            "night": self.options.night,
+            "night_before": self._night_before,
+            "published": not reasons,
+            "reasons": reasons,
+            "where": self.rows.where(days=self.options.days).text,
+            "n_rows": work and work.fitted.n_rows,
+            "column_drift": work and work.columns and asdict(work.columns),
+            "warnings": (more or {}).get("warnings", []),
+            **asdict(self.gate),
+        }
+        attempt.write_json(GATE, {"format_version": FORMAT_VERSION, **verdict})
+        told = {**verdict, "drift": None}
+        if changes is not None:
+            told["drift"] = asdict(changes)
+            attempt.write_json(DRIFT, {"format_version": FORMAT_VERSION, **told["drift"]})
+        if work is None:
+            of_fit.write(attempt, None, nightly=told)
+            return
+        loader, settings = work.job.loader, work.job.settings
+        results.write(
+            attempt,
+            work.fitted,
+            loader,
+            settings,
+            more,
+            ids=ids,
+            draw=functools.partial(of_fit.write, numbers=numbers, nightly=told),
+        )
+
+    def _reference(self, work: _Work) -> Published | None:
+        """Return the night that the components take their numbers from.
+
+        It is the night before. One that has none, but comes late, has the night after it.
+        """
+        if self.before is not None:
+            return self.before
+        after = self.place.oldest_after(self.options.night)
+        names = work.job.plan.feature_names
+        return after if after is not None and after.mixture.feature_names == names else None
+
+    def _drift(self, work: _Work, matching: Matching, ids: Sequence[int | None]) -> Drift | None:
+        if self.before is None or work.densities is None:
+            return None
+        old, mixture = self.before, work.mixture
+        return drift(
+            Numbered(old.night, old.mixture.parameters, old.lineage.ids),
+            Numbered(self.options.night, mixture.parameters, tuple(ids)),
+            matching,
+            work.densities,
+            mixture.feature_names,
+            work.columns,
+        )
+
+
+def _match(reference: Published | None, mixture: Mixture) -> Matching:
+    if reference is None:
+        return Matching((), tuple(range(mixture.n_components)), ())
+    return match(reference.mixture.parameters, mixture.parameters)
+
+
+def _columns_against(before: Published, tonight: Mixture, job: Job, rows: Coreset) -> ColumnDrift:
+    """Tell whether whole columns have changed, by rows of tonight about their centre."""
+    X = rows.X + torch.from_numpy(job.loader.centre)
+    parameters = before.mixture.parameters, tonight.parameters
+    return column_drift(*parameters, X, rows.sample_weight, tonight.feature_names)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Work:
+    """What a night's fit left: `reasons` to keep it back."""
+
+    job: Job
+    fitted: Fitted
+    densities: Densities | None
+    columns: ColumnDrift | None
+    reasons: list[str]
+
+    @property
+    def mixture(self) -> Mixture:
+        return mixture_of(self.fitted, self.job.loader)
+
+    @property
+    def best(self) -> str:
+        best, criterion = self.fitted.result.best, self.fitted.result.criterion
+        assert best is not None
+        return spell_best(best, criterion)
+
+    @property
+    def warnings(self) -> list[str]:
+        names = self.job.plan.feature_names
+        found = self.fitted.result.warnings(names, lambda k: f"give --k {k} from the next night on")
+        return [*self.fitted.incomplete, *found]
+
+
+def _shape(warm: Mixture, options: NightlyOptions) -> str:
+    k, kind = warm.n_components, warm.covariance_type
+    if k in (options.k or ()) and kind in options.covariance_type:
+        return f"k={k} {kind}"
+    return f"k={k} {kind}, which --k and --covariance-type do not ask for: it takes no part"
+
+
+def _spell(lineage: Lineage) -> str:
+    """Say in a line who was born and who died."""
+    if lineage.night_before is None:
+        return f"the first night, components {_listed(lineage.ids)}"
+    kept = f"against {lineage.night_before}: {len(lineage.ids) - len(lineage.born)} stay"
+    return f"{kept}, born {_listed(lineage.born)}, dead {_listed(lineage.dead)}"
+
+
+def _listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids)) or "none"

@@ -1,0 +1,129 @@
+"""What can be asked of a night, and which rows of a lake it then stands for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date, timedelta
+
+from gmm_dist.commands import early  # noqa: F401 - first: signals while the rest is loaded
+from gmm_dist.commands.talking import quiet
+from gmm_dist.errors import NoRows, UserError
+from gmm_dist.fitting.options import FitOptions
+from gmm_dist.lake import nights
+from gmm_dist.lake.filters import Where, parse
+from gmm_dist.lake.plan import Missing, Plan, plan_lake
+from gmm_dist.nightly.gate import Gate
+from gmm_dist.nightly.lineage import night_of
+from gmm_dist.nightly.registry import Registry
+from gmm_dist.scoring.options import require_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class NightlyOptions(FitOptions):
+    """The settings of a night: those of its fit, which `output` and `where` follow from, and more.
+
+    Args:
+        registry: Folder or URL of the nights' models.
+        night: The date, such as 2026-11-21.
+        partition: Hive key or column that tells the night, or the three of year, month and day.
+        days: Fit so many days up to the night.
+        min_rows: Publish nothing fitted to fewer; None for 1,000, and a tenth of last night's.
+        max_drop: Publish nothing that scores held-out rows so much worse than last night's model,
+            in nats per row.
+        max_drift: Publish nothing whose columns have changed as a whole by more, in nats per row.
+        scores: Once published, score the night's rows into this URL, under the date.
+        keep: Columns to go along with the scores.
+        outliers: Mark rows of a lower log-density than this share of the training rows.
+        keep_models: Remove published models but the newest so many; 0 keeps all.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    registry: str
+    night: str
+    partition: tuple[str, ...]
+    output: str = field(default="", init=False)
+    holdout: float = 0.1
+    days: int = 1
+    min_rows: int | None = None
+    max_drop: float = Gate().max_drop
+    max_drift: float = Gate().max_drift
+    scores: str | None = None
+    keep: tuple[str, ...] = ()
+    outliers: float | None = None
+    keep_models: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.holdout == 0:
+            raise UserError(
+                "the gate compares two models on held-out rows: give a --holdout above 0"
+            )
+        if self.days < 1 or self.keep_models < 0:
+            raise UserError("--days is 1 or more, --keep-models 0 or more")
+        if self.scores is None and (self.keep or self.outliers is not None):
+            raise UserError(
+                "--keep and --outliers are for --scores: give that too, or leave them out"
+            )
+        require_share(self.outliers)
+        night = night_of(self.night)
+        object.__setattr__(self, "night", night)
+        object.__setattr__(self, "output", Registry(self.registry).model_url(night))
+        if self.where is not None:
+            parse(self.where)  # what is wrong with it comes before what is wrong with the lake
+
+
+class NightRows:
+    """Which rows of a lake are a night's, beside the user's own filter."""
+
+    def __init__(self, options: NightlyOptions) -> None:
+        self._options = options
+
+    @functools.cached_property
+    def key(self) -> nights.NightKey:
+        """How the lake spells a night."""
+        with quiet("gmm_dist.lake.listing"):  # planning lists the same files
+            return nights.find(self._options.data, self._options.partition)
+
+    def where(self, *, days: int) -> Where:
+        """Return the filter of the rows of so many days up to the night."""
+        options = self._options
+        last = date.fromisoformat(options.night)
+        own = parse(options.where).clauses if options.where is not None else ()
+        try:
+            clauses = {*own, *self.key.clauses(last - timedelta(days - 1), last)}
+        except OverflowError as error:
+            raise UserError(
+                f"--days {days} up to --night {last}: no calendar has so many; give fewer days"
+            ) from error
+        return Where(tuple(sorted(clauses, key=lambda c: (c[0], c[1], repr(c[2])))))
+
+    def plan(
+        self,
+        *,
+        days: int,
+        missing: Missing,
+        columns: Sequence[str] | None,
+        keep: Sequence[str] = (),
+    ) -> Plan:
+        """Plan the rows of so many days; say so where there are none yet."""
+        options = self._options
+        try:
+            return plan_lake(
+                options.data,
+                columns=columns,
+                weight_column=options.weight_column,
+                where=self.where(days=days).text,
+                missing=missing,
+                holdout=options.holdout,
+                keep=keep,
+            )
+        except NoRows as error:
+            also = f" that match --where {options.where!r}" if options.where else ""
+            raise NoRows(
+                f"no rows of {options.night} ({', '.join(self.key.names)}){also} yet: run "
+                "again when they have arrived"
+            ) from error

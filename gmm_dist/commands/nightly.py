@@ -1,0 +1,282 @@
+"""Fit tonight's rows, follow last night's clusters, and publish the model if it is fit for it.
+
+gmm-dist nightly s3://lake/points --registry s3://models/points --night 2026-11-21 \\
+    --partition ds --k 2..12
+
+Exit status 0: published, or published before. 3: kept back, and the latest model stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+
+import torch
+
+from gmm_dist.commands.ending import KEPT_BACK, note, run, said_how_to_resume
+from gmm_dist.commands.night import Night
+from gmm_dist.commands.night_options import NightlyOptions, NightRows
+from gmm_dist.commands.options import (
+    Again,
+    Parser,
+    add_common,
+    options_of,
+    parse_k,
+    parse_url,
+    program,
+)
+from gmm_dist.commands.score import score_and_tell
+from gmm_dist.commands.talking import quiet, say
+from gmm_dist.errors import SchemaError, TooFewRows, UserError
+from gmm_dist.nightly.gate import Gate
+from gmm_dist.nightly.registry import Registry
+from gmm_dist.runs import claim, load
+from gmm_dist.scoring import files
+from gmm_dist.scoring import run as score_runs
+from gmm_dist.scoring.options import ScoreOptions
+from gmm_dist.selection.ranking import CRITERIA
+from gmm_dist.storage import absolute, join
+from gmm_dist.urls import redacted
+
+logger = logging.getLogger(__name__)
+
+
+def nightly(argv: Sequence[str]) -> int:
+    """Parse the command line and run the night; return the exit status."""
+    options, again = _parse(argv), Again(program("nightly"), argv)
+    return run_night(options, again)
+
+
+def run_night(options: NightlyOptions, again: Again) -> int:
+    """Fit, gate, publish, score and prune a night; return the exit status."""
+    note(night=options.night, registry=options.registry)
+    torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
+    place = Registry(options.registry)
+    checks = Gate(options.min_rows, options.max_drop, options.max_drift)
+    place.latest()  # a damaged pointer is told of before hours of work, not after
+    rows = NightRows(options)
+    with ExitStack() as session:
+        return _all_of(options, rows, again, place, checks, session)
+
+
+def _all_of(
+    options: NightlyOptions,
+    rows: NightRows,
+    again: Again,
+    place: Registry,
+    checks: Gate,
+    session: ExitStack,
+) -> int:
+    """Publish, point, score and prune, with one connection to Ray; return the exit status."""
+    night = options.night
+    with said_how_to_resume(again):
+        if place.is_pruned(night):
+            say(f"{options.output}: published and pruned, nothing is left to do")
+            return 0
+        if place.is_published(night):
+            say(f"{options.output}: published before")
+        elif not _publish(options, rows, place, checks, session):
+            note(published=False)
+            return KEPT_BACK
+        note(published=True)
+        place.point_to(night)
+        if place.is_pruned(night):
+            say(f"{options.output}: published and pruned, nothing is left to do")
+            return 0
+    if options.scores is not None:
+        with _telling_of("--scores"):
+            _score(options, rows, again)
+    with said_how_to_resume(again):
+        if options.keep_models:
+            place.prune(options.keep_models, night=night)
+        note(model=f"{options.output}/model", latest=place.latest())
+        say(f"model of {night} in {options.output}; {_latest(place)}")
+    return 0
+
+
+def _publish(
+    options: NightlyOptions,
+    rows: NightRows,
+    place: Registry,
+    checks: Gate,
+    session: ExitStack,
+) -> bool:
+    """Do the night's work, if nobody has done it; say whether the gate let it pass."""
+    rows.where(days=options.days)  # what is wrong with the nights comes before any claim
+    if options.scores is not None:
+        _check_scores(options, rows)
+    with (
+        _telling_of("--registry"),
+        claim.claim(options.output, resume=options.resume) as run,
+    ):
+        if run.committed:
+            return True
+        if place.is_pruned(options.night):
+            raise UserError(
+                f"{options.output} was published and pruned while this run waited for it: nothing "
+                "is left to do"
+            )
+        while True:
+            place.await_earlier(options.night)
+            before = place.newest_before(options.night)
+            work = Night(options, rows, place, checks, before, session)
+            if (reasons := work.run(run)) is not None:
+                break
+            logger.info("a night has been published in between: fitting anew from that")
+            run.forget()
+        if reasons:
+            say(f"what there is of {options.night} is kept in {work.candidate(run)}")
+            note(reasons=reasons)
+            say(f"kept back {options.night}: {'; '.join(reasons)}; {_latest(place)}")
+        return not reasons
+
+
+@contextmanager
+def _telling_of(option: str) -> Iterator[None]:
+    """Name the option that says where a run's output is: this job has no --output."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for words in ("another --output", "an --output"):
+            text = text.replace(words, words.replace("an --", "a --").replace("--output", option))
+        raise UserError(text) from error
+
+
+def _check_scores(options: NightlyOptions, rows: NightRows) -> None:
+    """Refuse before any fitting what the scoring would refuse after it."""
+    assert options.scores is not None
+    try:
+        with quiet():  # the plans of the fit and of the scoring tell the same
+            plan = rows.plan(days=1, missing="mean", columns=options.columns, keep=options.keep)
+    except (TooFewRows, SchemaError):
+        return  # for the gate to tell
+    output = absolute(join(options.scores, options.night))
+    if score_runs.lies_inside(plan, output):
+        raise UserError(
+            f"{redacted(output)} lies inside the lake, whose rows would double: give --scores "
+            f"outside {redacted(plan.url)}"
+        )
+
+
+def _score(options: NightlyOptions, rows: NightRows, again: Again) -> None:
+    """Score the rows of the night alone, whatever --days; what is scored already stays."""
+    assert options.scores is not None
+    shared = {f.name for f in fields(ScoreOptions)} & {f.name for f in fields(NightlyOptions)}
+    scoring = ScoreOptions(
+        **{name: getattr(options, name) for name in shared}
+        | {
+            "model": options.output,
+            "output": join(options.scores, options.night),
+            "where": rows.where(days=1).text,
+            "resume": True,
+        }
+    )
+    try:
+        score_and_tell(scoring, again)
+    except UserError as error:
+        if not _is_scored(scoring):
+            raise
+        logger.info("%s", error)
+        say(f"{scoring.output}: scored before; the lake's files have changed since")
+
+
+def _is_scored(scoring: ScoreOptions) -> bool:
+    """Say whether a run of these very options has committed its scores, of whatever files."""
+    try:
+        config = load.read_report(join(scoring.output, files.HOME), score_runs.REPORT)["config"]
+    except UserError:
+        return False
+    asked = {"keep": list(scoring.keep), "where": scoring.where, "outliers": scoring.outliers}
+    return all(config.get(name) == value for name, value in asked.items())
+
+
+def _latest(place: Registry) -> str:
+    return f"the latest is {place.latest() or 'none'}"
+
+
+def _parse(argv: Sequence[str]) -> NightlyOptions:
+    parser = Parser(
+        prog="gmm-dist nightly",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_common(parser, output=False)
+    _add_own(parser.add_argument_group("night"))
+    parser.set_defaults(holdout=0.1)
+    return options_of(NightlyOptions, parser.parse_args(argv))
+
+
+def _add_own(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--k", required=True, type=parse_k, help="8, 4,8,16 or 2..20 (inclusive)")
+    group.add_argument(
+        "--criterion", choices=CRITERIA, default="bic", help="what ranks the fits (default: bic)"
+    )
+    group.add_argument(
+        "--registry",
+        required=True,
+        type=parse_url,
+        metavar="REG",
+        help="folder or URL of the nights' models",
+    )
+    group.add_argument("--night", required=True, metavar="DATE", help="e.g. 2026-11-21")
+    group.add_argument(
+        "--partition",
+        required=True,
+        nargs="+",
+        metavar="COLUMN",
+        help="hive key or column that tells the night (2026-11-21, 20261121, a date or timestamp), "
+        "or the three of year, month and day",
+    )
+    group.add_argument(
+        "--days", type=int, default=1, help="fit so many days up to the night (default: 1)"
+    )
+    group.add_argument(
+        "--min-rows",
+        type=int,
+        metavar="ROWS",
+        help="publish nothing fitted to fewer (default: 1,000, and a tenth of last night's)",
+    )
+    group.add_argument(
+        "--max-drop",
+        type=float,
+        default=Gate().max_drop,
+        metavar="NATS",
+        help="publish nothing that scores held-out rows so much worse than last night's model, "
+        "in nats per row (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-drift",
+        type=float,
+        default=Gate().max_drift,
+        metavar="NATS",
+        help="publish nothing whose columns have changed as a whole by more since last night, as a "
+        "change of units does, in nats per row; inf accepts any (default: %(default)s)",
+    )
+    group.add_argument(
+        "--scores",
+        type=parse_url,
+        metavar="URL",
+        help="once published, score the night's rows as score.py does, into URL/DATE",
+    )
+    group.add_argument(
+        "--keep", nargs="+", default=[], metavar="COLUMN", help="columns to go along with --scores"
+    )
+    group.add_argument(
+        "--outliers", type=float, metavar="Q", help="mark outliers in --scores, see score.py"
+    )
+    group.add_argument(
+        "--keep-models",
+        type=int,
+        default=0,
+        metavar="N",
+        help="remove published models but the newest N (default: keep all)",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job; return its exit status."""
+    return run(nightly, argv)

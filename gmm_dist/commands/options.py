@@ -1,0 +1,300 @@
+"""The arguments that the jobs share, and the command lines that they name."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
+
+from gmm_dist import __version__
+from gmm_dist.config import INITS, PRECISIONS, EMConfig, StartConfig
+from gmm_dist.errors import UserError
+from gmm_dist.formats import printable
+from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.urls import Url, redacted, without_secrets
+
+_EM, _START = EMConfig(), StartConfig()  # the defaults
+_MAX_K = 100_000
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line, and ends with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """Read the command line; --version is answered at once."""
+        self.add_argument("--version", action="version", version=f"gmm-dist {__version__}")
+        return super().parse_args(args)
+
+
+T = TypeVar("T")
+
+
+def options_of(kind: Callable[..., T], given: argparse.Namespace) -> T:
+    """Return the options that a command line asks for; lists become tuples.
+
+    Raises UserError for a value out of range.
+    """
+    names = {field.name for field in fields(cast(Any, kind))}
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(given).items()
+        if name in names
+    }
+    return kind(**values)
+
+
+def parse_k(text: str) -> list[int]:
+    """Read `8`, `4,8,16` or `2..20` (inclusive), or several of them joined by commas.
+
+    Raises argparse.ArgumentTypeError, whose message names the part that is wrong.
+    """
+    ks: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?\s*", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text[:50]!r} is not like 8, 4,8,16 or 2..20")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first < 1 or last < first or last > _MAX_K:
+            raise argparse.ArgumentTypeError(f"{part!r} is not a range of whole numbers from 1 up")
+        ks.update(dict.fromkeys(range(first, last + 1)))
+    return list(ks)
+
+
+def parse_url(text: str) -> Url:
+    """Read a path or URL; an empty one, as of a variable that is not set, is none."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give a path or URL, . for this folder")
+    return Url(text)
+
+
+def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
+    """Add the options that every fitting job has; `output` where it is the user's to say.
+
+    Where a job's default is another one, the parser's `set_defaults` tells --help of it too.
+    """
+    parser.add_argument(
+        "data", type=parse_url, metavar="DATA", help="folder or file of Parquet, local or any URL"
+    )
+    if output:
+        parser.add_argument(
+            "--output", required=True, type=parse_url, metavar="OUT", help="a new folder or URL"
+        )
+    _add_rows(parser.add_argument_group("rows"))
+    _add_fit(parser.add_argument_group("fit"))
+    add_cluster(parser.add_argument_group("cluster"))
+    _add_run(parser.add_argument_group("run"))
+
+
+def _add_rows(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="COLUMN",
+        help="numeric columns, or one column of lists of one length (default: all float columns "
+        "but pandas' indices, else the one column of lists)",
+    )
+    group.add_argument(
+        "--weight-column", metavar="COLUMN", help="sample weights: 0 is no row, 2 is two"
+    )
+    group.add_argument(
+        "--where",
+        metavar="TEXT",
+        help="""keep rows where this holds, e.g. "ds >= '2026-11-01' and income > 0" """,
+    )
+    group.add_argument(
+        "--missing",
+        choices=("error", "drop", "mean"),
+        default="error",
+        help="nulls and NaN: refuse them, drop the row, or put the column's mean (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="score the fits on this share of the rows, kept out of them (default: %(default)g)",
+    )
+
+
+def _add_fit(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--covariance-type",
+        nargs="+",
+        choices=COVARIANCE_TYPES,
+        default=["full"],
+        help="families to fit, all in the same passes (default: full)",
+    )
+    group.add_argument(
+        "--init",
+        choices=INITS,
+        default=_START.init,
+        help="how restarts are seeded (default: %(default)s)",
+    )
+    group.add_argument(
+        "--n-init",
+        type=int,
+        default=_START.n_init,
+        help="restarts of each candidate, on a sample (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tol",
+        type=float,
+        default=_EM.tol,
+        help="stop when the mean log-likelihood gains less, in nats per row (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-iter",
+        type=int,
+        default=_EM.max_iter,
+        help="iterations over all rows at most (default: %(default)s)",
+    )
+    group.add_argument(
+        "--accelerate",
+        action=argparse.BooleanOptionalAction,
+        default=_EM.accelerate,
+        help="leap ahead of EM where that raises the likelihood (default: yes)",
+    )
+    group.add_argument(
+        "--reg-covar",
+        type=float,
+        default=1e-6,
+        help="added to every variance, in units of the feature's variance over all rows, so that "
+        "units of measurement do not matter (default: %(default)s)",
+    )
+    group.add_argument("--random-state", type=int, default=0, help="seed (default: %(default)s)")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="arithmetic of the passes; auto measures what is needed (default: %(default)s)",
+    )
+
+
+def add_cluster(group: argparse._ArgumentGroup) -> None:
+    """Add the options of workers and where they run."""
+    group.add_argument(
+        "--num-workers", type=int, help="actors that hold rows (default: one per CPU or GPU)"
+    )
+    group.add_argument(
+        "--use-gpu",
+        action=argparse.BooleanOptionalAction,
+        help="give each worker a GPU (default: if the cluster has any)",
+    )
+    faults = FaultConfig()
+    group.add_argument(
+        "--max-failures",
+        type=int,
+        default=faults.max_failures,
+        help="failures of workers or their storage that a run bears (default: %(default)s)",
+    )
+    group.add_argument(
+        "--grace",
+        type=float,
+        default=faults.grace,
+        metavar="SECONDS",
+        help="until others take over the rows of a lost worker (default: %(default)g)",
+    )
+    group.add_argument(
+        "--address", help="Ray cluster (default: the one the job runs in, else one started here)"
+    )
+
+
+def add_json(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Add the option that schedulers read a job's end by."""
+    group.add_argument(
+        "--json", action="store_true", help="end with a line of JSON on stdout that says what came"
+    )
+
+
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    add_json(group)
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in OUT; start afresh where there is none",
+    )
+    group.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="between two checkpoints at least (default: one after each pass)",
+    )
+
+
+def program(job: str) -> tuple[str, ...]:
+    """Return the words by which this process was called: gmm-dist, a script of jobs/, python -m."""
+    called = Path(sys.argv[0])
+    if called.name == f"{job}.py":
+        return "python", os.path.relpath(called)
+    if called.name == "__main__.py":
+        return "python", "-m", "gmm_dist", job
+    return "gmm-dist", job
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The command line of a job, to be spelt as for a shell with something changed.
+
+    `program` are the words before the arguments. Without credentials, where a URL had any: it
+    goes into logs.
+    """
+
+    program: Sequence[str]
+    argv: Sequence[str]
+
+    def for_k(self, k: str) -> str:
+        """Return the command that does the same for `k`, to another output."""
+        words = [word for word in self.argv if word != "--resume"]
+        for i, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            # A name may be cut short, as argparse allows; no other option begins like these two.
+            if len(name) < 3 or not (name == "--k" or "--output".startswith(name)):
+                continue
+            at, old = (i, value) if equals else (i + 1, words[i + 1])
+            new = k if name == "--k" else _renamed(old, k)
+            words[at] = f"{name}={new}" if equals else new
+        return self._spelt(words)
+
+    def to_resume(self) -> str:
+        """Return the command that goes on with the same run."""
+        return self._spelt([*(word for word in self.argv if word != "--resume"), "--resume"])
+
+    def _spelt(self, words: Sequence[str]) -> str:
+        shown = [_without_secrets(word) for word in words]
+        hint = "" if shown == words else " (with the credentials, which are left out here)"
+        return " ".join(map(_quoted, [*self.program, *shown])) + hint
+
+
+def _without_secrets(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + without_secrets(redacted(value))
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for a shell, such that it is all printable."""
+    if printable(word) == word:
+        return shlex.quote(word)
+    # Bytes that are no text came as surrogates; $'...' is understood by bash, zsh and ksh.
+    spelt = "".join(
+        chr(byte) if 32 <= byte < 127 and chr(byte) not in "'\\" else f"\\x{byte:02x}"
+        for byte in os.fsencode(word)
+    )
+    return f"$'{spelt}'"
+
+
+def _renamed(output: str, k: str) -> str:
+    ks = re.findall(r"\d+", k)
+    stem = re.sub(r"-k\d+-\d+$", "", output.rstrip("/"))
+    return f"{stem}-k{ks[0]}-{ks[-1]}"

@@ -1,0 +1,131 @@
+"""The table of ranked candidates, and the lines below it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gmm_dist.commands.talking import bearing, say, screen
+from gmm_dist.em.loop import Status
+from gmm_dist.formats import counted
+from gmm_dist.selection.ranking import Scored, SweepResult
+
+_PER_ROW = "mean log-likelihood,\nnats per row"  # on two lines: most terminals have 80 columns
+
+_ALL = ("rank", "k", "covariance", "BIC", "AIC", "ICL", _PER_ROW, "held-out", "starts")
+
+_MOST = ("AIC", "ICL", "starts")  # what a narrow table goes without
+
+
+def ranking(result: SweepResult, width: int) -> RenderableType:
+    """Return the ranked candidates, best first: as a table where there is room, else a list.
+
+    No number is cut: a table that does not fit has fewer columns, and then none.
+    """
+    names = [*_ALL, "iter.", "status"]
+    if all(s.holdout is None for s in result.scored):
+        names.remove("held-out")
+    rows = [(_cells(s, rank), _style(s, result)) for rank, s in _ranks(result)]
+    for columns in (names, [name for name in names if name not in _MOST]):
+        if _natural_width(columns, rows) <= width:
+            return _table(columns, rows)
+    return _list(names, rows)
+
+
+_Rows = Sequence[tuple[dict[str, str], str]]
+
+
+def _ranks(result: SweepResult) -> Iterator[tuple[str, Scored]]:
+    for rank, s in enumerate(result.ranked, start=1):
+        yield str(rank) if s.fit.is_ranked else "-", s
+
+
+def _style(scored: Scored, result: SweepResult) -> str:
+    return "bold" if scored is result.best else "" if scored.fit.is_ranked else "dim"
+
+
+def _cells(s: Scored, rank: str) -> dict[str, str]:
+    return {
+        "rank": rank,
+        "k": str(s.candidate.k),
+        "covariance": s.candidate.covariance_type,
+        "BIC": f"{s.bic:,.1f}",
+        "AIC": f"{s.aic:,.1f}",
+        "ICL": f"{s.icl:,.1f}",
+        _PER_ROW: f"{s.mean_log_likelihood:.6f}",
+        "held-out": "-" if s.holdout is None else f"{s.holdout:.6f}",
+        "starts": _starts(s),
+        "iter.": str(s.fit.n_iter),
+        "status": s.fit.status.name.lower(),
+    }
+
+
+def _natural_width(columns: Sequence[str], rows: _Rows) -> int:
+    widths = [
+        max(map(len, [*name.split("\n"), *(cells[name] for cells, _ in rows)])) for name in columns
+    ]
+    return sum(widths) + 2 * len(widths)  # two spaces after each
+
+
+def _table(columns: Sequence[str], rows: _Rows) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        left = name in ("covariance", "status")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for cells, style in rows:
+        table.add_row(*(cells[name] for name in columns), style=style)
+    return table
+
+
+def _list(names: Sequence[str], rows: _Rows) -> Group:
+    """Return a few lines for each candidate, one for each number."""
+    lines = []
+    for cells, style in rows:
+        head = f"{cells['rank']}. k={cells['k']} {cells['covariance']}"
+        lines.append(Text(head, style=style))
+        texts = "\n".join(f"{name} {cells[name]}" for name in names[3:])
+        lines += [Text(f"  {line}", style=style) for line in texts.split("\n")]
+    return Group(*lines)
+
+
+def _starts(scored: Scored) -> str:
+    """Say how many starts were fitted on all rows, and how many of them fell behind."""
+    dropped = scored.outcome.n_dropped
+    return f"{scored.outcome.n_starts}" + (f", {dropped} dropped" if dropped else "")
+
+
+def notes(result: SweepResult) -> list[str]:
+    """Return the sentence of each status that is not plain convergence, with whom it concerns."""
+    concerned: dict[Status, list[str]] = {}
+    for s in result.scored:
+        if s.fit.status is not Status.CONVERGED:
+            name = f"k={s.candidate.k} {s.candidate.covariance_type}"
+            concerned.setdefault(s.fit.status, []).append(name)
+    lines = [f"{', '.join(names)}: {status.value}" for status, names in concerned.items()]
+    return [*lines, _economy(result)]
+
+
+def _economy(result: SweepResult) -> str:
+    """Say what the fits took of passes, and what was spared."""
+    dropped = sum(s.outcome.n_dropped for s in result.scored)
+    saved = sum(s.outcome.passes_saved for s in result.scored)
+    line = f"{counted(result.n_passes, 'pass')} over all rows"
+    if dropped:
+        n_starts = sum(s.outcome.n_starts for s in result.scored)
+        fell = "fell behind another and was" if dropped == 1 else "fell behind others and were"
+        line += f"; {dropped} of {counted(n_starts, 'start')} {fell} dropped early"
+    if saved >= 1:
+        line += f"; leaping ahead saved at least {counted(saved, 'iteration')} of EM"
+    return line
+
+
+def print_table(result: SweepResult, warnings: Sequence[str]) -> None:
+    """Print the ranked table, and what a reader of it should know; never fails."""
+    with bearing():
+        console = screen()
+        console.print(ranking(result, console.width))
+    for line in [*notes(result), *(f"warning: {warning}" for warning in warnings)]:
+        say(line)

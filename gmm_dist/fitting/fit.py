@@ -1,0 +1,287 @@
+"""A fit from its claim to its commit: plan, session, sweep, checkpoint, results."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import torch
+
+from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.em.evaluate import training_quantiles
+from gmm_dist.em.lane import Snapshot
+from gmm_dist.errors import UserError
+from gmm_dist.fitting import results
+from gmm_dist.fitting.lake_sweep import require_means, start_workers
+from gmm_dist.fitting.options import FitOptions
+from gmm_dist.fitting.progress import FitProgress, Silent
+from gmm_dist.fitting.results import DrawReport, Fitted, no_report, sample_of
+from gmm_dist.formats import counted
+from gmm_dist.lake.load import Counted, LakeLoader, loader_for
+from gmm_dist.lake.plan import Plan, plan_lake
+from gmm_dist.lake.session import load_rows
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.runs import claim, load
+from gmm_dist.runs.checkpoint import Checkpoint, RunIdentity, environment
+from gmm_dist.runs.claim import Run
+from gmm_dist.selection.ranking import Candidate, SweepResult
+from gmm_dist.selection.sweep import Keep, Watch, sweep
+from gmm_dist.shards.protocol import Shards
+from gmm_dist.shards.ray_shards import connected
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FitOutcome:
+    """What came of a fit that has committed, or could rank nothing.
+
+    `result` is None where the run had committed before; `has_report` says whether there is a
+    report.html. Where `result.best` is None there is no model, and the output is free again.
+    """
+
+    output: str
+    result: SweepResult | None
+    warnings: list[str]
+    has_report: bool = False
+
+
+def fit_lake(
+    options: FitOptions,
+    *,
+    progress: FitProgress | None = None,
+    draw: DrawReport = no_report,
+    next_run: Callable[[str], str] = lambda k: f"fit k={k} next",
+    finish: Callable[[], None] = lambda: None,
+) -> FitOutcome:
+    """Claim the output, plan, load, fit, rank and commit.
+
+    With `options.resume` the fit goes on from the output's last checkpoint, and a run that has
+    committed is left as it is.
+
+    Args:
+        options: What is fitted, and how.
+        progress: Is told how far the fit is.
+        draw: Draws report.html.
+        next_run: Says how a grid of K, such as "12..24", is fitted next, for a warning.
+        finish: Is called before the commit, which nothing should break off.
+
+    Raises:
+        UserError: the output is taken, or rows or settings are not fit for it.
+        RunFailed: too much has failed.
+    """
+    torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
+    began = time.monotonic()
+    with claim.claim(options.output, resume=options.resume) as run:
+        if run.committed:
+            return FitOutcome(options.output, None, [])
+        given = None if options.start is None else load.load(options.start)
+        job = Job.of(options, given=given, progress=progress)
+        fitted = job.fit(run)
+        result = fitted.result
+        found = result.warnings(job.plan.feature_names, next_run)
+        warnings = [*fitted.incomplete, *found]
+        if result.best is None:
+            run.forget()
+            return FitOutcome(options.output, result, warnings)
+        more = {"warnings": warnings, "seconds": time.monotonic() - began}
+        has_report = results.write(run.attempt, fitted, job.loader, job.settings, more, draw=draw)
+        logger.info("committing")
+        finish()
+        run.attempt.commit()
+    return FitOutcome(options.output, result, warnings, has_report)
+
+
+def none_ranked(n_candidates: int) -> str:
+    """Say that there is no model, and what to do."""
+    none = f"none of the {n_candidates:,} candidates" if n_candidates > 1 else "the one candidate"
+    return (
+        f"{none} could{'' if n_candidates > 1 else ' not'} be ranked, see the table: "
+        "use smaller --k, more rows, or leave out constant and duplicated columns"
+    )
+
+
+Look = Callable[[Shards, SweepResult], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """What is fitted, to which rows, and how; `given` and `warm` are about the rows' centre."""
+
+    options: FitOptions
+    em: EMConfig
+    start: StartConfig
+    candidates: list[Candidate]
+    loader: LakeLoader
+    given: list[Parameters] | None
+    warm: list[Parameters]
+    progress: FitProgress
+
+    @classmethod
+    def of(
+        cls,
+        options: FitOptions,
+        plan: Plan | None = None,
+        *,
+        given: Mixture | None = None,
+        warm: Mixture | None = None,
+        progress: FitProgress | None = None,
+    ) -> Self:
+        """Take the settings, and plan the rows unless that was done before.
+
+        A fit goes on from `given`; in a sweep, `warm` competes with other starts of its shape.
+        """
+        candidates = _candidates(options, given)
+        plan = plan or plan_rows(options)
+        require_means(plan, candidates, options.scaling, options.address)
+        loader = loader_for(plan)
+        starts, guests = (
+            None if model is None else [about_centre(model, loader)] for model in (given, warm)
+        )
+        return cls(
+            options,
+            options.em,
+            options.search,
+            candidates,
+            loader,
+            starts,
+            guests or [],
+            progress or Silent(),
+        )
+
+    @property
+    def plan(self) -> Plan:
+        return self.loader.plan
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"em": asdict(self.em), "start": asdict(self.start)}
+
+    @property
+    def identity(self) -> RunIdentity:
+        """All that decides the model's bits."""
+        options = self.options
+        asked = ("columns", "weight_column", "where", "missing", "holdout", "criterion")
+        settings = {
+            **self.settings,
+            **{name: getattr(options, name) for name in asked},
+            "candidates": [asdict(candidate) for candidate in self.candidates],
+            "start_model": None if self.given is None else _digest(self.given),
+        }
+        if self.warm:
+            settings["warm_start"] = _digest(self.warm)
+        return RunIdentity(self.plan.hash, self.plan.versions, settings, environment())
+
+    def fit(self, run: Run, look: Look = lambda shards, result: None) -> Fitted:
+        """Load the rows and fit, from the last checkpoint where there is one.
+
+        `look` sees the rows once more, while they are resident.
+        """
+        checkpoints = run.checkpoints(self.identity, seconds=self.options.checkpoint_seconds)
+        latest = checkpoints.latest() if self.options.resume else None
+        progress = self.progress
+
+        def keep(number: int, snapshot: Callable[[], Snapshot]) -> None:
+            run.check()
+            if checkpoints.is_due:
+                taken = snapshot()
+                checkpoints.put(Checkpoint(number, taken.tensors, taken.state))
+
+        with progress.shown(), self.resident(progress) as (shards, counted):
+            resume = None
+            if latest is not None:
+                resume = Snapshot(dict(latest.tensors), dict(latest.state))
+                progress.resuming(latest.number)
+            elif self.given is None:
+                progress.starting(self.start.n_init)
+            result = self._sweep(shards, watch=progress.standings, resume=resume, keep=keep)
+            quantiles = None
+            if result.best is not None:
+                quantiles = training_quantiles(shards, result.best.fit.parameters)
+            sample = sample_of(shards, result, self.start.random_state)
+            look(shards, result)
+        return Fitted(result, counted, quantiles, sample)
+
+    @contextmanager
+    def resident(self, progress: FitProgress) -> Iterator[tuple[Shards, Counted]]:
+        """Keep the rows in the memory of a cluster's workers, and count them."""
+        options = self.options
+        scaling = options.scaling.at_most(self.plan.n_shards)
+        with connected(options.address, scaling):
+            shards = start_workers(self.loader, self.candidates, scaling, options.faults)
+
+            def loaded(done: int, n_rows: int) -> None:
+                progress.loading(done, self.plan.n_shards, n_rows)
+
+            yield shards, load_rows(shards, self.loader, loaded)
+            shards.close()
+
+    def _sweep(
+        self, shards: Shards, *, watch: Watch, resume: Snapshot | None, keep: Keep
+    ) -> SweepResult:
+        return sweep(
+            shards,
+            self.candidates,
+            self.em,
+            self.start,
+            n_features=self.plan.n_features,
+            feature_names=self.plan.feature_names,
+            centre=torch.from_numpy(self.loader.centre),
+            criterion=self.options.criterion,
+            holdout=self.plan.holdout > 0,
+            given=self.given,
+            warm=self.warm,
+            watch=watch,
+            resume=resume,
+            keep=keep,
+        )
+
+
+def _digest(given: Sequence[Parameters]) -> str:
+    digest = hashlib.sha256()
+    for parameters in given:
+        for part in (parameters.weights, parameters.means, parameters.covariances):
+            digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _candidates(options: FitOptions, given: Mixture | None) -> list[Candidate]:
+    if given is None:
+        pairs = itertools.product(options.covariance_type, options.k or ())
+        return [Candidate(k, kind) for kind, k in pairs]
+    if options.k not in (None, (given.n_components,)):
+        components = counted(given.n_components, "component")
+        raise UserError(
+            f"--k is {options.k[0]} but the model of --start has {components}: leave out --k"
+        )
+    return [Candidate(given.n_components, given.covariance_type)]
+
+
+def plan_rows(options: FitOptions) -> Plan:
+    """Plan the rows that the options ask for."""
+    return plan_lake(
+        options.data,
+        columns=options.columns,
+        weight_column=options.weight_column,
+        where=options.where,
+        missing=options.missing,
+        holdout=options.holdout,
+    )
+
+
+def about_centre(given: Mixture, loader: LakeLoader) -> Parameters:
+    """Return a model's parameters about the rows' shared centre; refuse other features."""
+    plan = loader.plan
+    if given.feature_names != plan.feature_names:
+        raise UserError(
+            f"the model of --start has the features {', '.join(given.feature_names)}, the data "
+            f"{', '.join(plan.feature_names)}: name the model's with --columns, in its order"
+        )
+    return given.parameters.shifted(-torch.from_numpy(loader.centre))

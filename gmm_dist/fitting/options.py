@@ -1,0 +1,112 @@
+"""What can be asked of a fit or a sweep, as plain values with the command line's defaults."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.errors import UserError
+from gmm_dist.lake.plan import Missing
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.ray_shards import ScalingConfig
+
+_EM, _START, _FAULTS = EMConfig(), StartConfig(), FaultConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """The settings of a fit, a sweep, or the fit of a night.
+
+    Args:
+        data: Folder or file of Parquet, local or any URL.
+        output: A new folder or URL.
+        k: Numbers of components. None: that of the model `start`.
+        covariance_type: Covariance types, each fitted with each of `k`.
+        criterion: What ranks the fits: "bic", "aic", "icl" or "holdout".
+        start: A model's folder or URL: the fit goes on from its parameters.
+        columns: Feature columns; None for every floating-point one.
+        weight_column: Column of sample weights; 0 is no row, 2 is two.
+        where: Filter of rows, see `gmm_dist.lake.filters`.
+        missing: What becomes of nulls and NaN.
+        holdout: Share of the rows, in [0, 1), that nothing is fitted to.
+        init: How restarts are seeded.
+        n_init: Restarts of each candidate, on a sample.
+        tol: Gain of the mean log-likelihood (nats per row) below which a fit has converged.
+        max_iter: Iterations over all rows at the most.
+        accelerate: Leap ahead of EM where that raises the likelihood.
+        reg_covar: Added to every variance, in units of the feature's variance over all rows.
+        random_state: Seed, >= 0.
+        precision: Arithmetic of the passes: "auto", "float32" or "float64".
+        num_workers: Actors that hold rows; None for one per CPU or GPU.
+        use_gpu: Whether each has a GPU of its own; None: if the cluster has any.
+        max_failures: Failures of workers or their storage that the run bears.
+        grace: Seconds until others take over the rows of a lost worker.
+        address: Ray cluster; None for the one the process runs in, else one started here.
+        resume: Go on from the last checkpoint in `output`.
+        checkpoint_seconds: Seconds between two checkpoints at least.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    data: str
+    output: str
+    k: tuple[int, ...] | None = None
+    covariance_type: tuple[str, ...] = ("full",)
+    criterion: str = "bic"
+    start: str | None = None
+    columns: tuple[str, ...] | None = None
+    weight_column: str | None = None
+    where: str | None = None
+    missing: Missing = "error"
+    holdout: float = 0.0
+    init: str = _START.init
+    n_init: int = _START.n_init
+    tol: float = _EM.tol
+    max_iter: int = _EM.max_iter
+    accelerate: bool = _EM.accelerate
+    reg_covar: float = _EM.reg_covar
+    random_state: int = _START.random_state
+    precision: str = _EM.precision
+    num_workers: int | None = None
+    use_gpu: bool | None = None
+    max_failures: int = _FAULTS.max_failures
+    grace: float = _FAULTS.grace
+    address: str | None = None
+    resume: bool = False
+    checkpoint_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        # Each says itself what is wrong with it.
+        _ = self.em, self.search, self.faults, self.scaling
+        if not 0 <= self.holdout < 1:
+            raise UserError(
+                f"--holdout is {self.holdout:g}: give a share of the rows, 0 <= share < 1"
+            )
+        if not (self.checkpoint_seconds >= 0 and math.isfinite(self.checkpoint_seconds)):
+            raise UserError(
+                f"--checkpoint-seconds is {self.checkpoint_seconds:g}: give seconds >= 0"
+            )
+        if self.k is None and self.start is None:
+            raise UserError("one of --k and --start is required")
+
+    @property
+    def em(self) -> EMConfig:
+        """The settings of the EM loop."""
+        return EMConfig(self.tol, self.max_iter, self.reg_covar, self.precision, self.accelerate)
+
+    @property
+    def search(self) -> StartConfig:
+        """The settings of the search for starts."""
+        return StartConfig(self.n_init, self.init, random_state=self.random_state)
+
+    @property
+    def faults(self) -> FaultConfig:
+        """How patient the run is with its workers."""
+        return FaultConfig(max_failures=self.max_failures, grace=self.grace)
+
+    @property
+    def scaling(self) -> ScalingConfig:
+        """How many workers there are, and whether each has a GPU."""
+        return ScalingConfig(self.num_workers, self.use_gpu)

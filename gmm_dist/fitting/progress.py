@@ -1,0 +1,43 @@
+"""What a fit tells of how far it is; the faces show it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+from gmm_dist.selection.sweep import Standing
+
+
+class FitProgress(Protocol):
+    """Is told where a fit stands."""
+
+    def shown(self) -> AbstractContextManager[None]:
+        """Return a context in which it is shown."""
+
+    def loading(self, done: int, n_shards: int, n_rows: int) -> None:
+        """Take how many shards are loaded, and their rows so far."""
+
+    def starting(self, n_init: int) -> None:
+        """Take that restarts run on a sample."""
+
+    def resuming(self, number: int) -> None:
+        """Take after which pass the run goes on."""
+
+    def standings(self, standings: Sequence[Standing]) -> None:
+        """Take where each candidate stands after a pass over the rows."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def shown(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def loading(self, done: int, n_shards: int, n_rows: int) -> None: ...
+
+    def starting(self, n_init: int) -> None: ...
+
+    def resuming(self, number: int) -> None: ...
+
+    def standings(self, standings: Sequence[Standing]) -> None: ...

@@ -1,0 +1,203 @@
+"""What a fit leaves behind: the model, sweep.json, and report.html by whoever draws it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gmm_dist import __version__
+from gmm_dist.lake.load import Counted, LakeLoader
+from gmm_dist.lake.plan import Plan
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.quantiles import Quantiles
+from gmm_dist.runs import load
+from gmm_dist.runs.load import Attempt
+from gmm_dist.selection.coreset import DrawCoreset, keyed_generator
+from gmm_dist.selection.ranking import Scored, SweepResult
+from gmm_dist.shards.protocol import Shards
+
+_PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")
+
+
+logger = logging.getLogger(__name__)
+
+# A coreset weighs no row more than twice the mean, so that half of it is a fair sample.
+_DRAWN, _KEPT = 4096, 2000  # rows
+_PICTURE = 3  # the stream of keyed random numbers
+
+DrawReport = Callable[[Attempt, Mapping[str, Any], Mixture | None, torch.Tensor | None], bool]
+"""Draws report.html of sweep.json's content, the mixture and some rows; says whether it did."""
+
+
+def no_report(
+    attempt: Attempt,
+    content: Mapping[str, Any],
+    mixture: Mixture | None,
+    sample: torch.Tensor | None,
+) -> bool:
+    """Draw nothing."""
+    return False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """What came of a fit.
+
+    `quantiles` are those of the best candidate's log-density, `sample` (m, d) some rows about
+    their centre; None for no best.
+    """
+
+    result: SweepResult
+    counted: Counted
+    quantiles: Quantiles | None
+    sample: torch.Tensor | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """The rows that were fitted or held out."""
+        return self.counted.n_rows + self.counted.counts.held_out
+
+    @property
+    def incomplete(self) -> list[str]:
+        """Say how many rows, or values, --missing has left out or filled: no line or one."""
+        counts = self.counted.counts
+        n_rows = counts.read - counts.filtered
+        if counts.dropped:
+            return [f"--missing drop left out {counts.dropped:,} of {n_rows:,} rows"]
+        if counts.imputed:
+            values = "1 value" if counts.imputed == 1 else f"{counts.imputed:,} values"
+            return [f"--missing mean filled {values} in {n_rows:,} rows"]
+        return []
+
+
+def write(
+    attempt: Attempt,
+    fitted: Fitted,
+    loader: LakeLoader,
+    settings: dict[str, Any],
+    more: dict[str, Any],
+    *,
+    ids: tuple[int, ...] | None = None,
+    draw: DrawReport = no_report,
+) -> bool:
+    """Write the best candidate's model, if any, and the reports on all of them.
+
+    `ids` are the numbers that the model's components keep from night to night; `draw` draws
+    report.html. Return whether that was written.
+    """
+    result, plan = fitted.result, loader.plan
+    content = _report(result, plan, fitted.counted, settings) | more
+    mixture = sample = None
+    if result.best is not None:
+        mixture = mixture_of(fitted, loader, ids)
+        attempt.write_model(mixture, _provenance(result.best, plan, settings))
+    if fitted.sample is not None:
+        sample = fitted.sample + torch.from_numpy(loader.centre)
+    attempt.write_json(load.REPORT, content)
+    return draw(attempt, content, mixture, sample)
+
+
+def spell_best(best: Scored, criterion: str) -> str:
+    """Name the best candidate and what ranked it."""
+    name = f"k={best.candidate.k} {best.candidate.covariance_type}"
+    if criterion == "holdout":
+        return f"held-out log-likelihood: {name}, {best.holdout:.6f} nats per row"
+    return f"{criterion.upper()}: {name}, {best.value(criterion):,.1f}"
+
+
+def mixture_of(fitted: Fitted, loader: LakeLoader, ids: tuple[int, ...] | None = None) -> Mixture:
+    """Return the best candidate's mixture, in feature units."""
+    assert fitted.result.best is not None
+    fit = fitted.result.best.fit
+    return Mixture(
+        fit.parameters.shifted(torch.from_numpy(loader.centre)),
+        loader.plan.feature_names,
+        fit.n_samples,
+        fit.log_likelihood,
+        fitted.quantiles,
+        ids,
+    )
+
+
+def _provenance(best: Scored, plan: Plan, settings: dict[str, Any]) -> load.Provenance:
+    criteria = {"bic": best.bic, "aic": best.aic, "icl": best.icl}
+    if best.holdout is not None:
+        criteria["holdout"] = best.holdout
+    return load.Provenance(
+        criteria=criteria,
+        status=best.fit.status.value,
+        converged=best.fit.converged,
+        n_iter=best.fit.n_iter,
+        config=settings,
+        plan_hash=plan.hash,
+        versions=_versions(),
+    )
+
+
+def _report(
+    result: SweepResult, plan: Plan, counted: Counted, settings: dict[str, Any]
+) -> dict[str, Any]:
+    best, ranked = result.best, result.ranked
+    return {
+        "criterion": result.criterion,
+        "best": None if best is None else asdict(best.candidate),
+        "candidates": [_entry(s, ranked.index(s) + 1) for s in result.scored],
+        "n_passes": result.n_passes,
+        "n_samples": result.n_samples,
+        "n_rows": counted.n_rows,
+        "n_held_out": counted.counts.held_out,
+        "rows": asdict(counted.counts),
+        "feature_names": plan.feature_names,
+        "data": plan.url,
+        "plan_hash": plan.hash,
+        "config": settings,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    # Ours is asked of the package itself: a Ray job's working directory is not installed.
+    return {"gmm_dist": __version__, **load.library_versions(_PACKAGES)}
+
+
+def _entry(scored: Scored, rank: int) -> dict[str, Any]:
+    fit = scored.fit
+    return {
+        **asdict(scored.candidate),
+        "rank": rank if fit.is_ranked else None,
+        "status": fit.status.value,
+        "converged": fit.converged,
+        "n_iter": fit.n_iter,
+        "n_starts": scored.outcome.n_starts,
+        "n_dropped": scored.outcome.n_dropped,
+        "passes_saved": scored.outcome.passes_saved,
+        "log_likelihood": fit.log_likelihood,
+        "lower_bounds": fit.lower_bounds,
+        "n_parameters": scored.n_parameters,
+        "bic": scored.bic,
+        "aic": scored.aic,
+        "icl": scored.icl,
+        "holdout": scored.holdout,
+        "seconds": scored.outcome.seconds,
+    }
+
+
+def sample_of(shards: Shards, result: SweepResult, random_state: int) -> torch.Tensor | None:
+    """Return a fair sample (m, d) of the fitted rows, about their centre, for the picture.
+
+    One pass over the rows. None, and a line in the log, where that fails: the fit is done, and
+    nothing for the eye may cost it.
+    """
+    if result.best is None:
+        return None
+    try:
+        coreset = shards.run(DrawCoreset.of(result.total, _DRAWN, random_state))
+        return coreset.fair(_KEPT, keyed_generator(random_state, _PICTURE))
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.warning("the report will have no picture of the rows: %s", reason)
+        return None

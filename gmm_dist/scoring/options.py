@@ -1,0 +1,67 @@
+"""What can be asked of a scoring, as plain values with the command line's defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gmm_dist.errors import UserError
+from gmm_dist.model.quantiles import SMALLEST
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.ray_shards import ScalingConfig
+
+_FAULTS = FaultConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """The settings of a scoring.
+
+    Args:
+        data: Folder or file of Parquet, local or any URL.
+        model: A fit's output, or its model folder.
+        output: A new folder or URL.
+        keep: Columns to go along with the scores.
+        where: Filter of rows, see `gmm_dist.lake.filters`.
+        probabilities: Write the probabilities of all components too.
+        outliers: Mark rows of a lower log-density than this share of the training rows.
+        num_workers: Actors that score; None for one per CPU or GPU.
+        use_gpu: Whether each has a GPU of its own; None: if the cluster has any.
+        max_failures: Failures of workers or their storage that the run bears.
+        grace: Seconds until others take over the files of a lost worker.
+        address: Ray cluster; None for the one the process runs in, else one started here.
+        resume: Go on with a run of the same rows, model and options.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    data: str
+    model: str
+    output: str
+    keep: tuple[str, ...] = ()
+    where: str | None = None
+    probabilities: bool = False
+    outliers: float | None = None
+    num_workers: int | None = None
+    use_gpu: bool | None = None
+    max_failures: int = _FAULTS.max_failures
+    grace: float = _FAULTS.grace
+    address: str | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        # Each says itself what is wrong with it.
+        FaultConfig(max_failures=self.max_failures, grace=self.grace)
+        _ = self.scaling
+        require_share(self.outliers)
+
+    @property
+    def scaling(self) -> ScalingConfig:
+        """How many workers there are, and whether each has a GPU."""
+        return ScalingConfig(self.num_workers, self.use_gpu)
+
+
+def require_share(outliers: float | None) -> None:
+    """Raise UserError for a share of outliers that a model's table does not reach."""
+    if outliers is not None and not SMALLEST <= outliers < 1:
+        raise UserError(f"--outliers is {outliers:g}: give a share from {SMALLEST:g} to below 1")

@@ -1,0 +1,212 @@
+"""A scoring from its claim to its commit: model, plan, workers, files."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import pyarrow as pa
+
+from gmm_dist.errors import UserError
+from gmm_dist.formats import counted
+from gmm_dist.lake.plan import Plan, plan_lake
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.runs import load
+from gmm_dist.runs.checkpoint import RunIdentity, environment
+from gmm_dist.runs.claim import Run
+from gmm_dist.runs.model_folder import model_sha256
+from gmm_dist.scoring.files import Scored, ScoreFiles, collect
+from gmm_dist.scoring.options import ScoreOptions
+from gmm_dist.scoring.run import claim, commit
+from gmm_dist.scoring.scorer import Scoring
+from gmm_dist.shards.failures import FaultConfig
+from gmm_dist.shards.ray_shards import RayShards, connected
+from gmm_dist.urls import redacted
+
+logger = logging.getLogger(__name__)
+
+
+class ScoreProgress(Protocol):
+    """Is told where a scoring stands."""
+
+    def shown(self) -> AbstractContextManager[None]:
+        """Return a context in which it is shown."""
+
+    def scoring(self, done: int, n_files: int, n_rows: int) -> None:
+        """Take how many files are scored, and their rows so far."""
+
+
+class _Silent:
+    """Shows nothing."""
+
+    def shown(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def scoring(self, done: int, n_files: int, n_rows: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreOutcome:
+    """What a scoring has written; None where the run had committed before."""
+
+    output: str
+    scored: Scored | None
+    sentence: str = ""
+
+
+def score_lake(
+    options: ScoreOptions,
+    *,
+    progress: ScoreProgress | None = None,
+    finish: Callable[[], None] = lambda: None,
+) -> ScoreOutcome:
+    """Plan, claim the output, score what is not scored yet, and commit.
+
+    `progress` is told how far it is; `finish` is called before the commit, which nothing should
+    break off. Raises UserError and RunFailed as `gmm_dist.scoring.run.claim` does.
+    """
+    began = time.monotonic()
+    job = _Job.of(options, progress or _Silent())
+    with claim(options.output, job.plan, job.identity, resume=options.resume) as run:
+        if run.committed:
+            return ScoreOutcome(options.output, None)
+        scored = job.score(run)
+        more = {**job.facts, "seconds": time.monotonic() - began}
+        finish()
+        commit(options.output, run, job.identity, scored, more)
+    return ScoreOutcome(options.output, scored, job.sentence(scored))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """What is scored, and with what."""
+
+    options: ScoreOptions
+    progress: ScoreProgress
+    mixture: Mixture
+    plan: Plan
+    scoring: Scoring
+
+    @classmethod
+    def of(cls, options: ScoreOptions, progress: ScoreProgress) -> Self:
+        mixture = load.load(options.model)
+        if not mixture.feature_names:
+            raise UserError(
+                f"{redacted(options.model)} keeps no names of its features, by which a lake's "
+                "columns are found: pass a model that a fit or a sweep wrote"
+            )
+        threshold = _threshold(mixture, options)
+        plan = plan_lake(
+            options.data,
+            columns=mixture.feature_names,
+            where=options.where,
+            missing="mean",  # a row with a hole keeps its place
+            keep=options.keep,
+            remedy="the model needs all its features: score files that have them",
+        )
+        if plan.feature_names != mixture.feature_names:
+            raise UserError(
+                f"{redacted(plan.url)} has the features {', '.join(plan.feature_names)}, the model "
+                f"of --model {', '.join(mixture.feature_names)}: score the columns that it was "
+                "fitted to"
+            )
+        for key in dict.fromkeys(options.keep):
+            if key not in plan.kept:
+                logger.info("--keep %s: a hive key, which the path has; no column is written", key)
+        kept = pa.schema([plan.schema.field(name) for name in plan.kept])
+        scoring = Scoring(mixture.parameters, kept, options.probabilities, threshold, mixture.ids)
+        return cls(options, progress, mixture, plan, scoring)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is said of the run beside its counts, as plain JSON values."""
+        return {
+            "data": redacted(self.plan.url),
+            "plan_hash": self.plan.hash,
+            "model": redacted(self.options.model),
+            "feature_names": self.plan.feature_names,
+            "columns": self.scoring.schema.names,
+            "config": self._settings,
+            "versions": environment(),
+        }
+
+    @property
+    def identity(self) -> RunIdentity:
+        """All that decides the files' bytes."""
+        return RunIdentity(self.plan.hash, self.plan.versions, self._settings, environment())
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        asked = {name: getattr(self.options, name) for name in ("keep", "where", "probabilities")}
+        return {
+            **asked,
+            "outliers": self.options.outliers,
+            "threshold": self.scoring.threshold,
+            "component_ids": self.scoring.ids,
+            "model_sha256": model_sha256(self.mixture.parameters),
+        }
+
+    def score(self, run: Run) -> Scored:
+        """Have the workers score all files that are not scored yet."""
+        options, n_files = self.options, len(self.plan.files)
+        loader = ScoreFiles(self.plan, self.scoring, options.output, self.identity, run.attempt.id)
+        progress, scaling = self.progress, options.scaling.at_most(n_files)
+
+        def watch(done: int, n_rows: int) -> None:
+            run.check()
+            progress.scoring(done, n_files, n_rows)
+
+        with connected(options.address, scaling), progress.shown():
+            shards = RayShards(loader, n_files, scaling, self._faults)
+            shards.load(watch)
+            scored = shards.run(collect)
+            shards.close()
+        return scored
+
+    @property
+    def _faults(self) -> FaultConfig:
+        """Be as patient with the largest file as its size asks for."""
+        options, usual = self.options, FaultConfig()
+        sizes = [file.size for file in self.plan.files]
+        skew = max(sizes) / statistics.median(sizes)
+        return FaultConfig(
+            max_failures=options.max_failures,
+            grace=options.grace,
+            deadline_factor=usual.deadline_factor * skew,
+            straggling_factor=usual.straggling_factor * skew,
+        )
+
+    def sentence(self, scored: Scored) -> str:
+        """Say in one line what was done."""
+        options, k, counts = self.options, self.mixture.n_components, scored.counts
+        rows, files = counted(counts.rows, "row"), counted(len(scored.files), "file")
+        parts = [f"scored {rows} of {files} by k={k}"]
+        if counts.filtered:
+            parts.append(f"{counted(counts.filtered, 'other')} in them did not pass --where")
+        if counts.missing:
+            verb = "misses" if counts.missing == 1 else "miss"
+            parts.append(f"{counted(counts.missing, 'row')} {verb} a feature")
+        if options.outliers is not None:
+            parts.append(counted(counts.outliers, "outlier"))
+        return f"{'; '.join(parts)}; in {options.output.rstrip('/')}"
+
+
+def _threshold(mixture: Mixture, options: ScoreOptions) -> float | None:
+    """Return the log-density (nats) below which a row is an outlier."""
+    if options.outliers is None:
+        return None
+    if mixture.log_density_quantiles is None:
+        raise UserError(
+            f"--outliers: {redacted(options.model)} keeps no quantiles of its training "
+            "log-density, as models of older versions do not: fit it again (fit.py --start "
+            "goes on from it), or leave out --outliers"
+        )
+    try:
+        return mixture.log_density_quantiles.at(options.outliers)
+    except UserError as error:
+        raise UserError(f"--outliers: {error}") from error

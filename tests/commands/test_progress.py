@@ -1,0 +1,94 @@
+"""What a user sees while a job runs, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from gmm_dist.commands.progress import Progress
+from gmm_dist.commands.tables import notes, ranking
+from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.selection.ranking import Candidate
+from gmm_dist.selection.sweep import Standing, sweep
+from gmm_dist.shards.local import LocalShards
+
+STANDINGS = [
+    Standing(Candidate(2, "full"), True, 7, -12.5, "float32"),
+    Standing(Candidate(3, "diag"), False, 4, -11.25, "float64"),
+    Standing(Candidate(4, "full"), True, 0, float("nan"), "float64"),
+]
+
+
+def test_a_terminal_shows_each_candidates_state_iteration_and_likelihood() -> None:
+    screen = io.StringIO()
+    progress = Progress(Console(file=screen, force_terminal=True, width=100))
+    with progress.shown():
+        progress.loading(3, 8, 1_234_567)
+        progress.starting(8)
+        progress.standings(STANDINGS)
+    seen = screen.getvalue()
+    for part in ("running, float32", "-12.500000", "done", "-11.250000", "full", "diag", "..."):
+        assert part in seen
+
+
+def test_elsewhere_there_are_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+    progress = Progress(Console(file=io.StringIO()))
+    with caplog.at_level(logging.INFO, "gmm_dist.commands.progress"), progress.shown():
+        progress.loading(8, 8, 1_234_567)
+        progress.standings(STANDINGS)
+    assert "loaded 8 of 8 shards, 1,234,567 rows" in caplog.text
+    assert "pass 1: 2 of 3 running; mean log-likelihood: k=2 full -12.500000" in caplog.text
+
+
+def test_the_ranking_shows_best_first_and_failures_last() -> None:
+    X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shards = LocalShards.of(X)
+    candidates = [Candidate(k, "full") for k in (20, 1)]
+    result = sweep(shards, candidates, EMConfig(), StartConfig(n_init=1), n_features=2)
+    for width, has_aic in ((80, False), (160, True)):
+        screen = io.StringIO()
+        Console(file=screen, width=width).print(ranking(result, width))
+        above, head, *rows = screen.getvalue().splitlines()
+        assert above.strip() == "mean log-likelihood,"
+        assert head.index("nats per row") + len("nats per row") == len(above.rstrip())
+        assert ("AIC" in head) is has_aic
+        assert "…" not in screen.getvalue()
+        assert [row.split()[:2] for row in rows] == [["1", "1"], ["-", "20"]]
+        assert [row.split()[-1] for row in rows] == ["converged", "degenerate"]
+    note, passes = notes(result)
+    assert passes.startswith(f"{result.n_passes} passes over all rows")
+    assert note.startswith("k=20 full: degenerate: a component has fewer rows")
+
+
+def test_where_the_table_does_not_fit_it_is_a_list_with_every_number() -> None:
+    X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    candidates = [Candidate(k, "spherical") for k in (1, 2)]
+    result = sweep(LocalShards.of(X), candidates, EMConfig(), StartConfig(n_init=1), n_features=2)
+    screen = io.StringIO()
+    Console(file=screen, width=30).print(ranking(result, 30))
+    seen = screen.getvalue()
+    assert "…" not in seen
+    assert max(map(len, seen.splitlines())) <= 30
+    assert seen.splitlines()[0].startswith("1. k=")
+    assert "  mean log-likelihood,\n  nats per row -" in seen
+    for scored in result.scored:
+        values = (scored.bic, scored.aic, scored.icl)
+        assert all(f"{value:,.1f}" in seen for value in values)
+        assert f"{scored.fit.log_likelihood / result.n_samples:.6f}" in seen
+
+
+def test_the_ranking_shows_held_out_likelihood_where_there_is_one() -> None:
+    X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    candidates, settings = [Candidate(1, "full")], (EMConfig(), StartConfig(n_init=1))
+    result = sweep(LocalShards.of(X), candidates, *settings, n_features=2)
+    for holdout in (None, -2.3456789):
+        scored = tuple(replace(s, holdout=holdout) for s in result.scored)
+        screen = io.StringIO()
+        Console(file=screen, width=80).print(ranking(replace(result, scored=scored), 80))
+        assert ("held-out" in screen.getvalue()) is (holdout is not None)
+        assert ("-2.345679" in screen.getvalue()) is (holdout is not None)

@@ -1,0 +1,147 @@
+"""Hunt for mixtures on which `--precision auto` ends elsewhere than float64; a command, no test.
+
+    python -m tools.precision_hunt --seeds 0 1 2
+
+Each fit starts from a partition with a tenth of its labels wrong and runs until the gain is
+below 1e-9 nats per row. Held against the same run in float64: the likelihood to 1e-6 nats per
+row, the covariances to 1e-4 of the features' spread. Held against the mixture's densities by
+Cholesky factors: the likelihood reported, to 1e-6. Always: covariances positive definite. Fits
+that either run calls degenerate are counted apart; of them only the last two are asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gmm_dist.config import EMConfig
+from gmm_dist.em.loop import FitResult
+from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.densities import Densities
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Stack
+from gmm_dist.selection.kmeans import start_of
+from tests.support import mixtures
+
+N, K = 1500, 3
+Make = Callable[[torch.Generator, int, Tensor], Tensor]
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def around(centres: float, spreads: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Make:
+    """Return clusters whose centres lie `centres` apart, each with its spread."""
+
+    def make(generator: torch.Generator, d: int, labels: Tensor) -> Tensor:
+        spread = torch.tensor(spreads, dtype=torch.float64)[labels][:, None]
+        return spread * normal(generator, N, d) + centres * normal(generator, K, d)[labels]
+
+    return make
+
+
+def correlated(rho: float) -> Make:
+    def make(generator: torch.Generator, d: int, labels: Tensor) -> Tensor:
+        X = normal(generator, N, d)
+        X[:, 1:] = rho * X[:, :1] + math.sqrt(1 - rho**2) * X[:, 1:]
+        return X + 3 * normal(generator, K, d)[labels]
+
+    return make
+
+
+def scaled(generator: torch.Generator, d: int, labels: Tensor) -> Tensor:
+    """Return features of scales from 1e-6 to 1e6 in one row."""
+    return around(3)(generator, d, labels) * torch.logspace(-6, 6, d, dtype=torch.float64)
+
+
+def shifted(generator: torch.Generator, d: int, labels: Tensor) -> Tensor:
+    return around(3)(generator, d, labels) + 1e6
+
+
+def with_outliers(generator: torch.Generator, d: int, labels: Tensor) -> Tensor:
+    X = around(3)(generator, d, labels)
+    X[-3:] *= 1e4
+    return X
+
+
+SHAPES: dict[str, Make] = {
+    "near": around(3),
+    "100 sigma apart": around(100),
+    "1000 sigma apart": around(1000),
+    "3000 sigma apart": around(3000),
+    "3000 apart, tight": around(3000, (0.1, 0.5, 1.0)),
+    "one tight, one wide": around(0.5, (1.0, 0.03, 0.001)),
+    "correlation 0.99": correlated(0.99),
+    "correlation 0.99999": correlated(0.99999),
+    "scales 1e-6 to 1e6": scaled,
+    "shifted by 1e6": shifted,
+    "outliers": with_outliers,
+}
+
+
+def fits(X: Tensor, labels: Tensor, kind: str, precision: str) -> FitResult:
+    centre = X.mean(0)
+    ones = torch.ones(N, dtype=torch.float64)
+    start = start_of(X - centre, ones, labels, K, kind).shifted(centre)
+    config = EMConfig(tol=1e-9, max_iter=1000, reg_covar=1e-15, precision=precision)
+    (result,) = mixtures.fit(X, [start], config, edges=[N // 3])
+    return result
+
+
+def faults(X: Tensor, auto: FitResult, exact: FitResult, kind: str) -> list[str]:
+    """Return what is wrong with a fit, in words and figures."""
+    stack = Stack.of([auto.parameters])
+    family = FAMILIES[kind]
+    if bool(family.precisions_cholesky(stack.covariances)[1].any()):
+        return ["a covariance is not positive definite"]
+    found = []
+    own = float(Densities(stack, torch.device("cpu"))(X.T).logsumexp(0).sum())
+    if (gap := abs(own - auto.log_likelihood) / N) > 1e-6:
+        found.append(f"reported likelihood off by {gap:.1e}")
+    if auto.is_ranked and exact.is_ranked:
+        if (gap := abs(auto.log_likelihood - exact.log_likelihood) / N) > 1e-6:
+            found.append(f"likelihood {gap:.1e} away from float64's")
+        variances = family.variances(Stack.of([exact.parameters]).covariances, X.shape[1])
+        spread = variances.sqrt()
+        unit = spread[:, :, None] * spread[:, None] if kind in ("full", "tied") else variances
+        unit = unit[:, 0] if kind == "spherical" else unit
+        mine = stack.covariances - Stack.of([exact.parameters]).covariances
+        if (gap := float((mine / unit).abs().max())) > 1e-4:
+            found.append(f"covariances {gap:.1e} away from float64's")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--features", type=int, nargs="+", default=[1, 2, 16, 64, 128])
+    options = parser.parse_args()
+    began, counts = time.monotonic(), collections.Counter[str]()
+    for seed in options.seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for d in options.features:
+            for name, make in SHAPES.items():
+                labels = torch.randint(K, (N,), generator=generator)
+                X = make(generator, d, labels)
+                wrong = torch.rand(N, generator=generator) < 0.1
+                start = torch.where(wrong, torch.randint(K, (N,), generator=generator), labels)
+                for kind in COVARIANCE_TYPES:
+                    auto, exact = (fits(X, start, kind, p) for p in ("auto", "float64"))
+                    counts["fits"] += 1
+                    counts["degenerate"] += not (auto.is_ranked and exact.is_ranked)
+                    for fault in faults(X, auto, exact, kind):
+                        counts["faults"] += 1
+                        print(f"seed {seed}, d={d}, {name}, {kind}: {fault}", flush=True)
+    print(f"{dict(counts)} in {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

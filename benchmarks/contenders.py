@@ -130,7 +130,8 @@ def _ray_shards(problem: Problem, folder: Path) -> Any:
     import ray
     from processes import Loader
 
-    from gmm_dist.shards.ray_shards import RayShards, ScalingConfig
+    from gmm_dist.config import Cluster
+    from gmm_dist.shards.ray_shards import RayShards
 
     here = {"PYTHONPATH": str(Path(__file__).parent)}
     os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -143,8 +144,8 @@ def _ray_shards(problem: Problem, folder: Path) -> Any:
         runtime_env={"env_vars": here},
     )
     n_shards = _n_shards(problem)
-    scaling = ScalingConfig(num_workers=n_cores(), use_gpu=False)
-    shards = RayShards(Loader(folder / "X.npy", n_shards), n_shards, scaling)
+    cluster = Cluster(num_workers=n_cores(), use_gpu=False)
+    shards = RayShards(Loader(folder / "X.npy", n_shards), n_shards, cluster)
     shards.load()
     return shards
 

@@ -140,7 +140,7 @@ class Job:
         """
         candidates = _candidates(options, given)
         plan = plan or plan_rows(options)
-        require_means(plan, candidates, options.scaling, options.address)
+        require_means(plan, candidates, options.cluster)
         loader = loader_for(plan)
         starts, guests = (
             None if model is None else [about_centre(model, loader)] for model in (given, warm)
@@ -213,9 +213,9 @@ class Job:
     def resident(self, progress: FitProgress) -> Iterator[tuple[Shards, Counted]]:
         """Keep the rows in the memory of a cluster's workers, and count them."""
         options = self.options
-        scaling = options.scaling.at_most(self.plan.n_shards)
-        with connected(options.address, scaling):
-            shards = start_workers(self.loader, self.candidates, scaling, options.faults)
+        cluster = options.cluster.at_most(self.plan.n_shards)
+        with connected(cluster):
+            shards = start_workers(self.loader, self.candidates, cluster, options.faults)
 
             def loaded(done: int, n_rows: int) -> None:
                 progress.loading(done, self.plan.n_shards, n_rows)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.config import Cluster, EMConfig, StartConfig
+from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig
 from gmm_dist.em.memory import lane_bytes, require_memory
 from gmm_dist.errors import UserError
 from gmm_dist.lake.lake import Lake
@@ -20,8 +20,7 @@ from gmm_dist.lake.session import load_rows, plan_of, require_rows_fit
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import require_rows, sweep
-from gmm_dist.shards.failures import FaultConfig
-from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected, most_memory
+from gmm_dist.shards.ray_shards import RayShards, connected, most_memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,22 +86,20 @@ def resident_lake(
     Yields the shards, and their rows' shared centre (d,) in feature units. Raises UserError as
     `connected` does, and where rows or memory are too few.
     """
-    scaling = ScalingConfig(cluster.num_workers, cluster.use_gpu).at_most(plan.n_shards)
-    require_means(plan, candidates, scaling, cluster.address)
+    cluster = cluster.at_most(plan.n_shards)
+    require_means(plan, candidates, cluster)
     loader = loader_for(plan)
-    with connected(cluster.address, scaling):
-        shards = start_workers(loader, candidates, scaling)
+    with connected(cluster):
+        shards = start_workers(loader, candidates, cluster)
         load_rows(shards, loader)
         yield shards, torch.from_numpy(loader.centre)
         shards.close()
 
 
-def require_means(
-    plan: Plan, candidates: Sequence[Candidate], scaling: ScalingConfig, address: str | None
-) -> None:
+def require_means(plan: Plan, candidates: Sequence[Candidate], cluster: Cluster) -> None:
     """Raise UserError where rows or memory are too few, as far as that is known without Ray."""
     require_rows(candidates, plan.n_rows)
-    available = most_memory(address, scaling, plan.n_shards)
+    available = most_memory(cluster, plan.n_shards)
     require_memory(_lanes(candidates), plan.n_features, available)
 
 
@@ -113,8 +110,8 @@ def _lanes(candidates: Sequence[Candidate]) -> list[tuple[int, str]]:
 def start_workers(
     loader: LakeLoader,
     candidates: Sequence[Candidate],
-    scaling: ScalingConfig,
-    faults: FaultConfig | None = None,
+    cluster: Cluster,
+    faults: FailureConfig | None = None,
 ) -> RayShards:
     """Start workers, and hold what they will need against their memory.
 
@@ -122,7 +119,7 @@ def start_workers(
     """
     lanes, n_features = _lanes(candidates), loader.plan.n_features
     reserve = lane_bytes(lanes, n_features)
-    shards = RayShards(loader, loader.plan.n_shards, scaling, faults, reserve=reserve)
+    shards = RayShards(loader, loader.plan.n_shards, cluster, faults, reserve=reserve)
     require_memory(lanes, n_features, shards.worker_memory())
     require_rows_fit(shards, loader, reserve=reserve)
     return shards

@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-MODULES = ("config", "lake.lake")
+MODULES = ("config", "estimators.select", "lake.lake")
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -120,7 +120,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         "verbose_interval": [Interval(Integral, 1, None, closed="left")],
         "precision": [StrOptions(set(PRECISIONS)), None],
         "device": [str, torch.device, None],
-        "shards": [Interval(Integral, 1, None, closed="left"), None],
+        "n_shards": [Interval(Integral, 1, None, closed="left"), None],
     }
 
     n_components: int
@@ -136,7 +136,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     verbose_interval: int
     precision: str | None
     device: str | torch.device | None
-    shards: int | None
+    n_shards: int | None
 
     weights_: Any
     means_: Any
@@ -171,7 +171,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         ConvergenceWarning where the best of the trials did not converge.
         """
         if isinstance(X, Lake):
-            require_lake_settings(sample_weight, self.device, self.shards, cluster)
+            require_lake_settings(sample_weight, self.device, self.n_shards, cluster)
             self._fit_lake(X, cluster or Cluster())
         else:
             require_no_cluster(cluster)
@@ -334,7 +334,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         device = X.device if self.device is None else device_of(self.device)
         X = X.to(device, torch.float64)
         weight = None if weight is None else weight.to(device)
-        return Resident.of(X, weight, self.shards, whole=whole)
+        return Resident.of(X, weight, self.n_shards, whole=whole)
 
     def _best_trial(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Trial:
         if self.warm_start and hasattr(self, "converged_"):

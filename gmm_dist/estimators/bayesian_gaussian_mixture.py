@@ -50,7 +50,7 @@ class BayesianGaussianMixture(BaseMixture):
     """Infer a posterior over mixtures of Gaussians; a drop-in for scikit-learn's, with weights.
 
     The parameters are scikit-learn's, and two more: `device` where rows are worked on (None:
-    where they are) and `shards` into how many parts they are dealt (None: by their number).
+    where they are) and `n_shards` into how many parts they are dealt (None: by their number).
     Passes are float64. As in scikit-learn `tol` is the change of the whole lower bound (nats),
     not of its mean over rows, so many rows want a larger one. Beliefs that are
     not given are those of scikit-learn: a covariance prior is that of all rows, n - 1 for n.
@@ -111,7 +111,7 @@ class BayesianGaussianMixture(BaseMixture):
         verbose: int = 0,
         verbose_interval: int = 10,
         device: str | torch.device | None = None,
-        shards: int | None = None,
+        n_shards: int | None = None,
     ) -> None:
         self.n_components = n_components
         self.covariance_type = covariance_type
@@ -131,7 +131,7 @@ class BayesianGaussianMixture(BaseMixture):
         self.verbose = verbose
         self.verbose_interval = verbose_interval
         self.device = device
-        self.shards = shards
+        self.n_shards = n_shards
 
     def to_sklearn(self) -> Any:
         """Return scikit-learn's own BayesianGaussianMixture with what was set and learned.

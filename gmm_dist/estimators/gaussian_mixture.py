@@ -55,13 +55,13 @@ class GaussianMixture(BaseMixture):
     The parameters are scikit-learn's, and three more: `precision` is the arithmetic of the
     passes ("float64"; "auto": float32 while its measured error is harmless; "float32"; None:
     float64 for rows in memory, auto for a lake), `device` where rows are worked on (None: where
-    they are), `shards` into how many parts they are dealt (None: by their number; sums have the
+    they are), `n_shards` into how many parts they are dealt (None: by their number; sums have the
     same bits for the same number of shards).
 
     A lake (`gmm_dist.Lake`) is fitted on Ray, from the best starts that a search on a
     sample finds (`n_init` seeded ones by `init_params`; 16 where `n_init` is 1), leaping ahead
     of EM where that raises the likelihood; it stops where it has scored, a step before
-    scikit-learn would. `verbose` tells nothing of it, and `device` and `shards` are refused.
+    scikit-learn would. `verbose` tells nothing of it, and `device` and `n_shards` are refused.
 
     Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
     `precisions_cholesky_` (full (k, d, d), tied (d, d), diag (k, d), spherical (k,)),
@@ -95,7 +95,7 @@ class GaussianMixture(BaseMixture):
         verbose_interval: int = 10,
         precision: str | None = None,
         device: str | torch.device | None = None,
-        shards: int | None = None,
+        n_shards: int | None = None,
     ) -> None:
         self.n_components = n_components
         self.covariance_type = covariance_type
@@ -113,7 +113,7 @@ class GaussianMixture(BaseMixture):
         self.verbose_interval = verbose_interval
         self.precision = precision
         self.device = device
-        self.shards = shards
+        self.n_shards = n_shards
 
     def bic(self, X: Any) -> float:
         """Return the Bayesian information criterion on rows X; lower is better."""

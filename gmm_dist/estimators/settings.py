@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from gmm_dist.estimators.base import BaseMixture
 
 
+_RENAMED = {"k": "n_components", "init": "init_params"}  # of options, as arguments
+
+
 @contextmanager
 def in_python() -> Iterator[None]:
     """Have a UserError name arguments: commands and estimators share what raises it."""
@@ -30,11 +33,16 @@ def in_python() -> Iterator[None]:
 
 def of_arguments(text: str) -> str:
     """Return a text with arguments for the commands' options: num_workers for --num-workers."""
-    return re.sub(r"(?<!\S)--([a-z][a-z-]*)", lambda found: found[1].replace("-", "_"), text)
+    return re.sub(r"(?<!\S)--([a-z][a-z-]*)", _argument, text)
+
+
+def _argument(option: re.Match[str]) -> str:
+    name = option[1].replace("-", "_")
+    return _RENAMED.get(name, name)
 
 
 def require_lake_settings(
-    sample_weight: Any, device: str | torch.device | None, shards: int | None, cluster: Any
+    sample_weight: Any, device: str | torch.device | None, n_shards: int | None, cluster: Any
 ) -> None:
     """Raise ValueError where a lake is to be fitted with what is for rows in memory.
 
@@ -46,9 +54,9 @@ def require_lake_settings(
         raise ValueError(
             f"device={str(device)!r} is for rows in memory: cluster=Cluster(use_gpu=) is for a lake"
         )
-    if shards is not None:
+    if n_shards is not None:
         raise ValueError(
-            f"shards={shards} is for rows in memory: a lake's are planned from its files"
+            f"n_shards={n_shards} is for rows in memory: a lake's are planned from its files"
         )
     if cluster is not None and not isinstance(cluster, Cluster):
         raise TypeError(

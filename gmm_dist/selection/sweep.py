@@ -271,7 +271,7 @@ def require_rows(candidates: Sequence[Candidate], n_rows: int) -> None:
         rows = counted(n_rows, "row")
         raise TooFewRows(
             f"--k asks for {counted(largest, 'component')}, but there are {rows}: "
-            f"give k of at most {n_rows}"
+            f"give at most {n_rows}"
         )
 
 

@@ -255,7 +255,7 @@ def test_a_warm_start_goes_on_where_it_stopped(kind):
 def test_the_number_of_shards_changes_nothing_but_rounding(kind):
     X = rows()
     settings = {"n_components": 3, "covariance_type": kind, "random_state": 0, "max_iter": 500}
-    one, five = (BayesianGaussianMixture(**settings, shards=n).fit(X) for n in (1, 5))
+    one, five = (BayesianGaussianMixture(**settings, n_shards=n).fit(X) for n in (1, 5))
     assert_same(five, one)
 
 
@@ -290,7 +290,10 @@ def test_float32_rows_are_scored_as_scikit_learn_scores_them():
 
 def test_settings_that_it_cannot_take():
     lake = Lake("nowhere")
-    for options, message in [({"device": "cpu"}, "use_gpu="), ({"shards": 2}, "planned from its")]:
+    for options, message in [
+        ({"device": "cpu"}, "use_gpu="),
+        ({"n_shards": 2}, "planned from its"),
+    ]:
         with pytest.raises(ValueError, match=message):
             BayesianGaussianMixture(**options).fit(lake)
     with pytest.raises(TypeError, match=r"takes a sklearn\.mixture\.BayesianGaussianMixture"):

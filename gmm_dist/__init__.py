@@ -4,7 +4,8 @@
 - `select`: a grid of mixtures fitted in the same passes, and ranked;
 - `Lake`: rows of Parquet files, by name: what `fit` and `select` take in place of rows;
 - `Cluster`: the Ray cluster that a lake's rows are held by;
-- `load`: a model that a job or a registry has left behind, as a `Mixture`;
+- `load`, `save`: a model folder, such as the commands leave behind, as a `Mixture`; and one of
+  ours written;
 - `Mixture`: a fitted mixture put to use; its `Parameters` are float64 tensors;
 - `UserError`: what is raised for input that a user can mend, a `ValueError`.
 """
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         BayesianGaussianMixture as BayesianGaussianMixture,
     )
     from gmm_dist.estimators.gaussian_mixture import GaussianMixture as GaussianMixture
+    from gmm_dist.estimators.save import save as save
     from gmm_dist.estimators.select import select as select
     from gmm_dist.lake.lake import Lake as Lake
     from gmm_dist.model.mixture import Mixture as Mixture
@@ -40,6 +42,7 @@ _HOMES = {
     "Parameters": "model.parameters",
     "UserError": "errors",
     "load": "runs.load",
+    "save": "estimators.save",
     "select": "estimators.select",
 }
 
@@ -52,6 +55,7 @@ __all__ = [
     "Parameters",
     "UserError",
     "load",
+    "save",
     "select",
 ]
 

@@ -7,7 +7,14 @@ import importlib
 
 import pytest
 
-MODULES = ("config", "estimators.select", "lake.lake")
+MODULES = (
+    "config",
+    "estimators.base",
+    "estimators.gaussian_mixture",
+    "estimators.save",
+    "estimators.select",
+    "lake.lake",
+)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,16 @@ def require_class(fitted: Any, wanted: type) -> None:
     if not isinstance(fitted, wanted):
         given = f"{type(fitted).__module__}.{type(fitted).__qualname__}"
         raise TypeError(f"from_sklearn takes a sklearn.mixture.{wanted.__name__}, not a {given}")
+
+
+def copied(parameters: Parameters) -> Parameters:
+    """Return a plain mixture's parameters in memory of their own."""
+    return replace(
+        parameters,
+        weights=parameters.weights.clone(),
+        means=parameters.means.clone(),
+        covariances=parameters.covariances.clone(),
+    )
 
 
 def publish(estimator: BaseMixture, learned: Parameters, space: Space) -> None:

@@ -8,6 +8,7 @@ to the same result. All arithmetic is float64, unless `precision` says otherwise
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -37,7 +38,7 @@ from gmm_dist.em.trials import (
     moments_of_shares,
     run,
 )
-from gmm_dist.estimators.attributes import covariances_of, have_factors
+from gmm_dist.estimators.attributes import copied, covariances_of, have_factors
 from gmm_dist.estimators.init_params import INIT_PARAMS, shares_of
 from gmm_dist.estimators.local_rows import Resident, one_thread
 from gmm_dist.estimators.restarts import Reporter, ranked
@@ -64,7 +65,7 @@ from gmm_dist.model.arrays import (
     viewed,
 )
 from gmm_dist.model.covariance import FAMILIES, Moments
-from gmm_dist.model.mixture import labels, log_densities, responsibilities
+from gmm_dist.model.mixture import Mixture, labels, log_densities, responsibilities
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.soundness import flaw
 from gmm_dist.shards.protocol import Shards
@@ -123,6 +124,9 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         "n_shards": [Interval(Integral, 1, None, closed="left"), None],
     }
 
+    # One where `lower_bound_` is a mean log-likelihood, nan where it is another bound.
+    _bound_is_likelihood: ClassVar[float] = 1.0
+
     n_components: int
     covariance_type: str
     tol: float
@@ -149,6 +153,8 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     lower_bounds_: list[float]
     n_features_in_: int
     feature_names_in_: Array
+    _n_samples: float
+    _log_likelihood: float
 
     def fit(
         self,
@@ -216,6 +222,28 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         X, y = _drawn(mixture, n_samples, check_random_state(self.random_state))
         space = replace(self._space(), dtype=torch.float64)
         return space.of(torch.from_numpy(X)), space.of(torch.from_numpy(y))
+
+    def to_mixture(self) -> Mixture:
+        """Return the mixture that was learned, as `gmm_dist.load` returns those of files.
+
+        Its numbers are copies of `weights_`, `means_` and `covariances_`, in float64. Where the
+        fit was ours `n_samples`, the sum of the weights, goes along, and so does `log_likelihood`:
+        of a lake that of these parameters, of rows in memory that of the last pass, one step
+        before them. Raises NotFittedError.
+
+        >>> from gmm_dist import GaussianMixture
+        >>> GaussianMixture().fit([[0.0], [2.0]]).to_mixture().parameters.means
+        tensor([[1.]], dtype=torch.float64)
+        """
+        check_is_fitted(self)
+        # What is published: of a posterior, the plain mixture of its expectations.
+        found = BaseMixture._parameters(self)
+        return Mixture(
+            copied(found),
+            tuple(str(name) for name in getattr(self, "feature_names_in_", ())),
+            getattr(self, "_n_samples", math.nan),
+            getattr(self, "_log_likelihood", math.nan),
+        )
 
     def __sklearn_tags__(self) -> Tags:
         tags: Tags = super().__sklearn_tags__()
@@ -294,15 +322,18 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         with one_thread():
             rows, weight = self._checked_rows(X, sample_weight)
             self._check_parameters(rows)
+            n_samples = float(len(rows) if weight is None else weight.sum())
             weight = self._in_unit(weight)
             resident = self._resident(rows, weight)
             require_range(resident.total, getattr(self, "feature_names_in_", ()))
             best = self._best_trial(rows, weight, resident)
             self._publish(best.model, resident, space_of(X, rows))
-        self._conclude(best)
+        self._conclude(best, n_samples)
 
-    def _conclude(self, best: Trial) -> None:
+    def _conclude(self, best: Trial, n_samples: float) -> None:
         """Say how the best trial went; to be called by what `fit` calls."""
+        self._n_samples = n_samples
+        self._log_likelihood = self._bound_is_likelihood * best.lower_bound * n_samples
         self.converged_, self.n_iter_ = best.converged, best.n_iter
         self.lower_bound_, self.lower_bounds_ = best.lower_bound, best.lower_bounds
         if not best.converged and self.max_iter > 0:
@@ -410,6 +441,14 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         # To wake other threads costs more than a few rows do.
         with one_thread() if tensor.numel() < _FEW_VALUES else nullcontext():
             return space_of(X, rows).of(verb(mixture, tensor))
+
+    def _name_features(self, n_features: int, names: Sequence[str]) -> None:
+        """Note the features of rows that were not checked as rows in memory are."""
+        self.n_features_in_ = n_features
+        if names:
+            self.feature_names_in_ = np.array(names, dtype=object)
+        elif hasattr(self, "feature_names_in_"):
+            del self.feature_names_in_  # those of an earlier fit
 
     def _space(self) -> Space:
         means = self.means_

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -25,6 +26,7 @@ from gmm_dist.estimators.settings import in_python, start_of
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
 from gmm_dist.model.covariance import FAMILIES, Moments
+from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
 from gmm_dist.selection.ranking import Candidate
@@ -80,6 +82,7 @@ class BayesianGaussianMixture(BaseMixture):
     }
     # The bound's entropy, to a tol over all rows, is beyond float32.
     precision = "float64"
+    _bound_is_likelihood = math.nan
 
     weight_concentration_: Any
     mean_precision_: Any
@@ -132,6 +135,14 @@ class BayesianGaussianMixture(BaseMixture):
         self.verbose_interval = verbose_interval
         self.device = device
         self.n_shards = n_shards
+
+    def to_mixture(self) -> Mixture:
+        """Return the plain mixture of `weights_`, `means_` and `covariances_`, what is expected.
+
+        Its densities differ a little from the posterior's, which take the expected logarithms of
+        weights and determinants. Raises NotFittedError.
+        """
+        return super().to_mixture()
 
     def to_sklearn(self) -> Any:
         """Return scikit-learn's own BayesianGaussianMixture with what was set and learned.
@@ -196,9 +207,8 @@ class BayesianGaussianMixture(BaseMixture):
             require_rows(candidates, rows.total.n_rows)
             best = self._best_of([self._lake_trials(rows)], rows)
         self._publish(best.model, rows, Space(torch.float64))
-        self.n_features_in_ = plan.n_features
-        self.feature_names_in_ = np.array(plan.feature_names, dtype=object)
-        self._conclude(best)
+        self._name_features(plan.n_features, plan.feature_names)
+        self._conclude(best, rows.total.n_samples)
 
     def _lake_trials(self, rows: CentredRows) -> list[Trial]:
         """Return the trials that lead after a few passes, of starts of every size.

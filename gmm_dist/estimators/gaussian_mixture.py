@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import sklearn.mixture
 import torch
 from sklearn import get_config
@@ -24,7 +23,8 @@ from gmm_dist.em.trials import (
     maximised,
     mean_weight,
 )
-from gmm_dist.estimators.attributes import exchanged, publish, require_class
+from gmm_dist.errors import UserError
+from gmm_dist.estimators.attributes import copied, exchanged, publish, require_class
 from gmm_dist.estimators.base import (
     ARRAY_API_INITS,
     NOT_CONVERGED,
@@ -44,7 +44,9 @@ from gmm_dist.model.arrays import (
 )
 from gmm_dist.model.covariance import Moments
 from gmm_dist.model.criteria import aic, bic, icl, n_parameters
+from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
+from gmm_dist.model.soundness import flaw
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.shards.reweighted import unit_of
 
@@ -129,6 +131,45 @@ class GaussianMixture(BaseMixture):
         """Return the BIC plus twice the soft entropy of the labels; lower is better."""
         resp = tensor_of(self.predict_proba(X))
         return icl(self.bic(X), float(-torch.special.xlogy(resp, resp).sum()))
+
+    @classmethod
+    def from_mixture(cls, mixture: Mixture) -> Self:
+        """Return an estimator that has learned this mixture, such as one that was loaded.
+
+        Parameters that are not the mixture's are the default ones. `n_iter_` is 0 and `converged_`
+        False, for a mixture does not tell how it came about; with `warm_start` a fit goes on from
+        it. Quantiles and the components' numbers stay behind.
+
+        >>> from gmm_dist import GaussianMixture
+        >>> X = [[0.0], [1.0], [8.0], [9.0]]
+        >>> mixture = GaussianMixture(2, random_state=0).fit(X).to_mixture()
+        >>> sorted(GaussianMixture.from_mixture(mixture).predict([[0.5], [8.5]]).tolist())
+        [0, 1]
+
+        Raises TypeError for what is no `Mixture`; UserError where its numbers are none, or a
+        posterior's.
+        """
+        if not isinstance(mixture, Mixture):
+            raise TypeError(
+                f"from_mixture takes a gmm_dist.Mixture, not a {type(mixture).__name__}: "
+                "gmm_dist.load returns one, and so does an estimator's to_mixture"
+            )
+        learned = mixture.parameters
+        if learned.log_weights is not None:
+            raise UserError(
+                "the mixture is a posterior's, with expected log-weights: give a plain one, "
+                "BayesianGaussianMixture.to_mixture()"
+            )
+        if (what := flaw(learned)) is not None:
+            raise UserError(f"the mixture's numbers are none: {what}; fit anew")
+        made = cls(mixture.n_components, covariance_type=mixture.covariance_type)
+        publish(made, copied(learned), Space(torch.float64))
+        made._name_features(mixture.n_features, mixture.feature_names)
+        made._n_samples, made._log_likelihood = mixture.n_samples, mixture.log_likelihood
+        mean = mixture.log_likelihood / mixture.n_samples if mixture.n_samples else math.nan
+        made.converged_, made.n_iter_, made.lower_bounds_ = False, 0, []
+        made.lower_bound_ = -math.inf if math.isnan(mean) else mean
+        return made
 
     def to_sklearn(self) -> Any:
         """Return scikit-learn's own GaussianMixture with these parameters and what was learned.
@@ -266,9 +307,8 @@ def adopt(
     if fit.status is not Status.CONVERGED:
         warnings.warn(f"{NOT_CONVERGED} ({fit.status.value})", ConvergenceWarning, stacklevel=4)
     publish(estimator, fit.parameters.shifted(centre), space)
-    estimator.n_features_in_ = fit.parameters.n_features
-    if feature_names:
-        estimator.feature_names_in_ = np.array(feature_names, dtype=object)
+    estimator._name_features(fit.parameters.n_features, feature_names)
+    estimator._n_samples, estimator._log_likelihood = fit.n_samples, fit.log_likelihood
     estimator.converged_, estimator.n_iter_ = fit.converged, fit.n_iter
     estimator.lower_bound_ = fit.log_likelihood / fit.n_samples
     estimator.lower_bounds_ = list(fit.lower_bounds)

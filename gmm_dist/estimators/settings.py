@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gmm_dist.estimators.base import BaseMixture
 
 
-_RENAMED = {"k": "n_components", "init": "init_params"}  # of options, as arguments
+_RENAMED = {"k": "n_components", "init": "init_params", "output": "url"}  # of options, as arguments
 
 
 @contextmanager

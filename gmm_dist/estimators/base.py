@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ from gmm_dist.estimators.init_params import INIT_PARAMS, shares_of
 from gmm_dist.estimators.local_rows import Resident, one_thread
 from gmm_dist.estimators.restarts import Reporter, ranked
 from gmm_dist.estimators.settings import (
+    in_python,
+    require_cluster,
     require_lake_settings,
     require_no_cluster,
     require_range,
@@ -69,6 +71,9 @@ from gmm_dist.model.mixture import Mixture, labels, log_densities, responsibilit
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.soundness import flaw
 from gmm_dist.shards.protocol import Shards
+
+if TYPE_CHECKING:
+    from gmm_dist.fitting.lake_scores import LakeScores
 
 SINGULAR = (
     "Fitting the mixture model failed because some components have ill-defined empirical "
@@ -202,8 +207,18 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """Return the log-density (nats) of each row, (n,)."""
         return self._of_rows(X, log_densities)
 
-    def score(self, X: Any, y: object = None) -> float:
-        """Return the mean log-density (nats) of the rows; `y` is ignored."""
+    def score(self, X: Any, y: object = None, *, cluster: Cluster | None = None) -> float:
+        """Return the mean log-density (nats) of the rows.
+
+        Args:
+            X: rows (n, d) in memory, or a `gmm_dist.Lake`, whose weights are honoured and whose
+                held-out rows play no part.
+            y: is ignored.
+            cluster: who reads and scores a lake's rows, as for `fit`.
+        """
+        if isinstance(X, Lake):
+            return float(self._lake_scores(X, cluster).score)
+        require_no_cluster(cluster)
         return mean_of(self.score_samples(X))
 
     def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
@@ -431,6 +446,16 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 )
             models.append(self._first_model(moments, resident))
         return models
+
+    def _lake_scores(self, lake: Lake, cluster: Cluster | None) -> LakeScores:
+        # Only here are Ray and pyarrow needed: they would be most of the time of an import.
+        from gmm_dist.fitting.lake_scores import score_lake
+
+        check_is_fitted(self)
+        require_cluster(cluster)
+        names = tuple(str(name) for name in getattr(self, "feature_names_in_", ()))
+        with in_python():
+            return score_lake(lake, Mixture(self._parameters(), names), cluster=cluster)
 
     def _of_rows(self, X: Any, verb: Callable[[Parameters, Rows], Tensor]) -> Any:
         check_is_fitted(self)

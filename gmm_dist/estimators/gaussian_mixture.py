@@ -33,7 +33,7 @@ from gmm_dist.estimators.base import (
     CentredRows,
 )
 from gmm_dist.estimators.local_rows import Resident, one_thread
-from gmm_dist.estimators.settings import feature_name, in_python, start_of
+from gmm_dist.estimators.settings import feature_name, in_python, require_no_cluster, start_of
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import (
     Rows,
@@ -117,18 +117,36 @@ class GaussianMixture(BaseMixture):
         self.device = device
         self.n_shards = n_shards
 
-    def bic(self, X: Any) -> float:
-        """Return the Bayesian information criterion on rows X; lower is better."""
+    def bic(self, X: Any, *, cluster: Cluster | None = None) -> float:
+        """Return the Bayesian information criterion on rows X, or on a lake; lower is better.
+
+        `cluster` is as for `fit`.
+        """
+        if isinstance(X, Lake):
+            return float(self._lake_scores(X, cluster).bic)
+        require_no_cluster(cluster)
         n = _n_rows(scores := self.score_samples(X))
         return bic(mean_of(scores) * n, self._n_parameters(), n)
 
-    def aic(self, X: Any) -> float:
-        """Return Akaike's information criterion on rows X; lower is better."""
+    def aic(self, X: Any, *, cluster: Cluster | None = None) -> float:
+        """Return Akaike's information criterion on rows X, or on a lake; lower is better.
+
+        `cluster` is as for `fit`.
+        """
+        if isinstance(X, Lake):
+            return float(self._lake_scores(X, cluster).aic)
+        require_no_cluster(cluster)
         scores = self.score_samples(X)
         return aic(mean_of(scores) * _n_rows(scores), self._n_parameters())
 
-    def icl(self, X: Any) -> float:
-        """Return the BIC plus twice the soft entropy of the labels; lower is better."""
+    def icl(self, X: Any, *, cluster: Cluster | None = None) -> float:
+        """Return the BIC plus twice the soft entropy of the labels, of rows or of a lake.
+
+        Lower is better; `cluster` is as for `fit`.
+        """
+        if isinstance(X, Lake):
+            return float(self._lake_scores(X, cluster).icl)
+        require_no_cluster(cluster)
         resp = tensor_of(self.predict_proba(X))
         return icl(self.bic(X), float(-torch.special.xlogy(resp, resp).sum()))
 

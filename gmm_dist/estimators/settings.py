@@ -58,6 +58,11 @@ def require_lake_settings(
         raise ValueError(
             f"n_shards={n_shards} is for rows in memory: a lake's are planned from its files"
         )
+    require_cluster(cluster)
+
+
+def require_cluster(cluster: Any) -> None:
+    """Raise TypeError for what is neither a `Cluster` nor None."""
     if cluster is not None and not isinstance(cluster, Cluster):
         raise TypeError(
             f"cluster is {cluster!r}: give gmm_dist.Cluster(address=..., num_workers=...), or None"

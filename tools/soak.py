@@ -400,7 +400,7 @@ _YIELDS = (
     (2, "already holds a committed result"),
     (2, "holds the checkpoints of an unfinished run"),
 )
-_RESUME = re.compile(r"; go on with: (python .* --resume)$", re.MULTILINE)
+_RESUME = re.compile(r"; go on with: ((?:python|gmm-dist) .* --resume)$", re.MULTILINE)
 
 
 def end_of(status: int, text: str) -> str:

@@ -12,7 +12,8 @@ from gmm_dist.commands.talking import quiet
 from gmm_dist.errors import NoRows, UserError
 from gmm_dist.fitting.options import FitOptions
 from gmm_dist.lake import nights
-from gmm_dist.lake.filters import Where, parse
+from gmm_dist.lake.filters.text import parse
+from gmm_dist.lake.filters.where import Where
 from gmm_dist.lake.plan import Missing, Plan, plan_lake
 from gmm_dist.nightly.gate import Gate
 from gmm_dist.nightly.lineage import night_of
@@ -94,12 +95,12 @@ class NightRows:
         last = date.fromisoformat(options.night)
         own = parse(options.where).clauses if options.where is not None else ()
         try:
-            clauses = {*own, *self.key.clauses(last - timedelta(days - 1), last)}
+            clauses = *own, *self.key.clauses(last - timedelta(days - 1), last)
         except OverflowError as error:
             raise UserError(
                 f"--days {days} up to --night {last}: no calendar has so many; give fewer days"
             ) from error
-        return Where(tuple(sorted(clauses, key=lambda c: (c[0], c[1], repr(c[2])))))
+        return Where.all_of(clauses)
 
     def plan(
         self,

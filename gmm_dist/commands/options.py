@@ -108,7 +108,9 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--where",
         metavar="TEXT",
-        help="""keep rows where this holds, e.g. "ds >= '2026-11-01' and income > 0" """,
+        help="""keep rows where this holds, e.g. "ds >= '2026-11-01' and (income > 0 or kind in
+        ('a', 'b'))"; also not, is null, is not null; a comparison with null or NaN is unknown, as
+        in SQL, and such rows are left out""",
     )
     group.add_argument(
         "--missing",
@@ -237,7 +239,7 @@ def program(job: str) -> tuple[str, ...]:
     called = Path(sys.argv[0])
     if called.name == f"{job}.py":
         return "python", os.path.relpath(called)
-    if called.name == "__main__.py":
+    if called.name == "__main__.py" and called.parent.name == "gmm_dist":
         return "python", "-m", "gmm_dist", job
     return "gmm-dist", job
 

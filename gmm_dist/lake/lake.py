@@ -6,10 +6,15 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from numbers import Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from gmm_dist.errors import UserError
 from gmm_dist.urls import Url
+
+if TYPE_CHECKING:
+    import pyarrow.compute as pc
+
+    from gmm_dist.lake.filters.where import Filter
 
 Missing = Literal["error", "drop", "mean"]
 
@@ -28,7 +33,9 @@ class Lake:
         url: a local path, or any URL that fsspec opens: a Parquet file, or a folder of them.
         columns: numeric columns, or one column of lists of one length. None: every floating-point
             column but pandas' indices, else the one column of lists.
-        where: which rows: comparisons of any columns or hive partitions.
+        where: which rows, by any columns and hive partitions: text in the syntax of --where, or an
+            expression, such as `(pc.field("a") > 3) & pc.field("b").isin([1, 2])`, which keeps the
+            rows that pyarrow's `Table.filter` does: a comparison with NaN is false, `~` of it true.
         weight_column: the column of sample weights: 0 is an absent row, 2 a doubled one.
         missing: what becomes of nulls and NaN: "error", "drop" the row, or the column's "mean".
         holdout: the share of the rows, 0 <= share < 1, that nothing is fitted to.
@@ -44,7 +51,7 @@ class Lake:
     url: str
     _: KW_ONLY
     columns: Sequence[str] | None = None
-    where: str | None = None
+    where: str | pc.Expression | Filter | None = None
     weight_column: str | None = None
     missing: Missing = "error"
     holdout: float = 0.0
@@ -53,7 +60,12 @@ class Lake:
         object.__setattr__(self, "url", _url(self.url))
         object.__setattr__(self, "columns", _columns(self.columns))
         if self.where is not None:
-            _require_filter(self.where)
+            # Pyarrow, in whose types a filter compares, is imported only where there is one.
+            from gmm_dist.lake.filters.expressions import filter_of
+
+            parsed = filter_of(self.where)
+            if not isinstance(self.where, str):
+                object.__setattr__(self, "where", parsed)
         if self.weight_column is not None:
             _require_name(self.weight_column, "weight_column")
             if self.weight_column in (self.columns or ()):
@@ -94,15 +106,6 @@ def _columns(given: Any) -> tuple[str, ...] | None:
 def _require_name(name: Any, what: str) -> None:
     if not isinstance(name, str) or not name:
         raise UserError(f"{what} has {name!r}: give the name of a column")
-
-
-def _require_filter(where: Any) -> None:
-    # The grammar compares as pyarrow does, and imports it.
-    from gmm_dist.lake.filters import parse
-
-    if not isinstance(where, str):
-        raise UserError(f"where is of type {type(where).__name__}: write the filter as text")
-    parse(where)
 
 
 def _require_share(share: Any) -> None:

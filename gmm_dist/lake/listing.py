@@ -56,6 +56,11 @@ class Listing:
     keys: pa.Schema
 
 
+def key_table(files: Sequence[LakeFile], keys: pa.Schema) -> pa.Table:
+    """Return the files' hive keys, a row for each file."""
+    return pa.Table.from_pylist([dict(file.partition) for file in files], schema=keys)
+
+
 def find(url: str) -> Listing:
     """List the data files at `url`: one file whatever its name, or those of a folder.
 

@@ -26,14 +26,13 @@ import pyarrow.parquet as pq
 from gmm_dist import storage
 from gmm_dist.errors import UserError
 from gmm_dist.lake import listing
-from gmm_dist.lake.filters import Where
+from gmm_dist.lake.filters.where import Clause, Filter
 from gmm_dist.lake.listing import LakeFile, Listing
 from gmm_dist.lake.parquet.decoding import parquet_file
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Clause = tuple[str, str, bool | int | float | str]
 
 UNDERSTOOD = (
     "2026-11-21 (also with / . or _ and with a time behind it), 20261121 or 2026112105 (text or "
@@ -99,7 +98,7 @@ def find(url: str, names: Sequence[str]) -> NightKey:
         UserError: there is no such column, or its values are no nights that we understand.
     """
     found = listing.find(url)
-    columns = found.keys if set(names) <= set(found.keys.names) else _columns(found)
+    columns = found.keys if set(names) <= set(found.keys.names) else columns_of(found)
     for name in names:
         if name not in columns.names:
             shown = ", ".join(columns.names[:20])
@@ -118,7 +117,7 @@ def find(url: str, names: Sequence[str]) -> NightKey:
     return _three(found, names, columns)
 
 
-def with_dates(found: Listing, condition: Where | None) -> Listing:
+def with_dates(found: Listing, condition: Filter | None) -> Listing:
     """Add the hive keys `date(year, month, day)` that a filter names, told by their three."""
     for name in condition.columns if condition else ():
         parts = _parts(name)
@@ -152,7 +151,7 @@ def _day(year: object, month: object, day: object) -> str | None:
         return None
 
 
-def _columns(found: Listing) -> pa.Schema:
+def columns_of(found: Listing) -> pa.Schema:
     """Return the hive keys and the columns of the first file with rows; keys come first."""
     footers = (
         _opened(found, file, lambda opened: (opened.metadata.num_rows, opened.schema_arrow))

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gmm_dist import storage
 from gmm_dist.errors import NoRows, UserError
 from gmm_dist.formats import counted
 from gmm_dist.lake import listing, nights
 from gmm_dist.lake.deal import RowRange, deal
-from gmm_dist.lake.filters import Where, parse
+from gmm_dist.lake.filters.expressions import filter_of
+from gmm_dist.lake.filters.where import Filter
 from gmm_dist.lake.lake import Missing as Missing
 from gmm_dist.lake.listing import LakeFile, Listing
 from gmm_dist.lake.schema import Columns
@@ -32,6 +34,7 @@ from gmm_dist.lake.survey import (
     refuse_nulls,
     refuse_rounding,
     tell_of_old_timestamps,
+    unpruned,
 )
 from gmm_dist.urls import Url
 
@@ -48,7 +51,7 @@ class Plan:
     files; `float64_source` says that float32 cannot hold some feature's every value; `holdout` is
     the share of rows that nothing is fitted to; `kept` are columns to go along with the rows,
     which some files may lack; `first_list` says where the list is whose length all lists of an
-    embedding must have, where their types do not tell it.
+    embedding must have, where their types do not tell it; `keys` types the hive keys of the files.
     """
 
     url: str
@@ -57,13 +60,14 @@ class Plan:
     columns: tuple[str, ...]
     feature_names: tuple[str, ...]
     weight_column: str | None
-    where: Where | None
+    where: Filter | None
     missing: Missing
     shards: tuple[tuple[RowRange, ...], ...]
     float64_source: bool
     holdout: float = 0.0
     kept: tuple[str, ...] = ()
     first_list: str | None = None
+    keys: pa.Schema = field(default_factory=lambda: pa.schema([]))
     hash: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,16 +92,32 @@ class Plan:
         return tuple((file.path, file.size, file.version) for file in self.files)
 
     @property
-    def row_filter(self) -> Where | None:
+    def row_filter(self) -> Filter | None:
         """Return what is left of `where` to test row by row: files were chosen by hive keys."""
-        return self.where.restricted(self.schema.names) if self.where else None
+        return self.where.by_row(self._path_keys) if self.where else None
+
+    def row_filter_of(self, file: int, names: Collection[str]) -> Filter | bool:
+        """Return what there is to test of the rows of a file, of which columns `names` are read.
+
+        True says that all rows pass, False that none does.
+        """
+        condition = self.row_filter
+        if condition is None:
+            return True
+        keys = listing.key_table([self.files[file]], self.keys).select(self._path_keys)
+        return condition.in_file(keys, self.schema, names)
+
+    @property
+    def _path_keys(self) -> list[str]:
+        return [name for name in self.keys.names if name not in self.schema.names]
 
     @property
     def read_columns(self) -> tuple[str, ...]:
         """Name the file columns that reading needs: features, weight, filter; each once."""
         weight = (self.weight_column,) if self.weight_column else ()
         tested = self.row_filter.columns if self.row_filter else ()
-        return tuple(dict.fromkeys((*self.columns, *weight, *tested)))
+        by_row = (name for name in tested if name in self.schema.names)
+        return tuple(dict.fromkeys((*self.columns, *weight, *by_row)))
 
     def held_out(self, part: RowRange) -> npt.NDArray[np.bool_] | None:
         """Say which rows of a range are held out, (n,), or None when none ever is.
@@ -118,7 +138,7 @@ def plan_lake(
     *,
     columns: Sequence[str] | None = None,
     weight_column: str | None = None,
-    where: str | None = None,
+    where: str | pc.Expression | Filter | None = None,
     missing: Missing = "error",
     holdout: float = 0.0,
     keep: Sequence[str] = (),
@@ -132,12 +152,12 @@ def plan_lake(
     the one column of lists. Where types do not say how long lists are, the first one that matches
     is read; the others are checked when they are read. With `missing` "error", nulls of which
     footers tell are an error here, unless a filter by row might leave them out.
-    `where` is a filter in the syntax of `filters` over columns and hive keys: it leaves out
-    whole files and row groups here, rows when they are read. `holdout` is the share of rows, at
-    random but the same every time, that nothing is fitted to. `keep` are columns to go along with
-    the rows; hive keys among them stay in the path. `remedy` says what helps when a feature is
-    missing. `n_shards` overrides the number of shards, which else depends on the number of rows
-    alone.
+    `where` is a filter over columns and hive keys, in the syntax of `filters.text` or an expression
+    of pyarrow's: it leaves out whole files and row groups here, rows when they are read. `holdout`
+    is the share of rows, at random but the same every time, that nothing is fitted to. `keep` are
+    columns to go along with the rows; hive keys among them stay in the path. `remedy` says what
+    helps when a feature is missing. `n_shards` overrides the number of shards, which else depends
+    on the number of rows alone.
 
     Raises:
         UserError: the path, bucket or credentials are wrong; there is no Parquet file, or it is
@@ -147,16 +167,16 @@ def plan_lake(
     """
     if not 0 <= holdout < 1:
         raise UserError(f"--holdout is {holdout:g}: give a share of the rows, 0 <= share < 1")
-    condition = parse(where) if where is not None else None
+    condition = filter_of(where)
     found = nights.with_dates(listing.find(url), condition)
-    tested = _tested_by_row(condition, found.keys)
+    tested = condition.by_row(found.keys.names) if condition else None
     files = _matching_files(found, condition)
     may_fail = missing == "error" and tested is None
     no_nulls = _columns_of(columns) if may_fail else ()
     names = _columns_of(columns)
     if names is not None:
         names = {*names, *keep, *(tested.columns if tested else ()), *filter(None, [weight_column])}
-    questions = Questions(names, tested, no_nulls, _CHUNKS_ASKED // len(files), keep)
+    questions = Questions(names, tested, found.keys, no_nulls, _CHUNKS_ASKED // len(files), keep)
     told = read_footers(found.root, files, questions)
     if not any(sum(footer.file.rows) for footer in told):
         n_files = counted(len(told), "Parquet file")
@@ -171,10 +191,11 @@ def plan_lake(
     )
     chosen = known.choose(columns, weight_column, tested, keep, remedy=remedy)
     refuse_rounding(known, chosen, told)
+    told = unpruned(told, tested, chosen.schema)
     groups = matching_row_groups(found.root, told, condition if tested else None)
     first_list = None
     if chosen.unmeasured is not None:
-        length, first_list = measure_lists(found.root, told, groups, tested, chosen.unmeasured)
+        length, first_list = measure_lists(found, told, groups, tested, chosen)
         chosen = chosen.measured(length)
     if may_fail:
         refuse_nulls(found.root, told, chosen)
@@ -192,6 +213,7 @@ def plan_lake(
         holdout=holdout,
         kept=chosen.kept,
         first_list=first_list,
+        keys=found.keys,
     )
     what = counted(len(files), "file"), counted(result.n_rows, "row")
     logger.info("%s: %s, %s", storage.redacted(result.url), *what)
@@ -200,18 +222,12 @@ def plan_lake(
     return result
 
 
-def _tested_by_row(condition: Where | None, keys: pa.Schema) -> Where | None:
-    """Return the comparisons that the path does not decide."""
-    return condition.restricted(set(condition.columns) - set(keys.names)) if condition else None
-
-
-def _matching_files(found: Listing, condition: Where | None) -> Sequence[LakeFile]:
+def _matching_files(found: Listing, condition: Filter | None) -> Sequence[LakeFile]:
     """Return the files whose hive keys match."""
-    by_key = condition.restricted(found.keys.names) if condition else None
-    if condition is None or by_key is None:
+    if condition is None or not {*condition.columns} & {*found.keys.names}:
         return found.files
-    partitions = [dict(file.partition) for file in found.files]
-    matches = by_key.mask(pa.Table.from_pylist(partitions, schema=found.keys))
+    keys = listing.key_table(found.files, found.keys)
+    matches = condition.matching_paths(keys, lambda: nights.columns_of(found))
     if not matches.any():
         what = f"any of {len(found.files)} files' hive keys"
         raise nothing_matches(found.root, condition, what)

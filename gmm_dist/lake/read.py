@@ -113,9 +113,11 @@ def probe(plan: Plan, *, max_rows: int = 16384) -> npt.NDArray[np.float64]:
         places = min(math.ceil(_PROBED_PLACES / n), rows_each)
         sampler = _Sampler(rows_each, places, reach)
 
-        def sample(file: LakeFile = file, sampler: _Sampler = sampler, g: int = row_group) -> Any:
-            with opened(fs, root, plan.url, file) as source:
-                return sampler.rows(plan, source, g)
+        def sample(
+            index: int = index, sampler: _Sampler = sampler, g: int = row_group
+        ) -> npt.NDArray[np.float64]:
+            with opened(fs, root, plan.url, plan.files[index]) as source:
+                return sampler.rows(plan, index, source, g)
 
         parts.append(storage.patiently(sample, name_of(plan.url, file)))
     return np.concatenate([np.empty((0, plan.n_features)), *parts])
@@ -132,7 +134,7 @@ def passed(
     Raises:
         UserError: an infinite value, or a list of another length.
     """
-    table, positions = _filtered(plan, decoded)
+    table, positions = _filtered(plan, part.file, decoded)
     extract = _Extract(plan, plan.files[part.file], part)
     extract.check_lengths(table, positions)
     columns = _columns(plan, table)
@@ -235,7 +237,7 @@ class _Sampler:
     places: int
     reach: int
 
-    def rows(self, plan: Plan, source: Any, row_group: int) -> npt.NDArray[np.float64]:
+    def rows(self, plan: Plan, file: int, source: Any, row_group: int) -> npt.NDArray[np.float64]:
         """Return up to n complete, finite rows that pass the filter."""
         step = max(1, self.reach // self.places)
         size = min(step, max(self.n // self.places, _MIN_BATCH))
@@ -248,7 +250,7 @@ class _Sampler:
             # A place that yields too little leaves the rest to the next ones.
             due = self.n * min(offset // step + 1, self.places) // self.places
             if len(found) < due:
-                good = _good_rows(plan, batch)
+                good = _good_rows(plan, file, batch)
                 found = np.concatenate([found, good[: due - len(found)]])
             if len(found) == self.n:
                 break
@@ -256,21 +258,23 @@ class _Sampler:
         return found
 
 
-def _good_rows(plan: Plan, batch: pa.RecordBatch) -> npt.NDArray[np.float64]:
+def _good_rows(plan: Plan, file: int, batch: pa.RecordBatch) -> npt.NDArray[np.float64]:
     """Return the complete, finite rows that pass the filter, less those of weight 0."""
-    table, _ = _filtered(plan, pa.Table.from_batches([batch]))
+    table, _ = _filtered(plan, file, pa.Table.from_batches([batch]))
     if plan.weight_column is not None:
         table = table.filter(pc.not_equal(table.column(plan.weight_column), 0))
     X = _columns(plan, table).T
     return X[np.isfinite(X).all(axis=1)].astype(np.float64)
 
 
-def _filtered(plan: Plan, table: pa.Table) -> tuple[pa.Table, npt.NDArray[np.intp] | None]:
-    """Return the rows that pass the filter and, under a filter, their positions."""
-    condition = plan.row_filter
-    if condition is None:
+def _filtered(
+    plan: Plan, file: int, table: pa.Table
+) -> tuple[pa.Table, npt.NDArray[np.intp] | None]:
+    """Return the rows of a file that pass the filter and, under a filter, their positions."""
+    condition = plan.row_filter_of(file, table.column_names)
+    if condition is True:
         return table, None
-    mask = condition.mask(table.select(condition.columns))
+    mask = condition.mask(table) if condition else np.zeros(table.num_rows, dtype=np.bool_)
     types = pa.schema([field.with_type(without_views(field.type)) for field in table.schema])
     if types != table.schema:
         table = table.cast(types)
@@ -336,7 +340,7 @@ class _Extract:
     part: RowRange
 
     def rows(self, decoded: pa.Table, fill: npt.NDArray[np.float64] | None) -> Rows:
-        table, positions = _filtered(self.plan, decoded)
+        table, positions = _filtered(self.plan, self.part.file, decoded)
         self.check_lengths(table, positions)
         weight = self._weight(table, positions)
         held_out = self.plan.held_out(self.part)

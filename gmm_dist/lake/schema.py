@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from gmm_dist import storage
 from gmm_dist.errors import SchemaError, UserError
-from gmm_dist.lake.filters import Where
+from gmm_dist.lake.filters.where import Filter
 from gmm_dist.lake.listing import LakeFile, name_of
 from gmm_dist.lake.parquet.column_types import (
     is_embedding,
@@ -117,14 +117,14 @@ class Columns:
         self,
         columns: Sequence[str] | None,
         weight: str | None,
-        tested: Where | None,
+        tested: Filter | None,
         keep: Sequence[str] = (),
         *,
         remedy: str = "name the feature columns with --columns",
     ) -> Chosen:
         """Choose the feature columns, by name or by default; check them, weight and filter.
 
-        `tested` are the comparisons to be made row by row. By default every floating-point
+        `tested` is what of the filter is to be tested row by row. By default every floating-point
         column is a feature, but for pandas' indices, or else the one column of lists of numbers
         (of a fixed size, or else of floating-point numbers). The features of such a column may
         also be named one by one: all, in order, `emb[0]`, `emb[1]`, ... `keep` are columns to go
@@ -139,7 +139,8 @@ class Columns:
         self._check_weight(weight, features)
         self._check_filter(tested)
         kept = self._kept(keep)
-        weights, tests = (weight,) if weight else (), tested.columns if tested else ()
+        weights = (weight,) if weight else ()
+        tests = [name for name in tested.columns if name not in self.keys.names] if tested else ()
         names = dict.fromkeys((*features, *weights, *tests, *kept))
         schema = pa.schema([(name, self.types[name]) for name in names])
         float64_source = self._is_float64_source(features)
@@ -326,18 +327,15 @@ class Columns:
                 f"{self.types[weight]}; name a numeric column"
             )
 
-    def _check_filter(self, condition: Where | None) -> None:
+    def _check_filter(self, condition: Filter | None) -> None:
         """Raise unless every column of the filter is known, and of types that go together."""
-        for name in condition.columns if condition else ():
+        if condition is None:
+            return
+        for name in condition.columns:
             if name in self.problems:
                 raise UserError(f"{self.problems[name]}; take it out of the filter")
-        if condition:
-            known = [*self.types.items(), *((f.name, f.type) for f in self._pure_keys())]
-            condition.tests(pa.schema(known))
-        for types, _ in self.stored if condition else ():
-            own = condition.restricted(types) if condition else None
-            if own is not None:  # as it is stored there
-                own.tests(pa.schema([(name, types[name]) for name in own.columns]))
+        known = [*self.types.items(), *((field.name, field.type) for field in self._pure_keys())]
+        condition.check(pa.schema(known), (types for types, _ in self.stored))
 
     def _pure_keys(self) -> pa.Schema:
         return pa.schema([field for field in self.keys if field.name not in self.types])

@@ -111,7 +111,7 @@ def load_rows(
     plan = loader.plan
     n_rows = shards.load(watch)
     if n_rows == 0:
-        filters = f" after --where {str(plan.where)!r}" if plan.where else ""
+        filters = f" after the filter {plan.where.shown}" if plan.where else ""
         smaller = ", or give a smaller --holdout" if plan.holdout else ""
         weighing = f", and weights {plan.weight_column!r} above 0" if plan.weight_column else ""
         raise TooFewRows(

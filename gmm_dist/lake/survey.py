@@ -18,8 +18,9 @@ from gmm_dist import storage
 from gmm_dist.errors import NoRows, TooFewRows, UserError
 from gmm_dist.lake import listing
 from gmm_dist.lake.deal import RowRange
-from gmm_dist.lake.filters import Where, shown_names
-from gmm_dist.lake.listing import LakeFile
+from gmm_dist.lake.filters.expressions import ArrowFilter
+from gmm_dist.lake.filters.where import Filter, shown_names
+from gmm_dist.lake.listing import LakeFile, Listing
 from gmm_dist.lake.parquet import footers
 from gmm_dist.lake.parquet.comparing import stored
 from gmm_dist.lake.parquet.decoding import parquet_file
@@ -64,7 +65,8 @@ class Questions:
     """
 
     names: Collection[str] | None
-    tested: Where | None
+    tested: Filter | None
+    keys: pa.Schema
     no_nulls: Collection[str] | None
     chunks: int
     keep: Sequence[str]
@@ -74,7 +76,7 @@ class Questions:
         metadata, schema = parquet.metadata, parquet.schema_arrow
         rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         bare = schema.remove_metadata()
-        groups = self._groups(metadata, bare)
+        groups = self._groups(file, metadata, bare)
         read = {*self.keep, *(self.tested.columns if self.tested else ())}
         return Footer(
             replace(file, rows=rows),
@@ -86,13 +88,18 @@ class Questions:
             footers.old_timestamps(metadata, bare) & read if read else frozenset(),
         )
 
-    def _groups(self, metadata: pq.FileMetaData, schema: pa.Schema) -> Sequence[int]:
+    def _groups(
+        self, file: LakeFile, metadata: pq.FileMetaData, schema: pa.Schema
+    ) -> Sequence[int]:
         if self.tested is None:
             return range(metadata.num_row_groups)
-        if set(self.tested.columns) - set(schema.names):
-            return ()  # an added column: null in this file, and null never matches
         with suppress(UserError):  # told once it is known what other files have
-            return footers.matching_groups(metadata, schema, self.tested.tests(schema))
+            keys = listing.key_table([file], self.keys)
+            left = self.tested.in_file(keys, schema, schema.names)
+            if left is False:
+                return ()
+            if left is not True:
+                return left.matching_groups(metadata, schema)
         return range(metadata.num_row_groups)
 
 
@@ -132,7 +139,29 @@ def read_footers(root: str, files: Sequence[LakeFile], questions: Questions) -> 
             raise
 
 
-def matching_row_groups(root: str, told: list[Footer], condition: Where | None) -> list[RowRange]:
+def unpruned(told: list[Footer], tested: Filter | None, types: pa.Schema) -> list[Footer]:
+    """Return the footers, with all row groups where an expression's columns have other types.
+
+    It is asked in the types over all files, in which it may mean something else: 7 / 2 is what
+    its type says, and so is `coalesce` of 7 and a column of nulls, or one that a file lacks.
+    """
+    if not isinstance(tested, ArrowFilter):
+        return told
+    asked = [types.field(name) for name in tested.columns if name in types.names]
+
+    def is_other(schema: pa.Schema) -> bool:
+        return any(
+            field.name not in schema.names or schema.field(field.name).type != field.type
+            for field in asked
+        )
+
+    return [
+        replace(footer, groups=range(len(footer.file.rows))) if is_other(footer.schema) else footer
+        for footer in told
+    ]
+
+
+def matching_row_groups(root: str, told: list[Footer], condition: Filter | None) -> list[RowRange]:
     """Return the row groups that may hold a matching row, whole; `condition` is tested by row."""
     groups = [
         RowRange(index, group, 0, footer.file.rows[group])
@@ -189,17 +218,27 @@ def _fits(bounds: Extent, stored: pa.DataType, common: pa.DataType) -> bool:
 
 
 def measure_lists(
-    root: str, told: Sequence[Footer], groups: Sequence[RowRange], tested: Where | None, name: str
+    found: Listing,
+    told: Sequence[Footer],
+    groups: Sequence[RowRange],
+    tested: Filter | None,
+    chosen: Chosen,
 ) -> tuple[int, str]:
     """Return the length of the first list of a column that matches, and where it is."""
+    root, name = found.root, chosen.unmeasured
+    assert name is not None
     fs, path = storage.open_url(root)
     for part in groups:
-        file = told[part.file].file
+        file, names = told[part.file].file, told[part.file].schema.names
+        keys = listing.key_table([file], found.keys)
+        left = tested is None or tested.in_file(keys, chosen.schema, names)
         where = listing.name_of(root, file)
 
-        def read(file: LakeFile = file, group: int = part.row_group) -> tuple[int, int] | None:
+        def read(
+            file: LakeFile = file, group: int = part.row_group, left: Filter | bool = left
+        ) -> tuple[int, int] | None:
             with listing.opened(fs, path, root, file) as source:
-                return _first_length(source, group, tested, name)
+                return _first_length(source, group, left, name)
 
         first = storage.patiently(read, where)
         if first is not None:
@@ -212,18 +251,17 @@ def measure_lists(
 
 
 def _first_length(
-    source: Any, group: int, tested: Where | None, name: str
+    source: Any, group: int, tested: Filter | bool, name: str
 ) -> tuple[int, int] | None:
     """Return the row and the length of a row group's first list that matches."""
-    names = [name, *(tested.columns if tested else ())]
+    names = [name, *(() if isinstance(tested, bool) else tested.columns)]
     parquet = parquet_file(source, buffer_size=_PAGES_BYTES)
     start = 0
     for batch in _batches(parquet, group, names):
         column = batch.column(name)
         lengths = pc.list_value_length(stored(column)).to_numpy()
         fits = np.nan_to_num(lengths.astype(np.float64)) > 0  # neither null nor empty
-        if tested is not None:
-            fits &= tested.mask(batch)
+        fits &= tested if isinstance(tested, bool) else tested.mask(batch)
         if fits.any():
             row = int(fits.argmax())
             return start + row, int(lengths[row])
@@ -237,7 +275,7 @@ def _batches(parquet: pq.ParquetFile, group: int, names: list[str]) -> Iterator[
         yield pa.Table.from_batches([batch])
 
 
-def nothing_matches(root: str, condition: Where, what: str) -> NoRows:
+def nothing_matches(root: str, condition: Filter, what: str) -> NoRows:
     return NoRows(
         f"{storage.redacted(root)}: no rows match the filter {condition.shown}, by {what}; "
         "widen the filter"

@@ -27,6 +27,7 @@ from gmm_dist.shards.workers import (
     Ticket,
     Work,
     Worker,
+    machines,
 )
 
 logger = logging.getLogger(__name__)
@@ -444,11 +445,3 @@ class Dispatcher:
             counted(len(self._workers), "worker"),
             machines(),
         )
-
-
-def machines() -> str:
-    """Say what the cluster has, and how much of it nobody uses."""
-    total, free = ray.cluster_resources(), ray.available_resources()
-    has = [f"{counted(total.get(k, 0), k)} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU")]
-    n_machines = sum(node["Alive"] for node in ray.nodes())
-    return f"the cluster has {' and '.join(has)} on {counted(n_machines, 'machine')}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import ipaddress
+import itertools
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,11 +26,11 @@ import torch
 from gmm_dist.config import Cluster, FailureConfig
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.formats import counted
-from gmm_dist.shards.dispatch import Dispatcher, machines
+from gmm_dist.shards.dispatch import Dispatcher
 from gmm_dist.shards.placement import Placement, ranges
 from gmm_dist.shards.protocol import Loader, S, Task
 from gmm_dist.shards.tree_sum import TreeSum
-from gmm_dist.shards.workers import ShardActor, Source, Work, Worker
+from gmm_dist.shards.workers import ShardActor, Source, Work, Worker, machines
 
 logger = logging.getLogger(__name__)
 
@@ -336,6 +338,19 @@ def _may_grow() -> bool:
     return any("ray.io/node-group" in node.get("Labels", {}) for node in nodes)
 
 
+def _starter(make: Any, n_shards: int, name: str) -> Callable[[], Any]:
+    """Return what starts a worker's actor, each time under a name that the dashboard shows."""
+    takes = itertools.count(1)
+
+    def start() -> Any:
+        take = next(takes)
+        # The one before may still be ending under its own.
+        shown = name if take == 1 else f"{name} take {take}"
+        return make(name=shown).remote(n_shards)
+
+    return start
+
+
 class RayShards:
     """Shards dealt to actors as contiguous ranges of like length.
 
@@ -365,11 +380,14 @@ class RayShards:
         # Ray neither restarts nor repeats: its own retries stall for up to 30 s and cannot be
         # seen, while without them a death is known in 10 ms and a lost message in 2 s.
         options = {"num_cpus": 1, "num_gpus": int(use_gpu), "max_restarts": 0}
-        make = actor.options(**options, max_task_retries=0)
+        make = functools.partial(actor.options, **options, max_task_retries=0)
+        run = uuid.uuid4().hex[:8]
         homes = ranges(n_shards, _n_workers(n_shards, cluster.num_workers, self._resource))
         now = time.monotonic()
-        start = functools.partial(make.remote, n_shards)
-        self._workers = [Worker(i, start, now) for i in range(len(homes))]
+        self._workers = [
+            Worker(i, _starter(make, n_shards, f"gmm_dist {run} worker {i}"), now)
+            for i in range(len(homes))
+        ]
         config = FailureConfig() if faults is None else faults
         self._dispatcher = Dispatcher(self._workers, Placement(homes), config, self._room)
         for worker in self._workers:

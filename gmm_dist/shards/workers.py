@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import torch
 
+from gmm_dist.formats import counted
 from gmm_dist.shards.protocol import Loader, ShardRows
 from gmm_dist.shards.tree_sum import run_on
 
@@ -224,3 +225,11 @@ class Worker:
         self.state = State.DOWN
         self.actor = self.hello = self.call = self.pulse = self.introduction = None
         self.held = set()
+
+
+def machines() -> str:
+    """Say what the cluster has, and how much of it nobody uses."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    has = [f"{counted(total.get(k, 0), k)} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU")]
+    n_machines = sum(node["Alive"] for node in ray.nodes())
+    return f"the cluster has {' and '.join(has)} on {counted(n_machines, 'machine')}"

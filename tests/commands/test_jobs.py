@@ -194,8 +194,8 @@ def test_the_next_command_runs_as_it_is_printed(
     said = capsys.readouterr().out
     warned = re.search(r"warning: the best k is the largest tried: next run: (.*)", said)
     assert warned is not None
-    python, script, *again = shlex.split(warned[1])
-    assert (python, Path(script).resolve()) == ("python", ROOT / "jobs" / "sweep.py")
+    program, job, *again = shlex.split(warned[1])
+    assert (program, job) == ("gmm-dist", "sweep")
     new = [*argv]
     new[4], new[6] = "--k=2..4", str(tmp_path / "my out-k2-4")
     assert again == new
@@ -217,10 +217,11 @@ LEFT_OUT = " (with the credentials, which are left out here)"
     ],
 )
 def test_the_next_command_differs_in_k_and_output_alone(argv: str, expected: str) -> None:
-    command = Again("jobs/sweep.py", argv.split()).for_k("4..8")
-    assert command == f"python jobs/sweep.py {expected}"
+    command = Again(("gmm-dist", "sweep"), argv.split()).for_k("4..8")
+    assert command == f"gmm-dist sweep {expected}"
     assert (
-        Again("x.py", ["--k", "1", "--o", "O"]).for_k("2,4,9") == "python x.py --k 2,4,9 --o O-k2-9"
+        Again(("gmm-dist", "sweep"), ["--k", "1", "--o", "O"]).for_k("2,4,9")
+        == "gmm-dist sweep --k 2,4,9 --o O-k2-9"
     )
 
 
@@ -288,7 +289,10 @@ def test_as_a_user_starts_it_with_ray_embedded(tmp_path: Path, capfd: Errors) ->
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--k", "three"], r"--k: 'three' is not like 8, 4,8,16 or 2\.\.20; see sweep\.py --help"),
+        (
+            ["--k", "three"],
+            r"--k: 'three' is not like 8, 4,8,16 or 2\.\.20; see gmm-dist sweep --help",
+        ),
         (["--k", "5..2"], r"'5\.\.2' is not a range"),
         (["--k", "0"], r"'0' is not a range of whole numbers from 1 up"),
         (["--k", "9" * 5000], r"--k: '9{50}' is not like 8, 4,8,16 or 2\.\.20; see"),
@@ -493,7 +497,7 @@ def test_what_a_reader_of_the_table_should_know_is_said_with_a_remedy(
     said = capsys.readouterr().out
     assert "warning: column 'flat' is constant: leave it out with --columns" in said
     assert "warning: 1 of 4 columns are duplicates or sums of others" in said
-    assert "warning: the best k is the largest tried: next run: python " in said
+    assert "warning: the best k is the largest tried: next run: gmm-dist " in said
     report = json.loads((out / "sweep.json").read_text())
     assert len(report["warnings"]) == 3
     assert report["best"]["k"] == 3

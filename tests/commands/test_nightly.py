@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from conftest import S3Server
 from nights import Cluster
 
 import gmm_dist
+from gmm_dist.commands import night as night_module
 from gmm_dist.commands import nightly
+from gmm_dist.commands.night_options import NightlyOptions, NightRows
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.fitting import fit as fitting
 from gmm_dist.lake.nights import NightKey
@@ -465,8 +467,9 @@ def test_a_pruned_night_is_not_fitted_again(local: Nights, capsys: Errors) -> No
     assert not (Path(local.url) / "models" / night(1)).exists()
     assert local.registry.new_ids(0) == 3
     argv = [local.data, "--registry", local.url, "--night", night(1), "--partition", "ds"]
+    options = nightly._parse([*argv, "--k", "3"])
     with pytest.raises(UserError, match=r"was published and pruned while this run waited"):
-        nightly._publish(nightly._parse([*argv, "--k", "3"]), local.registry, Gate(), ExitStack())
+        nightly._publish(options, NightRows(options), local.registry, Gate(), ExitStack())
 
 
 def test_scores_inside_the_lake_are_refused_before_any_fitting(
@@ -481,8 +484,8 @@ def test_scores_inside_the_lake_are_refused_before_any_fitting(
 def test_a_plan_that_is_made_twice_is_told_of_once(
     local: Nights, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nightly, "score_lake", lambda *asked: None)
-    monkeypatch.setattr(nightly, "connected", lambda *asked: nullcontext())
+    monkeypatch.setattr(nightly, "score_and_tell", lambda *asked: None)
+    monkeypatch.setattr(night_module, "connected", lambda *asked: nullcontext())
     local.write(1, FIRST)
     (local.lake / "notes.txt").write_text("no rows")
     with caplog.at_level("INFO", "gmm_dist"):
@@ -687,7 +690,7 @@ def test_nobody_is_told_of_a_night_before_it_is_committed(
         kept = list(Path(local.url).glob("candidates/*/*/manifest.json"))
         there.append((local.registry.nights(), local.registry.latest(), len(kept)))
 
-    monkeypatch.setattr(nightly, "print_table", look)
+    monkeypatch.setattr(night_module, "print_table", look)
     assert local.run(1, "--k", "3", "--n-init", "1") == 0
     assert local.run(2, "--k", "3", "--n-init", "1") == 3
     assert there == [([night(1)], night(1), 0), ([night(1)], night(1), 1)]
@@ -746,7 +749,7 @@ def test_what_the_world_does_to_the_pointer_and_to_pruning_tells_how_to_go_on(
         with monkeypatch.context() as crash:
             crash.setattr(Registry, name, fall)
             assert local.run(1, "--k", "3", "--n-init", "1", "--keep-models", "1") == 1
-        assert "out of order; go on with: python" in capsys.readouterr().err
+        assert "out of order; go on with: gmm-dist" in capsys.readouterr().err
 
 
 def test_who_has_lost_the_night_removes_no_candidate_of_others(
@@ -791,7 +794,7 @@ def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
     ("options", "message"),
     [
         (["--night", "today"], "'today' is not a night: give a date such as 2026-11-21"),
-        (["--holdout", "0"], "give a --holdout above 0; see nightly.py --help"),
+        (["--holdout", "0"], "give a --holdout above 0"),
         (["--days", "0"], "--days is 1 or more"),
         (
             ["--days", "9" * 20],
@@ -804,7 +807,7 @@ def test_two_at_once_one_is_at_work(local: Nights, capsys: Errors) -> None:
         (["--night", "9999-12-31"], "--night 9999-12-31: no calendar has so many"),
         (["--max-drop", "-1"], "--max-drop is -1: give a number of nats >= 0"),
         (["--min-rows", "-1"], "--min-rows is -1: give a whole number >= 0"),
-        (["--where", "x > 1 or x < 0"], "'or' is not supported"),
+        (["--where", "x > 1 or"], "cannot be read to its end"),
         (["--partition", "dt"], "--partition 'dt' is no column; columns are ds, x, y"),
         (["--keep", "id"], "--keep and --outliers are for --scores"),
         (["--outliers", "0.1"], "--keep and --outliers are for --scores"),
@@ -848,7 +851,23 @@ def test_help_tells_this_jobs_own_default(capsys: Errors) -> None:
 
 def test_the_filter_is_a_half_open_range_beside_the_users() -> None:
     key = NightKey(("the day",))
-    options = argparse.Namespace(night="2026-03-01", own_where="0 < x <= 5", partition_key=key)
-    assert nightly._rows_of(options, days=2).text == (
+    options = NightlyOptions(
+        data="lake",
+        registry="models",
+        night="2026-03-01",
+        partition=("the day",),
+        k=(2,),
+        where="0 < x <= 5",
+    )
+    rows = NightRows(options)
+    rows.__dict__["key"] = key  # as found in the lake
+    assert rows.where(days=2).text == (
         "col('the day') < '2026-03-02' and col('the day') >= '2026-02-28' and x <= 5 and x > 0"
+    )
+    other = replace(options, where="x is null or not x in (1, 2)")
+    rows = NightRows(other)  # of these days too, and of no others
+    rows.__dict__["key"] = key
+    assert rows.where(days=1).text == (
+        "col('the day') < '2026-03-02' and col('the day') >= '2026-03-01' and "
+        "(x != 1 and x != 2 or x is null)"
     )

@@ -33,6 +33,7 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs import load
 from gmm_dist.runs.load import read_report
 from gmm_dist.scoring.files import Counts
+from gmm_dist.scoring.score import _Job
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.storage import Patience, open_url
 
@@ -146,7 +147,7 @@ def test_a_filter_is_told_of_only_where_it_left_rows_out(filtered: int, said: st
     options = SimpleNamespace(where="ds == '2026-11-21'", outliers=None, output="out/")
     job = SimpleNamespace(options=options, mixture=SimpleNamespace(n_components=4))
     scored = SimpleNamespace(files={"a": None}, counts=Counts(600, filtered, 0, 0, (600,)))
-    line = score_job._Job.sentence(job, scored)
+    line = _Job.sentence(job, scored)
     assert line == f"scored 600 rows of 1 file by k=4{said}; in out"
 
 
@@ -240,7 +241,7 @@ def test_a_lake_that_is_out_of_reach_is_one_line_with_the_command_that_goes_on(
     (line,) = [li for li in capfd.readouterr().err.splitlines() if li.startswith("error: ")]
     assert "the storage failed for 0 s" in line
     assert line.endswith("/out --resume")
-    assert "; go on with: python " in line
+    assert "; go on with: gmm-dist " in line
 
 
 def test_an_infinite_value_ends_the_run_and_another_model_cannot_go_on_with_it(

@@ -20,7 +20,7 @@ from gmm_dist.commands.ending import run, said_how_to_resume
 from gmm_dist.commands.options import Again
 from gmm_dist.errors import UserError
 
-AGAIN = Again(str(ROOT / "jobs" / "sweep.py"), ["D", "--k", "2", "--output", "O"])
+AGAIN = Again(("gmm-dist", "sweep"), ["D", "--k", "2", "--output", "O"])
 STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
@@ -56,8 +56,8 @@ def test_a_signal_ends_the_job_with_its_status_and_the_command_that_goes_on(
     assert run(job, []) == STATUSES[number]
     assert tidied == [True]
     err = capfd.readouterr().err
-    assert err.startswith(f"error: stopped by {number.name}; go on with: python ")
-    assert err.endswith("sweep.py D --k 2 --output O --resume\n")
+    assert err.startswith(f"error: stopped by {number.name}; go on with: gmm-dist ")
+    assert err.endswith("gmm-dist sweep D --k 2 --output O --resume\n")
     assert [signal.getsignal(each) for each in STATUSES] == before
 
 

@@ -216,7 +216,7 @@ def test_no_display_is_drawn_where_there_is_no_terminal_for_it(
 def test_descriptors_that_are_closed_and_full_leave_the_status_alone(tmp_path: Path) -> None:
     """The interpreter flushes once more as it ends, and would end with 120."""
     code = (
-        "import os; from gmm_dist.commands import talking\n"
+        "import os, sys; from gmm_dist.commands import talking\n"
         "with talking.unfailing():\n"
         "    talking.say('x' * 100_000); talking.complain('y')\n"
         "    assert os.open('data', os.O_CREAT | os.O_WRONLY) > 2\n"

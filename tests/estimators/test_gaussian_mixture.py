@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import doctest
 import math
 import pickle
@@ -18,6 +19,7 @@ import lakes
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import sklearn.mixture
 import torch
@@ -490,7 +492,7 @@ def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
         str(tmp_path / "lake"),
         columns=["a", "b"],
         weight_column="w",
-        where="t >= 20",
+        where=(pc.field("t") >= 20) & pc.field("a").is_valid(),
     )
     cluster = Cluster(ray_address, num_workers=2)
     model = GaussianMixture(2, random_state=0, tol=1e-6).fit(lake, cluster=cluster)
@@ -508,7 +510,8 @@ def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
     assert again.fit(lake, cluster=cluster).lower_bounds_[0] == pytest.approx(
         model.lower_bound_, abs=1e-9
     )
-    chosen = gmm_dist.select(lake, n_components=[1, 2], covariance_type="diag", cluster=cluster)
+    told = dataclasses.replace(lake, where="t >= 20 and (a is not null or t in (0))")
+    chosen = gmm_dist.select(told, n_components=[1, 2], covariance_type="diag", cluster=cluster)
     assert chosen.best.feature_names_in_.tolist() == ["a", "b"]
     assert chosen.best.n_components == 2
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gmm_dist.errors import NoRows, UserError
-from gmm_dist.lake.filters import parse
+from gmm_dist.lake.filters.text import parse
 from gmm_dist.lake.parquet.comparing import DoesNotFit, Passing
 from gmm_dist.lake.plan import plan_lake
 

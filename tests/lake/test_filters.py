@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmm_dist.errors import UserError
-from gmm_dist.lake.filters import Where, parse
+from gmm_dist.lake.filters.text import parse
+from gmm_dist.lake.filters.where import Where
 
 DAYS = [dt.datetime(2026, 11, 1), dt.datetime(2026, 11, 2), None]
 TABLE = pa.table(
@@ -38,6 +39,7 @@ TABLE = pa.table(
         "fixed": pa.array([b"a", b"b", None], pa.binary(1)),
         "clock": pa.array([dt.time(0, 0, 1), dt.time(0, 0, 2), None], pa.time32("s")),
         "code of void": pa.nulls(3).dictionary_encode(),
+        "lists": pa.array([[1.0], [None], None], pa.list_(pa.float64())),
     }
 )
 
@@ -104,6 +106,47 @@ def matches(text: str) -> list[bool]:
         ("code == 'x'", [True, False, None]),
         ("flag == True", [True, False, None]),
         ("col('dep delay') > 1", [False, True, True]),
+        ("n == 1 or n == 3", [True, False, True]),
+        ("n == 1 or n == 2 and small == 3", [True, False, False]),
+        ("(n == 1 OR n == 2) AND small is not null", [True, False, False]),
+        ("not n == 1 or n == 1", [True, True, True]),
+        ("not (n == 1 or n == 2)", [False, False, True]),
+        ("not (0 < n <= 2)", [False, False, True]),
+        ("small is null", [False, True, False]),
+        ("small IS NOT NULL", [True, False, True]),
+        ("small < 5 or small >= 5", [True, None, True]),
+        ("not small == 1", [False, None, True]),
+        ("x is null", [False, True, True]),  # NaN is missing as null is
+        ("not x == 0.1", [False, None, None]),
+        ("not (x is null)", [True, False, False]),
+        ("void is null and void is null", [True, True, True]),
+        ("void is not null or void in (1)", [False, False, False]),
+        ("void is null and void == 1", [False, False, False]),
+        ("col('code of void') is null", [True, True, True]),
+        ("code is null or half is null", [False, False, True]),
+        ("n in (1, 3.0, 99)", [True, False, True]),
+        ("n in (2)", [False, True, False]),
+        ("n in (1, 2) and n in (2, 3)", [False, True, False]),
+        ("n in (1) and n in (2)", [False, False, False]),
+        ("n in (1, 2) and n != 1", [False, True, False]),
+        ("n not in (1, 3)", [False, True, False]),
+        ("small not in (3)", [True, None, False]),
+        ("small in (1, null)", [True, None, None]),
+        ("small not in (3, null)", [None, None, False]),
+        ("not small in (3, null)", [None, None, False]),
+        ("small in (null) or n == 2", [None, True, None]),
+        ("x in (0.1, 16777217)", [True, False, None]),
+        ("money in (1.5, '2.5', 2.125)", [True, True, None]),
+        ("day in ('2026-11-01', '2026-11-02 12:00')", [True, False, None]),
+        ("utc not in ('2026-11-01T01:00+01:00')", [False, True, None]),
+        ("time in ('2026-11-02')", [False, True, None]),
+        ("code in ('x', 'z')", [True, False, None]),
+        ("bytes in ('b')", [False, True, None]),
+        ("clock in ('00:00:02')", [False, True, None]),
+        ("flag in (true, False)", [True, True, None]),
+        ("flag == TRUE", [True, False, None]),
+        ("lists is null", [False, False, True]),
+        ("lists is not null and n == 1", [True, False, False]),
     ],
 )
 def test_a_filter_means_what_it_says(text, expected):
@@ -113,16 +156,35 @@ def test_a_filter_means_what_it_says(text, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("n = 1", r"filter 'n = 1' cannot be read; equality is written '==', not '='"),
-        ("n < 1 or n > 2", "'or' is not supported; run once per alternative"),
-        ("n < 1; n", "cannot be read; write comparisons joined by 'and'"),
-        ("", "filter '' cannot be read; write comparisons joined by 'and'"),
+        ("n = 1", r"filter 'n = 1' cannot be read from '= 1' on; equality is written '==', not"),
+        ("n == 1 OR m = 2", "from '= 2' on; equality is written '==', not '='"),
+        ("n <> 1", "from '<> 1' on; inequality is written '!=', not '<>'"),
+        (
+            "n < 1; n",
+            "cannot be read from '; n' on; write comparisons joined by 'and', 'or', 'not'",
+        ),
+        ("n < 1 OR", "cannot be read to its end; write comparisons joined by"),
+        ("n LIKE 'a'", "cannot be read from \"LIKE 'a'\" on; write comparisons joined by"),
+        ("", "filter '' cannot be read to its end; write comparisons joined by 'and', 'or', 'not'"),
         ("n", "'n' is not a comparison of a column with a string, a number"),
         ("n < small", "'n < small' is not a comparison of a column"),
         ("1 < 2", "'1 < 2' is not a comparison of a column"),
-        ("n in (1, 2)", "is not a comparison of a column"),
-        ("not n < 1", "'not n < 1' is not a comparison of a column"),
-        ("n == None", "'None' is not a comparison of a column"),
+        ("n in ()", r"'n in \(\)' has no list; write n in \('a', 'b'\)"),
+        ("n in 'ab'", "has no list; write n in"),
+        ("n in -1", "has no list; write n in"),
+        ("n in (1, small)", "is not a comparison of a column"),
+        ("1 in (n, 2)", "is not a comparison of a column"),
+        ("n in (1, (2, 3))", r"'\(2, 3\)' is not a comparison of a column"),
+        ("0 < n in (1, 2)", "is a chain; write comparisons one by one, joined by 'and'"),
+        ("n is null is null", "is a chain; write comparisons one by one, joined by 'and'"),
+        ("not n", "'n' is not a comparison of a column"),
+        ("n and small == 1", "'n' is not a comparison of a column"),
+        ("(n < 1) is null", "'n < 1' is not a comparison of a column"),
+        ("n is 1", "'n is 1' asks for something else than null; write 'is null', 'is not null' or"),
+        ("1 is null", "asks for something else than null"),
+        ("n == None", "'n == None' is never true; write 'n is null' or 'n is not null'"),
+        ("NULL != n", "'NULL != n' is never true; write 'n is null' or 'n is not null'"),
+        ("n == 1 or (n == 2 and (" * 60 + "n < 1" + "))" * 60, "more than 50 deep; write it with"),
         ("n == 1e999", "is not a comparison of a column"),
         ("n < f()", r"'f\(\)' is not a comparison of a column"),
         ("n.real < 1", "'n.real' is not a comparison of a column"),
@@ -135,7 +197,7 @@ def test_a_filter_means_what_it_says(text, expected):
         ("n < 0x" + "f" * 9999, "is not a comparison"),
         ("n < -0x" + "f" * 9999, "is not a comparison"),
         ("a.b < 1", r"'a.b' is not a comp.* has dots, spaces and such is col\('dep delay'\)"),
-        ("`dep delay` < 1", r"cannot be read; .*col\('dep delay'\)"),
+        ("`dep delay` < 1", r"cannot be read .*col\('dep delay'\)"),
     ],
 )
 def test_what_is_no_filter_is_refused_with_the_remedy(text, message):
@@ -179,6 +241,45 @@ def test_a_filter_can_be_restricted_to_some_columns():
     where = parse("n > 0 and text == 'a'")
     assert where.restricted({"n"}) == parse("n > 0")
     assert where.restricted({"x"}) is None
+    where = parse("(n > 0 or text == 'a') and (n > 1 and x > 0 or n == 9)")
+    assert where.restricted({"n"}) == parse("n > 1 or n == 9")
+    assert where.restricted({"text"}) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("n == 1 or x > 2", "x > 2 OR n == 1 or n == 1"),
+        ("n == 1 or n == 2", "n in (2, 1, 2)"),
+        ("n in (1) or n in (2, null)", "n in (1, 2)"),
+        ("not (n == 1 and (x > 2 or k is null))", "n != 1 or x <= 2 and k is not null"),
+        ("not n in (1, 2)", "n not in (2, 1)"),
+        ("n not in (1, 2)", "not (n == 1 or n == 2)"),
+        ("not not n == 1", "n == 1"),
+        ("a == 1 or (b == 1 or c == 1)", "(c == 1 or a == 1) or b == 1"),
+        ("n not in (1, null)", "n in (null)"),
+    ],
+)
+def test_what_says_the_same_is_equal(one, other):
+    assert parse(one) == parse(other)
+    assert parse(parse(one).text) == parse(one)
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "literal"),
+    [("NOT == 1", "NOT", 1), ("1 == null", "null", 1), ("AND == True", "AND", True)],
+)
+def test_a_word_in_another_case_is_a_column_where_one_is_due(text, column, literal):
+    assert parse(text).clauses == ((column, "==", literal),)
+    assert parse(f"{text} AND NOT x == 2").clauses == ((column, "==", literal), ("x", "!=", 2))
+    assert parse(f"x == 2 or {text}").columns == (column, "x")
+    null = parse(f"col({column!r}) is null")
+    assert parse(null.text) == null
+
+
+def test_words_in_texts_are_left_alone():
+    where = parse("text in ('AND', 'Not in') OR text == ' IS '")
+    assert where.clauses == (("text", "in", (" IS ", "AND", "Not in")),)
 
 
 names = st.text(min_size=1, max_size=8)

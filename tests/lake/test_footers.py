@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gmm_dist.errors import SchemaError, UserError
-from gmm_dist.lake.filters import parse
+from gmm_dist.lake.filters.text import parse
 from gmm_dist.lake.parquet import footers
 from gmm_dist.lake.plan import plan_lake
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import pytest
 
 import gmm_dist
@@ -24,6 +25,9 @@ def test_lakes_of_the_same_rows_are_equal_and_hash_alike():
     assert {one: 1}[same] == 1
     assert one != dataclasses.replace(one, missing="drop")
     assert pickle.loads(pickle.dumps(one)) == one
+    some = [Lake("x", where=(pc.field("a") > 1) & pc.field("b").is_valid()) for _ in range(2)]
+    assert len({*some, pickle.loads(pickle.dumps(some[0]))}) == 1
+    assert some[0] != Lake("x", where=pc.field("a") > 1)
     assert Lake(Path("a") / "b") == Lake("a/b")
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.url = "s3://other"  # type: ignore[misc]
@@ -58,7 +62,8 @@ def test_a_lake_that_travels_keeps_its_credentials_and_shows_none():
         ({"columns": ["x", "y", "x"]}, "columns has 'x' twice"),
         ({"where": "x >"}, "x >"),
         ({"where": ""}, "--where|filter|where"),
-        ({"where": 3}, "int"),
+        ({"where": 3}, "a filter of type int"),
+        ({"where": pc.field(0) > 1}, "cannot be taken"),
         ({"weight_column": ""}, "weight_column has ''"),
         ({"weight_column": ["w"]}, r"weight_column has \['w'\]"),
         ({"columns": ["x", "w"], "weight_column": "w"}, "'w' is among columns too"),

@@ -17,7 +17,7 @@ from conftest import S3Server
 
 from gmm_dist.errors import NoRows, UserError
 from gmm_dist.lake import nights
-from gmm_dist.lake.filters import Where
+from gmm_dist.lake.filters.where import Where
 from gmm_dist.lake.plan import plan_lake
 
 DAYS = [date(2025, 12, 30) + timedelta(i) for i in range(400)]  # two turns of the year

@@ -134,7 +134,7 @@ def test_the_plan_is_a_small_value_that_travels(two_files):
 
 def test_the_hash_is_the_same_in_another_process_and_by_another_spelling(two_files):
     plan = plan_lake(str(two_files))
-    code = "from gmm_dist import lake; print(plan_lake('./').hash)"
+    code = "from gmm_dist.lake.plan import plan_lake; print(plan_lake('./').hash)"
     environment = os.environ | {
         "PYTHONHASHSEED": "7",
         "PYTHONPATH": str(Path(gmm_dist.__file__).parents[1]),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gmm_dist.em.estep import Total
+from gmm_dist.fitting.results import sample_of
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.report import of_fit
 from gmm_dist.runs import load
@@ -64,12 +65,12 @@ def test_a_report_that_cannot_be_drawn_costs_a_line_and_nothing_else(
 
 def test_a_sample_is_of_the_rows_bounded_and_the_same_again() -> None:
     rows, result = shards(20_000)
-    one, again = (of_fit.draw(rows, result, 0) for _ in range(2))
+    one, again = (sample_of(rows, result, 0) for _ in range(2))
     assert one is not None
     assert 1500 < len(one) <= 2000
     assert torch.equal(one, again)
     few, result = shards(900)
-    assert len(of_fit.draw(few, result, 0)) == 900
+    assert len(sample_of(few, result, 0)) == 900
 
 
 def test_rows_that_cannot_be_read_again_cost_the_picture_alone(
@@ -78,5 +79,5 @@ def test_rows_that_cannot_be_read_again_cost_the_picture_alone(
     _, result = shards()
     wrong = mixtures.shards(mixtures.normal_rows(10, 5))
     with caplog.at_level(logging.WARNING):
-        assert of_fit.draw(wrong, result, 0) is None
-    assert "report.html will have no picture of the rows: " in caplog.text
+        assert sample_of(wrong, result, 0) is None
+    assert "the report will have no picture of the rows: " in caplog.text

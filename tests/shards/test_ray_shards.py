@@ -120,6 +120,14 @@ def test_more_workers_than_shards_are_not_started(ray_address: str) -> None:
         assert shards.n_workers == N_SHARDS
 
 
+def test_actors_have_names_in_the_dashboard(ray_address: str) -> None:
+    cluster = Cluster(ray_address, num_workers=2)
+    with connected(cluster), closing(RayShards(load, 4, cluster)):
+        names = [str(name) for name in ray.util.list_named_actors()]
+        assert sorted(name.split()[-2:] for name in names) == [["worker", "0"], ["worker", "1"]]
+        assert all(name.startswith("gmm_dist ") for name in names)
+
+
 def test_a_killed_actor_comes_back_with_its_rows(ray_address: str) -> None:
     with on_ray(ray_address, 2) as shards:
         shards.load()

@@ -64,7 +64,7 @@ def test_the_job_takes_the_command() -> None:
     assert options.night == "2026-11-21"
     assert options.output == "s3://models/points/models/2026-11-21"
     assert options.resume
-    assert options.partition == ["ds"]
+    assert options.partition == ("ds",)
 
 
 def test_the_image_holds_what_it_needs_and_the_ray_that_the_tests_run_with() -> None:

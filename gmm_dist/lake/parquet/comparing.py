@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, time, timedelta
 from decimal import Decimal, InvalidOperation
@@ -11,11 +13,14 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 Literal = bool | int | float | str
+Operand = Literal | tuple[Literal, ...] | None
+"""What a column is compared with: `in` has several literals, `is` and `is not` have null, None."""
 Key = int | float | bytes
 """A stored value as Python compares it: an instant or a decimal counts its type's units."""
 
@@ -39,17 +44,20 @@ class DoesNotFit(ValueError):  # noqa: N818 - it says what is wrong
 class Passing:
     """Say which values of a column of type `type` pass: those of a range, but for a few.
 
-    `lower` and `upper` are a key and whether it is itself left out. Null and NaN never pass.
+    `lower` and `upper` are a key and whether it is itself left out, `among` the only keys that
+    may pass, sorted (None: any). Null and NaN never pass; where `missing`, nothing else does.
     """
 
     type: pa.DataType
     lower: tuple[Key, bool] | None = None
     upper: tuple[Key, bool] | None = None
     excluded: frozenset[Key] = frozenset()
+    among: tuple[Key, ...] | None = None
     never: bool = False
+    missing: bool = False
 
     @classmethod
-    def of(cls, type_: pa.DataType, comparisons: Iterable[tuple[str, Literal]]) -> Passing:
+    def of(cls, type_: pa.DataType, comparisons: Iterable[tuple[str, Operand]]) -> Passing:
         """Return what passes comparisons (operator, literal) all at once.
 
         Each literal is replaced by the largest value of the type that is not above it, which
@@ -59,17 +67,30 @@ class Passing:
             DoesNotFit: a literal is nothing to compare the column with; its argument.
         """
         type_ = value_type(type_)
-        if pa.types.is_null(type_):
-            return cls(type_, never=True)
         passing = cls(type_)
         excluded: set[Key] = set()
-        for operator, literal in comparisons:
-            key, is_equal = _floor(type_, literal)
+        asked = list(comparisons)
+        for operator, operand in asked:
+            if operator in ("is", "is not") or pa.types.is_null(type_):
+                continue
+            if isinstance(operand, tuple):
+                passing = passing._among(operand)
+                continue
+            assert operand is not None
+            key, is_equal = _floor(type_, operand)
             if operator == "!=":
                 excluded.update((key,) if is_equal and key is not None else ())
             else:
                 passing = passing._narrowed(operator, key, is_equal)
-        return replace(passing, excluded=frozenset(excluded))
+        missing = [operator == "is" for operator, _ in asked]
+        never = passing.never or ((any(missing) or pa.types.is_null(type_)) and not all(missing))
+        return replace(passing, excluded=frozenset(excluded), never=never, missing=any(missing))
+
+    def _among(self, literals: tuple[Literal, ...]) -> Passing:
+        floors = (_floor(self.type, literal) for literal in literals)
+        keys = {key for key, is_equal in floors if is_equal and key is not None}
+        common = keys if self.among is None else keys.intersection(self.among)
+        return replace(self, among=tuple(sorted(common)))
 
     def _narrowed(self, operator: str, key: Key | None, is_equal: bool) -> Passing:
         if key is None:  # every value of the type is above the literal
@@ -89,6 +110,10 @@ class Passing:
         """Say whether a value from `low` to `high` may pass."""
         if self.never:
             return False
+        if self.among is not None:
+            first = bisect_left(self.among, low)
+            if first == bisect_right(self.among, high):
+                return False
         if self.lower is not None and (high, False) < self.lower:
             return False
         if self.upper is not None and (low, self.upper[1]) > (self.upper[0], False):
@@ -102,27 +127,60 @@ class Passing:
         if self.never:
             return pc.and_(passes, False)
         if pa.types.is_floating(column.type):
-            passes = pc.and_(passes, pc.equal(column, column))  # no NaN
+            passes = pc.and_(passes, pc.equal(column, column)).fill_null(False)  # no NaN
+        if self.missing:
+            return pc.invert(passes)
         if self.lower is not None:
             above = pc.greater if self.lower[1] else pc.greater_equal
-            passes = pc.and_(passes, above(column, _scalar(self.type, self.lower[0])))
+            passes = pc.and_(passes, above(column, as_scalar(self.type, self.lower[0])))
         if self.upper is not None:
             below = pc.less if self.upper[1] else pc.less_equal
-            passes = pc.and_(passes, below(column, _scalar(self.type, self.upper[0])))
+            passes = pc.and_(passes, below(column, as_scalar(self.type, self.upper[0])))
         if self.excluded:
-            found = pc.is_in(column, value_set=self._left_out(column.type))
+            found = pc.is_in(column, value_set=_value_set(self.type, self.excluded, column.type))
             passes = pc.and_(passes, pc.invert(found))
+        if self.among is not None:
+            found = pc.is_in(column, value_set=_value_set(self.type, self.among, column.type))
+            passes = pc.and_(passes, found)
         return passes.fill_null(False)
 
-    def _left_out(self, type_: pa.DataType) -> pa.Array:
-        if pa.types.is_temporal(type_):  # as_py() has no nanoseconds
-            whole = pa.int32() if type_.bit_width == 32 else pa.int64()
-            return pa.array(sorted(self.excluded), whole).cast(type_)
-        keys: set[Key] = {*self.excluded}
-        if pa.types.is_floating(type_) and 0.0 in keys:
-            keys = {key for key in keys if key != 0} | {0.0}
-            return pa.array([*sorted(keys), -0.0], type_)  # hashing tells them apart
-        return pa.array([_scalar(self.type, key).as_py() for key in sorted(keys)], type_)
+
+@functools.lru_cache(maxsize=64)
+def _value_set(
+    type_: pa.DataType, wanted: frozenset[Key] | tuple[Key, ...], comparable: pa.DataType
+) -> pa.Array:
+    """Return keys of a type as values of the type that `_comparable` leaves."""
+    if pa.types.is_temporal(comparable):  # as_py() has no nanoseconds
+        whole = pa.int32() if comparable.bit_width == 32 else pa.int64()
+        return pa.array(sorted(wanted), whole).cast(comparable)
+    keys: set[Key] = {*wanted}
+    if pa.types.is_floating(comparable) and 0.0 in keys:
+        keys = {key for key in keys if key != 0} | {0.0}
+        return pa.array([*sorted(keys), -0.0], comparable)  # hashing tells them apart
+    return pa.array([as_scalar(type_, key).as_py() for key in sorted(keys)], comparable)
+
+
+@dataclass(frozen=True, slots=True)
+class PassingRows:
+    """Say which rows pass: those that pass in all `columns`, and one at least of each `any_of`."""
+
+    columns: tuple[tuple[str, Passing], ...]
+    any_of: tuple[tuple[PassingRows, ...], ...] = ()
+
+    def may_hold(self, may_pass: Callable[[str, Passing], bool]) -> bool:
+        """Say whether rows may pass, by whether values of a column may."""
+        return all(may_pass(*test) for test in self.columns) and all(
+            any(tests.may_hold(may_pass) for tests in several) for several in self.any_of
+        )
+
+    def mask(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+        """Say of each row of `table` (n,) whether it passes."""
+        mask = np.ones(table.num_rows, dtype=np.bool_)
+        for name, passing in self.columns:
+            mask &= passing.mask(table.column(name)).to_numpy()
+        for several in self.any_of:
+            mask &= np.logical_or.reduce([tests.mask(table) for tests in several])
+        return mask
 
 
 def value_type(type_: pa.DataType) -> pa.DataType:
@@ -324,8 +382,13 @@ def stored(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _comparable(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column in a type that Arrow compares; every value stays the same."""
+    """Return a column in a type that Arrow compares; every value stays the same.
+
+    Lists and such are never compared.
+    """
     column = stored(column)
+    if pa.types.is_nested(column.type):
+        return column
     return column.cast(_comparable_type(column.type))
 
 
@@ -342,7 +405,7 @@ def _comparable_type(type_: pa.DataType) -> pa.DataType:
     return type_
 
 
-def _scalar(type_: pa.DataType, key: Key) -> pa.Scalar:
+def as_scalar(type_: pa.DataType, key: Key) -> pa.Scalar:
     """Return a key as a value of the type that `_comparable` leaves."""
     found = _comparable_type(type_)
     if isinstance(key, bytes):

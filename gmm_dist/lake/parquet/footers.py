@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gmm_dist.lake.parquet.column_types import is_embedding, is_numeric
-from gmm_dist.lake.parquet.comparing import Key, Passing, extremes, value_type
+from gmm_dist.lake.parquet.comparing import Key, Passing, PassingRows, extremes, value_type
 
 Extent = tuple[Key, Key]
 
@@ -97,18 +97,18 @@ def old_timestamps(metadata: pq.FileMetaData, schema: pa.Schema) -> frozenset[st
     return frozenset(name for name, place in places if "INT96" in stored[place.start : place.stop])
 
 
-def matching_groups(
-    metadata: pq.FileMetaData, schema: pa.Schema, tests: Iterable[tuple[str, Passing]]
-) -> list[int]:
+def matching_groups(metadata: pq.FileMetaData, schema: pa.Schema, tests: PassingRows) -> list[int]:
     """Return the row groups that may hold a row that passes, as far as the footer tells."""
-    places = leaves(schema)
-    columns = ((schema.get_field_index(name), passing) for name, passing in tests)
-    at = [(places[i].start, schema.field(i).type, passing) for i, passing in columns]
-    return [
-        group
-        for group in range(metadata.num_row_groups)
-        if all(_may_pass(metadata, group, *one) for one in at)
-    ]
+    first = {name: place.start for name, place in zip(schema.names, leaves(schema), strict=True)}
+
+    def may_hold(group: int) -> bool:
+        return tests.may_hold(
+            lambda name, passing: _may_pass(
+                metadata, group, first[name], schema.field(name).type, passing
+            )
+        )
+
+    return [group for group in range(metadata.num_row_groups) if may_hold(group)]
 
 
 def _told(metadata: pq.FileMetaData, group: int, leaf: int) -> pq.Statistics | None:
@@ -117,14 +117,34 @@ def _told(metadata: pq.FileMetaData, group: int, leaf: int) -> pq.Statistics | N
     )
 
 
+def extremes_and_nulls(
+    metadata: pq.FileMetaData, group: int, schema: pa.Schema, name: str
+) -> tuple[Extent | None, int | None]:
+    """Return a column's extremes in a row group, and how many nulls; None for what is not told."""
+    column = schema.get_field_index(name)
+    type_ = schema.field(column).type
+    if pa.types.is_nested(value_type(type_)):
+        return None, None
+    found = _told(metadata, group, leaves(schema)[column].start)
+    nulls = found.null_count if found is not None and found.has_null_count else None
+    return extremes(found, type_), nulls
+
+
 def _may_pass(
     metadata: pq.FileMetaData, group: int, leaf: int, type_: pa.DataType, passing: Passing
 ) -> bool:
     if passing.never:
         return False
+    if pa.types.is_nested(value_type(type_)):
+        return True  # what is told of is what the lists hold
     found, rows = _told(metadata, group, leaf), metadata.row_group(group).num_rows
     if found is not None and found.has_null_count and found.null_count == rows > 0:
-        return bool(found.has_min_max)  # of nothing but nulls? then neither is to be trusted
+        # Extremes of nothing but nulls? Then neither is to be trusted.
+        return passing.missing or bool(found.has_min_max)
+    if passing.missing:  # no footer tells of NaN
+        if found is None or not found.has_null_count or pa.types.is_floating(value_type(type_)):
+            return True
+        return bool(found.null_count > 0)
     if type_ != passing.type or (pa.types.is_decimal(type_) and type_.bit_width < 128):
         return True  # plans that were made before have read such row groups
     bounds = extremes(found, type_)

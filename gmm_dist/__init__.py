@@ -1,13 +1,32 @@
-"""Gaussian mixtures over data lakes: EM on a Ray cluster, many k in the same passes.
+"""Gaussian mixtures over data lakes: EM on a Ray cluster, many numbers of components in one run.
 
-- `GaussianMixture`, `BayesianGaussianMixture`: scikit-learn's estimators, of arrays and of lakes;
-- `select`: a grid of mixtures fitted in the same passes, and ranked;
-- `Lake`: rows of Parquet files, by name: what `fit` and `select` take in place of rows;
-- `Cluster`: the Ray cluster that a lake's rows are held by;
-- `load`, `save`: a model folder, such as the commands leave behind, as a `Mixture`; and one of
-  ours written;
-- `Mixture`: a fitted mixture put to use; its `Parameters` are float64 tensors;
-- `UserError`: what is raised for input that a user can mend, a `ValueError`.
+>>> import numpy as np
+>>> import gmm_dist
+>>> X = np.r_[np.arange(40.0), np.arange(100.0, 140.0)][:, None]
+>>> model = gmm_dist.GaussianMixture(2, random_state=0).fit(X)
+>>> sorted(model.means_.ravel().round(1).tolist())
+[19.5, 119.5]
+
+Rows in memory are arrays, tensors and tables; rows elsewhere are a lake:
+
+    lake = gmm_dist.Lake("s3://lake/points", where="ds >= '2026-11-01'")
+    found = gmm_dist.select(lake, n_components=range(2, 13), cluster=gmm_dist.Cluster(num_workers=8))
+    gmm_dist.save(found.best, "s3://models/points")
+    gmm_dist.load("s3://models/points").predict(X)
+
+To fit:
+
+- `GaussianMixture`, `BayesianGaussianMixture`: scikit-learn's estimators, with weights;
+- `select`: mixtures of several sizes and covariance types, fitted in the same passes and ranked;
+- `Lake`: rows of Parquet files, by name, which `fit`, `select` and `score` take in place of rows;
+- `Cluster`: the Ray cluster that holds a lake's rows, and how many workers do.
+
+To keep and to use:
+
+- `load`, `save`: models in folders, local or on S3, as the command `gmm-dist` writes them too;
+- `Mixture`: a model that was loaded: labels, probabilities, densities and criteria of rows;
+- `Parameters`: its weights, means and covariances, float64 tensors;
+- `UserError`: the ValueError that says in one line what is wrong, where, and what to do.
 """
 
 from __future__ import annotations

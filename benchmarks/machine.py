@@ -98,6 +98,24 @@ def peaks(*, repeats: int = 3, seconds: float = 1.0) -> dict[str, float]:
     }
 
 
+def workers_peak(driver: int) -> int:
+    """Return the peak of resident memory, KiB, among the Ray actors that a process began."""
+    parents, peaks = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            status = dict(
+                line.split(":\t", 1) for line in (entry / "status").read_text().splitlines()
+            )
+            parents[int(entry.name)] = int(status["PPid"])
+            if (entry / "cmdline").read_bytes().startswith(b"ray::ShardActor"):
+                peaks[int(entry.name)] = int(status["VmHWM"].split()[0])
+
+    def is_ours(pid: int) -> bool:
+        return pid == driver or (pid in parents and is_ours(parents[pid]))
+
+    return max((peak for pid, peak in peaks.items() if is_ours(pid)), default=0)
+
+
 def _measure(repeats: int, seconds: float, barrier: Barrier, rates: Any) -> None:
     torch.set_num_threads(1)
     rates.put({dtype: _rates(dtype, repeats, seconds, barrier) for dtype in _DTYPES})

@@ -13,7 +13,6 @@ resident memory of any process that holds rows. Files are compared afterwards.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import multiprocessing
@@ -142,31 +141,13 @@ def _job(folder: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]
     began, peak = time.perf_counter(), 0
     process = subprocess.Popen([str(word) for word in command])
     while process.poll() is None:
-        peak = max(peak, _workers_peak(process.pid))
+        peak = max(peak, machine.workers_peak(process.pid))
         time.sleep(0.1)
     seconds = time.perf_counter() - began
     if process.returncode:
         raise RuntimeError(f"score.py ended with status {process.returncode}")
     inside = json.loads((out / "_scored" / "scored.json").read_text())["seconds"]
     return {"seconds": seconds, "seconds_inside": inside, "peak_rss_mib": round(peak / 1024)}
-
-
-def _workers_peak(driver: int) -> int:
-    """Return the peak of resident memory, KiB, among the Ray actors that a process began."""
-    parents, peaks = {}, {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, KeyError, ValueError):
-            status = dict(
-                line.split(":\t", 1) for line in (entry / "status").read_text().splitlines()
-            )
-            parents[int(entry.name)] = int(status["PPid"])
-            if (entry / "cmdline").read_bytes().startswith(b"ray::ShardActor"):
-                peaks[int(entry.name)] = int(status["VmHWM"].split()[0])
-
-    def is_ours(pid: int) -> bool:
-        return pid == driver or (pid in parents and is_ours(parents[pid]))
-
-    return max((peak for pid, peak in peaks.items() if is_ours(pid)), default=0)
 
 
 def _one_worker(folder: Path, out: Path, answers: Any) -> None:

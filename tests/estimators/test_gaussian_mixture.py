@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import doctest
 import math
 import pickle
 import pydoc
@@ -577,12 +576,6 @@ def test_foreign_arrays_go_through_dlpack():
     assert torch.equal(labels.tensor, plain.predict(X))
     assert torch.equal(tensor_of(model.means_), plain.means_)
     assert model.to_sklearn().means_.shape == (3, 3)
-
-
-def test_the_readmes_notebook_runs():
-    found = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
-    assert found.attempted >= 8
-    assert found.failed == 0
 
 
 def test_scikit_learns_own_tests_with_our_classes():

@@ -138,6 +138,20 @@ def test_scored_files_agree_with_scikit_learn(tmp_path: Path, run: Run) -> None:
         assert result["peak_rss_mib"] > 50
 
 
+@pytest.mark.long
+def test_sizes_are_measured(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    path = tmp_path / "results.jsonl"
+    shape = ["--shapes", "20000:3", "--k", "2,3", "--num-workers", "1", "--json", str(path)]
+    out = run("sizing", *shape)
+    assert "| 20,000 | 3 | 1 |" in out
+    (result,) = parsed(path.read_text())
+    assert 0.05 < result["worker_gib"] < 4
+    assert sum(result["phases"].values()) == pytest.approx(result["seconds"], abs=0.1)
+    assert all(seconds >= 0 for seconds in result["phases"].values())
+    assert result["n_passes"] > 0
+
+
 def test_degenerate_mixtures_are_never_the_best(tmp_path: Path) -> None:
     X = np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32)
     eye, means = np.eye(2), np.zeros((2, 2))

@@ -66,7 +66,7 @@ class Ours:
         import torch
 
         from gmm_dist.config import EMConfig
-        from gmm_dist.em.estep import Total
+        from gmm_dist.em.estep import SumMoments
         from gmm_dist.model.parameters import Parameters
 
         torch.set_num_threads(1)  # as the jobs' driver does
@@ -82,7 +82,7 @@ class Ours:
             for start in problem.starts
         ]
         self._config = EMConfig(max_iter=10**9, reg_covar=0.0, precision=precision)
-        self._total = self._shards.run(Total(problem.shape.d))
+        self._total = self._shards.run(SumMoments(problem.shape.d))
         self._together = together
 
     def fit(self, iterations: int) -> Run:

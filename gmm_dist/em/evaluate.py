@@ -27,9 +27,9 @@ from torch import Tensor
 
 from gmm_dist.em.estep import chunks
 from gmm_dist.em.statistics import TotalMoments, criterion_size
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.model.quantiles import LEVELS, Quantiles
 from gmm_dist.shards.protocol import HeldOut, ShardRows, Shards
 from gmm_dist.shards.reweighted import unit_of
@@ -64,7 +64,7 @@ class Score:
 
     def __call__(self, rows: ShardRows) -> LogLikelihoods:
         device = rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
-        densities = [Densities(Stack.of([mixture]), device) for mixture in self.mixtures]
+        densities = [Densities(ParameterStack.of([mixture]), device) for mixture in self.mixtures]
         sums = torch.zeros(len(densities), dtype=torch.float64, device=device)
         n_samples = torch.zeros((), dtype=torch.float64, device=device)
         for chunk in chunks(rows.blocks, _CUDA_CHUNK if device.type == "cuda" else _CHUNK):
@@ -136,7 +136,7 @@ class SumScores:
 
     def __call__(self, rows: ShardRows) -> ScoreSums:
         device = rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
-        density = Densities(Stack.of([self.mixture]), device)
+        density = Densities(ParameterStack.of([self.mixture]), device)
         weights = [block.weights for block in rows.blocks if block.X.shape[1]]
         unit = unit_of(max((float(w.max()) for w in weights), default=1.0))
         sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -168,8 +168,8 @@ def mean_log_likelihoods(shards: Shards, mixtures: Sequence[Parameters]) -> list
 
 
 def _has_density(mixture: Parameters) -> bool:
-    stack = Stack.of([mixture])
-    _, failed = FAMILIES[mixture.covariance_type].precisions_cholesky(stack.covariances)
+    stack = ParameterStack.of([mixture])
+    _, failed = TYPE_OF[mixture.covariance_type].precisions_cholesky(stack.covariances)
     return not bool(failed.any()) and math.isfinite(float(mixture.means.sum()))
 
 
@@ -258,7 +258,7 @@ class Tally:
 
     def __call__(self, rows: ShardRows) -> Histograms:
         device = rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
-        densities = [Densities(Stack.of([mixture]), device) for mixture in self.mixtures]
+        densities = [Densities(ParameterStack.of([mixture]), device) for mixture in self.mixtures]
         tally = _Counter(torch.stack([density.peaks.logsumexp(0) for density in densities]))
         for chunk in chunks(rows.blocks, _CUDA_CHUNK if device.type == "cuda" else _CHUNK):
             x = chunk.X.double()

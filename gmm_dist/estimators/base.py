@@ -66,9 +66,9 @@ from gmm_dist.model.arrays import (
     unmasked,
     viewed,
 )
-from gmm_dist.model.covariance import FAMILIES, Moments
+from gmm_dist.model.covariance import Moments
 from gmm_dist.model.mixture import Mixture, labels, log_densities, responsibilities
-from gmm_dist.model.parameters import Parameters
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.model.soundness import flaw
 from gmm_dist.shards.protocol import Shards
 
@@ -114,7 +114,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "n_components": [Interval(Integral, 1, None, closed="left")],
-        "covariance_type": [StrOptions(set(FAMILIES))],
+        "covariance_type": [StrOptions(set(COVARIANCE_TYPES))],
         "tol": [Interval(Real, 0.0, None, closed="left")],
         "reg_covar": [Interval(Real, 0.0, None, closed="left")],
         "max_iter": [Interval(Integral, 0, None, closed="left")],
@@ -449,13 +449,13 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _lake_scores(self, lake: Lake, cluster: Cluster | None) -> LakeScores:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.
-        from gmm_dist.fitting.lake_scores import score_lake
+        from gmm_dist.fitting.lake_scores import scores_of_lake
 
         check_is_fitted(self)
         require_cluster(cluster)
         names = tuple(str(name) for name in getattr(self, "feature_names_in_", ()))
         with in_python():
-            return score_lake(lake, Mixture(self._parameters(), names), cluster=cluster)
+            return scores_of_lake(lake, Mixture(self._parameters(), names), cluster=cluster)
 
     def _of_rows(self, X: Any, verb: Callable[[Parameters, Rows], Tensor]) -> Any:
         check_is_fitted(self)

@@ -15,7 +15,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
 from gmm_dist.config import ABSOLUTE, Cluster, EMConfig
-from gmm_dist.em.estep import Total
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import Trial
 from gmm_dist.estimators.attributes import exchanged, publish, require_class
@@ -25,7 +25,7 @@ from gmm_dist.estimators.restarts import ranked
 from gmm_dist.estimators.settings import in_python, start_of
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
-from gmm_dist.model.covariance import FAMILIES, Moments
+from gmm_dist.model.covariance import TYPE_OF, Moments
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
@@ -203,7 +203,7 @@ class BayesianGaussianMixture(BaseMixture):
         ]
         resident = resident_lake(plan, candidates, cluster)
         with one_thread(), in_python(), resident as (shards, centre):
-            rows = _LakeRows(centre, shards, shards.run(Total(plan.n_features)))
+            rows = _LakeRows(centre, shards, shards.run(SumMoments(plan.n_features)))
             require_rows(candidates, rows.total.n_rows)
             best = self._best_of([self._lake_trials(rows)], rows)
         self._publish(best.model, rows, Space(torch.float64))
@@ -328,7 +328,7 @@ class BayesianGaussianMixture(BaseMixture):
         given = given[None] if given.ndim == 0 and kind == "spherical" else given
         covariance = checked_start(given, shape or (1,), f"{kind} covariance_prior").view(shape)
         symmetric = covariance.ndim < 2 or torch.allclose(covariance, covariance.mT)
-        _, failed = FAMILIES[kind].precisions_cholesky(covariance[None])
+        _, failed = TYPE_OF[kind].precisions_cholesky(covariance[None])
         if not symmetric or bool(failed.any()):
             wanted = "symmetric, positive-definite" if covariance.ndim == 2 else "positive"
             raise ValueError(f"'{kind} covariance_prior' should be {wanted}")

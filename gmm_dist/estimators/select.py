@@ -25,9 +25,9 @@ from gmm_dist.estimators.settings import (
 from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Space, require_rows_or_lake, space_of
-from gmm_dist.model.covariance import FAMILIES
 from gmm_dist.model.criteria import most_components
-from gmm_dist.selection.ranking import CRITERIA, Candidate, Scored, SweepResult
+from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.selection.ranking import CRITERIA, Candidate, RankedCandidate, SweepResult
 from gmm_dist.selection.sweep import require_rows, sweep
 
 SIZES, KINDS = range(2, 21), ("full", "diag")
@@ -231,8 +231,10 @@ def _candidates(k: int | Iterable[int], kinds: str | Sequence[str]) -> list[Cand
     if wrong := [size for size in ks if not isinstance(size, Integral) or isinstance(size, bool)]:
         raise UserError(f"n_components has {wrong[0]!r}: give a whole number >= 1, or several")
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    if unknown := [kind for kind in kinds if kind not in FAMILIES]:
-        raise UserError(f"covariance_type has {unknown[0]!r}: give some of {', '.join(FAMILIES)}")
+    if unknown := [kind for kind in kinds if kind not in COVARIANCE_TYPES]:
+        raise UserError(
+            f"covariance_type has {unknown[0]!r}: give some of {', '.join(COVARIANCE_TYPES)}"
+        )
     if not ks or not kinds or min(ks) < 1:
         raise UserError(
             f"n_components is {ks}, covariance_type {kinds}: give whole numbers >= 1, and one of "
@@ -299,7 +301,7 @@ def _selected(
 _LABELS = {"bic": "BIC", "aic": "AIC", "icl": "ICL", "holdout": "held-out log-likelihood per row"}
 
 
-def _row(rank: int, scored: Scored) -> dict[str, Any]:
+def _row(rank: int, scored: RankedCandidate) -> dict[str, Any]:
     fit = scored.fit
     row: dict[str, Any] = {
         "rank": rank if fit.is_ranked else None,
@@ -324,6 +326,6 @@ def _cell(value: Any) -> str:
     return f"{value:,.4f}" if isinstance(value, float) else str(value)
 
 
-def _point(scored: Scored, criterion: str) -> tuple[int, float]:
+def _point(scored: RankedCandidate, criterion: str) -> tuple[int, float]:
     value = scored.value(criterion)
     return scored.candidate.k, -value if criterion == "holdout" else value

@@ -49,7 +49,7 @@ class LakeScores:
     n_rows: int
 
 
-def score_lake(
+def scores_of_lake(
     lake: Lake, model: Mixture | Parameters, *, cluster: Cluster | None = None
 ) -> LakeScores:
     """Score a lake's rows under a mixture, in one pass of Ray's workers.

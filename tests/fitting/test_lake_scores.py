@@ -20,7 +20,7 @@ import gmm_dist
 from gmm_dist import Cluster, GaussianMixture, Lake, Mixture, UserError
 from gmm_dist.em.evaluate import ScoreSums, SumScores
 from gmm_dist.fitting import lake_scores
-from gmm_dist.fitting.lake_scores import score_lake
+from gmm_dist.fitting.lake_scores import scores_of_lake
 from gmm_dist.lake.deal import RowRange, deal
 from gmm_dist.lake.plan import Plan
 from gmm_dist.model.parameters import COVARIANCE_TYPES
@@ -91,7 +91,7 @@ def test_a_lakes_scores_are_those_of_its_rows(kind, dtype, tmp_path, here):
     model = GaussianMixture(2, covariance_type=kind, random_state=0, reg_covar=1e-3).fit(X)
     for name in ("score", "bic", "aic", "icl"):
         assert getattr(model, name)(lake) == pytest.approx(getattr(model, name)(X), rel=1e-12)
-    found = score_lake(lake, model.to_mixture())
+    found = scores_of_lake(lake, model.to_mixture())
     assert found.n_samples == found.n_rows == N
     assert found.bic == pytest.approx(model.to_mixture().bic(X), rel=1e-12)
 
@@ -104,7 +104,7 @@ def test_weights_are_honoured_in_any_unit(unit, tmp_path, here):
     lake = Lake(written(tmp_path / "lake", given), columns=NAMES, weight_column="w")
     model = GaussianMixture(2, random_state=0).fit(frame[NAMES])
     rows = frame.loc[frame.index.repeat(frame["w"]), NAMES]
-    found = score_lake(lake, model.to_mixture())
+    found = scores_of_lake(lake, model.to_mixture())
     assert found.score == pytest.approx(model.score(rows), rel=1e-12)
     assert found.n_rows == (frame["w"] > 0).sum()
     n = len(rows) if unit == 1 else frame["w"].sum() ** 2 / (frame["w"] ** 2).sum()
@@ -132,7 +132,7 @@ def test_filters_holes_and_held_out_rows(tmp_path, here):
     assert model.score(Lake(url, missing="mean")) == pytest.approx(model.score(filled), rel=1e-12)
     with pytest.raises(UserError, match="column 'b' is NaN; pass missing drop"):
         model.score(Lake(url))
-    share = score_lake(Lake(url, missing="drop", holdout=0.5), model.to_mixture())
+    share = scores_of_lake(Lake(url, missing="drop", holdout=0.5), model.to_mixture())
     assert 0.3 * N < share.n_rows < 0.7 * N
     with pytest.raises(UserError, match=r"no rows are left of 140 to .* loosen where"):
         model.score(Lake(url, columns=NAMES, where="t >= 100 and t < 100", missing="drop"))

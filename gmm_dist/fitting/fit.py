@@ -18,7 +18,7 @@ from gmm_dist.em.evaluate import training_quantiles
 from gmm_dist.em.lane import Snapshot
 from gmm_dist.errors import UserError
 from gmm_dist.fitting import results
-from gmm_dist.fitting.lake_sweep import require_means, start_workers
+from gmm_dist.fitting.lake_sweep import require_means, started_workers
 from gmm_dist.fitting.options import FitOptions
 from gmm_dist.fitting.progress import FitProgress, Silent
 from gmm_dist.fitting.results import DrawReport, Fitted, no_report, sample_of
@@ -214,14 +214,13 @@ class Job:
         """Keep the rows in the memory of a cluster's workers, and count them."""
         options = self.options
         cluster = options.cluster.at_most(self.plan.n_shards)
-        with connected(cluster):
-            shards = start_workers(self.loader, self.candidates, cluster, options.faults)
+        started = started_workers(self.loader, self.candidates, cluster, options.faults)
+        with connected(cluster), started as shards:
 
             def loaded(done: int, n_rows: int) -> None:
                 progress.loading(done, self.plan.n_shards, n_rows)
 
             yield shards, load_rows(shards, self.loader, loaded)
-            shards.close()
 
     def _sweep(
         self, shards: Shards, *, watch: Watch, resume: Snapshot | None, keep: Keep

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -89,11 +89,9 @@ def resident_lake(
     cluster = cluster.at_most(plan.n_shards)
     require_means(plan, candidates, cluster)
     loader = loader_for(plan)
-    with connected(cluster):
-        shards = start_workers(loader, candidates, cluster)
+    with connected(cluster), started_workers(loader, candidates, cluster) as shards:
         load_rows(shards, loader)
         yield shards, torch.from_numpy(loader.centre)
-        shards.close()
 
 
 def require_means(plan: Plan, candidates: Sequence[Candidate], cluster: Cluster) -> None:
@@ -107,19 +105,22 @@ def _lanes(candidates: Sequence[Candidate]) -> list[tuple[int, str]]:
     return [(candidate.k, candidate.covariance_type) for candidate in candidates]
 
 
-def start_workers(
+@contextmanager
+def started_workers(
     loader: LakeLoader,
     candidates: Sequence[Candidate],
     cluster: Cluster,
     faults: FailureConfig | None = None,
-) -> RayShards:
-    """Start workers, and hold what they will need against their memory.
+) -> Iterator[RayShards]:
+    """Keep workers until the block ends or fails, and hold what they need against their memory.
 
+    Where the process stays connected, as a notebook does, workers would outlive a failed fit.
     Raises UserError when it is too much.
     """
     lanes, n_features = _lanes(candidates), loader.plan.n_features
     reserve = lane_bytes(lanes, n_features)
     shards = RayShards(loader, loader.plan.n_shards, cluster, faults, reserve=reserve)
-    require_memory(lanes, n_features, shards.worker_memory())
-    require_rows_fit(shards, loader, reserve=reserve)
-    return shards
+    with closing(shards):
+        require_memory(lanes, n_features, shards.worker_memory())
+        require_rows_fit(shards, loader, reserve=reserve)
+        yield shards

@@ -112,8 +112,8 @@ class Night:
                 seen.append((compare_densities(shards, job.warm[0], tonight), rows))
 
         if self.options.scores is not None:  # whose scoring is to find Ray as the fit leaves it
-            scaling = options.scaling.at_most(max(plan.n_shards, len(plan.files)))
-            self.session.enter_context(connected(self.options.address, scaling))
+            cluster = options.cluster.at_most(max(plan.n_shards, len(plan.files)))
+            self.session.enter_context(connected(cluster))
         fitted = job.fit(run, look)
         densities, columns = None, None
         if seen and self.before is not None:

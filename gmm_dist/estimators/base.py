@@ -1,4 +1,4 @@
-"""scikit-learn's face: `GaussianMixture`, and what it shares with its variational sister.
+"""How both estimators fit: to rows in memory as scikit-learn does, to a lake on Ray.
 
 The estimators keep scikit-learn's contract: parameters are stored as given, learned attributes
 end in `_` and are of the rows' own kind (array or tensor, dtype, device), the same start leads
@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+from sklearn.utils.validation import _check_sample_weight
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
-from gmm_dist.config import PRECISIONS
+from gmm_dist.config import PRECISIONS, Cluster
 from gmm_dist.em.loop import Status
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import (
@@ -37,21 +33,22 @@ from gmm_dist.em.trials import (
     moments_of_shares,
     run,
 )
-from gmm_dist.estimators.attributes import covariances_of, have_factors
+from gmm_dist.estimators.fitted import FittedMixture
 from gmm_dist.estimators.init_params import INIT_PARAMS, shares_of
 from gmm_dist.estimators.local_rows import Resident, one_thread
 from gmm_dist.estimators.restarts import Reporter, ranked
-from gmm_dist.estimators.settings import require_lake_settings, require_range
+from gmm_dist.estimators.settings import (
+    require_lake_settings,
+    require_no_cluster,
+    require_range,
+)
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import (
-    Array,
     Rows,
     Space,
     array_of,
     checked,
     device_of,
-    is_foreign,
-    mean_of,
     require_rows_in_memory,
     require_rows_or_lake,
     space_of,
@@ -59,10 +56,8 @@ from gmm_dist.model.arrays import (
     unmasked,
     viewed,
 )
-from gmm_dist.model.covariance import FAMILIES, Moments
-from gmm_dist.model.mixture import labels, log_densities, responsibilities
-from gmm_dist.model.parameters import Parameters
-from gmm_dist.model.soundness import flaw
+from gmm_dist.model.covariance import Moments
+from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.shards.protocol import Shards
 
 SINGULAR = (
@@ -74,7 +69,6 @@ NOT_CONVERGED = (
     "Best performing initialization did not converge. Try different init parameters, or "
     "increase max_iter, tol, or check for degenerate data."
 )
-_FEW_VALUES = 1 << 17
 ARRAY_API_INITS = ("random", "random_from_data")
 
 
@@ -91,8 +85,8 @@ class CentredRows(Protocol):
     def total(self) -> TotalMoments: ...
 
 
-class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
-    """What both estimators share: inputs, the loop over trials, and the use of a mixture.
+class BaseMixture(FittedMixture):
+    """What both estimators share of fitting: inputs, and the loop over trials.
 
     A subclass says what its models are, all about the rows' shared centre: `_first_model` of
     what an M-step reads of rows that were shared out (None where `_needs_shares` said no),
@@ -104,7 +98,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "n_components": [Interval(Integral, 1, None, closed="left")],
-        "covariance_type": [StrOptions(set(FAMILIES))],
+        "covariance_type": [StrOptions(set(COVARIANCE_TYPES))],
         "tol": [Interval(Real, 0.0, None, closed="left")],
         "reg_covar": [Interval(Real, 0.0, None, closed="left")],
         "max_iter": [Interval(Integral, 0, None, closed="left")],
@@ -116,48 +110,55 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         "verbose_interval": [Interval(Integral, 1, None, closed="left")],
         "precision": [StrOptions(set(PRECISIONS)), None],
         "device": [str, torch.device, None],
-        "shards": [Interval(Integral, 1, None, closed="left"), None],
+        "n_shards": [Interval(Integral, 1, None, closed="left"), None],
     }
 
+    # One where `lower_bound_` is a mean log-likelihood, nan where it is another bound.
+    _bound_is_likelihood: ClassVar[float] = 1.0
+
     n_components: int
-    covariance_type: str
     tol: float
     reg_covar: float
     max_iter: int
     n_init: int
     init_params: str
-    random_state: Any
     warm_start: bool
     verbose: int
     verbose_interval: int
     precision: str | None
     device: str | torch.device | None
-    shards: int | None
+    n_shards: int | None
 
-    weights_: Any
-    means_: Any
-    covariances_: Any
-    precisions_: Any
-    precisions_cholesky_: Any
     converged_: bool
     n_iter_: int
     lower_bound_: float
     lower_bounds_: list[float]
-    n_features_in_: int
-    feature_names_in_: Array
 
-    def fit(self, X: Any, y: object = None, sample_weight: Any = None) -> Self:
-        """Fit the mixture to rows X (n, d) by EM; `y` is ignored.
+    def fit(
+        self,
+        X: Any,
+        y: object = None,
+        sample_weight: Any = None,
+        *,
+        cluster: Cluster | None = None,
+    ) -> Self:
+        """Fit the mixture to rows X (n, d), or to a lake, by EM.
 
-        `sample_weight` (n,): 0 is an absent row, 2 a doubled one.
+        Args:
+            X: rows (n, d) in memory, or a `gmm_dist.Lake`.
+            y: is ignored.
+            sample_weight: of rows in memory, (n,): 0 is an absent row, 2 a doubled one.
+            cluster: where a lake's rows are to be held; None for the Ray cluster that this process
+                is connected to, else one that is started here.
 
         Raises ValueError for bad parameters or rows, and for a singular covariance; warns with
         ConvergenceWarning where the best of the trials did not converge.
         """
         if isinstance(X, Lake):
-            require_lake_settings(sample_weight, self.device, self.shards)
-            self._fit_lake(X)
+            require_lake_settings(sample_weight, self.device, self.n_shards, cluster)
+            self._fit_lake(X, cluster or Cluster())
         else:
+            require_no_cluster(cluster)
             self._fit(X, sample_weight)
         return self
 
@@ -166,39 +167,6 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         require_rows_in_memory(X)
         self._fit(X, sample_weight)
         return self.predict(X)
-
-    def predict(self, X: Any) -> Any:
-        """Return the component of largest responsibility for each row, (n,) int64."""
-        return self._of_rows(X, labels)
-
-    def predict_proba(self, X: Any) -> Any:
-        """Return the responsibilities, (n, k), each row summing to one."""
-        return self._of_rows(X, responsibilities)
-
-    def score_samples(self, X: Any) -> Any:
-        """Return the log-density (nats) of each row, (n,)."""
-        return self._of_rows(X, log_densities)
-
-    def score(self, X: Any, y: object = None) -> float:
-        """Return the mean log-density (nats) of the rows; `y` is ignored."""
-        return mean_of(self.score_samples(X))
-
-    def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
-        """Return rows (n, d), float64, drawn from the mixture, and their components (n,).
-
-        With one `random_state` the rows are scikit-learn's. Raises ValueError for n < 1.
-        """
-        check_is_fitted(self)
-        if n_samples < 1:
-            raise ValueError(
-                f"Invalid value for 'n_samples': {n_samples} . The sampling requires at least "
-                "one sample."
-            )
-        # The covariances as they are published: scikit-learn draws from those.
-        mixture = replace(self._parameters(), covariances=tensor_of(self.covariances_))
-        X, y = _drawn(mixture, n_samples, check_random_state(self.random_state))
-        space = replace(self._space(), dtype=torch.float64)
-        return space.of(torch.from_numpy(X)), space.of(torch.from_numpy(y))
 
     def __sklearn_tags__(self) -> Tags:
         tags: Tags = super().__sklearn_tags__()
@@ -226,50 +194,10 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _publish(self, model: Any, rows: CentredRows, space: Space) -> None:
         raise NotImplementedError
 
-    def _fit_lake(self, opened: Lake) -> None:
+    def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
         raise NotImplementedError
 
-    def _parameters(self) -> Parameters:
-        """Return the learned mixture, of which densities are taken."""
-        means = tensor_of(self.means_)
-        return Parameters(
-            tensor_of(self.weights_), means, self._covariances(), self.covariance_type
-        )
-
     # What they share.
-
-    def _require_sound(self) -> None:
-        """Raise ValueError where learned numbers that come from elsewhere are no mixture's."""
-        if not all(hasattr(self, name) for name in ("weights_", "means_", "precisions_cholesky_")):
-            return
-        shapes = [np.shape(array_of(value)) for value in (self.weights_, self.means_)]
-        if len(shapes[1]) != 2 or shapes[0] != shapes[1][:1]:
-            raise ValueError(f"weights_ and means_ have shapes {shapes}, not (k,) and (k, d)")
-        if (what := flaw(self._parameters())) is not None:
-            raise ValueError(f"what was learned is no mixture: {what}; fit anew")
-
-    def _covariances(self) -> Tensor:
-        """Return the covariances of `precisions_cholesky_`, in float64.
-
-        Published as float32, covariances lose what tells them from singular ones, factors do
-        not. Where `covariances_` have these very factors they are taken as they are.
-        """
-        kind, (k, d) = self.covariance_type, tensor_of(self.means_).shape
-        factors = tensor_of(self.precisions_cholesky_)
-        shape = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[kind]
-        if factors.shape != shape:
-            raise ValueError(
-                f"precisions_cholesky_ has shape {tuple(factors.shape)}, not {shape}, that of "
-                f"{k} {kind} covariances of {d} features: fit anew, without warm_start"
-            )
-        factors = factors[None] if kind == "tied" else factors
-        if hasattr(self, "covariances_"):
-            covariances = tensor_of(self.covariances_)
-            if covariances.shape == shape and have_factors(
-                kind, covariances.view(factors.shape), factors
-            ):
-                return covariances
-        return covariances_of(kind, factors).view(shape)
 
     def _fit(self, X: Any, sample_weight: Any) -> None:
         require_rows_or_lake(X)
@@ -277,15 +205,18 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         with one_thread():
             rows, weight = self._checked_rows(X, sample_weight)
             self._check_parameters(rows)
+            n_samples = float(len(rows) if weight is None else weight.sum())
             weight = self._in_unit(weight)
             resident = self._resident(rows, weight)
             require_range(resident.total, getattr(self, "feature_names_in_", ()))
             best = self._best_trial(rows, weight, resident)
             self._publish(best.model, resident, space_of(X, rows))
-        self._conclude(best)
+        self._conclude(best, n_samples)
 
-    def _conclude(self, best: Trial) -> None:
+    def _conclude(self, best: Trial, n_samples: float) -> None:
         """Say how the best trial went; to be called by what `fit` calls."""
+        self._n_samples = n_samples
+        self._log_likelihood = self._bound_is_likelihood * best.lower_bound * n_samples
         self.converged_, self.n_iter_ = best.converged, best.n_iter
         self.lower_bound_, self.lower_bounds_ = best.lower_bound, best.lower_bounds
         if not best.converged and self.max_iter > 0:
@@ -317,7 +248,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         device = X.device if self.device is None else device_of(self.device)
         X = X.to(device, torch.float64)
         weight = None if weight is None else weight.to(device)
-        return Resident.of(X, weight, self.shards, whole=whole)
+        return Resident.of(X, weight, self.n_shards, whole=whole)
 
     def _best_trial(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Trial:
         if self.warm_start and hasattr(self, "converged_"):
@@ -384,20 +315,6 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
             models.append(self._first_model(moments, resident))
         return models
 
-    def _of_rows(self, X: Any, verb: Callable[[Parameters, Rows], Tensor]) -> Any:
-        check_is_fitted(self)
-        require_rows_in_memory(X)
-        rows = checked(self, X, reset=False)
-        tensor = viewed(rows)
-        mixture = self._parameters()
-        # To wake other threads costs more than a few rows do.
-        with one_thread() if tensor.numel() < _FEW_VALUES else nullcontext():
-            return space_of(X, rows).of(verb(mixture, tensor))
-
-    def _space(self) -> Space:
-        means = self.means_
-        return space_of(means, from_dlpack(means) if is_foreign(means) else means)
-
 
 def _present(rows: Rows, weight: Tensor) -> tuple[Rows, Tensor]:
     """Leave out rows of zero weight: they are no rows, and must not change a draw or a rounding."""
@@ -406,18 +323,3 @@ def _present(rows: Rows, weight: Tensor) -> tuple[Rows, Tensor]:
         return rows, weight
     mask = there.to(rows.device) if isinstance(rows, Tensor) else there.numpy()
     return rows[mask], weight[there]
-
-
-def _drawn(mixture: Parameters, n_samples: int, rng: np.random.RandomState) -> tuple[Array, Array]:
-    """Draw rows and components in scikit-learn's order, from the same random numbers."""
-    kind, d = mixture.covariance_type, mixture.n_features
-    means, covariances = mixture.means.numpy(), mixture.covariances.numpy()
-    counts = rng.multinomial(n_samples, mixture.weights.numpy())
-    parts = []
-    for k, (mean, n) in enumerate(zip(means, counts, strict=True)):
-        if kind in ("full", "tied"):
-            covariance = covariances if kind == "tied" else covariances[k]
-            parts.append(rng.multivariate_normal(mean, covariance, int(n)))
-        else:
-            parts.append(mean + rng.standard_normal(size=(n, d)) * np.sqrt(covariances[k]))
-    return np.vstack(parts), np.repeat(np.arange(len(counts)), counts)

@@ -34,7 +34,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
+class BestFit:
     """The best of a candidate's fits on all rows; `seconds` from the start to its end.
 
     `n_starts` were fitted on all rows; `n_dropped` of them fell behind and were ended early.
@@ -48,21 +48,21 @@ class Outcome:
     passes_saved: float = 0.0
 
     @classmethod
-    def of(cls, fit: FitResult, seconds: float) -> Outcome:
+    def of(cls, fit: FitResult, seconds: float) -> BestFit:
         dropped = int(fit.status is Status.DROPPED)
         return cls(fit, seconds, 1, dropped, fit.passes_saved)
 
-    def counted(self, n_samples: float) -> Outcome:
+    def counted(self, n_samples: float) -> BestFit:
         """Return the outcome of the same rows, whose weights sum to `n_samples`."""
         return replace(self, fit=self.fit.counted(n_samples))
 
-    def against(self, other: Outcome) -> Outcome:
+    def against(self, other: BestFit) -> BestFit:
         """Return the better of two, with the starts of both."""
         first, second = (o.fit for o in (self, other))
         better = self.fit
         if (second.is_ranked, second.log_likelihood) > (first.is_ranked, first.log_likelihood):
             better = second
-        return Outcome(
+        return BestFit(
             better,
             max(self.seconds, other.seconds),
             self.n_starts + other.n_starts,
@@ -72,7 +72,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scored:
+class RankedCandidate:
     """A candidate with what came of it, and its criteria.
 
     Of `bic`, `aic` and `icl` (nats) lower is better. `holdout` is the mean log-likelihood of the
@@ -80,7 +80,7 @@ class Scored:
     """
 
     candidate: Candidate
-    outcome: Outcome
+    outcome: BestFit
     n_parameters: int
     bic: float
     aic: float
@@ -88,7 +88,9 @@ class Scored:
     holdout: float | None = None
 
     @classmethod
-    def of(cls, candidate: Candidate, outcome: Outcome, holdout: float | None = None) -> Scored:
+    def of(
+        cls, candidate: Candidate, outcome: BestFit, holdout: float | None = None
+    ) -> RankedCandidate:
         """Compute the criteria of a fit."""
         fit = outcome.fit
         n_free = n_parameters(
@@ -134,7 +136,7 @@ class SweepResult:
     `weight` is the sum of the weights, where `total` has it in another unit.
     """
 
-    scored: tuple[Scored, ...]
+    scored: tuple[RankedCandidate, ...]
     criterion: str
     total: TotalMoments
     n_passes: int = 0
@@ -148,7 +150,7 @@ class SweepResult:
         return self.scored[0].fit.n_samples if self.scored else self.total.n_samples
 
     @property
-    def ranked(self) -> list[Scored]:
+    def ranked(self) -> list[RankedCandidate]:
         # Ties: fewer parameters, then smaller k.
         return sorted(
             self.scored,
@@ -161,7 +163,7 @@ class SweepResult:
         )
 
     @property
-    def best(self) -> Scored | None:
+    def best(self) -> RankedCandidate | None:
         """The candidate of the lowest criterion, or None when every one failed."""
         first = self.ranked[0]
         return first if first.fit.is_ranked else None
@@ -322,12 +324,12 @@ class SweepResult:
         verb = "is" if len(refuted) == 1 else "are"
         return f"{said} {verb} best there, too: choose as many components as are of use"
 
-    def _best_by(self, criterion: str) -> Scored | None:
+    def _best_by(self, criterion: str) -> RankedCandidate | None:
         """Return what another criterion would choose; None where it is not known."""
         known = [s for s in self.scored if not math.isnan(s.value(criterion))]
         return replace(self, scored=tuple(known), criterion=criterion).best if known else None
 
-    def _cost(self, before: Scored, last: Scored) -> float:
+    def _cost(self, before: RankedCandidate, last: RankedCandidate) -> float:
         """Return what the criterion takes for one more component, in nats per row."""
         n_free = (last.n_parameters - before.n_parameters) / (last.candidate.k - before.candidate.k)
         each = math.log(self.n_samples) / 2 if self.criterion == "bic" else 1.0

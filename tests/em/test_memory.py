@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from gmm_dist.em.estep import EStep
-from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.memory import lane_bytes, require_memory
 from gmm_dist.errors import UserError
 from gmm_dist.lake.session import RowsNeed, require_room
 from gmm_dist.model.covariance import natural
-from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.shards.tree_sum import TreeSum, run_on
@@ -86,8 +86,8 @@ def test_a_thousand_components_of_128_features_are_a_lane_like_any_other() -> No
     means = torch.randn(k, d, generator=generator, dtype=torch.float64)
     eye = torch.eye(d, dtype=torch.float64).expand(k, d, d)
     weights = torch.full((k,), 1 / k, dtype=torch.float64)
-    theta = natural(Stack.of([Parameters(weights, means, eye, "full")])).theta
-    task = EStep((LaneGroup("full", Precision.FLOAT32, (k,), theta=theta),), d)
+    theta = natural(ParameterStack.of([Parameters(weights, means, eye, "full")])).theta
+    task = EStep((LaneBatch("full", Precision.FLOAT32, (k,), theta=theta),), d)
     X = means[torch.arange(600) % k] + 0.01 * torch.randn(600, d, generator=generator)
     statistics = LocalShards.of(X.float(), n_shards=2).run(task).groups[0]
     assert statistics.moments.nbytes == 8 * k * (1 + d + d * (d + 1) // 2)  # 69 MB

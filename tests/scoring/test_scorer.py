@@ -9,7 +9,7 @@ import pytest
 from sklearn.mixture import GaussianMixture
 
 from gmm_dist.errors import UserError
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.scoring.scorer import Scorer, Scoring
 
@@ -22,7 +22,7 @@ def reference(mixture: Parameters) -> GaussianMixture:
     model = GaussianMixture(mixture.n_components, covariance_type=mixture.covariance_type)
     model.weights_, model.means_ = mixture.weights.numpy(), mixture.means.numpy()
     model.covariances_ = mixture.covariances.numpy()
-    factors, _ = FAMILIES[mixture.covariance_type].precisions_cholesky(mixture.covariances)
+    factors, _ = TYPE_OF[mixture.covariance_type].precisions_cholesky(mixture.covariances)
     model.precisions_cholesky_ = factors.numpy()
     return model
 

@@ -1,4 +1,4 @@
-"""Errors that are told in one line: those that a user can mend, and those of the world."""
+"""Errors that are one line: those that a user can mend, and failures of machines and storage."""
 
 from __future__ import annotations
 

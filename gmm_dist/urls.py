@@ -1,4 +1,4 @@
-"""A URL that prints itself without its credentials, and texts rid of those in them."""
+"""A URL that prints without its credentials, and texts from which credentials are removed."""
 
 from __future__ import annotations
 

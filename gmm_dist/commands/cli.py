@@ -1,4 +1,4 @@
-"""The command `gmm-dist`, of four jobs, each with arguments of its own."""
+"""The command `gmm-dist`: pick one of four jobs and hand it the rest of the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""End quietly when told to while the libraries are still being loaded: nothing is held yet.
+"""Start a program: a signal that comes while the libraries still load ends it in one line.
 
 `main` is where every program begins; importing this module changes nothing. Once a job has begun,
 its own handlers take over; after it, a signal that comes while the interpreter ends changes

@@ -1,4 +1,4 @@
-"""How jobs end: every way is a line and a status, and never a traceback.
+"""How jobs end: with one line and an exit status, never with a traceback.
 
 0: done. 1: the world's failure, or ours. 2: something that the user can mend. 3: nightly's gate.
 128 + n: signal n. Where a run can be resumed, its line ends with the command that goes on with it.

@@ -1,4 +1,4 @@
-"""One night: its rows, its fit, its gate, and what is published or kept back."""
+"""Run one night: fit its rows, ask the gate, and publish the model or keep it back."""
 
 from __future__ import annotations
 

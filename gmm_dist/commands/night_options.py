@@ -1,4 +1,4 @@
-"""What can be asked of a night, and which rows of a lake it then stands for."""
+"""The options of a night as plain values, and the rows of the lake that they stand for."""
 
 from __future__ import annotations
 

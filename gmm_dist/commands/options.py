@@ -1,4 +1,4 @@
-"""The arguments that the jobs share, and the command lines that they name."""
+"""The arguments that several jobs share, and the commands that messages tell a user to run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals that end a job: at once, with all given back that it holds.
+"""What a signal does to a running job: the job cleans up, gives back what it holds, and ends.
 
 The first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt in the main thread, so that every
 block on its way out cleans up: checkpoints, the lease, Ray. Further ones change nothing. A job

@@ -1,4 +1,4 @@
-"""What a job says: lines, the log, the table. None of it can end the job.
+"""Print what a job has to say: lines, the log, the table. Output that fails ends no job.
 
 A reader that has gone, a full disk behind a redirection, a closed descriptor, a terminal that
 knows ASCII alone, a log handler that fails: what is said is lost then, or spelt otherwise, and

@@ -1,4 +1,4 @@
-"""A group of lanes through a pass, the textbook way: each component on its own."""
+"""The E-step in centred form: one component at a time, rows minus that component's own mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Components that have lost their rows or lie on spikes, and lanes that fall behind for good."""
+"""Find components that lost their rows or lie on spikes, and mixtures that fell far behind."""
 
 from __future__ import annotations
 

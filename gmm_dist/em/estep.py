@@ -1,4 +1,4 @@
-"""One pass over blocks of rows for many lanes: the E-step.
+"""The E-step: one pass over blocks of rows, for many mixtures (lanes) at once.
 
 For a chunk of rows: build the features Φ once; `logits = Θ Φ` for the components of all lanes;
 softmax over each lane's components; `G += Φ Rᵀ`. Nothing of size n × K or n × d² ever exists:

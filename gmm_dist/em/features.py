@@ -27,7 +27,7 @@ class _Views:
 
 
 class Features:
-    """Φ (P, n), as families.py lays it out: a buffer that is filled again for each chunk.
+    """Φ (P, n), as model/covariance.py lays it out: a buffer that is filled again for each chunk.
 
     `of` has each covariance type's rows of it, (P of the type, n).
 

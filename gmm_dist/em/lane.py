@@ -1,4 +1,4 @@
-"""Lanes: mixtures being fitted, what each has come to, and snapshots to go on from.
+"""A lane: one mixture that is being fitted, how far it has come, and snapshots to resume from.
 
 A lane shares its passes with others; a snapshot holds lanes as tensors and plain values, and
 gives them back to the bit.

@@ -1,4 +1,4 @@
-"""EM for a cohort of lanes: every pass over the rows serves all lanes that still run."""
+"""The EM loop: each pass over the rows serves all mixtures (lanes) that still run."""
 
 from __future__ import annotations
 

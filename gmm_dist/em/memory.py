@@ -1,4 +1,4 @@
-"""What the lanes of a sweep need of memory, known before anything is allocated."""
+"""How much memory the mixtures of a sweep need, computed before anything is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between two passes: lanes scored, stepped, and moved to the precision that they need.
+"""The M-step: score each lane after a pass, step it, and choose its next pass's precision.
 
 Precision is measured, per lane. Iterations use float32 products while (a) the error of the
 mean log-likelihood, seen on a sample of rows in the pass itself, is far below tol, and (b)
@@ -31,7 +31,7 @@ from gmm_dist.model.parameters import Parameters, ParameterStack
 
 _NEXT = {Precision.FLOAT32: Precision.FLOAT64, Precision.FLOAT64: Precision.CENTRED}
 
-# The largest amplification of rounding (families.Natural.condition) that each form may meet:
+# The largest amplification of rounding (covariance.Natural.condition) that each form may meet:
 # 2^-24 · 1.7e3 = 1e-4 of a covariance, 2^-53 · 1e7 = 1e-9.
 MAX_CONDITION = {Precision.FLOAT32: 1.7e3, Precision.FLOAT64: 1e7, Precision.CENTRED: math.inf}
 

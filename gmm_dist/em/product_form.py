@@ -1,4 +1,4 @@
-"""A group of lanes through a pass, as two matrix products per chunk of rows."""
+"""The E-step in product form: two matrix products per chunk of rows, for many mixtures."""
 
 from __future__ import annotations
 

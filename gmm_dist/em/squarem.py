@@ -1,4 +1,4 @@
-"""SQUAREM: let two EM steps draw a line, and leap along it.
+"""SQUAREM: leap along the line through two EM steps, so that a fit needs fewer passes.
 
 Varadhan & Roland, "Simple and globally convergent methods for accelerating the convergence of
 any EM algorithm", Scandinavian Journal of Statistics 35 (2008), scheme S3 with their adaptive

@@ -1,8 +1,8 @@
 """EM in scikit-learn's order, for models that differ in their M-step only.
 
-One iteration is a pass over the rows, an M-step, and the change of a lower bound against tol;
-what stops is a step ahead of what was scored last. (`em` stops where it scored, follows its
-lanes over precisions and lends a hand to singular ones: what a sweep needs, not this contract.)
+One iteration is a pass over the rows, an M-step, and a comparison of the lower bound's change
+with tol. The result is one step ahead of what was scored last, as in scikit-learn; `em.loop`
+returns what it has scored, moves its lanes between precisions and helps singular ones on.
 All trials of a fit are lanes of the same passes.
 """
 

@@ -1,4 +1,4 @@
-"""Learned attributes: set from parameters, read back as users have set them, exchanged."""
+"""Learned attributes (`means_` and others): set from parameters, read back, exchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of several starts is kept, and what is told of them as they go."""
+"""Choose the best of several restarts, and report how they go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the estimators' parameters mean, and what is said of wrong ones."""
+"""Read the estimators' parameters as settings of a fit, and refuse wrong ones."""
 
 from __future__ import annotations
 

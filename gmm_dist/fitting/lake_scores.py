@@ -1,4 +1,4 @@
-"""What a mixture makes of a whole lake: mean log-likelihood, BIC, AIC, ICL, in one pass.
+"""Score a whole lake under a mixture: mean log-likelihood, BIC, AIC, ICL, in one pass.
 
 Workers read a shard, score it and let it go: a lake may be larger than their memory. The
 arithmetic is that of rows in memory, to the bit but for the order of sums: float64, in feature

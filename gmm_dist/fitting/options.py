@@ -1,4 +1,4 @@
-"""What can be asked of a fit or a sweep, as plain values with the command line's defaults."""
+"""The options of a fit or a sweep, as plain values with the command line's defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fit tells of how far it is; the faces show it."""
+"""The progress that a fit reports; the command line shows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fit leaves behind: the model, sweep.json, and report.html by whoever draws it."""
+"""Write a fit's results: the model, sweep.json, and report.html by a function handed in."""
 
 from __future__ import annotations
 

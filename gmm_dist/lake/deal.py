@@ -1,4 +1,4 @@
-"""Rows dealt to shards: ranges of row groups, a fixed number of shards for a number of rows."""
+"""Deal rows to shards as ranges of row groups; the rows alone decide how many shards there are."""
 
 from __future__ import annotations
 

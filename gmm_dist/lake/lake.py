@@ -1,4 +1,4 @@
-"""A lake as a value to hand to an estimator: where its rows are, and which; nothing is read yet."""
+"""`Lake`: which rows, and where they are, as a value for estimators; it reads nothing yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a lake's rows to resident blocks: centred in float64, then cast, column-major."""
+"""Load a lake's rows into memory: centred in float64, then cast, in column-major blocks."""
 
 from __future__ import annotations
 

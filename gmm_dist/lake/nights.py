@@ -1,4 +1,4 @@
-"""How a lake's columns and hive keys spell a night, and the filter that keeps the rows of some.
+"""How a lake's columns or hive keys spell a night, and the filter for the rows of some nights.
 
 Understood are, with the rest of the day behind them or not,
 

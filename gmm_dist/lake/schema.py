@@ -1,4 +1,4 @@
-"""The columns of a lake: unified by name over files, and chosen."""
+"""The columns of a lake: matched by name over all files; some are chosen as features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A lake's rows held by workers: what they need of memory, and loading them."""
+"""Hold a lake's rows in workers: how much memory that takes, and the loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the footers of a plan's files say: their rows, types and extents, and what they rule out."""
+"""Read the footers of a plan's files: rows, column types, ranges, and which files they rule out."""
 
 from __future__ import annotations
 

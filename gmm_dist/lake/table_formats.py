@@ -1,4 +1,4 @@
-"""Tables whose folders also hold deleted rows: known by what they keep beside their data."""
+"""Recognise table formats (Delta, Iceberg and others): their folders hold deleted rows, too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantiles of the training log-density, as a model keeps them."""
+"""Quantiles of the training rows' log-density: a model keeps them, to mark outliers by."""
 
 from __future__ import annotations
 

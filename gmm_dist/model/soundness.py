@@ -1,4 +1,4 @@
-"""Whether numbers that come from outside are a mixture's."""
+"""Check that numbers from outside, such as a file's, make a valid mixture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether whole columns have changed since last night, as where a unit has: not who was born.
+"""Measure whether whole columns have changed since last night, as when a unit changes.
 
 Tonight's density q tells tonight's rows from last night's density p by
 

@@ -1,4 +1,4 @@
-"""What a night leaves in a registry beside its model: whence its ids came, and when it ran."""
+"""The file lineage.json of a night: its components' lasting numbers, and which are new."""
 
 from __future__ import annotations
 

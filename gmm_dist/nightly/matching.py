@@ -1,4 +1,4 @@
-"""Tonight's components matched to last night's: how far two Gaussians overlap, and who is who.
+"""Match tonight's components to last night's, by how far two Gaussians overlap.
 
 Gaussians are compared by the two parts of Bhattacharyya's distance (Kailath 1967), which is minus
 the logarithm of ∫ √(p q) dx:

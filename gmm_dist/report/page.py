@@ -1,4 +1,4 @@
-"""The report that people open in the morning: one HTML file that needs nothing else.
+"""Write report.html: one HTML page that needs nothing else.
 
 It opens offline, in light and dark, on a phone and on paper. Everything that comes from the
 lake, names of columns first, is escaped, and the page forbids itself to load anything.

@@ -1,4 +1,4 @@
-"""JSON files of ours: strict, with a format version, told apart from damaged ones."""
+"""Read and write our JSON files: strictly, with a format version; damaged ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's lease: of several drivers of one run, one is at work.
+"""A run's lease: where several drivers have one run, it lets one of them work.
 
 A lease is one small value beside the run, and every change of it is conditional on what it was
 before: created if absent, renewed or taken over if unchanged. Of those that compete one

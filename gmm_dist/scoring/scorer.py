@@ -1,4 +1,4 @@
-"""What a batch of rows becomes: the kept columns, and what the mixture says of each row."""
+"""Score a batch of rows: the kept columns, and what the mixture says of each row."""
 
 from __future__ import annotations
 

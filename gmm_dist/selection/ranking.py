@@ -1,4 +1,4 @@
-"""Comparing fits that are done: criteria, ranking, ties, and what a reader should be told."""
+"""Compare finished fits: criteria, ranking, ties, and the warnings for a reader."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Half of a column is exactly 0, or all that was above a bound was set to it: a component on these
 rows is as narrow as regularisation lets it be. Such a component is no accident, so it does not
-make a fit degenerate (`cohort.degenerate_components`); but people should know of it.
+make a fit degenerate (`em.degenerate`); but people should know of it.
 """
 
 from __future__ import annotations

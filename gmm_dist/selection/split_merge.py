@@ -1,4 +1,4 @@
-"""Moves between mixtures: split a component, merge two, replace one that is good for nothing.
+"""Moves out of a poor optimum: split a component, merge two, replace a useless one.
 
 EM climbs to the top of the hill that its start lies on. Where a component sits between two
 clusters and two others share one, no restart of a step of EM mends it; a split and a merge do

@@ -1,4 +1,4 @@
-"""The search for starts: many short runs on a sample, moves where they stall, the best few left.
+"""Search for starts: many short runs on a sample, moves where they stall; keep the best few.
 
 Everything happens on samples that the driver holds, so that a search costs about as much as a
 few passes over a lake. What comes of a k depends on the rows, the random state and k alone,

@@ -1,4 +1,4 @@
-"""Which worker holds which shards: ranges that are theirs, and what was moved meanwhile."""
+"""Which worker holds which shards: its own range, and shards that were moved meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sample weights in a unit of their own: weights count relative to each other alone.
+"""Scale sample weights by a power of two: only their ratios count.
 
 Weights that sum to one, or are 1e-300 throughout, are the same rows as others. Passes see them
 multiplied by a power of two, which changes no digit, so that the largest is from 1 to 2: no

@@ -260,13 +260,13 @@ def _add_own(group: argparse._ArgumentGroup) -> None:
         "--scores",
         type=parse_url,
         metavar="URL",
-        help="once published, score the night's rows as score.py does, into URL/DATE",
+        help="once published, score the night's rows as gmm-dist score does, into URL/DATE",
     )
     group.add_argument(
         "--keep", nargs="+", default=[], metavar="COLUMN", help="columns to go along with --scores"
     )
     group.add_argument(
-        "--outliers", type=float, metavar="Q", help="mark outliers in --scores, see score.py"
+        "--outliers", type=float, metavar="Q", help="mark outliers, as gmm-dist score does"
     )
     group.add_argument(
         "--keep-models",

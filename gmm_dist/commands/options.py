@@ -134,7 +134,7 @@ def _add_fit(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         choices=COVARIANCE_TYPES,
         default=["full"],
-        help="families to fit, all in the same passes (default: full)",
+        help="covariance types to fit, all in the same passes (default: full)",
     )
     group.add_argument(
         "--init",

@@ -42,7 +42,10 @@ def add_score(parser: argparse.ArgumentParser) -> None:
         "data", type=parse_url, metavar="DATA", help="folder or file of Parquet, local or any URL"
     )
     parser.add_argument(
-        "--model", required=True, type=parse_url, help="a fit's output, or its model folder"
+        "--model",
+        required=True,
+        type=parse_url,
+        help="a fit's output, its model folder, or a registry, which gives its latest",
     )
     parser.add_argument(
         "--output", required=True, type=parse_url, metavar="OUT", help="a new folder or URL"

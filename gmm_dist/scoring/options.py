@@ -17,7 +17,7 @@ class ScoreOptions:
 
     Args:
         data: Folder or file of Parquet, local or any URL.
-        model: A fit's output, or its model folder.
+        model: A fit's output, its model folder, or a registry, which gives its latest.
         output: A new folder or URL.
         keep: Columns to go along with the scores.
         where: Filter of rows, see `gmm_dist.lake.filters`.

@@ -203,8 +203,8 @@ def _threshold(mixture: Mixture, options: ScoreOptions) -> float | None:
     if mixture.log_density_quantiles is None:
         raise UserError(
             f"--outliers: {redacted(options.model)} keeps no quantiles of its training "
-            "log-density, as models of older versions do not: fit it again (fit.py --start "
-            "goes on from it), or leave out --outliers"
+            "log-density, as models of older versions do not: fit it again (gmm-dist fit "
+            "--start goes on from it), or leave out --outliers"
         )
     try:
         return mixture.log_density_quantiles.at(options.outliers)

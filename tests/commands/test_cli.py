@@ -36,7 +36,9 @@ def test_each_job_tells_the_version_and_its_options(
         with pytest.raises(SystemExit) as ended:
             cli.main(argv=[job, word])
         assert ended.value.code == 0
-        assert said in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert said in printed
+        assert ".py" not in printed, "who has the wheel has no scripts"
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, capfd: Errors) -> None:
     old = model_at(str(tmp_path / "old"), log_density_quantiles=None)
     line = refused(capfd, *argv, "--model", old, "--outliers", "0.01")
     assert "keeps no quantiles of its training log-density" in line
+    assert "gmm-dist fit --start" in line
     named = model_at(str(tmp_path / "named"), feature_names=())
     assert "keeps no names of its features" in refused(capfd, *argv, "--model", named)
     assert not out.exists()

@@ -85,4 +85,4 @@ def _is_whole(value: object, least: int) -> bool:
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
-        raise UserError(f"{name} is {value}: give {wanted}")
+        raise UserError(f"is {value}", option=name, remedy=f"give {wanted}")

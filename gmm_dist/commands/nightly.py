@@ -56,9 +56,9 @@ def run_night(options: NightlyOptions, again: Again) -> int:
     torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
     place = Registry(options.registry)
     checks = Gate(options.min_rows, options.max_drop, options.max_drift)
-    place.latest()  # a damaged pointer is told of before hours of work, not after
     rows = NightRows(options)
-    with ExitStack() as session:
+    with _telling_of("registry"), ExitStack() as session:
+        place.latest()  # a damaged pointer is told of before hours of work, not after
         return _all_of(options, rows, again, place, checks, session)
 
 
@@ -87,7 +87,7 @@ def _all_of(
             say(f"{options.output}: published and pruned, nothing is left to do")
             return 0
     if options.scores is not None:
-        with _telling_of("--scores"):
+        with _telling_of("scores"):
             _score(options, rows, again)
     with said_how_to_resume(again):
         if options.keep_models:
@@ -108,10 +108,7 @@ def _publish(
     rows.where(days=options.days)  # what is wrong with the nights comes before any claim
     if options.scores is not None:
         _check_scores(options, rows)
-    with (
-        _telling_of("--registry"),
-        claim.claim(options.output, resume=options.resume) as run,
-    ):
+    with claim.claim(options.output, resume=options.resume) as run:
         if run.committed:
             return True
         if place.is_pruned(options.night):
@@ -140,10 +137,8 @@ def _telling_of(option: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = str(error)
-        for words in ("another --output", "an --output"):
-            text = text.replace(words, words.replace("an --", "a --").replace("--output", option))
-        raise UserError(text) from error
+        error.rename(output=option)
+        raise
 
 
 def _check_scores(options: NightlyOptions, rows: NightRows) -> None:

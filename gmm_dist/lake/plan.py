@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gmm_dist import storage
-from gmm_dist.errors import NoRows, UserError
+from gmm_dist.errors import NoRows, UserError, Words
 from gmm_dist.formats import counted
 from gmm_dist.lake import listing, nights
 from gmm_dist.lake.deal import RowRange, deal
 from gmm_dist.lake.filters.expressions import filter_of
 from gmm_dist.lake.filters.where import Filter
 from gmm_dist.lake.listing import LakeFile, Listing
-from gmm_dist.lake.schema import Columns
+from gmm_dist.lake.schema import NAME_COLUMNS, Columns
 from gmm_dist.lake.survey import (
     _CHUNKS_ASKED,
     Questions,
@@ -144,7 +144,7 @@ def plan_lake(
     missing: Missing = "error",
     holdout: float = 0.0,
     keep: Sequence[str] = (),
-    remedy: str = "name the feature columns with --columns",
+    remedy: Words = NAME_COLUMNS,
     n_shards: int | None = None,
 ) -> Plan:
     """Plan the Parquet file or folder at `url`; reads footers, and one list at most.
@@ -168,7 +168,8 @@ def plan_lake(
             is not a share below one.
     """
     if not 0 <= holdout < 1:
-        raise UserError(f"--holdout is {holdout:g}: give a share of the rows, 0 <= share < 1")
+        wanted = "give a share of the rows, 0 <= share < 1"
+        raise UserError(f"is {holdout:g}", option="holdout", remedy=wanted)
     condition = filter_of(where)
     found = nights.with_dates(listing.find(url), condition)
     tested = condition.by_row(found.keys.names) if condition else None

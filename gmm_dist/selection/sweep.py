@@ -19,7 +19,7 @@ from gmm_dist.em.lane import Lane, Snapshot, regularisation, restore_lanes, take
 from gmm_dist.em.lane import Outcome as LaneOutcome
 from gmm_dist.em.lane_batch import Precision
 from gmm_dist.em.statistics import TotalMoments, as_given, criterion_size, given_weight
-from gmm_dist.errors import TooFewRows, UserError
+from gmm_dist.errors import Option, TooFewRows, UserError
 from gmm_dist.formats import counted
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import split_merge
@@ -270,8 +270,9 @@ def require_rows(candidates: Sequence[Candidate], n_rows: int) -> None:
     if largest > n_rows:
         rows = counted(n_rows, "row")
         raise TooFewRows(
-            f"--k asks for {counted(largest, 'component')}, but there are {rows}: "
-            f"give k of at most {n_rows}"
+            f"asks for {counted(largest, 'component')}, but there are {rows}",
+            option="n_components",
+            remedy=f"give k of at most {n_rows}",
         )
 
 
@@ -279,15 +280,18 @@ def _require_range(features: Sequence[int], names: Sequence[str], what: str) -> 
     """Raise UserError for features whose squares leave the range of float64."""
     if features:
         others = f", and {len(features) - 1} more columns," if len(features) > 1 else ""
-        remedy = "divide" if what == "large" else "multiply"
+        verb = "divide" if what == "large" else "multiply"
         raise UserError(
             f"column {names[features[0]]!r}{others} has values too {what} for their squares to be "
-            f"float64 numbers: {remedy} it by a power of ten, or leave it out with --columns"
+            "float64 numbers",
+            remedy=f"{verb} it by a power of ten, or leave it out with " + Option("columns"),
         )
 
 
 def _require_held_out(shards: Shards, n_features: int) -> None:
     if shards.run(HeldOut(Total(n_features))).n_rows == 0:
         raise UserError(
-            "--criterion holdout finds no held-out row of positive weight: give a larger --holdout"
+            "finds no held-out row of positive weight",
+            option=Option("criterion", "holdout"),
+            remedy="give a larger " + Option("holdout"),
         )

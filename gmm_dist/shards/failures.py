@@ -15,7 +15,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.errors import Option, RunFailed, UserError
 from gmm_dist.formats import counted
 
 
@@ -49,9 +49,10 @@ class FaultConfig:
 
     def __post_init__(self) -> None:
         if self.max_failures < 0:
-            raise UserError(f"max_failures is {self.max_failures}: give a whole number >= 0")
+            wanted = "give a whole number >= 0"
+            raise UserError(f"is {self.max_failures}", option="max_failures", remedy=wanted)
         if not (self.grace >= 0 and math.isfinite(self.grace)):
-            raise UserError(f"grace is {self.grace}: give seconds >= 0")
+            raise UserError(f"is {self.grace}", option="grace", remedy="give seconds >= 0")
 
     @property
     def tick(self) -> float:
@@ -133,8 +134,9 @@ class Budget:
             self.used, self._began = self.used + 1, now
         if self.used > self.config.max_failures:
             raise RunFailed(
-                f"more than {counted(self.config.max_failures, 'failure')} (--max-failures); "
-                f"the last: {what}"
+                f"more than {counted(self.config.max_failures, 'failure')} ("
+                + Option("max_failures")
+                + f"); the last: {what}"
             )
         return f"failure {self.used} of {self.config.max_failures}"
 

@@ -66,7 +66,7 @@ class Ours:
         import torch
 
         from gmm_dist.config import EMConfig
-        from gmm_dist.em.estep import Total
+        from gmm_dist.em.estep import SumMoments
         from gmm_dist.model.parameters import Parameters
 
         torch.set_num_threads(1)  # as the jobs' driver does
@@ -82,7 +82,7 @@ class Ours:
             for start in problem.starts
         ]
         self._config = EMConfig(max_iter=10**9, reg_covar=0.0, precision=precision)
-        self._total = self._shards.run(Total(problem.shape.d))
+        self._total = self._shards.run(SumMoments(problem.shape.d))
         self._together = together
 
     def fit(self, iterations: int) -> Run:
@@ -130,7 +130,8 @@ def _ray_shards(problem: Problem, folder: Path) -> Any:
     import ray
     from processes import Loader
 
-    from gmm_dist.shards.ray_shards import RayShards, ScalingConfig
+    from gmm_dist.config import Cluster
+    from gmm_dist.shards.ray_shards import RayShards
 
     here = {"PYTHONPATH": str(Path(__file__).parent)}
     os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -143,8 +144,8 @@ def _ray_shards(problem: Problem, folder: Path) -> Any:
         runtime_env={"env_vars": here},
     )
     n_shards = _n_shards(problem)
-    scaling = ScalingConfig(num_workers=n_cores(), use_gpu=False)
-    shards = RayShards(Loader(folder / "X.npy", n_shards), n_shards, scaling)
+    cluster = Cluster(num_workers=n_cores(), use_gpu=False)
+    shards = RayShards(Loader(folder / "X.npy", n_shards), n_shards, cluster)
     shards.load()
     return shards
 

@@ -27,11 +27,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # not installed on a borrowed machine
 
 from gmm_dist.config import EMConfig
-from gmm_dist.em.estep import EStep, Precision, Total
+from gmm_dist.em.estep import EStep, Precision, SumMoments
 from gmm_dist.em.lane import Lane, grouped, task_of
 from gmm_dist.em.mstep import advance
 from gmm_dist.em.statistics import PassStatistics
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.shards.tree_sum import run_on
@@ -57,7 +57,7 @@ class Shape:
     @property
     def flops(self) -> float:
         """What the two matrix products of one pass multiply and add: 4 n K P."""
-        rows = FAMILIES[self.covariance_type].rows(self.d)
+        rows = TYPE_OF[self.covariance_type].rows(self.d)
         return 4.0 * self.n * self.k * float(rows.stop - rows.start)
 
 
@@ -142,7 +142,7 @@ def timed(shape: Shape, device: torch.device, precision: str, repeats: int) -> d
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = [_seconds(lambda: run(task, rows), device) for _ in range(repeats)]
-    statistics_, total = run(task, rows), run_on(Total(shape.d), [rows], 1)[0].summary
+    statistics_, total = run(task, rows), run_on(SumMoments(shape.d), [rows], 1)[0].summary
     m_step = _seconds(
         lambda: advance(lanes[0], statistics_.groups[0], statistics_, total, config), device
     )

@@ -31,7 +31,7 @@ import ray
 import torch
 from machine import append, description, n_cores
 
-from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig
 from gmm_dist.em import loop
 from gmm_dist.em.lane import Lane, Snapshot, grouped, task_of
 from gmm_dist.model.parameters import Parameters
@@ -40,9 +40,8 @@ from gmm_dist.runs.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.sweep import Standing, sweep
 from gmm_dist.shards import dispatch
-from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.shards.protocol import Block, ShardRows
-from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected
+from gmm_dist.shards.ray_shards import RayShards, connected
 from gmm_dist.shards.tree_sum import TreeSum
 
 AIMS = {"checkpoints": 0.02, "driver": 0.05}
@@ -218,9 +217,9 @@ def actors(count: int, loader: Drawn) -> Iterator[RayShards]:
     # Many that start at once on few cores would take too long to introduce themselves.
     at_once = {"RAY_worker_maximum_startup_concurrency": str(2 * n_cores())}
     os.environ.update(at_once, RAY_worker_register_timeout_seconds="600", RAY_AUTH_MODE="disabled")
-    scaling = ScalingConfig(num_workers=count, use_gpu=False)
-    with connected("local", scaling):
-        shards = RayShards(loader, loader.n_shards, scaling, FaultConfig(grace=600))
+    cluster = Cluster("local", num_workers=count, use_gpu=False)
+    with connected(cluster):
+        shards = RayShards(loader, loader.n_shards, cluster, FailureConfig(grace=600))
         shards.load()
         yield shards
         shards.close()

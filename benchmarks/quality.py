@@ -36,10 +36,10 @@ from problems import Mixture, mean_log_likelihood
 from processes import Loader, ProcessShards
 
 from gmm_dist.config import ABSOLUTE, EMConfig, StartConfig
-from gmm_dist.em.estep import EStep, Total
+from gmm_dist.em.estep import EStep, SumMoments
 from gmm_dist.lake.deal import default_shards
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.selection.ranking import Candidate, Scored
+from gmm_dist.selection.ranking import Candidate, RankedCandidate
 from gmm_dist.selection.sweep import sweep
 from gmm_dist.shards.protocol import S, Shards, Task
 
@@ -149,7 +149,7 @@ def resident(X: Rows) -> Iterator[ProcessShards]:
         np.save(path, X)
         shards = ProcessShards(Loader(path, n_shards), min(machine.n_cores(), n_shards))
         try:
-            shards.run(Total(X.shape[1]))
+            shards.run(SumMoments(X.shape[1]))
             ours(shards, X, [1], EMConfig(max_iter=1), StartConfig(n_init=1))
             yield shards
         finally:
@@ -185,7 +185,7 @@ def ours(
     return [scored(fit, X, config.reg_covar) for fit in fits]
 
 
-def _fit_of(one: Scored, blank: Fit) -> Fit:
+def _fit_of(one: RankedCandidate, blank: Fit) -> Fit:
     p, fit = one.fit.parameters, one.fit
     mixture = Mixture(p.weights.numpy(), p.means.numpy(), p.covariances.numpy())
     return replace(

@@ -1,11 +1,33 @@
-"""Gaussian mixtures over data lakes: EM on a Ray cluster, many k in the same passes.
+"""Gaussian mixtures over data lakes: EM on a Ray cluster, many numbers of components in one run.
 
-- `GaussianMixture`, `BayesianGaussianMixture`: scikit-learn's estimators, of arrays and of lakes;
-- `select`: a grid of mixtures fitted in the same passes, and ranked;
-- `open_lake`: a lake as what `fit` and `select` take in place of rows;
-- `load`: a model that a job or a registry has left behind, as a `Mixture`;
-- `Mixture`: a fitted mixture put to use; its `Parameters` are float64 tensors;
-- `UserError`: what is raised for input that a user can mend, a `ValueError`.
+>>> import numpy as np
+>>> import gmm_dist
+>>> X = np.r_[np.arange(40.0), np.arange(100.0, 140.0)][:, None]
+>>> model = gmm_dist.GaussianMixture(2, random_state=0).fit(X)
+>>> sorted(model.means_.ravel().round(1).tolist())
+[19.5, 119.5]
+
+Rows in memory are arrays, tensors and tables; rows elsewhere are a lake:
+
+    lake = gmm_dist.Lake("s3://lake/points", where="ds >= '2026-11-01'")
+    cluster = gmm_dist.Cluster(num_workers=8)
+    found = gmm_dist.select(lake, n_components=range(2, 13), cluster=cluster)
+    gmm_dist.save(found.best, "s3://models/points")
+    gmm_dist.load("s3://models/points").predict(X)
+
+To fit:
+
+- `GaussianMixture`, `BayesianGaussianMixture`: scikit-learn's estimators, with weights;
+- `select`: mixtures of several sizes and covariance types, fitted in the same passes and ranked;
+- `Lake`: rows of Parquet files, by name, which `fit`, `select` and `score` take in place of rows;
+- `Cluster`: the Ray cluster that holds a lake's rows, and how many workers do.
+
+To keep and to use:
+
+- `load`, `save`: models in folders, local or on S3, as the command `gmm-dist` writes them too;
+- `Mixture`: a model that was loaded: labels, probabilities, densities and criteria of rows;
+- `Parameters`: its weights, means and covariances, float64 tensors;
+- `UserError`: the ValueError that says in one line what is wrong, where, and what to do.
 """
 
 from __future__ import annotations
@@ -14,13 +36,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gmm_dist.config import Cluster as Cluster
     from gmm_dist.errors import UserError as UserError
     from gmm_dist.estimators.bayesian_gaussian_mixture import (
         BayesianGaussianMixture as BayesianGaussianMixture,
     )
     from gmm_dist.estimators.gaussian_mixture import GaussianMixture as GaussianMixture
+    from gmm_dist.estimators.save import save as save
     from gmm_dist.estimators.select import select as select
-    from gmm_dist.lake.lake import open_lake as open_lake
+    from gmm_dist.lake.lake import Lake as Lake
     from gmm_dist.model.mixture import Mixture as Mixture
     from gmm_dist.model.parameters import Parameters as Parameters
     from gmm_dist.runs.load import load as load
@@ -31,28 +55,37 @@ __version__ = "0.1.0"
 # runs where only torch is installed, and reading a lake does not wait for torch.
 _HOMES = {
     "BayesianGaussianMixture": "estimators.bayesian_gaussian_mixture",
+    "Cluster": "config",
     "GaussianMixture": "estimators.gaussian_mixture",
+    "Lake": "lake.lake",
     "Mixture": "model.mixture",
     "Parameters": "model.parameters",
     "UserError": "errors",
     "load": "runs.load",
-    "open_lake": "lake.lake",
+    "save": "estimators.save",
     "select": "estimators.select",
 }
 
 __all__ = [
     "BayesianGaussianMixture",
+    "Cluster",
     "GaussianMixture",
+    "Lake",
     "Mixture",
     "Parameters",
     "UserError",
     "load",
-    "open_lake",
+    "save",
     "select",
 ]
 
 
 def __getattr__(name: str) -> object:
+    if name == "open_lake":
+        raise AttributeError(
+            f"module {__name__!r} has no attribute 'open_lake': gmm_dist.Lake(url, ...) names a "
+            "lake, and fit(lake, cluster=gmm_dist.Cluster(...)) says where its rows are held"
+        )
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,9 +1,9 @@
-"""Frozen, validated settings of a fit and of a sweep."""
+"""Frozen, validated settings: of the cluster, of a fit and of a sweep."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 from gmm_dist.errors import UserError
@@ -12,6 +12,87 @@ PRECISIONS = ("auto", "float32", "float64")
 RELATIVE, ABSOLUTE = "variance of the feature over all rows", "squared feature unit"
 REG_UNITS = (RELATIVE, ABSOLUTE)
 INITS = ("k-means||", "k-means++", "kmeans", "random", "random_from_data")
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The Ray cluster that holds a lake's rows, and how many workers do.
+
+    Connects to nothing yet: a fit does, and leaves again. A process that is connected to Ray
+    already, such as a notebook, uses that cluster and stays connected.
+
+    >>> Cluster(num_workers=4)
+    Cluster(address=None, num_workers=4, use_gpu=None)
+
+    Args:
+        address: HOST:PORT of the cluster's head, ray://HOST:10001, "auto" for the one that runs on
+            this machine, or "local" to start Ray here. None: the cluster that this process is
+            connected to, else that of RAY_ADDRESS, else Ray is started here.
+        num_workers: Ray actors that hold rows; None for one per CPU, or per GPU.
+        use_gpu: whether each worker has a GPU of its own; None for whether the cluster has any.
+
+    Raises UserError for a value out of range.
+    """
+
+    address: str | None = None
+    num_workers: int | None = None
+    use_gpu: bool | None = None
+
+    def __post_init__(self) -> None:
+        address, n, gpu = self.address, self.num_workers, self.use_gpu
+        address_ok = address is None or (isinstance(address, str) and address.strip() != "")
+        _require(address_ok, "address", repr(address), "HOST:PORT of a Ray cluster's head, or None")
+        n_ok = n is None or (_is_whole(n, 1) and not isinstance(n, bool))
+        _require(n_ok, "num_workers", n, "a whole number >= 1")
+        _require(gpu is None or isinstance(gpu, bool), "use_gpu", repr(gpu), "True, False or None")
+
+    def at_most(self, n_shards: int) -> Cluster:
+        """Return as many workers as have something to do: Ray starts a process for each at once."""
+        if self.num_workers is None:
+            return self
+        return replace(self, num_workers=min(self.num_workers, max(1, n_shards)))
+
+
+@dataclass(frozen=True, slots=True)
+class FailureConfig:
+    """How patient a run is with its workers; all times in seconds.
+
+    `max_failures`: failures that a run bears; those within `together` count as one, as a host
+    that dies takes all its workers with it. `grace`: until survivors take over the shards of a
+    lost worker; `forsaken`: until shards that nobody has room for end the run. `silence`: a
+    worker that has shown no sign of work on its call for so long is lost. One that shows it may
+    take `deadline` for a call, or `deadline_factor` times as long as its siblings if that is
+    more; before a sibling has replied, `longest`. A call that lasts longer than `straggling` and
+    `straggling_factor` times its siblings is repeated elsewhere. A worker rests for `backoff`
+    after its first failure, twice as long after each further one in a row, `max_backoff` at most.
+    """
+
+    max_failures: int = 16
+    grace: float = 60.0
+    together: float = 10.0
+    forsaken: float = 900.0
+    # Ray itself needs 65 s to see that a host is cut off, and lost messages stall for up to 30 s.
+    silence: float = 60.0
+    deadline: float = 300.0  # an outage of the storage is sat out by those who read it
+    deadline_factor: float = 20.0
+    longest: float = 86_400.0
+    straggling: float = 30.0
+    straggling_factor: float = 4.0
+    backoff: float = 0.5
+    max_backoff: float = 30.0
+
+    def __post_init__(self) -> None:
+        _require(self.max_failures >= 0, "max_failures", self.max_failures, "a whole number >= 0")
+        _require(_is_size(self.grace), "grace", self.grace, "seconds >= 0")
+
+    @property
+    def tick(self) -> float:
+        """Return how often to look at the clock while nothing happens."""
+        return min(1.0, self.silence / 8, self.straggling / 8, max(self.grace / 4, 0.05))
+
+    def rest(self, failures: int) -> float:
+        """Return how long a worker rests after so many failures in a row."""
+        return float(min(self.max_backoff, self.backoff * 2.0 ** min(failures - 1, 60)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +147,7 @@ class StartConfig:
 
     def __post_init__(self) -> None:
         _require(_is_whole(self.n_init, 1), "n_init", self.n_init, "a whole number >= 1")
-        _require(self.init in INITS, "init", self.init, f"one of {', '.join(INITS)}")
+        _require(self.init in INITS, "init_params", self.init, f"one of {', '.join(INITS)}")
         _require(_is_whole(self.moves, 0), "moves", self.moves, "a whole number >= 0")
         _require(_is_whole(self.finalists, 1), "finalists", self.finalists, "a whole number >= 1")
         sample_ok = self.n_sample is None or _is_whole(self.n_sample, 1)

@@ -6,7 +6,8 @@ as the argument that it is, commands as the option of their command line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from gmm_dist.formats import printable
@@ -68,12 +69,7 @@ class Text:
 
     def renamed(self, names: Mapping[str, str]) -> Text:
         """Return the text about options of other names."""
-        parts = (
-            Option(names.get(part.name, part.name), part.value)
-            if isinstance(part, Option)
-            else part
-            for part in self.parts
-        )
+        parts = (p.renamed(names) if isinstance(p, Option) else p for p in self.parts)
         return Text(tuple(parts))
 
 
@@ -189,3 +185,13 @@ class RunFailed(_Told, RuntimeError):  # noqa: N818 - a run that failed is not a
     Nothing is wrong with the input: the run can be resumed. Commands print the line on stderr
     and end with status 1.
     """
+
+
+@contextmanager
+def renaming(**names: str) -> Iterator[None]:
+    """Have errors of the block name options otherwise, such as `registry` for `output`."""
+    try:
+        yield
+    except UserError as error:
+        error.rename(**names)
+        raise

@@ -198,7 +198,7 @@ def estimators(data: str) -> Iterator[tuple[str, str]]:
         )
     weighted = gmm_dist.GaussianMixture(3, random_state=1).fit(X, sample_weight=weights)
     yield "estimator, weights", of_arrays(weighted.weights_, weighted.means_, weighted.covariances_)
-    best = gmm_dist.select(X, k=range(1, 5), random_state=0).best
+    best = gmm_dist.select(X, n_components=range(1, 5), random_state=0).best
     yield "select", of_arrays(best.weights_, best.means_, best.covariances_)
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em.loop import FitResult
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Stack
+from gmm_dist.model.parameters import COVARIANCE_TYPES, ParameterStack
 from gmm_dist.selection.kmeans import start_of
 from tests.support import mixtures
 
@@ -96,8 +96,8 @@ def fits(X: Tensor, labels: Tensor, kind: str, precision: str) -> FitResult:
 
 def faults(X: Tensor, auto: FitResult, exact: FitResult, kind: str) -> list[str]:
     """Return what is wrong with a fit, in words and figures."""
-    stack = Stack.of([auto.parameters])
-    family = FAMILIES[kind]
+    stack = ParameterStack.of([auto.parameters])
+    family = TYPE_OF[kind]
     if bool(family.precisions_cholesky(stack.covariances)[1].any()):
         return ["a covariance is not positive definite"]
     found = []
@@ -107,11 +107,11 @@ def faults(X: Tensor, auto: FitResult, exact: FitResult, kind: str) -> list[str]
     if auto.is_ranked and exact.is_ranked:
         if (gap := abs(auto.log_likelihood - exact.log_likelihood) / N) > 1e-6:
             found.append(f"likelihood {gap:.1e} away from float64's")
-        variances = family.variances(Stack.of([exact.parameters]).covariances, X.shape[1])
+        variances = family.variances(ParameterStack.of([exact.parameters]).covariances, X.shape[1])
         spread = variances.sqrt()
         unit = spread[:, :, None] * spread[:, None] if kind in ("full", "tied") else variances
         unit = unit[:, 0] if kind == "spherical" else unit
-        mine = stack.covariances - Stack.of([exact.parameters]).covariances
+        mine = stack.covariances - ParameterStack.of([exact.parameters]).covariances
         if (gap := float((mine / unit).abs().max())) > 1e-4:
             found.append(f"covariances {gap:.1e} away from float64's")
     return found

@@ -113,8 +113,8 @@ class Night:
                 seen.append((compare_densities(shards, job.warm[0], tonight), rows))
 
         if self.options.scores is not None:  # whose scoring is to find Ray as the fit leaves it
-            scaling = options.scaling.at_most(max(plan.n_shards, len(plan.files)))
-            self.session.enter_context(connected(self.options.address, scaling))
+            cluster = options.cluster.at_most(max(plan.n_shards, len(plan.files)))
+            self.session.enter_context(connected(cluster))
         fitted = job.fit(run, look)
         densities, columns = None, None
         if seen and self.before is not None:
@@ -325,8 +325,10 @@ class _Work:
     @property
     def warnings(self) -> list[str]:
         names = self.job.plan.feature_names
-        found = self.fitted.result.warnings(names, lambda k: f"give --k {k} from the next night on")
-        return _spelt([*self.fitted.incomplete, *found])
+        found = self.fitted.result.warnings(
+            names, lambda k: f"give --k {k} from the next night on", spelling=on_command_line
+        )
+        return [*_spelt(self.fitted.incomplete), *found]
 
 
 def _spelt(lines: Sequence[Words]) -> list[str]:

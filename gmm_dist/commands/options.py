@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 from gmm_dist import __version__
-from gmm_dist.config import INITS, PRECISIONS, EMConfig, StartConfig
+from gmm_dist.config import INITS, PRECISIONS, EMConfig, FailureConfig, StartConfig
 from gmm_dist.errors import UserError
 from gmm_dist.formats import printable
 from gmm_dist.model.parameters import COVARIANCE_TYPES
-from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.urls import Url, redacted, without_secrets
 
 _EM, _START = EMConfig(), StartConfig()  # the defaults
@@ -193,7 +192,7 @@ def add_cluster(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="give each worker a GPU (default: if the cluster has any)",
     )
-    faults = FaultConfig()
+    faults = FailureConfig()
     group.add_argument(
         "--max-failures",
         type=int,

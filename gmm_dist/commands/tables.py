@@ -11,7 +11,7 @@ from rich.text import Text
 from gmm_dist.commands.talking import bearing, say, screen
 from gmm_dist.em.loop import Status
 from gmm_dist.formats import counted
-from gmm_dist.selection.ranking import Scored, SweepResult
+from gmm_dist.selection.ranking import RankedCandidate, SweepResult
 
 _PER_ROW = "mean log-likelihood,\nnats per row"  # on two lines: most terminals have 80 columns
 
@@ -38,16 +38,16 @@ def ranking(result: SweepResult, width: int) -> RenderableType:
 _Rows = Sequence[tuple[dict[str, str], str]]
 
 
-def _ranks(result: SweepResult) -> Iterator[tuple[str, Scored]]:
+def _ranks(result: SweepResult) -> Iterator[tuple[str, RankedCandidate]]:
     for rank, s in enumerate(result.ranked, start=1):
         yield str(rank) if s.fit.is_ranked else "-", s
 
 
-def _style(scored: Scored, result: SweepResult) -> str:
+def _style(scored: RankedCandidate, result: SweepResult) -> str:
     return "bold" if scored is result.best else "" if scored.fit.is_ranked else "dim"
 
 
-def _cells(s: Scored, rank: str) -> dict[str, str]:
+def _cells(s: RankedCandidate, rank: str) -> dict[str, str]:
     return {
         "rank": rank,
         "k": str(s.candidate.k),
@@ -91,7 +91,7 @@ def _list(names: Sequence[str], rows: _Rows) -> Group:
     return Group(*lines)
 
 
-def _starts(scored: Scored) -> str:
+def _starts(scored: RankedCandidate) -> str:
     """Say how many starts were fitted on all rows, and how many of them fell behind."""
     dropped = scored.outcome.n_dropped
     return f"{scored.outcome.n_starts}" + (f", {dropped} dropped" if dropped else "")

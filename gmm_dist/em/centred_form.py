@@ -7,27 +7,27 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.em.features import Features
-from gmm_dist.em.lane_batch import LaneGroup
+from gmm_dist.em.lane_batch import LaneBatch
 from gmm_dist.em.statistics import SufficientStatistics
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.densities import Densities
 from gmm_dist.shards.protocol import Block
 
 
-class CentredPass:
+class CentredForm:
     """Sums the statistics of lanes about their components' means, in float64.
 
     Right where the matrix form has lost its digits to cancellation, and many times slower. The
     moments come in the layout of Full, Diag or Spherical; tied lanes use Full's.
     """
 
-    def __init__(self, group: LaneGroup, n_max: int, device: torch.device) -> None:
+    def __init__(self, group: LaneBatch, n_max: int, device: torch.device) -> None:
         assert group.stack is not None
         self._sizes = list(group.sizes)
         layout = "full" if group.covariance_type == "tied" else group.covariance_type
         d = group.stack.means.shape[1]
         self._features = Features(d, n_max, {layout}, torch.float64, device)
-        self._layout, rows = layout, FAMILIES[layout].rows(d)
+        self._layout, rows = layout, TYPE_OF[layout].rows(d)
         shape = (rows.stop - rows.start, sum(group.sizes))
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self._log_likelihood = self._sums.new_zeros(len(group.sizes))
@@ -35,7 +35,7 @@ class CentredPass:
         self._squares = self._sums.new_zeros(sum(group.sizes))
         self.begin(group)
 
-    def begin(self, group: LaneGroup) -> None:
+    def begin(self, group: LaneBatch) -> None:
         """Take the parameters of the next passes."""
         assert group.stack is not None
         self._densities = Densities(group.stack, self._sums.device)

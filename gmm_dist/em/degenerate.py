@@ -13,8 +13,8 @@ from gmm_dist.em.lane import Lane, Outcome
 from gmm_dist.em.statistics import (
     TotalMoments,
 )
-from gmm_dist.model.covariance import FAMILIES
-from gmm_dist.model.parameters import Stack
+from gmm_dist.model.covariance import TYPE_OF
+from gmm_dist.model.parameters import ParameterStack
 
 # Iterations before a lane is compared with its rivals, and the gains that it may still hope for.
 _WARM_UP, _CATCH_UP = 3, 10.0
@@ -73,14 +73,14 @@ def degenerate_components(lane: Lane, total: TotalMoments) -> Bool[Tensor, " k"]
     # Nothing more to know: the eigenvalues of wide covariances take longer than a pass.
     if not bool((reg > 0).any()) or bool(few.all()):
         return few
-    stack = Stack.of([lane.parameters])
+    stack = ParameterStack.of([lane.parameters])
     if kind == "spherical":  # whose one variance takes the mean
         reg = reg.mean().expand_as(reg)
     if kind in ("full", "tied"):
         flat = _n_below(stack.covariances, 2 * reg)
         allowed = _n_below(total.covariance[None], reg)
     else:
-        flat = (FAMILIES[kind].variances(stack.covariances, d) < 2 * reg).sum(-1)
+        flat = (TYPE_OF[kind].variances(stack.covariances, d) < 2 * reg).sum(-1)
         allowed = (total.variances < reg).sum()
     return few | (flat > allowed + _n_on_spikes(lane, reg, total))
 
@@ -98,7 +98,7 @@ def _n_on_spikes(lane: Lane, reg: Float64[Tensor, " d"], total: TotalMoments) ->
 
 def _have_few_rows(lane: Lane) -> Bool[Tensor, " k"]:
     """Say which components have fewer rows than their covariance type needs."""
-    family, d = FAMILIES[lane.parameters.covariance_type], lane.parameters.n_features
+    family, d = TYPE_OF[lane.parameters.covariance_type], lane.parameters.n_features
     in_all = float(lane.rows.sum()) < family.least_rows_in_all(d) - _NEARLY
     return (lane.rows < family.least_rows(d) - _NEARLY) | in_all
 

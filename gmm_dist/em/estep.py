@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.em.centred_form import CentredPass
+from gmm_dist.em.centred_form import CentredForm
 from gmm_dist.em.features import Features
-from gmm_dist.em.lane_batch import LaneGroup, Precision
-from gmm_dist.em.product_form import MatrixPass
+from gmm_dist.em.lane_batch import LaneBatch, Precision
+from gmm_dist.em.product_form import ProductForm
 from gmm_dist.em.statistics import PassStatistics, TotalMoments
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.shards.protocol import Block, ShardRows
 
 N_CHECKED = 64
@@ -42,7 +42,7 @@ class EStep:
     rows in the working precision, and the statistics (P, K) in float64.
     """
 
-    groups: tuple[LaneGroup, ...]
+    groups: tuple[LaneBatch, ...]
     n_features: int
 
     def __call__(self, rows: ShardRows) -> PassStatistics:
@@ -52,7 +52,7 @@ class EStep:
 
     def chunk_rows(self, device: torch.device) -> int:
         """Return how many rows are worked on at once: a function of the shapes."""
-        last = [FAMILIES[g.covariance_type].rows(self.n_features).stop for g in self.groups]
+        last = [TYPE_OF[g.covariance_type].rows(self.n_features).stop for g in self.groups]
         components = sum(sum(group.sizes) for group in self.groups)
         width: int = max(last) + 2 * components
         if device.type == "cuda":
@@ -72,10 +72,10 @@ class _Workspace:
             dtype: Features(d, n_max, _kinds(matrix, dtype), dtype, device)
             for dtype in {group.precision.dtype for group in matrix}
         }
-        self._passes: list[MatrixPass | CentredPass] = [
-            CentredPass(group, n_max, device)
+        self._passes: list[ProductForm | CentredForm] = [
+            CentredForm(group, n_max, device)
             if group.precision is Precision.CENTRED
-            else MatrixPass(group, self._features[group.precision.dtype], n_max)
+            else ProductForm(group, self._features[group.precision.dtype], n_max)
             for group in task.groups
         ]
         self._checks = [
@@ -123,14 +123,14 @@ class _Workspace:
 class _Float32Check:
     """Holds float32 log-densities of a few rows against float64 ones."""
 
-    def __init__(self, group: LaneGroup, d: int, device: torch.device) -> None:
+    def __init__(self, group: LaneBatch, d: int, device: torch.device) -> None:
         kinds = {group.covariance_type}
         self._passes = [
-            MatrixPass(group, Features(d, N_CHECKED, kinds, dtype, device), N_CHECKED)
+            ProductForm(group, Features(d, N_CHECKED, kinds, dtype, device), N_CHECKED)
             for dtype in (torch.float32, torch.float64)
         ]
 
-    def begin(self, group: LaneGroup) -> None:
+    def begin(self, group: LaneBatch) -> None:
         for lanes in self._passes:
             lanes.begin(group)
 
@@ -175,12 +175,12 @@ def _device(rows: ShardRows) -> torch.device:
     return rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
 
 
-def _kinds(groups: Sequence[LaneGroup], dtype: torch.dtype) -> set[str]:
+def _kinds(groups: Sequence[LaneBatch], dtype: torch.dtype) -> set[str]:
     return {group.covariance_type for group in groups if group.precision.dtype == dtype}
 
 
 @dataclass(frozen=True, slots=True)
-class Total:
+class SumMoments:
     """The task that sums the first two moments of all rows, in float64.
 
     Not `whole`: of the second ones only the squares.

@@ -26,11 +26,13 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.em.estep import chunks
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.em.statistics import TotalMoments, criterion_size
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.model.quantiles import LEVELS, Quantiles
 from gmm_dist.shards.protocol import HeldOut, ShardRows, Shards
+from gmm_dist.shards.reweighted import unit_of
 
 _CHUNK, _CUDA_CHUNK = 2048, 1 << 14
 _SCALE, _STEP = 16.0, 1 / 1024
@@ -62,7 +64,7 @@ class Score:
 
     def __call__(self, rows: ShardRows) -> LogLikelihoods:
         device = rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
-        densities = [Densities(Stack.of([mixture]), device) for mixture in self.mixtures]
+        densities = [Densities(ParameterStack.of([mixture]), device) for mixture in self.mixtures]
         sums = torch.zeros(len(densities), dtype=torch.float64, device=device)
         n_samples = torch.zeros((), dtype=torch.float64, device=device)
         for chunk in chunks(rows.blocks, _CUDA_CHUNK if device.type == "cuda" else _CHUNK):
@@ -72,6 +74,80 @@ class Score:
             sums += log_norm @ weight
             n_samples += weight.sum()
         return LogLikelihoods(sums.cpu(), float(n_samples))
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSums:
+    """Sums over rows under one mixture, of which its score and criteria are made; a Summary.
+
+    `log_likelihood` sums w log p and `entropy` -w Σ_k r_k ln r_k, nats; `n_samples` sums w,
+    `sum_ww` w²; `n_rows` counts rows. All w are the weights times `unit`, a power of two by which
+    the largest is from 1 to 2: weights of any unit stay within float64's range.
+    """
+
+    log_likelihood: float
+    entropy: float
+    n_samples: float
+    sum_ww: float
+    n_rows: int
+    unit: float
+
+    def __add__(self, other: ScoreSums) -> ScoreSums:
+        one, two = self._in(other), other._in(self)
+        return ScoreSums(
+            one.log_likelihood + two.log_likelihood,
+            one.entropy + two.entropy,
+            one.n_samples + two.n_samples,
+            one.sum_ww + two.sum_ww,
+            one.n_rows + two.n_rows,
+            two.unit if one.n_rows == 0 else one.unit,
+        )
+
+    def _in(self, other: ScoreSums) -> ScoreSums:
+        """Return the sums in the unit of the larger weights of the two."""
+        if self.n_rows == 0 or other.n_rows == 0 or self.unit <= other.unit:
+            return self
+        by = other.unit / self.unit
+        return ScoreSums(
+            self.log_likelihood * by,
+            self.entropy * by,
+            self.n_samples * by,
+            self.sum_ww * by * by,
+            self.n_rows,
+            other.unit,
+        )
+
+    @property
+    def criterion_size(self) -> float:
+        """The n of the criteria: Σ w as given, or Kish's number of rows (`criterion_size`)."""
+        empty = torch.zeros(0, dtype=torch.float64)
+        moments = TotalMoments(self.n_samples, self.n_rows, empty, empty, self.sum_ww)
+        return criterion_size(moments, self.unit)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SumScores:
+    """The task that scores the rows under one mixture, in float64 and the centred form.
+
+    Peak memory beside the rows: log-densities and responsibilities (k, b) of a chunk of b rows.
+    """
+
+    mixture: Parameters
+
+    def __call__(self, rows: ShardRows) -> ScoreSums:
+        device = rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
+        density = Densities(ParameterStack.of([self.mixture]), device)
+        weights = [block.weights for block in rows.blocks if block.X.shape[1]]
+        unit = unit_of(max((float(w.max()) for w in weights), default=1.0))
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        for chunk in chunks(rows.blocks, _CUDA_CHUNK if device.type == "cuda" else _CHUNK):
+            logits, weight = density(chunk.X.double()), chunk.weights * unit
+            resp = logits.softmax(0)
+            entropy = -torch.special.xlogy(resp, resp).sum(0)
+            of_rows = torch.stack([logits.logsumexp(0), entropy, torch.ones_like(weight), weight])
+            sums += of_rows @ weight
+        log_likelihood, entropy, n_samples, sum_ww = sums.tolist()
+        return ScoreSums(log_likelihood, entropy, n_samples, sum_ww, rows.n_rows, unit)
 
 
 def mean_log_likelihoods(shards: Shards, mixtures: Sequence[Parameters]) -> list[float | None]:
@@ -92,8 +168,8 @@ def mean_log_likelihoods(shards: Shards, mixtures: Sequence[Parameters]) -> list
 
 
 def _has_density(mixture: Parameters) -> bool:
-    stack = Stack.of([mixture])
-    _, failed = FAMILIES[mixture.covariance_type].precisions_cholesky(stack.covariances)
+    stack = ParameterStack.of([mixture])
+    _, failed = TYPE_OF[mixture.covariance_type].precisions_cholesky(stack.covariances)
     return not bool(failed.any()) and math.isfinite(float(mixture.means.sum()))
 
 
@@ -182,7 +258,7 @@ class Tally:
 
     def __call__(self, rows: ShardRows) -> Histograms:
         device = rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
-        densities = [Densities(Stack.of([mixture]), device) for mixture in self.mixtures]
+        densities = [Densities(ParameterStack.of([mixture]), device) for mixture in self.mixtures]
         tally = _Counter(torch.stack([density.peaks.logsumexp(0) for density in densities]))
         for chunk in chunks(rows.blocks, _CUDA_CHUNK if device.type == "cuda" else _CHUNK):
             x = chunk.X.double()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gmm_dist.model.covariance import FAMILIES, PRODUCT_BLOCK, n_feature_rows
+from gmm_dist.model.covariance import PRODUCT_BLOCK, TYPE_OF, n_feature_rows
 
 _MAX_VIEWS = 256  # chunk lengths whose views are kept
 
@@ -41,7 +41,7 @@ class Features:
     ) -> None:
         self.d, self.dtype = d, dtype
         self._kinds = kinds
-        last: int = max(FAMILIES[kind].rows(d).stop for kind in kinds)
+        last: int = max(TYPE_OF[kind].rows(d).stop for kind in kinds)
         self._has_norm = "spherical" in kinds
         self._has_squares = self._has_norm or last > 2 + d
         self._has_products = last > 2 + 2 * d
@@ -78,7 +78,7 @@ class Features:
         phi = self._buffer[: self._n_rows * n].view(self._n_rows, n)
         x = phi[2 : 2 + d]
         products = _products(x, phi[2 + 2 * d :]) if self._has_products else []
-        of = {kind: phi[FAMILIES[kind].rows(d)] for kind in self._kinds}
+        of = {kind: phi[TYPE_OF[kind].rows(d)] for kind in self._kinds}
         views = _Views(of, x, phi[1], phi[2 + d : 2 + 2 * d], phi[0], products)
         self._views[n] = views
         return views

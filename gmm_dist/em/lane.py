@@ -18,10 +18,10 @@ from torch import Tensor
 
 from gmm_dist.config import RELATIVE, EMConfig
 from gmm_dist.em.estep import EStep
-from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.squarem import Squarem
 from gmm_dist.model.covariance import natural
-from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.parameters import Parameters, ParameterStack
 
 _PLAIN = ("n_iter", "lower_bounds", "log_likelihood", "entropy", "last_bound", "strained")
 _LEAPS = ("max_step", "n_leaps", "n_failed", "saved", "last_gain")
@@ -74,7 +74,7 @@ class Lane:
         With a scale, and as `config` says, it leaps ahead of EM.
         """
         exact, d = config.precision == "float64", parameters.n_features
-        at_start = natural(Stack.of([parameters]))
+        at_start = natural(ParameterStack.of([parameters]))
         lane = cls(
             parameters=parameters,
             theta=at_start.theta,
@@ -103,7 +103,7 @@ class Lane:
         """Have the next pass score the EM step that a failed leap replaced."""
         assert self.squarem is not None
         self.parameters = self.squarem.take_back()
-        self.theta = natural(Stack.of([self.parameters])).theta
+        self.theta = natural(ParameterStack.of([self.parameters])).theta
 
 
 def regularisation(config: EMConfig, scale: Float64[Tensor, " d"]) -> Float64[Tensor, " d"]:
@@ -126,9 +126,9 @@ def task_of(groups: Sequence[Sequence[Lane]]) -> EStep:
     return EStep(tuple(_packed(group) for group in groups), groups[0][0].parameters.n_features)
 
 
-def _packed(group: Sequence[Lane]) -> LaneGroup:
+def _packed(group: Sequence[Lane]) -> LaneBatch:
     lanes, thetas = [lane.parameters for lane in group], [lane.theta for lane in group]
-    return LaneGroup.of(lanes, thetas, group[0].precision)
+    return LaneBatch.of(lanes, thetas, group[0].precision)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.parameters import Parameters, ParameterStack
 
 
 class Precision(Enum):
@@ -26,7 +26,7 @@ class Precision(Enum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LaneGroup:
+class LaneBatch:
     """Lanes of one covariance type and precision, as a worker needs them.
 
     `theta` (K, P) are the natural parameters of all their components; the centred form reads
@@ -37,7 +37,7 @@ class LaneGroup:
     precision: Precision
     sizes: tuple[int, ...]
     theta: Float64[Tensor, "K P"] | None = None
-    stack: Stack | None = None
+    stack: ParameterStack | None = None
 
     @classmethod
     def of(
@@ -45,11 +45,11 @@ class LaneGroup:
         lanes: Sequence[Parameters],
         thetas: Sequence[Float64[Tensor, "_ P"]],
         precision: Precision,
-    ) -> LaneGroup:
+    ) -> LaneBatch:
         """Pack mixtures of one covariance type, and their natural parameters."""
         kind, sizes = lanes[0].covariance_type, tuple(lane.n_components for lane in lanes)
         if precision is Precision.CENTRED:
-            return cls(kind, precision, sizes, stack=Stack.of(lanes))
+            return cls(kind, precision, sizes, stack=ParameterStack.of(lanes))
         theta = thetas[0] if len(thetas) == 1 else torch.cat(list(thetas))
         return cls(kind, precision, sizes, theta=theta)
 

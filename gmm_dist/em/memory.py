@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gmm_dist.errors import Option, Text, UserError
 from gmm_dist.formats import gigabytes
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import COVARIANCE_TYPES
 
 # Parameters, their padded copy, sums in the working precision and in float64, the summary that
@@ -46,6 +46,6 @@ def _by_width() -> list[str]:
 
 
 def _width(kind: str, n_features: int) -> int:
-    rows = FAMILIES[kind].rows(n_features)
+    rows = TYPE_OF[kind].rows(n_features)
     width: int = rows.stop - rows.start
     return width

@@ -26,8 +26,8 @@ from gmm_dist.em.statistics import (
     TotalMoments,
     effective_rows,
 )
-from gmm_dist.model.covariance import FAMILIES, Moments, maximise, natural
-from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.covariance import TYPE_OF, Moments, maximise, natural
+from gmm_dist.model.parameters import Parameters, ParameterStack
 
 _NEXT = {Precision.FLOAT32: Precision.FLOAT64, Precision.FLOAT64: Precision.CENTRED}
 
@@ -82,8 +82,8 @@ def moments_of(
     """Name the sums that a pass in `precision` brings back for one lane's parameters."""
     kind = parameters.covariance_type
     if precision is not Precision.CENTRED:
-        return FAMILIES[kind].moments(sums, total.sum_xx)
-    layout = FAMILIES["full" if kind == "tied" else kind]
+        return TYPE_OF[kind].moments(sums, total.sum_xx)
+    layout = TYPE_OF["full" if kind == "tied" else kind]
     about = layout.moments(sums, total.sum_xx)
     return Moments(about.nk, about.sum_x, about.sum_xx, parameters.means)
 
@@ -92,7 +92,7 @@ def shared_quadratic(parameters: Parameters, precision: Precision, total: TotalM
     """Return what the products of a tied lane leave out of Σ log p: -½ tr(Σ⁻¹ S)."""
     if parameters.covariance_type != "tied" or precision is Precision.CENTRED:
         return 0.0
-    factors, _ = FAMILIES["tied"].precisions_cholesky(parameters.covariances[None])
+    factors, _ = TYPE_OF["tied"].precisions_cholesky(parameters.covariances[None])
     return -0.5 * float(((factors[0].T @ total.sum_xx) * factors[0].T).sum())
 
 
@@ -183,7 +183,7 @@ def _follow(lane: Lane, stepped: Parameters, theta: Tensor) -> None:
     proposed = lane.squarem.follow(scored, stepped)
     if proposed is stepped:
         return
-    at = natural(Stack.of([proposed]))
+    at = natural(ParameterStack.of([proposed]))
     variances = _least_variances(proposed)
     # A leap must neither dive below the regularisation floor nor ask for better arithmetic.
     safe = bool((at.condition <= MAX_CONDITION[lane.precision]).all() and not at.failed.any())
@@ -198,7 +198,7 @@ def _least_variances(parameters: Parameters) -> Tensor:
     if parameters.covariance_type in ("full", "tied"):
         factors: Tensor = torch.linalg.cholesky_ex(parameters.covariances)[0]
         return factors.diagonal(dim1=-2, dim2=-1) ** 2
-    return FAMILIES[parameters.covariance_type].variances(
+    return TYPE_OF[parameters.covariance_type].variances(
         parameters.covariances, parameters.n_features
     )
 

@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.em.features import Features
-from gmm_dist.em.lane_batch import LaneGroup
+from gmm_dist.em.lane_batch import LaneBatch
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import NEVER
 from gmm_dist.shards.protocol import Block
@@ -42,14 +42,14 @@ class _Work:
     buckets: list[tuple[Tensor, Tensor]]
 
 
-class MatrixPass:
+class ProductForm:
     """Sums `Φ Rᵀ` of a group's lanes over chunks; keeps its buffers from pass to pass.
 
     Components are laid out in buckets of lanes of like size, padded to the largest, so that
     one softmax serves a whole bucket. `begin` starts a pass with new natural parameters.
     """
 
-    def __init__(self, group: LaneGroup, features: Features, n_max: int) -> None:
+    def __init__(self, group: LaneBatch, features: Features, n_max: int) -> None:
         assert group.theta is not None
         self.features = features
         self._kind = group.covariance_type
@@ -69,7 +69,7 @@ class MatrixPass:
         self._squares = self._sums.new_zeros(n_places)
         self._is_weighted = False
 
-    def begin(self, group: LaneGroup) -> None:
+    def begin(self, group: LaneBatch) -> None:
         """Take the parameters of the next passes."""
         assert group.theta is not None
         if len(group.sizes) == 1:  # nothing to lay out, nor below

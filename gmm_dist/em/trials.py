@@ -18,11 +18,11 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.em.estep import EStep
-from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.mstep import MAX_CONDITION, SMALLEST_TOL, moments_of, shared_quadratic
 from gmm_dist.em.statistics import SufficientStatistics, TotalMoments
 from gmm_dist.model.covariance import Moments, maximise, natural
-from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.shards.protocol import Shards
 
 _FORMS = (Precision.FLOAT32, Precision.FLOAT64, Precision.CENTRED)
@@ -215,7 +215,7 @@ class _Pass:
 
 
 def _begin(trial: Trial, rules: Rules) -> None:
-    at = natural(Stack.of([trial.parameters]))
+    at = natural(ParameterStack.of([trial.parameters]))
     if bool(at.failed.any()):
         raise SingularCovarianceError
     trial.precision, trial.theta = _needed(float(at.condition.max()), rules), at.theta
@@ -229,7 +229,7 @@ def _advance(trial: Trial, found: _Pass, total: TotalMoments, rules: Rules, watc
         trial.parameters, trial.precision, total
     )
     stepped = model.step(moments)
-    at = natural(Stack.of([stepped.parameters]))
+    at = natural(ParameterStack.of([stepped.parameters]))
     failed = bool(at.failed.any())
     needed = Precision.CENTRED if failed else _needed(float(at.condition.max()), rules)
     if _is_coarser(trial.precision, needed) and rules.precision != "float32":
@@ -284,6 +284,6 @@ def _grouped(trials: Sequence[Trial]) -> list[list[Trial]]:
     return list(groups.values())
 
 
-def _packed(group: Sequence[Trial]) -> LaneGroup:
+def _packed(group: Sequence[Trial]) -> LaneBatch:
     thetas = [trial.theta for trial in group if trial.theta is not None]
-    return LaneGroup.of([trial.parameters for trial in group], thetas, group[0].precision)
+    return LaneBatch.of([trial.parameters for trial in group], thetas, group[0].precision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from gmm_dist.model.arrays import (
     array_of,
     is_foreign,
 )
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -27,9 +28,19 @@ def require_class(fitted: Any, wanted: type) -> None:
         raise TypeError(f"from_sklearn takes a sklearn.mixture.{wanted.__name__}, not a {given}")
 
 
+def copied(parameters: Parameters) -> Parameters:
+    """Return a plain mixture's parameters in memory of their own."""
+    return replace(
+        parameters,
+        weights=parameters.weights.clone(),
+        means=parameters.means.clone(),
+        covariances=parameters.covariances.clone(),
+    )
+
+
 def publish(estimator: BaseMixture, learned: Parameters, space: Space) -> None:
     """Set the attributes of a mixture, in feature units."""
-    family = FAMILIES[learned.covariance_type]
+    family = TYPE_OF[learned.covariance_type]
     tied = learned.covariance_type == "tied"
     covariances = learned.covariances[None] if tied else learned.covariances
     factors, _ = family.precisions_cholesky(covariances)
@@ -56,7 +67,7 @@ def have_factors(kind: str, covariances: Tensor, factors: Tensor) -> bool:
     """Say whether these are the factors of the covariances' precisions, up to rounding."""
     if not bool(factors.isfinite().all()):
         return False
-    own, failed = FAMILIES[kind].precisions_cholesky(covariances)
+    own, failed = TYPE_OF[kind].precisions_cholesky(covariances)
     atol = 1e-9 * float(factors.abs().max())
     return not bool(failed.any()) and torch.allclose(own, factors, rtol=1e-9, atol=atol)
 
@@ -69,7 +80,7 @@ def covariances_of(kind: str, factors: Tensor) -> Tensor:
         covariances: Tensor = lower @ lower.mT
     else:
         covariances = factors.square().reciprocal()
-    _, failed = FAMILIES[kind].precisions_cholesky(covariances)
+    _, failed = TYPE_OF[kind].precisions_cholesky(covariances)
     if bool(failed.any()):
         raise ValueError(
             "precisions_cholesky_ are not the factors of positive-definite precisions, or so "

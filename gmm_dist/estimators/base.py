@@ -8,12 +8,13 @@ to the same result. All arithmetic is float64, unless `precision` says otherwise
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from gmm_dist.config import PRECISIONS
+from gmm_dist.config import PRECISIONS, Cluster
 from gmm_dist.em.loop import Status
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import (
@@ -37,11 +38,16 @@ from gmm_dist.em.trials import (
     moments_of_shares,
     run,
 )
-from gmm_dist.estimators.attributes import covariances_of, have_factors
+from gmm_dist.estimators.attributes import copied, covariances_of, have_factors
 from gmm_dist.estimators.init_params import INIT_PARAMS, shares_of
 from gmm_dist.estimators.local_rows import Resident, one_thread
 from gmm_dist.estimators.restarts import Reporter, ranked
-from gmm_dist.estimators.settings import require_lake_settings, require_range
+from gmm_dist.estimators.settings import (
+    require_cluster,
+    require_lake_settings,
+    require_no_cluster,
+    require_range,
+)
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import (
     Array,
@@ -59,11 +65,14 @@ from gmm_dist.model.arrays import (
     unmasked,
     viewed,
 )
-from gmm_dist.model.covariance import FAMILIES, Moments
-from gmm_dist.model.mixture import labels, log_densities, responsibilities
-from gmm_dist.model.parameters import Parameters
+from gmm_dist.model.covariance import Moments
+from gmm_dist.model.mixture import Mixture, labels, log_densities, responsibilities
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.model.soundness import flaw
 from gmm_dist.shards.protocol import Shards
+
+if TYPE_CHECKING:
+    from gmm_dist.fitting.lake_scores import LakeScores
 
 SINGULAR = (
     "Fitting the mixture model failed because some components have ill-defined empirical "
@@ -104,7 +113,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         "n_components": [Interval(Integral, 1, None, closed="left")],
-        "covariance_type": [StrOptions(set(FAMILIES))],
+        "covariance_type": [StrOptions(set(COVARIANCE_TYPES))],
         "tol": [Interval(Real, 0.0, None, closed="left")],
         "reg_covar": [Interval(Real, 0.0, None, closed="left")],
         "max_iter": [Interval(Integral, 0, None, closed="left")],
@@ -116,8 +125,11 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         "verbose_interval": [Interval(Integral, 1, None, closed="left")],
         "precision": [StrOptions(set(PRECISIONS)), None],
         "device": [str, torch.device, None],
-        "shards": [Interval(Integral, 1, None, closed="left"), None],
+        "n_shards": [Interval(Integral, 1, None, closed="left"), None],
     }
+
+    # One where `lower_bound_` is a mean log-likelihood, nan where it is another bound.
+    _bound_is_likelihood: ClassVar[float] = 1.0
 
     n_components: int
     covariance_type: str
@@ -132,7 +144,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     verbose_interval: int
     precision: str | None
     device: str | torch.device | None
-    shards: int | None
+    n_shards: int | None
 
     weights_: Any
     means_: Any
@@ -145,19 +157,34 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     lower_bounds_: list[float]
     n_features_in_: int
     feature_names_in_: Array
+    _n_samples: float
+    _log_likelihood: float
 
-    def fit(self, X: Any, y: object = None, sample_weight: Any = None) -> Self:
-        """Fit the mixture to rows X (n, d) by EM; `y` is ignored.
+    def fit(
+        self,
+        X: Any,
+        y: object = None,
+        sample_weight: Any = None,
+        *,
+        cluster: Cluster | None = None,
+    ) -> Self:
+        """Fit the mixture to rows X (n, d), or to a lake, by EM.
 
-        `sample_weight` (n,): 0 is an absent row, 2 a doubled one.
+        Args:
+            X: rows (n, d) in memory, or a `gmm_dist.Lake`.
+            y: is ignored.
+            sample_weight: of rows in memory, (n,): 0 is an absent row, 2 a doubled one.
+            cluster: where a lake's rows are to be held; None for the Ray cluster that this process
+                is connected to, else one that is started here.
 
         Raises ValueError for bad parameters or rows, and for a singular covariance; warns with
         ConvergenceWarning where the best of the trials did not converge.
         """
         if isinstance(X, Lake):
-            require_lake_settings(sample_weight, self.device, self.shards)
-            self._fit_lake(X)
+            require_lake_settings(sample_weight, self.device, self.n_shards, cluster)
+            self._fit_lake(X, cluster or Cluster())
         else:
+            require_no_cluster(cluster)
             self._fit(X, sample_weight)
         return self
 
@@ -179,8 +206,18 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """Return the log-density (nats) of each row, (n,)."""
         return self._of_rows(X, log_densities)
 
-    def score(self, X: Any, y: object = None) -> float:
-        """Return the mean log-density (nats) of the rows; `y` is ignored."""
+    def score(self, X: Any, y: object = None, *, cluster: Cluster | None = None) -> float:
+        """Return the mean log-density (nats) of the rows.
+
+        Args:
+            X: rows (n, d) in memory, or a `gmm_dist.Lake`, whose weights are honoured and whose
+                held-out rows play no part.
+            y: is ignored.
+            cluster: who reads and scores a lake's rows, as for `fit`.
+        """
+        if isinstance(X, Lake):
+            return float(self._lake_scores(X, cluster).score)
+        require_no_cluster(cluster)
         return mean_of(self.score_samples(X))
 
     def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
@@ -199,6 +236,28 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         X, y = _drawn(mixture, n_samples, check_random_state(self.random_state))
         space = replace(self._space(), dtype=torch.float64)
         return space.of(torch.from_numpy(X)), space.of(torch.from_numpy(y))
+
+    def to_mixture(self) -> Mixture:
+        """Return the mixture that was learned, as `gmm_dist.load` returns those of files.
+
+        Its numbers are copies of `weights_`, `means_` and `covariances_`, in float64. Where the
+        fit was ours `n_samples`, the sum of the weights, goes along, and so does `log_likelihood`:
+        of a lake that of these parameters, of rows in memory that of the last pass, one step
+        before them. Raises NotFittedError.
+
+        >>> from gmm_dist import GaussianMixture
+        >>> GaussianMixture().fit([[0.0], [2.0]]).to_mixture().parameters.means
+        tensor([[1.]], dtype=torch.float64)
+        """
+        check_is_fitted(self)
+        # What is published: of a posterior, the plain mixture of its expectations.
+        found = BaseMixture._parameters(self)
+        return Mixture(
+            copied(found),
+            tuple(str(name) for name in getattr(self, "feature_names_in_", ())),
+            getattr(self, "_n_samples", math.nan),
+            getattr(self, "_log_likelihood", math.nan),
+        )
 
     def __sklearn_tags__(self) -> Tags:
         tags: Tags = super().__sklearn_tags__()
@@ -226,7 +285,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _publish(self, model: Any, rows: CentredRows, space: Space) -> None:
         raise NotImplementedError
 
-    def _fit_lake(self, opened: Lake) -> None:
+    def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
         raise NotImplementedError
 
     def _parameters(self) -> Parameters:
@@ -277,15 +336,18 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         with one_thread():
             rows, weight = self._checked_rows(X, sample_weight)
             self._check_parameters(rows)
+            n_samples = float(len(rows) if weight is None else weight.sum())
             weight = self._in_unit(weight)
             resident = self._resident(rows, weight)
             require_range(resident.total, getattr(self, "feature_names_in_", ()))
             best = self._best_trial(rows, weight, resident)
             self._publish(best.model, resident, space_of(X, rows))
-        self._conclude(best)
+        self._conclude(best, n_samples)
 
-    def _conclude(self, best: Trial) -> None:
+    def _conclude(self, best: Trial, n_samples: float) -> None:
         """Say how the best trial went; to be called by what `fit` calls."""
+        self._n_samples = n_samples
+        self._log_likelihood = self._bound_is_likelihood * best.lower_bound * n_samples
         self.converged_, self.n_iter_ = best.converged, best.n_iter
         self.lower_bound_, self.lower_bounds_ = best.lower_bound, best.lower_bounds
         if not best.converged and self.max_iter > 0:
@@ -317,7 +379,7 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         device = X.device if self.device is None else device_of(self.device)
         X = X.to(device, torch.float64)
         weight = None if weight is None else weight.to(device)
-        return Resident.of(X, weight, self.shards, whole=whole)
+        return Resident.of(X, weight, self.n_shards, whole=whole)
 
     def _best_trial(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Trial:
         if self.warm_start and hasattr(self, "converged_"):
@@ -384,6 +446,15 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
             models.append(self._first_model(moments, resident))
         return models
 
+    def _lake_scores(self, lake: Lake, cluster: Cluster | None) -> LakeScores:
+        # Only here are Ray and pyarrow needed: they would be most of the time of an import.
+        from gmm_dist.fitting.lake_scores import scores_of_lake
+
+        check_is_fitted(self)
+        require_cluster(cluster)
+        names = tuple(str(name) for name in getattr(self, "feature_names_in_", ()))
+        return scores_of_lake(lake, Mixture(self._parameters(), names), cluster=cluster)
+
     def _of_rows(self, X: Any, verb: Callable[[Parameters, Rows], Tensor]) -> Any:
         check_is_fitted(self)
         require_rows_in_memory(X)
@@ -393,6 +464,14 @@ class BaseMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         # To wake other threads costs more than a few rows do.
         with one_thread() if tensor.numel() < _FEW_VALUES else nullcontext():
             return space_of(X, rows).of(verb(mixture, tensor))
+
+    def _name_features(self, n_features: int, names: Sequence[str]) -> None:
+        """Note the features of rows that were not checked as rows in memory are."""
+        self.n_features_in_ = n_features
+        if names:
+            self.feature_names_in_ = np.array(names, dtype=object)
+        elif hasattr(self, "feature_names_in_"):
+            del self.feature_names_in_  # those of an earlier fit
 
     def _space(self) -> Space:
         means = self.means_

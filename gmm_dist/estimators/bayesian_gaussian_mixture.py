@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -13,18 +14,19 @@ import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
-from gmm_dist.config import ABSOLUTE, EMConfig
-from gmm_dist.em.estep import Total
+from gmm_dist.config import ABSOLUTE, Cluster, EMConfig
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import Trial
 from gmm_dist.estimators.attributes import exchanged, publish, require_class
 from gmm_dist.estimators.base import BaseMixture, CentredRows
 from gmm_dist.estimators.local_rows import Resident, one_thread
 from gmm_dist.estimators.restarts import ranked
-from gmm_dist.estimators.settings import in_python, start_of
+from gmm_dist.estimators.settings import start_of
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
-from gmm_dist.model.covariance import FAMILIES, Moments
+from gmm_dist.model.covariance import TYPE_OF, Moments
+from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
 from gmm_dist.selection.ranking import Candidate
@@ -50,12 +52,12 @@ class BayesianGaussianMixture(BaseMixture):
     """Infer a posterior over mixtures of Gaussians; a drop-in for scikit-learn's, with weights.
 
     The parameters are scikit-learn's, and two more: `device` where rows are worked on (None:
-    where they are) and `shards` into how many parts they are dealt (None: by their number).
+    where they are) and `n_shards` into how many parts they are dealt (None: by their number).
     Passes are float64. As in scikit-learn `tol` is the change of the whole lower bound (nats),
     not of its mean over rows, so many rows want a larger one. Beliefs that are
     not given are those of scikit-learn: a covariance prior is that of all rows, n - 1 for n.
 
-    A lake (`gmm_dist.open_lake`) is fitted on Ray, also in float64. A search on a sample
+    A lake (`gmm_dist.Lake`) is fitted on Ray, also in float64. A search on a sample
     (`n_init` seeded starts by `init_params`; 16 where `n_init` is 1) finds mixtures of several
     numbers of components up to `n_components`; each, with empty components beside it, is a
     start, and those that lead after a few passes over all rows are followed to the end.
@@ -80,6 +82,7 @@ class BayesianGaussianMixture(BaseMixture):
     }
     # The bound's entropy, to a tol over all rows, is beyond float32.
     precision = "float64"
+    _bound_is_likelihood = math.nan
 
     weight_concentration_: Any
     mean_precision_: Any
@@ -111,7 +114,7 @@ class BayesianGaussianMixture(BaseMixture):
         verbose: int = 0,
         verbose_interval: int = 10,
         device: str | torch.device | None = None,
-        shards: int | None = None,
+        n_shards: int | None = None,
     ) -> None:
         self.n_components = n_components
         self.covariance_type = covariance_type
@@ -131,7 +134,15 @@ class BayesianGaussianMixture(BaseMixture):
         self.verbose = verbose
         self.verbose_interval = verbose_interval
         self.device = device
-        self.shards = shards
+        self.n_shards = n_shards
+
+    def to_mixture(self) -> Mixture:
+        """Return the plain mixture of `weights_`, `means_` and `covariances_`, what is expected.
+
+        Its densities differ a little from the posterior's, which take the expected logarithms of
+        weights and determinants. Raises NotFittedError.
+        """
+        return super().to_mixture()
 
     def to_sklearn(self) -> Any:
         """Return scikit-learn's own BayesianGaussianMixture with what was set and learned.
@@ -175,14 +186,13 @@ class BayesianGaussianMixture(BaseMixture):
     def _fitted_model(self, rows: CentredRows) -> Posterior:
         return self._posterior(self._prior(rows).shifted(rows.centre)).shifted(-rows.centre)
 
-    def _fit_lake(self, opened: Lake) -> None:
+    def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.
         from gmm_dist.fitting.lake_sweep import resident_lake
         from gmm_dist.lake.session import plan_of
 
         self._validate_params()
-        with in_python():
-            plan = plan_of(opened)
+        plan = plan_of(lake)
         self._check_beliefs(plan.n_features)
         if self.warm_start and hasattr(self, "converged_"):
             self._require_warm(plan.n_features)
@@ -190,15 +200,14 @@ class BayesianGaussianMixture(BaseMixture):
         candidates = [
             Candidate(self.n_components, self.covariance_type) for _ in _sizes(self.n_components)
         ]
-        lake = resident_lake(opened, plan, candidates)
-        with one_thread(), in_python(), lake as (shards, centre):
-            rows = _LakeRows(centre, shards, shards.run(Total(plan.n_features)))
+        resident = resident_lake(plan, candidates, cluster)
+        with one_thread(), resident as (shards, centre):
+            rows = _LakeRows(centre, shards, shards.run(SumMoments(plan.n_features)))
             require_rows(candidates, rows.total.n_rows)
             best = self._best_of([self._lake_trials(rows)], rows)
         self._publish(best.model, rows, Space(torch.float64))
-        self.n_features_in_ = plan.n_features
-        self.feature_names_in_ = np.array(plan.feature_names, dtype=object)
-        self._conclude(best)
+        self._name_features(plan.n_features, plan.feature_names)
+        self._conclude(best, rows.total.n_samples)
 
     def _lake_trials(self, rows: CentredRows) -> list[Trial]:
         """Return the trials that lead after a few passes, of starts of every size.
@@ -318,7 +327,7 @@ class BayesianGaussianMixture(BaseMixture):
         given = given[None] if given.ndim == 0 and kind == "spherical" else given
         covariance = checked_start(given, shape or (1,), f"{kind} covariance_prior").view(shape)
         symmetric = covariance.ndim < 2 or torch.allclose(covariance, covariance.mT)
-        _, failed = FAMILIES[kind].precisions_cholesky(covariance[None])
+        _, failed = TYPE_OF[kind].precisions_cholesky(covariance[None])
         if not symmetric or bool(failed.any()):
             wanted = "symmetric, positive-definite" if covariance.ndim == 2 else "positive"
             raise ValueError(f"'{kind} covariance_prior' should be {wanted}")

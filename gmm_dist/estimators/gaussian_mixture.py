@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import sklearn.mixture
 import torch
 from sklearn import get_config
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from gmm_dist.config import ABSOLUTE, EMConfig
+from gmm_dist.config import ABSOLUTE, Cluster, EMConfig
 from gmm_dist.em.loop import FitResult, Status
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import (
@@ -24,7 +23,8 @@ from gmm_dist.em.trials import (
     maximised,
     mean_weight,
 )
-from gmm_dist.estimators.attributes import exchanged, publish, require_class
+from gmm_dist.errors import UserError
+from gmm_dist.estimators.attributes import copied, exchanged, publish, require_class
 from gmm_dist.estimators.base import (
     ARRAY_API_INITS,
     NOT_CONVERGED,
@@ -33,7 +33,7 @@ from gmm_dist.estimators.base import (
     CentredRows,
 )
 from gmm_dist.estimators.local_rows import Resident, one_thread
-from gmm_dist.estimators.settings import feature_name, in_python, start_of
+from gmm_dist.estimators.settings import feature_name, require_no_cluster, start_of
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import (
     Rows,
@@ -44,7 +44,9 @@ from gmm_dist.model.arrays import (
 )
 from gmm_dist.model.covariance import Moments
 from gmm_dist.model.criteria import aic, bic, icl, n_parameters
+from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
+from gmm_dist.model.soundness import flaw
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.shards.reweighted import unit_of
 
@@ -55,13 +57,13 @@ class GaussianMixture(BaseMixture):
     The parameters are scikit-learn's, and three more: `precision` is the arithmetic of the
     passes ("float64"; "auto": float32 while its measured error is harmless; "float32"; None:
     float64 for rows in memory, auto for a lake), `device` where rows are worked on (None: where
-    they are), `shards` into how many parts they are dealt (None: by their number; sums have the
+    they are), `n_shards` into how many parts they are dealt (None: by their number; sums have the
     same bits for the same number of shards).
 
-    A lake (`gmm_dist.open_lake`) is fitted on Ray, from the best starts that a search on a
+    A lake (`gmm_dist.Lake`) is fitted on Ray, from the best starts that a search on a
     sample finds (`n_init` seeded ones by `init_params`; 16 where `n_init` is 1), leaping ahead
     of EM where that raises the likelihood; it stops where it has scored, a step before
-    scikit-learn would. `verbose` tells nothing of it, and `device` and `shards` are refused.
+    scikit-learn would. `verbose` tells nothing of it, and `device` and `n_shards` are refused.
 
     Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
     `precisions_cholesky_` (full (k, d, d), tied (d, d), diag (k, d), spherical (k,)),
@@ -95,7 +97,7 @@ class GaussianMixture(BaseMixture):
         verbose_interval: int = 10,
         precision: str | None = None,
         device: str | torch.device | None = None,
-        shards: int | None = None,
+        n_shards: int | None = None,
     ) -> None:
         self.n_components = n_components
         self.covariance_type = covariance_type
@@ -113,22 +115,79 @@ class GaussianMixture(BaseMixture):
         self.verbose_interval = verbose_interval
         self.precision = precision
         self.device = device
-        self.shards = shards
+        self.n_shards = n_shards
 
-    def bic(self, X: Any) -> float:
-        """Return the Bayesian information criterion on rows X; lower is better."""
+    def bic(self, X: Any, *, cluster: Cluster | None = None) -> float:
+        """Return the Bayesian information criterion on rows X, or on a lake; lower is better.
+
+        `cluster` is as for `fit`.
+        """
+        if isinstance(X, Lake):
+            return float(self._lake_scores(X, cluster).bic)
+        require_no_cluster(cluster)
         n = _n_rows(scores := self.score_samples(X))
         return bic(mean_of(scores) * n, self._n_parameters(), n)
 
-    def aic(self, X: Any) -> float:
-        """Return Akaike's information criterion on rows X; lower is better."""
+    def aic(self, X: Any, *, cluster: Cluster | None = None) -> float:
+        """Return Akaike's information criterion on rows X, or on a lake; lower is better.
+
+        `cluster` is as for `fit`.
+        """
+        if isinstance(X, Lake):
+            return float(self._lake_scores(X, cluster).aic)
+        require_no_cluster(cluster)
         scores = self.score_samples(X)
         return aic(mean_of(scores) * _n_rows(scores), self._n_parameters())
 
-    def icl(self, X: Any) -> float:
-        """Return the BIC plus twice the soft entropy of the labels; lower is better."""
+    def icl(self, X: Any, *, cluster: Cluster | None = None) -> float:
+        """Return the BIC plus twice the soft entropy of the labels, of rows or of a lake.
+
+        Lower is better; `cluster` is as for `fit`.
+        """
+        if isinstance(X, Lake):
+            return float(self._lake_scores(X, cluster).icl)
+        require_no_cluster(cluster)
         resp = tensor_of(self.predict_proba(X))
         return icl(self.bic(X), float(-torch.special.xlogy(resp, resp).sum()))
+
+    @classmethod
+    def from_mixture(cls, mixture: Mixture) -> Self:
+        """Return an estimator that has learned this mixture, such as one that was loaded.
+
+        Parameters that are not the mixture's are the default ones. `n_iter_` is 0 and `converged_`
+        False, for a mixture does not tell how it came about; with `warm_start` a fit goes on from
+        it. Quantiles and the components' numbers stay behind.
+
+        >>> from gmm_dist import GaussianMixture
+        >>> X = [[0.0], [1.0], [8.0], [9.0]]
+        >>> mixture = GaussianMixture(2, random_state=0).fit(X).to_mixture()
+        >>> sorted(GaussianMixture.from_mixture(mixture).predict([[0.5], [8.5]]).tolist())
+        [0, 1]
+
+        Raises TypeError for what is no `Mixture`; UserError where its numbers are none, or a
+        posterior's.
+        """
+        if not isinstance(mixture, Mixture):
+            raise TypeError(
+                f"from_mixture takes a gmm_dist.Mixture, not a {type(mixture).__name__}: "
+                "gmm_dist.load returns one, and so does an estimator's to_mixture"
+            )
+        learned = mixture.parameters
+        if learned.log_weights is not None:
+            raise UserError(
+                "the mixture is a posterior's, with expected log-weights: give a plain one, "
+                "BayesianGaussianMixture.to_mixture()"
+            )
+        if (what := flaw(learned)) is not None:
+            raise UserError(f"the mixture's numbers are none: {what}; fit anew")
+        made = cls(mixture.n_components, covariance_type=mixture.covariance_type)
+        publish(made, copied(learned), Space(torch.float64))
+        made._name_features(mixture.n_features, mixture.feature_names)
+        made._n_samples, made._log_likelihood = mixture.n_samples, mixture.log_likelihood
+        mean = mixture.log_likelihood / mixture.n_samples if mixture.n_samples else math.nan
+        made.converged_, made.n_iter_, made.lower_bounds_ = False, 0, []
+        made.lower_bound_ = -math.inf if math.isnan(mean) else mean
+        return made
 
     def to_sklearn(self) -> Any:
         """Return scikit-learn's own GaussianMixture with these parameters and what was learned.
@@ -209,23 +268,25 @@ class GaussianMixture(BaseMixture):
         fitted = self._parameters().shifted(-rows.centre)
         return MaximumLikelihood(fitted, self.reg_covar, mean_weight(rows.total))
 
-    def _fit_lake(self, opened: Lake) -> None:
+    def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.
         from gmm_dist.fitting.lake_sweep import sweep_lake
 
         self._validate_params()
-        given = self._given_start(opened)
+        given = self._given_start()
         candidate = Candidate(self.n_components, self.covariance_type)
         precision = self.precision or "auto"
         config = EMConfig(self.tol, self.max_iter, self.reg_covar, precision, reg_unit=ABSOLUTE)
-        with one_thread(), in_python():
-            found = sweep_lake(opened, [candidate], config, start_of(self), given=given)
+        with one_thread():
+            found = sweep_lake(
+                lake, [candidate], config, start_of(self), cluster=cluster, given=given
+            )
         fit, space = found.result.scored[0].fit, Space(torch.float64)
         adopt(self, fit, found.centre, found.feature_names, space)
         names, total = found.feature_names, found.result.total
         _warn_if_drowned(fit.parameters, total, self.reg_covar, names, stacklevel=4)
 
-    def _given_start(self, opened: Lake) -> Parameters | None:
+    def _given_start(self) -> Parameters | None:
         """Return the one start that the parameters give, if they do."""
         if self.warm_start and hasattr(self, "converged_"):
             self._require_warm(self.means_.shape[1])  # of the lake's columns the sweep tells
@@ -264,9 +325,8 @@ def adopt(
     if fit.status is not Status.CONVERGED:
         warnings.warn(f"{NOT_CONVERGED} ({fit.status.value})", ConvergenceWarning, stacklevel=4)
     publish(estimator, fit.parameters.shifted(centre), space)
-    estimator.n_features_in_ = fit.parameters.n_features
-    if feature_names:
-        estimator.feature_names_in_ = np.array(feature_names, dtype=object)
+    estimator._name_features(fit.parameters.n_features, feature_names)
+    estimator._n_samples, estimator._log_likelihood = fit.n_samples, fit.log_likelihood
     estimator.converged_, estimator.n_iter_ = fit.converged, fit.n_iter
     estimator.lower_bound_ = fit.log_likelihood / fit.n_samples
     estimator.lower_bounds_ = list(fit.lower_bounds)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.em.estep import Total
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.shards.local import LocalShards
 
@@ -43,7 +43,7 @@ class Resident:
     ) -> Resident:
         """Centre rows and deal them to shards, as many as their number asks for by default.
 
-        `whole` is as in `kernel.Total`.
+        `whole` is as in `estep.SumMoments`.
         """
         n = len(X)
         wanted = min(n // _SHARD_ROWS, _MOST_SHARDS) if n_shards is None else min(n_shards, n)
@@ -54,7 +54,7 @@ class Resident:
         # a pass over a thousand rows.
         n_threads = 0 if wanted == 1 else min(wanted, os.cpu_count() or 1)
         shards = LocalShards.of(columns.T, sample_weight, n_shards=wanted, n_threads=n_threads)
-        total = shards.run(Total(X.shape[1], whole))
+        total = shards.run(SumMoments(X.shape[1], whole))
         return cls(columns.T, sample_weight, centre.cpu(), shards, total)
 
 

@@ -11,17 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.config import Cluster, EMConfig, StartConfig
 from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.estimators.gaussian_mixture import GaussianMixture, adopt
 from gmm_dist.estimators.local_rows import one_thread
-from gmm_dist.estimators.settings import in_python, of_arguments, require_lake_settings, seed_of
+from gmm_dist.estimators.settings import (
+    require_lake_settings,
+    require_no_cluster,
+    seed_of,
+)
 from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Space, require_rows_or_lake, space_of
-from gmm_dist.model.covariance import FAMILIES
 from gmm_dist.model.criteria import most_components
-from gmm_dist.selection.ranking import CRITERIA, Candidate, Scored, SweepResult
+from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.selection.ranking import CRITERIA, Candidate, RankedCandidate, SweepResult
 from gmm_dist.selection.sweep import require_rows, sweep
 
 SIZES, KINDS = range(2, 21), ("full", "diag")
@@ -63,9 +67,8 @@ class Selection:
         d = self.best.n_features_in_
         names = self.feature_names or tuple(f"x{j}" for j in range(d))
         found = self.result.warnings(
-            names, lambda k: f"select again with k from {k}", holds_out=self.is_lake
+            names, lambda k: f"select again with n_components from {k}", holds_out=self.is_lake
         )
-        found = [of_arguments(text) for text in found]
         return [self.left_out, *found] if self.left_out else found
 
     def to_frame(self) -> Any:
@@ -109,8 +112,8 @@ class Selection:
 
 def select(
     X: Any,
-    k: int | Iterable[int] = SIZES,
-    covariance_types: str | Sequence[str] = KINDS,
+    n_components: int | Iterable[int] = SIZES,
+    covariance_type: str | Sequence[str] = KINDS,
     criterion: str = "bic",
     *,
     sample_weight: Any = None,
@@ -122,24 +125,47 @@ def select(
     random_state: Any = 0,
     precision: str = "auto",
     device: str | torch.device | None = None,
-    shards: int | None = None,
+    n_shards: int | None = None,
+    cluster: Cluster | None = None,
 ) -> Selection:
-    """Fit every k with every covariance type in the same passes over the rows, and rank them.
+    """Fit every number of components with every covariance type, and rank the fits.
 
-    `X` is what `GaussianMixture.fit` takes: rows in memory (n, d), with `sample_weight` (n,),
-    `device` and `shards` as there, or a lake. Of the default `k` and `covariance_types` those are
-    left out for which rows in memory are too few; what is asked for is fitted, ranked or not.
-    Starts come from a search on a sample, `n_init` seeded by `init_params` and then moved about.
-    `reg_covar` counts in units of each feature's variance over all rows, as in the jobs, so that
-    the features' units change nothing; a fit of `GaussianMixture` itself takes it as scikit-learn
-    does, in squared feature units.
-    `criterion`: "bic", "aic", "icl" (lower is better), or "holdout", the mean log-likelihood of
-    a lake's held-out rows. `random_state` is what scikit-learn takes.
+    All are fitted in the same passes over the rows, from starts that a search on a sample finds:
+    `n_init` seeded ones, split and merged.
 
-    Raises TypeError for a path, of which `open_lake` makes a lake; UserError, a ValueError, for
-    settings out of range, and when no candidate is ranked.
+    >>> import numpy as np
+    >>> X = np.r_[np.random.default_rng(0).normal(0, 1, (200, 2)), np.full((200, 2), 9.0)]
+    >>> X[200:] += np.random.default_rng(1).normal(0, 1, (200, 2))
+    >>> select(X, n_components=[1, 2, 3], covariance_type="spherical", n_init=2).best.n_components
+    2
+
+    Args:
+        X: what `GaussianMixture.fit` takes: rows (n, d) in memory, or a `gmm_dist.Lake`.
+        n_components: numbers of components. Of the default ones those are left out for which rows
+            in memory are too few; what is asked for is fitted, ranked or not.
+        covariance_type: "full", "tied", "diag", "spherical", or several of them.
+        criterion: "bic", "aic", "icl" (lower is better), or "holdout", the mean log-likelihood of
+            a lake's held-out rows.
+        sample_weight: of rows in memory, (n,).
+        tol: the gain in mean log-likelihood (nats per row) below which a fit has converged.
+        max_iter: iterations over all rows at the most.
+        reg_covar: is added to every variance, in units of the feature's variance over all rows, as
+            in the jobs, so that the features' units change nothing; a fit of `GaussianMixture`
+            itself takes it as scikit-learn does, in squared feature units.
+        n_init: seeded starts of each candidate.
+        init_params: how they are seeded: "k-means++", "k-means||", "kmeans", "random" or
+            "random_from_data".
+        random_state: what scikit-learn takes.
+        precision: the arithmetic of the passes: "auto", "float32" or "float64".
+        device: where rows in memory are worked on; None for where they are.
+        n_shards: into how many parts rows in memory are dealt; None for by their number.
+        cluster: where a lake's rows are held; None for the Ray cluster that this process is
+            connected to, else one that is started here.
+
+    Raises TypeError for a path, which is no `Lake` yet; UserError, a ValueError, for settings out
+    of range, and when no candidate is ranked.
     """
-    candidates = _candidates(k, covariance_types)
+    candidates = _candidates(n_components, covariance_type)
     if criterion not in CRITERIA:
         raise UserError(f"criterion is {criterion!r}: give one of {', '.join(CRITERIA)}")
     seed = seed_of(random_state)
@@ -150,31 +176,35 @@ def select(
         random_state=random_state,
         precision=precision,
         device=device,
-        shards=shards,
+        n_shards=n_shards,
         covariance_type=candidates[0].covariance_type,
     )
     best._validate_params()
     config = EMConfig(tol, max_iter, reg_covar, precision)
     start = StartConfig(n_init, init_params, random_state=seed)
     require_rows_or_lake(X)
-    with one_thread(), in_python():
+    with one_thread():
         if isinstance(X, Lake):
             # Ray and pyarrow are needed only here.
             from gmm_dist.fitting.lake_sweep import sweep_lake
 
-            require_lake_settings(sample_weight, device, shards)
-            lake = sweep_lake(X, candidates, config, start, criterion=criterion)
+            require_lake_settings(sample_weight, device, n_shards, cluster)
+            found = sweep_lake(
+                X, candidates, config, start, cluster=cluster or Cluster(), criterion=criterion
+            )
             space = Space(torch.float64)
             return _selected(
-                best, lake.result, lake.centre, lake.feature_names, space, is_lake=True
+                best, found.result, found.centre, found.feature_names, space, is_lake=True
             )
+        require_no_cluster(cluster)
         if criterion == "holdout":
-            raise UserError("criterion 'holdout' is for lakes: open_lake(..., holdout=0.1)")
+            raise UserError("criterion 'holdout' is for lakes: Lake(..., holdout=0.1)")
         rows, weight = best._checked_rows(X, sample_weight)
-        if k is not SIZES:
+        if n_components is not SIZES:
             require_rows(candidates, len(rows))
         asked, n, d = candidates, len(rows), rows.shape[1]
-        candidates = _bearable(asked, n, d, any_k=k is SIZES, any_kind=covariance_types is KINDS)
+        any_k, any_kind = n_components is SIZES, covariance_type is KINDS
+        candidates = _bearable(asked, n, d, any_k=any_k, any_kind=any_kind)
         left_out = _left_out(asked, candidates, n, d)
         best.set_params(covariance_type=candidates[0].covariance_type)
         names = tuple(getattr(best, "feature_names_in_", ()))
@@ -196,12 +226,17 @@ def select(
 def _candidates(k: int | Iterable[int], kinds: str | Sequence[str]) -> list[Candidate]:
     ks = list(k) if isinstance(k, Iterable) and not isinstance(k, str) else [k]
     if wrong := [size for size in ks if not isinstance(size, Integral) or isinstance(size, bool)]:
-        raise UserError(f"k has {wrong[0]!r}: give a whole number >= 1, or several")
+        raise UserError(f"n_components has {wrong[0]!r}: give a whole number >= 1, or several")
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    if unknown := [kind for kind in kinds if kind not in FAMILIES]:
-        raise UserError(f"covariance type {unknown[0]!r}: give some of {', '.join(FAMILIES)}")
+    if unknown := [kind for kind in kinds if kind not in COVARIANCE_TYPES]:
+        raise UserError(
+            f"covariance_type has {unknown[0]!r}: give some of {', '.join(COVARIANCE_TYPES)}"
+        )
     if not ks or not kinds or min(ks) < 1:
-        raise UserError(f"k is {ks}, covariance_types {kinds}: give k >= 1, at least one of each")
+        raise UserError(
+            f"n_components is {ks}, covariance_type {kinds}: give whole numbers >= 1, and one of "
+            "each at least"
+        )
     return [Candidate(int(size), kind) for kind, size in itertools.product(kinds, ks)]
 
 
@@ -223,8 +258,8 @@ def _bearable(
         kinds = " or ".join(dict.fromkeys(candidate.covariance_type for candidate in candidates))
         raise TooFewRows(
             f"{counted(n_rows, 'row')} of {counted(d, 'feature')} are too few for "
-            f"{counted(least, 'component')}, {kinds}: give more rows, or ask for a smaller k or "
-            "for other covariance_types"
+            f"{counted(least, 'component')}, {kinds}: give more rows, or smaller n_components or "
+            "another covariance_type"
         )
     return kept
 
@@ -251,8 +286,8 @@ def _selected(
 ) -> Selection:
     if result.best is None:
         raise UserError(
-            f"none of the {len(result.scored)} candidates could be ranked: use smaller k, more "
-            "rows, or leave out constant and duplicated columns"
+            f"none of the {len(result.scored)} candidates could be ranked: give smaller "
+            "n_components, more rows, or leave out constant and duplicated columns"
         )
     candidate = result.best.candidate
     best.set_params(n_components=candidate.k, covariance_type=candidate.covariance_type)
@@ -263,7 +298,7 @@ def _selected(
 _LABELS = {"bic": "BIC", "aic": "AIC", "icl": "ICL", "holdout": "held-out log-likelihood per row"}
 
 
-def _row(rank: int, scored: Scored) -> dict[str, Any]:
+def _row(rank: int, scored: RankedCandidate) -> dict[str, Any]:
     fit = scored.fit
     row: dict[str, Any] = {
         "rank": rank if fit.is_ranked else None,
@@ -288,6 +323,6 @@ def _cell(value: Any) -> str:
     return f"{value:,.4f}" if isinstance(value, float) else str(value)
 
 
-def _point(scored: Scored, criterion: str) -> tuple[int, float]:
+def _point(scored: RankedCandidate, criterion: str) -> tuple[int, float]:
     value = scored.value(criterion)
     return scored.candidate.k, -value if criterion == "holdout" else value

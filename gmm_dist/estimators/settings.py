@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sklearn.utils import check_random_state
 
-from gmm_dist.config import StartConfig
+from gmm_dist.config import Cluster, StartConfig
 from gmm_dist.em.statistics import TotalMoments
-from gmm_dist.errors import UserError
 
 if TYPE_CHECKING:
     from gmm_dist.estimators.base import BaseMixture
 
 
-@contextmanager
-def in_python() -> Iterator[None]:
-    """Have a UserError name arguments: commands and estimators share what raises it."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(of_arguments(str(error))) from error
-
-
-def of_arguments(text: str) -> str:
-    """Return a text with arguments for the commands' options: num_workers for --num-workers."""
-    return re.sub(r"(?<!\S)--([a-z][a-z-]*)", lambda found: found[1].replace("-", "_"), text)
-
-
 def require_lake_settings(
-    sample_weight: Any, device: str | torch.device | None, shards: int | None
+    sample_weight: Any, device: str | torch.device | None, n_shards: int | None, cluster: Any
 ) -> None:
-    """Raise ValueError where a lake is to be fitted with what is for rows in memory."""
+    """Raise ValueError where a lake is to be fitted with what is for rows in memory.
+
+    Raises TypeError for a `cluster` that is none.
+    """
     if sample_weight is not None:
-        raise ValueError("sample_weight is for rows in memory: open_lake(..., weight_column=)")
+        raise ValueError("sample_weight is for rows in memory: Lake(..., weight_column=)")
     if device is not None:
-        raise ValueError(f"device={str(device)!r} is for rows in memory: open_lake(..., use_gpu=)")
-    if shards is not None:
         raise ValueError(
-            f"shards={shards} is for rows in memory: a lake's are planned from its files"
+            f"device={str(device)!r} is for rows in memory: cluster=Cluster(use_gpu=) is for a lake"
+        )
+    if n_shards is not None:
+        raise ValueError(
+            f"n_shards={n_shards} is for rows in memory: a lake's are planned from its files"
+        )
+    require_cluster(cluster)
+
+
+def require_cluster(cluster: Any) -> None:
+    """Raise TypeError for what is neither a `Cluster` nor None."""
+    if cluster is not None and not isinstance(cluster, Cluster):
+        raise TypeError(
+            f"cluster is {cluster!r}: give gmm_dist.Cluster(address=..., num_workers=...), or None"
+        )
+
+
+def require_no_cluster(cluster: Any) -> None:
+    """Raise ValueError where rows in memory come with what is for a lake."""
+    if cluster is not None:
+        raise ValueError(
+            "cluster is for a lake, gmm_dist.Lake(...): rows in memory are worked on in this "
+            "process, leave it out"
         )
 
 

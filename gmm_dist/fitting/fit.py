@@ -18,7 +18,7 @@ from gmm_dist.em.evaluate import training_quantiles
 from gmm_dist.em.lane import Snapshot
 from gmm_dist.errors import Option, Spelling, UserError, Words, in_python, spelt
 from gmm_dist.fitting import results
-from gmm_dist.fitting.lake_sweep import require_means, start_workers
+from gmm_dist.fitting.lake_sweep import require_means, started_workers
 from gmm_dist.fitting.options import FitOptions
 from gmm_dist.fitting.progress import FitProgress, Silent
 from gmm_dist.fitting.results import DrawReport, Fitted, no_report, sample_of
@@ -88,8 +88,8 @@ def fit_lake(
         job = Job.of(options, given=given, progress=progress)
         fitted = job.fit(run)
         result = fitted.result
-        found = result.warnings(job.plan.feature_names, next_run)
-        warnings = [spelt(words, spelling) for words in (*fitted.incomplete, *found)]
+        found = result.warnings(job.plan.feature_names, next_run, spelling=spelling)
+        warnings = [*(spelt(words, spelling) for words in fitted.incomplete), *found]
         if result.best is None:
             run.forget()
             return FitOutcome(options.output, result, warnings)
@@ -144,7 +144,7 @@ class Job:
         """
         candidates = _candidates(options, given)
         plan = plan or plan_rows(options)
-        require_means(plan, candidates, options.scaling, options.address)
+        require_means(plan, candidates, options.cluster)
         loader = loader_for(plan)
         starts, guests = (
             None if model is None else [about_centre(model, loader)] for model in (given, warm)
@@ -217,15 +217,14 @@ class Job:
     def resident(self, progress: FitProgress) -> Iterator[tuple[Shards, Counted]]:
         """Keep the rows in the memory of a cluster's workers, and count them."""
         options = self.options
-        scaling = options.scaling.at_most(self.plan.n_shards)
-        with connected(options.address, scaling):
-            shards = start_workers(self.loader, self.candidates, scaling, options.faults)
+        cluster = options.cluster.at_most(self.plan.n_shards)
+        started = started_workers(self.loader, self.candidates, cluster, options.faults)
+        with connected(cluster), started as shards:
 
             def loaded(done: int, n_rows: int) -> None:
                 progress.loading(done, self.plan.n_shards, n_rows)
 
             yield shards, load_rows(shards, self.loader, loaded)
-            shards.close()
 
     def _sweep(
         self, shards: Shards, *, watch: Watch, resume: Snapshot | None, keep: Keep

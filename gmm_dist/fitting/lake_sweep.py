@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig
 from gmm_dist.em.memory import lane_bytes, require_memory
 from gmm_dist.errors import UserError
 from gmm_dist.lake.lake import Lake
@@ -20,8 +20,7 @@ from gmm_dist.lake.session import load_rows, plan_of, require_rows_fit
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import require_rows, sweep
-from gmm_dist.shards.failures import FaultConfig
-from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected, most_memory
+from gmm_dist.shards.ray_shards import RayShards, connected, most_memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,25 +33,35 @@ class LakeSweep:
 
 
 def sweep_lake(
-    opened: Lake,
+    lake: Lake,
     candidates: Sequence[Candidate],
     config: EMConfig,
     start: StartConfig,
     *,
+    cluster: Cluster,
     criterion: str = "bic",
     given: Parameters | None = None,
 ) -> LakeSweep:
-    """Plan, load on Ray, fit and rank. `given`, in feature units, is the one candidate's start.
+    """Plan, load on Ray, fit and rank.
 
-    Raises UserError as `plan_lake`, `cluster.connected` and `sweep.sweep` do.
+    Args:
+        lake: which rows.
+        candidates: what is fitted to them, in the same passes.
+        config: how EM goes, and when it stops.
+        start: how starts are looked for, unless `given`.
+        cluster: who holds the rows.
+        criterion: what ranks the candidates.
+        given: the one candidate's start, in feature units.
+
+    Raises UserError as `plan_lake`, `connected` and `sweep` do.
     """
-    plan = plan_of(opened)
+    plan = plan_of(lake)
     if given is not None and given.n_features != plan.n_features:
         raise UserError(
-            f"the start has {given.n_features} features, but {opened.url} has {plan.n_features} "
+            f"the start has {given.n_features} features, but {lake.url} has {plan.n_features} "
             f"({', '.join(plan.feature_names)}): give a start of as many, or choose columns"
         )
-    with resident_lake(opened, plan, candidates) as (shards, centre):
+    with resident_lake(plan, candidates, cluster) as (shards, centre):
         result = sweep(
             shards,
             candidates,
@@ -70,29 +79,25 @@ def sweep_lake(
 
 @contextmanager
 def resident_lake(
-    opened: Lake, plan: Plan, candidates: Sequence[Candidate]
+    plan: Plan, candidates: Sequence[Candidate], cluster: Cluster
 ) -> Iterator[tuple[RayShards, Float64[Tensor, " d"]]]:
     """Hold a lake's rows in Ray's workers until the block ends, for passes with such candidates.
 
     Yields the shards, and their rows' shared centre (d,) in feature units. Raises UserError as
-    `cluster.connected` does, and where rows or memory are too few.
+    `connected` does, and where rows or memory are too few.
     """
-    scaling = ScalingConfig(opened.num_workers, opened.use_gpu).at_most(plan.n_shards)
-    require_means(plan, candidates, scaling, opened.address)
+    cluster = cluster.at_most(plan.n_shards)
+    require_means(plan, candidates, cluster)
     loader = loader_for(plan)
-    with connected(opened.address, scaling):
-        shards = start_workers(loader, candidates, scaling)
+    with connected(cluster), started_workers(loader, candidates, cluster) as shards:
         load_rows(shards, loader)
         yield shards, torch.from_numpy(loader.centre)
-        shards.close()
 
 
-def require_means(
-    plan: Plan, candidates: Sequence[Candidate], scaling: ScalingConfig, address: str | None
-) -> None:
+def require_means(plan: Plan, candidates: Sequence[Candidate], cluster: Cluster) -> None:
     """Raise UserError where rows or memory are too few, as far as that is known without Ray."""
     require_rows(candidates, plan.n_rows)
-    available = most_memory(address, scaling, plan.n_shards)
+    available = most_memory(cluster, plan.n_shards)
     require_memory(_lanes(candidates), plan.n_features, available)
 
 
@@ -100,19 +105,22 @@ def _lanes(candidates: Sequence[Candidate]) -> list[tuple[int, str]]:
     return [(candidate.k, candidate.covariance_type) for candidate in candidates]
 
 
-def start_workers(
+@contextmanager
+def started_workers(
     loader: LakeLoader,
     candidates: Sequence[Candidate],
-    scaling: ScalingConfig,
-    faults: FaultConfig | None = None,
-) -> RayShards:
-    """Start workers, and hold what they will need against their memory.
+    cluster: Cluster,
+    faults: FailureConfig | None = None,
+) -> Iterator[RayShards]:
+    """Keep workers until the block ends or fails, and hold what they need against their memory.
 
+    Where the process stays connected, as a notebook does, workers would outlive a failed fit.
     Raises UserError when it is too much.
     """
     lanes, n_features = _lanes(candidates), loader.plan.n_features
     reserve = lane_bytes(lanes, n_features)
-    shards = RayShards(loader, loader.plan.n_shards, scaling, faults, reserve=reserve)
-    require_memory(lanes, n_features, shards.worker_memory())
-    require_rows_fit(shards, loader, reserve=reserve)
-    return shards
+    shards = RayShards(loader, loader.plan.n_shards, cluster, faults, reserve=reserve)
+    with closing(shards):
+        require_memory(lanes, n_features, shards.worker_memory())
+        require_rows_fit(shards, loader, reserve=reserve)
+        yield shards

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig
 from gmm_dist.errors import Option, UserError
 from gmm_dist.lake.plan import Missing
-from gmm_dist.shards.failures import FaultConfig
-from gmm_dist.shards.ray_shards import ScalingConfig
 
-_EM, _START, _FAULTS = EMConfig(), StartConfig(), FaultConfig()
+_EM, _START, _FAULTS = EMConfig(), StartConfig(), FailureConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         # Each says itself what is wrong with it.
-        _ = self.em, self.search, self.faults, self.scaling
+        _ = self.em, self.search, self.faults, self.cluster
         if not 0 <= self.holdout < 1:
             wanted = "give a share of the rows, 0 <= share < 1"
             raise UserError(f"is {self.holdout:g}", option="holdout", remedy=wanted)
@@ -104,11 +102,11 @@ class FitOptions:
         return StartConfig(self.n_init, self.init, random_state=self.random_state)
 
     @property
-    def faults(self) -> FaultConfig:
+    def faults(self) -> FailureConfig:
         """How patient the run is with its workers."""
-        return FaultConfig(max_failures=self.max_failures, grace=self.grace)
+        return FailureConfig(max_failures=self.max_failures, grace=self.grace)
 
     @property
-    def scaling(self) -> ScalingConfig:
-        """How many workers there are, and whether each has a GPU."""
-        return ScalingConfig(self.num_workers, self.use_gpu)
+    def cluster(self) -> Cluster:
+        """The Ray cluster, how many workers there are, and whether each has a GPU."""
+        return Cluster(self.address, self.num_workers, self.use_gpu)

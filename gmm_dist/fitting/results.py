@@ -18,7 +18,7 @@ from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.runs import load
 from gmm_dist.runs.load import Attempt
 from gmm_dist.selection.coreset import DrawCoreset, keyed_generator
-from gmm_dist.selection.ranking import Scored, SweepResult
+from gmm_dist.selection.ranking import RankedCandidate, SweepResult
 from gmm_dist.shards.protocol import Shards
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")
@@ -102,7 +102,7 @@ def write(
     return draw(attempt, content, mixture, sample)
 
 
-def spell_best(best: Scored, criterion: str) -> str:
+def spell_best(best: RankedCandidate, criterion: str) -> str:
     """Name the best candidate and what ranked it."""
     name = f"k={best.candidate.k} {best.candidate.covariance_type}"
     if criterion == "holdout":
@@ -124,7 +124,7 @@ def mixture_of(fitted: Fitted, loader: LakeLoader, ids: tuple[int, ...] | None =
     )
 
 
-def _provenance(best: Scored, plan: Plan, settings: dict[str, Any]) -> load.Provenance:
+def _provenance(best: RankedCandidate, plan: Plan, settings: dict[str, Any]) -> load.Provenance:
     criteria = {"bic": best.bic, "aic": best.aic, "icl": best.icl}
     if best.holdout is not None:
         criteria["holdout"] = best.holdout
@@ -165,7 +165,7 @@ def _versions() -> dict[str, str | None]:
     return {"gmm_dist": __version__, **load.library_versions(_PACKAGES)}
 
 
-def _entry(scored: Scored, rank: int) -> dict[str, Any]:
+def _entry(scored: RankedCandidate, rank: int) -> dict[str, Any]:
     fit = scored.fit
     return {
         **asdict(scored.candidate),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from gmm_dist.errors import Option, UserError
 from gmm_dist.urls import Url
 
 if TYPE_CHECKING:
@@ -13,67 +16,107 @@ if TYPE_CHECKING:
 
     from gmm_dist.lake.filters.where import Filter
 
+Missing = Literal["error", "drop", "mean"]
+
 
 @dataclass(frozen=True, slots=True)
 class Lake:
-    """Name the rows of a Parquet file or folder, and the Ray cluster that is to hold them."""
+    """Rows of a Parquet file or folder, by name: what `fit` and `select` take in place of rows.
+
+    Reads nothing: Ray's workers do that, when it is fitted. Can be hashed, pickled and printed;
+    the credentials in a URL are not shown.
+
+    >>> Lake("s3://lake/points", columns=["x", "y"], where="ds >= '2026-11-01'").columns
+    ('x', 'y')
+
+    Args:
+        url: a local path, or any URL that fsspec opens: a Parquet file, or a folder of them.
+        columns: numeric columns, or one column of lists of one length. None: every floating-point
+            column but pandas' indices, else the one column of lists.
+        where: which rows, by any columns and hive partitions: text in the syntax of `--where`, or
+            an expression, such as `(pc.field("a") > 3) & pc.field("b").isin([1, 2])`, which keeps
+            the rows that pyarrow's `Table.filter` does: a comparison with NaN is false, `~` of it
+            true.
+        weight_column: the column of sample weights: 0 is an absent row, 2 a doubled one.
+        missing: what becomes of nulls and NaN: "error", "drop" the row, or the column's "mean".
+        holdout: the share of the rows, 0 <= share < 1, that nothing is fitted to.
+
+    Raises UserError for what can be told to be wrong without reading.
+    """
 
     not_in_memory: ClassVar[str] = (
-        "give rows in memory: a lake can be fitted only (`gmm-dist score` writes the scores of its "
-        "rows)"
+        "X is a lake, whose rows are not in memory: `gmm-dist score` writes the label, probability "
+        "and log-density of each; of a GaussianMixture score, bic, aic and icl take a lake"
     )
 
     url: str
-    columns: tuple[str, ...] | None = None
+    _: KW_ONLY
+    columns: Sequence[str] | None = None
     where: str | pc.Expression | Filter | None = None
     weight_column: str | None = None
-    missing: Literal["error", "drop", "mean"] = "error"
+    missing: Missing = "error"
     holdout: float = 0.0
-    address: str | None = None
-    num_workers: int | None = None
-    use_gpu: bool | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "url", Url(self.url))
-        if self.where is not None and not isinstance(self.where, str):
-            # Pyarrow is imported for those who have it at hand.
+        object.__setattr__(self, "url", _url(self.url))
+        object.__setattr__(self, "columns", _columns(self.columns))
+        if self.where is not None:
+            # Pyarrow, in whose types a filter compares, is imported only where there is one.
             from gmm_dist.lake.filters.expressions import filter_of
 
-            object.__setattr__(self, "where", filter_of(self.where))
+            parsed = filter_of(self.where)
+            if not isinstance(self.where, str):
+                object.__setattr__(self, "where", parsed)
+        if self.weight_column is not None:
+            _require_name(self.weight_column, "weight_column")
+            if self.weight_column in (self.columns or ()):
+                raise UserError(
+                    f"{self.weight_column!r} is among " + Option("columns") + " too",
+                    option="weight_column",
+                    remedy="weights are no feature, leave it out of " + Option("columns"),
+                )
+        if self.missing not in get_args(Missing):
+            wanted = "give one of error, drop, mean"
+            raise UserError(f"is {self.missing!r}", option="missing", remedy=wanted)
+        _require_share(self.holdout)
 
 
-def open_lake(
-    url: str,
-    *,
-    columns: Sequence[str] | None = None,
-    where: str | pc.Expression | Filter | None = None,
-    weight_column: str | None = None,
-    missing: Literal["error", "drop", "mean"] = "error",
-    holdout: float = 0.0,
-    address: str | None = None,
-    num_workers: int | None = None,
-    use_gpu: bool | None = None,
-) -> Lake:
-    """Name a lake for the estimators' `fit` and for `select`; its rows are read by Ray's workers.
+_GIVE_URL = "give the path or URL of a Parquet file or folder"
 
-    `url` is a local path or any fsspec URL. `columns`: numeric columns, or one column of lists of
-    one length (default: every floating-point column but pandas' indices). `where`: which rows, by
-    any column or hive partition, as text in the syntax of `--where` or as an expression, such as
-    `(pc.field("a") > 3) & pc.field("b").isin([1, 2])`, which keeps the rows that pyarrow's
-    `Table.filter` does: a comparison with NaN is false, and `~` of that true. `missing`: what
-    becomes of nulls and NaN. `holdout`: the share of rows that nothing is fitted to. `address` of
-    a Ray cluster (default: RAY_ADDRESS, else one is started here), with `num_workers` actors, each
-    on a GPU where `use_gpu` says so (default: if the cluster has any).
-    """
-    chosen = None if columns is None else tuple(columns)
-    return Lake(
-        url,
-        chosen,
-        where,
-        weight_column,
-        missing,
-        holdout,
-        address,
-        num_workers,
-        use_gpu,
-    )
+
+def _url(given: Any) -> Url:
+    if not isinstance(given, str | os.PathLike) or isinstance(path := os.fspath(given), bytes):
+        raise UserError(f"is {given!r}", option="url", remedy=_GIVE_URL)
+    # A Url is left as it is: as text it would lose its credentials.
+    url = given if isinstance(given, Url) else Url(path)
+    if not url.strip():
+        raise UserError("is empty", option="url", remedy=_GIVE_URL)
+    return url
+
+
+def _columns(given: Any) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        wanted = "give a list of names, such as ['x', 'y']"
+        raise UserError(f"is {given!r}", option="columns", remedy=wanted)
+    names = tuple(given)
+    for name in names:
+        _require_name(name, "columns")
+    if not names:
+        wanted = "name one at least, or leave it out for all floats"
+        raise UserError("is empty", option="columns", remedy=wanted)
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(f"has {twice[0]!r} twice", option="columns", remedy="name each column once")
+    return tuple(str(name) for name in names)
+
+
+def _require_name(name: Any, what: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise UserError(f"has {name!r}", option=what, remedy="give the name of a column")
+
+
+def _require_share(share: Any) -> None:
+    if not isinstance(share, Real) or isinstance(share, bool) or not 0 <= float(share) < 1:
+        wanted = "give a share of the rows, 0 <= share < 1"
+        raise UserError(f"is {share}", option="holdout", remedy=wanted)

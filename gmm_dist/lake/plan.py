@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from gmm_dist.lake import listing, nights
 from gmm_dist.lake.deal import RowRange, deal
 from gmm_dist.lake.filters.expressions import filter_of
 from gmm_dist.lake.filters.where import Filter
+from gmm_dist.lake.lake import Missing as Missing
 from gmm_dist.lake.listing import LakeFile, Listing
 from gmm_dist.lake.schema import NAME_COLUMNS, Columns
 from gmm_dist.lake.survey import (
@@ -39,8 +39,6 @@ from gmm_dist.lake.survey import (
 from gmm_dist.urls import Url
 
 logger = logging.getLogger(__name__)
-
-Missing = Literal["error", "drop", "mean"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,15 +82,15 @@ def _more_workers(need: RowsNeed, room: int) -> Words:
     return Option("num_workers", n_workers) + " on machines with as much memory for each, "
 
 
-def plan_of(opened: Lake) -> Plan:
+def plan_of(lake: Lake) -> Plan:
     """Return which rows a lake's name stands for, as `plan_lake` does, and raise as it does."""
     return plan_lake(
-        opened.url,
-        columns=opened.columns,
-        weight_column=opened.weight_column,
-        where=opened.where,
-        missing=opened.missing,
-        holdout=opened.holdout,
+        lake.url,
+        columns=lake.columns,
+        weight_column=lake.weight_column,
+        where=lake.where,
+        missing=lake.missing,
+        holdout=lake.holdout,
     )
 
 

@@ -97,8 +97,8 @@ def require_rows_or_lake(X: Any) -> None:
     """Raise TypeError for a path, which is neither."""
     if isinstance(X, str | os.PathLike):
         raise TypeError(
-            f"X is {str(X)!r}, a place and no rows: gmm_dist.open_lake(...) names those that lie "
-            "there, for fit and select"
+            f"X is {str(X)!r}, a place and no rows: gmm_dist.Lake(...) names those that lie there, "
+            "for fit and select"
         )
 
 

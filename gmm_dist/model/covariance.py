@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from gmm_dist.model.parameters import Stack, lane_numbers
+from gmm_dist.model.parameters import ParameterStack, lane_numbers
 
 LOG_2PI = math.log(2 * math.pi)
 NEVER = -1e30
@@ -75,7 +75,7 @@ class Natural:
     condition: Float64[Tensor, " K"]
 
 
-class Family(Protocol):
+class CovarianceType(Protocol):
     """What the pass, the M-step and the criteria ask of a covariance type."""
 
     def rows(self, n_features: int) -> slice:
@@ -372,23 +372,24 @@ class Spherical:
         return ((x - mean[:, None]) * factor).square().sum(0)
 
 
-FAMILIES: dict[str, Family] = {
+TYPE_OF: dict[str, CovarianceType] = {
     "full": Full(),
     "tied": Tied(),
     "diag": Diag(),
     "spherical": Spherical(),
 }
+"""What each of `COVARIANCE_TYPES` does."""
 
 
-def log_weights(stack: Stack) -> Float64[Tensor, " K"]:
+def log_weights(stack: ParameterStack) -> Float64[Tensor, " K"]:
     """Return the logarithms of the mixing weights, with `NEVER` in place of -inf."""
     given = stack.weights.log() if stack.log_weights is None else stack.log_weights
     return given.clamp_min(NEVER)
 
 
-def natural(stack: Stack) -> Natural:
+def natural(stack: ParameterStack) -> Natural:
     """Return Θ with `log w_k + log N(x | k) = Θ_k · φ(x)`, of means about the shared centre."""
-    family, d = FAMILIES[stack.covariance_type], stack.means.shape[1]
+    family, d = TYPE_OF[stack.covariance_type], stack.means.shape[1]
     factors, failed = family.precisions_cholesky(stack.covariances)
     half_log_det = stack.per_component(family.half_log_det(factors, d))
     variances = stack.per_component(family.variances(stack.covariances, d))
@@ -406,13 +407,13 @@ def natural(stack: Stack) -> Natural:
 
 def maximise(
     covariance_type: str, moments: Moments, sizes: tuple[int, ...], reg: Float64[Tensor, "K d"]
-) -> Stack:
+) -> ParameterStack:
     """Return the parameters that maximise the expected log-likelihood (the M-step).
 
     `reg` (K, d), squared feature units, is added to a component's variances (spherical: its
     mean over the features); tied takes that of each lane's first component.
     """
-    family = FAMILIES[covariance_type]
+    family = TYPE_OF[covariance_type]
     lane = lane_numbers(sizes)
     covariances = family.covariances(moments, lane)
     if covariance_type == "tied":
@@ -420,7 +421,7 @@ def maximise(
         reg = reg[first]
     family.regularise(covariances, reg)
     total = moments.nk.new_zeros(len(sizes)).index_add(0, lane, moments.nk)
-    return Stack(
+    return ParameterStack(
         moments.nk / total[lane],
         moments.about + moments.shift,
         covariances,

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.covariance import TYPE_OF
 
 
 def n_parameters(covariance_type: str, n_components: int, n_features: int) -> int:
     """Return the number of free parameters of a mixture (weights, means, covariances)."""
-    family = FAMILIES[covariance_type]
+    family = TYPE_OF[covariance_type]
     others = n_components - 1 + n_components * n_features
     return others + family.n_covariance_parameters(n_components, n_features)
 
 
 def most_components(covariance_type: str, n_rows: int, n_features: int) -> int:
     """Return of how many components a fit to so many rows may be ranked; 0 for none."""
-    family = FAMILIES[covariance_type]
+    family = TYPE_OF[covariance_type]
     if n_rows < family.least_rows_in_all(n_features):
         return 0
     return n_rows // family.least_rows(n_features)

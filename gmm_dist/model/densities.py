@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.model.covariance import FAMILIES, LOG_2PI, log_weights
-from gmm_dist.model.parameters import Stack
+from gmm_dist.model.covariance import LOG_2PI, TYPE_OF, log_weights
+from gmm_dist.model.parameters import ParameterStack
 
 _TINY = torch.finfo(torch.float64).tiny
 _FAR = -1e12  # log-densities below it have no digits left for what sets components apart
@@ -24,8 +24,8 @@ class Densities:
     those at the means.
     """
 
-    def __init__(self, stack: Stack, device: torch.device) -> None:
-        self._family, d = FAMILIES[stack.covariance_type], stack.means.shape[1]
+    def __init__(self, stack: ParameterStack, device: torch.device) -> None:
+        self._family, d = TYPE_OF[stack.covariance_type], stack.means.shape[1]
         factors, failed = self._family.precisions_cholesky(stack.covariances)
         assert not bool(failed.any()), "a covariance is not positive definite"
         half = stack.per_component(self._family.half_log_det(factors, d))

@@ -15,7 +15,7 @@ from torch import Tensor
 from gmm_dist.errors import UserError
 from gmm_dist.model.criteria import aic, bic, icl, n_parameters
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.model.quantiles import Quantiles
 
 Rows = npt.NDArray[Any] | Tensor
@@ -149,7 +149,7 @@ def log_densities(mixture: Parameters, X: Rows) -> Float64[Tensor, " n"]:
 def _chunks(mixture: Parameters, X: Rows) -> Iterator[Float64[Tensor, "k b"]]:
     """Yield log w_k + log N(x | k) for a few rows at a time."""
     device = X.device if isinstance(X, Tensor) else torch.device("cpu")
-    densities = Densities(Stack.of([mixture]), device)
+    densities = Densities(ParameterStack.of([mixture]), device)
     n_chunk = max(1, _CHUNK_ELEMENTS // (mixture.n_components + mixture.n_features))
     for first in range(0, max(len(X), 1), n_chunk):
         yield densities(_columns(X[first : first + n_chunk]))

@@ -67,7 +67,7 @@ def lane_numbers(sizes: tuple[int, ...]) -> Int64[Tensor, " K"]:
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
+class ParameterStack:
     """Hold the parameters of L mixtures of one covariance type, component after component.
 
     K is the number of components of all lanes together: `weights` (K,), `means` (K, d),
@@ -83,7 +83,7 @@ class Stack:
     log_weights: Float64[Tensor, " K"] | None = None
 
     @classmethod
-    def of(cls, lanes: Sequence[Parameters]) -> Stack:
+    def of(cls, lanes: Sequence[Parameters]) -> ParameterStack:
         """Stack mixtures of one covariance type."""
         if len(lanes) == 1:
             return cls._of_one(lanes[0])
@@ -101,7 +101,7 @@ class Stack:
         )
 
     @classmethod
-    def _of_one(cls, lane: Parameters) -> Stack:
+    def _of_one(cls, lane: Parameters) -> ParameterStack:
         """Return the stack of a single mixture without copying it: most calls at small shapes."""
         kind, covariances = lane.covariance_type, lane.covariances
         covariances = covariances[None] if kind == "tied" else covariances

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import Parameters
 
 # float32 weights, which sum to one up to their own rounding, are a mixture's too.
@@ -45,7 +45,7 @@ def _of_weights(weights: Tensor) -> str | None:
 def _of_covariances(mixture: Parameters) -> str | None:
     kind, covariances = mixture.covariance_type, mixture.covariances
     covariances = covariances[None] if kind == "tied" else covariances
-    _, failed = FAMILIES[kind].precisions_cholesky(covariances)
+    _, failed = TYPE_OF[kind].precisions_cholesky(covariances)
     if (place := _first(failed)) is not None:
         wrong = "a variance that is not positive"
         if kind in ("full", "tied"):

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.model.covariance import FAMILIES, Moments, maximise
+from gmm_dist.model.covariance import TYPE_OF, Moments, maximise
 from gmm_dist.model.parameters import Parameters
 
 WEIGHT_PRIORS = ("dirichlet_process", "dirichlet_distribution")
@@ -147,7 +147,7 @@ class Posterior:
 
     def _log_wishart(self) -> Tensor:
         """Return ln of what normalises the Wisharts, without the powers of π."""
-        family, (k, d) = FAMILIES[self.prior.covariance_type], self.means.shape
+        family, (k, d) = TYPE_OF[self.prior.covariance_type], self.means.shape
         nu, is_tied = self.degrees_of_freedom, self.prior.covariance_type == "tied"
         covariances = self.covariances[None] if is_tied else self.covariances
         factors, _ = family.precisions_cholesky(covariances)

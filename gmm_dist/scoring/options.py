@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gmm_dist.config import Cluster, FailureConfig
 from gmm_dist.errors import UserError
 from gmm_dist.model.quantiles import SMALLEST
-from gmm_dist.shards.failures import FaultConfig
-from gmm_dist.shards.ray_shards import ScalingConfig
 
-_FAULTS = FaultConfig()
+_FAULTS = FailureConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +50,14 @@ class ScoreOptions:
 
     def __post_init__(self) -> None:
         # Each says itself what is wrong with it.
-        FaultConfig(max_failures=self.max_failures, grace=self.grace)
-        _ = self.scaling
+        FailureConfig(max_failures=self.max_failures, grace=self.grace)
+        _ = self.cluster
         require_share(self.outliers)
 
     @property
-    def scaling(self) -> ScalingConfig:
-        """How many workers there are, and whether each has a GPU."""
-        return ScalingConfig(self.num_workers, self.use_gpu)
+    def cluster(self) -> Cluster:
+        """The Ray cluster, how many workers there are, and whether each has a GPU."""
+        return Cluster(self.address, self.num_workers, self.use_gpu)
 
 
 def require_share(outliers: float | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 
 import pyarrow as pa
 
+from gmm_dist.config import FailureConfig
 from gmm_dist.errors import Option, UserError
 from gmm_dist.formats import counted
 from gmm_dist.lake.plan import Plan, plan_lake
@@ -24,7 +25,6 @@ from gmm_dist.scoring.files import Scored, ScoreFiles, collect
 from gmm_dist.scoring.options import ScoreOptions
 from gmm_dist.scoring.run import claim, commit
 from gmm_dist.scoring.scorer import Scoring
-from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.shards.ray_shards import RayShards, connected
 from gmm_dist.urls import redacted
 
@@ -156,26 +156,26 @@ class _Job:
         """Have the workers score all files that are not scored yet."""
         options, n_files = self.options, len(self.plan.files)
         loader = ScoreFiles(self.plan, self.scoring, options.output, self.identity, run.attempt.id)
-        progress, scaling = self.progress, options.scaling.at_most(n_files)
+        progress, cluster = self.progress, options.cluster.at_most(n_files)
 
         def watch(done: int, n_rows: int) -> None:
             run.check()
             progress.scoring(done, n_files, n_rows)
 
-        with connected(options.address, scaling), progress.shown():
-            shards = RayShards(loader, n_files, scaling, self._faults)
+        with connected(cluster), progress.shown():
+            shards = RayShards(loader, n_files, cluster, self._faults)
             shards.load(watch)
             scored = shards.run(collect)
             shards.close()
         return scored
 
     @property
-    def _faults(self) -> FaultConfig:
+    def _faults(self) -> FailureConfig:
         """Be as patient with the largest file as its size asks for."""
-        options, usual = self.options, FaultConfig()
+        options, usual = self.options, FailureConfig()
         sizes = [file.size for file in self.plan.files]
         skew = max(sizes) / statistics.median(sizes)
-        return FaultConfig(
+        return FailureConfig(
             max_failures=options.max_failures,
             grace=options.grace,
             deadline_factor=usual.deadline_factor * skew,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gmm_dist.errors import UserError
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.parameters import Parameters, ParameterStack
 
 COMPONENT, PROBABILITY, LOG_DENSITY = "component", "probability", "log_density"
 PROBABILITIES, OUTLIER = "probabilities", "outlier"
@@ -103,7 +103,7 @@ class Scorer:
         self._device = device()
         ids = scoring.ids or range(scoring.mixture.n_components)
         self._numbers = np.array(ids, dtype=np.int32)
-        self._densities = Densities(Stack.of([scoring.mixture]), self._device)
+        self._densities = Densities(ParameterStack.of([scoring.mixture]), self._device)
 
     def table(self, kept: pa.Table, X: npt.NDArray[np.float64]) -> pa.Table:
         """Return the scored table of rows `X` (d, n); null where a feature is missing (NaN)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gmm_dist.em.estep import chunks
 from gmm_dist.em.statistics import CONSTANT, TotalMoments
-from gmm_dist.model.covariance import FAMILIES, Moments, maximise
+from gmm_dist.model.covariance import TYPE_OF, Moments, maximise
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.coreset import Whitening, keyed_generator, whitening
 from gmm_dist.shards.protocol import ShardRows, Shards
@@ -172,7 +172,7 @@ def start_of(
     """
     pooled = Pooled.of(X, weight, kind) if pooled is None else pooled
     scatter, counted = _scatter(kind), pooled.counted
-    more = FAMILIES[kind].least_rows(X.shape[1])
+    more = TYPE_OF[kind].least_rows(X.shape[1])
     floor = pooled.floor if pooled.spread.ndim == 1 else pooled.floor.diag()
     prior = more * (pooled.spread + floor)
     nk, means, within = [], [], []

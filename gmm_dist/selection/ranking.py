@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gmm_dist.em.loop import FitResult, Status
 from gmm_dist.em.statistics import Spike, TotalMoments, counts_rows
-from gmm_dist.errors import Option, Text, Words, joined
+from gmm_dist.errors import Option, Spelling, Text, Words, in_python, joined, spelt
 from gmm_dist.formats import counted
 from gmm_dist.model.criteria import aic, bic, icl, most_components, n_parameters
 from gmm_dist.selection.spikes import Profile
@@ -38,7 +38,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
+class BestFit:
     """The best of a candidate's fits on all rows; `seconds` from the start to its end.
 
     `n_starts` were fitted on all rows; `n_dropped` of them fell behind and were ended early.
@@ -52,21 +52,21 @@ class Outcome:
     passes_saved: float = 0.0
 
     @classmethod
-    def of(cls, fit: FitResult, seconds: float) -> Outcome:
+    def of(cls, fit: FitResult, seconds: float) -> BestFit:
         dropped = int(fit.status is Status.DROPPED)
         return cls(fit, seconds, 1, dropped, fit.passes_saved)
 
-    def counted(self, n_samples: float) -> Outcome:
+    def counted(self, n_samples: float) -> BestFit:
         """Return the outcome of the same rows, whose weights sum to `n_samples`."""
         return replace(self, fit=self.fit.counted(n_samples))
 
-    def against(self, other: Outcome) -> Outcome:
+    def against(self, other: BestFit) -> BestFit:
         """Return the better of two, with the starts of both."""
         first, second = (o.fit for o in (self, other))
         better = self.fit
         if (second.is_ranked, second.log_likelihood) > (first.is_ranked, first.log_likelihood):
             better = second
-        return Outcome(
+        return BestFit(
             better,
             max(self.seconds, other.seconds),
             self.n_starts + other.n_starts,
@@ -76,7 +76,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scored:
+class RankedCandidate:
     """A candidate with what came of it, and its criteria.
 
     Of `bic`, `aic` and `icl` (nats) lower is better. `holdout` is the mean log-likelihood of the
@@ -84,7 +84,7 @@ class Scored:
     """
 
     candidate: Candidate
-    outcome: Outcome
+    outcome: BestFit
     n_parameters: int
     bic: float
     aic: float
@@ -92,7 +92,9 @@ class Scored:
     holdout: float | None = None
 
     @classmethod
-    def of(cls, candidate: Candidate, outcome: Outcome, holdout: float | None = None) -> Scored:
+    def of(
+        cls, candidate: Candidate, outcome: BestFit, holdout: float | None = None
+    ) -> RankedCandidate:
         """Compute the criteria of a fit."""
         fit = outcome.fit
         n_free = n_parameters(
@@ -138,7 +140,7 @@ class SweepResult:
     `weight` is the sum of the weights, where `total` has it in another unit.
     """
 
-    scored: tuple[Scored, ...]
+    scored: tuple[RankedCandidate, ...]
     criterion: str
     total: TotalMoments
     n_passes: int = 0
@@ -152,7 +154,7 @@ class SweepResult:
         return self.scored[0].fit.n_samples if self.scored else self.total.n_samples
 
     @property
-    def ranked(self) -> list[Scored]:
+    def ranked(self) -> list[RankedCandidate]:
         # Ties: fewer parameters, then smaller k.
         return sorted(
             self.scored,
@@ -165,7 +167,7 @@ class SweepResult:
         )
 
     @property
-    def best(self) -> Scored | None:
+    def best(self) -> RankedCandidate | None:
         """The candidate of the lowest criterion, or None when every one failed."""
         first = self.ranked[0]
         return first if first.fit.is_ranked else None
@@ -176,11 +178,13 @@ class SweepResult:
         rerun: Callable[[str], Words] = _rerun_with,
         *,
         holds_out: bool = True,
-    ) -> list[Words]:
+        spelling: Spelling = in_python,
+    ) -> list[str]:
         """Return what a reader of the table should know, each with what to do.
 
         `rerun` turns the next grid of k, such as `2..20` or `2,4,8`, into what to do about it;
-        `holds_out` says whether rows can be held out. Nothing is advised that the table refutes.
+        `holds_out` says whether rows can be held out; `spelling` spells options.
+        Nothing is advised that the table refutes.
         """
         lines: list[Words] = [
             self._constant(j, feature_names[j]) for j in self.total.constant_features()
@@ -193,9 +197,8 @@ class SweepResult:
                 f"{dependent} of {len(feature_names)} columns are duplicates or sums of others, so "
                 "full covariances rest on " + _REG_COVAR + ": leave them out with " + _COLUMNS
             )
-        return (
-            lines + self._weights_note() + self._edge_warning(rerun) + self._falling_note(holds_out)
-        )
+        lines += self._weights_note() + self._edge_warning(rerun) + self._falling_note(holds_out)
+        return [spelt(line, spelling) for line in lines]
 
     def _constant(self, feature: int, name: str) -> Words:
         at = 0.0 if self.centre is None else abs(float(self.centre[feature]))
@@ -336,12 +339,12 @@ class SweepResult:
         verb = "is" if len(refuted) == 1 else "are"
         return f"{said} {verb} best there, too: choose as many components as are of use"
 
-    def _best_by(self, criterion: str) -> Scored | None:
+    def _best_by(self, criterion: str) -> RankedCandidate | None:
         """Return what another criterion would choose; None where it is not known."""
         known = [s for s in self.scored if not math.isnan(s.value(criterion))]
         return replace(self, scored=tuple(known), criterion=criterion).best if known else None
 
-    def _cost(self, before: Scored, last: Scored) -> float:
+    def _cost(self, before: RankedCandidate, last: RankedCandidate) -> float:
         """Return what the criterion takes for one more component, in nats per row."""
         n_free = (last.n_parameters - before.n_parameters) / (last.candidate.k - before.candidate.k)
         each = math.log(self.n_samples) / 2 if self.criterion == "bic" else 1.0

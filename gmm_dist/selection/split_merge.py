@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import kmeans
 
@@ -65,7 +65,7 @@ def splits(
 ) -> list[Split]:
     """Return for each component with rows enough its split in two by k-means, best first."""
     found = []
-    least = FAMILIES[parameters.covariance_type].least_rows(parameters.n_features)
+    least = TYPE_OF[parameters.covariance_type].least_rows(parameters.n_features)
     for component in range(parameters.n_components):
         rows = (labels == component) & (weight > 0)
         if int(rows.sum()) < _ROWS * least:

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em import loop
-from gmm_dist.em.estep import Total
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.em.memory import lane_bytes
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.selection import kmeans, split_merge
 from gmm_dist.selection.coreset import Coreset, DrawCoreset, Whitening, keyed_generator, whitening
 from gmm_dist.shards.local import LocalShards
@@ -105,7 +105,7 @@ class _Rows:
         # Of one shard by the caller's own thread: to call another takes longer than such a pass.
         threads = 0 if n_shards == 1 else n_threads
         local = LocalShards.of(X, weight, n_shards=n_shards, n_threads=threads)
-        total = local.run(Total(X.shape[1], whole.is_whole))
+        total = local.run(SumMoments(X.shape[1], whole.is_whole))
         total = replace(total, spikes=whole.spikes)
         return cls(sample, local, total)
 
@@ -412,5 +412,5 @@ def _split(parameters: Parameters, split: split_merge.Split) -> Parameters:
 
 
 def _labels(parameters: Parameters, X: Float64[Tensor, "m d"]) -> Int64[Tensor, " m"]:
-    densities = Densities(Stack.of([parameters]), X.device)
+    densities = Densities(ParameterStack.of([parameters]), X.device)
     return torch.cat([densities(part.T).argmax(0) for part in X.split(_CHUNK_ROWS)])

@@ -13,17 +13,16 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em import loop
-from gmm_dist.em.estep import Total
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.em.evaluate import mean_log_likelihoods
-from gmm_dist.em.lane import Lane, Snapshot, regularisation, restore_lanes, take_snapshot
-from gmm_dist.em.lane import Outcome as LaneOutcome
+from gmm_dist.em.lane import Lane, Outcome, Snapshot, regularisation, restore_lanes, take_snapshot
 from gmm_dist.em.lane_batch import Precision
 from gmm_dist.em.statistics import TotalMoments, as_given, criterion_size, given_weight
 from gmm_dist.errors import Option, TooFewRows, UserError
 from gmm_dist.formats import counted
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import split_merge
-from gmm_dist.selection.ranking import Candidate, Outcome, Scored, SweepResult
+from gmm_dist.selection.ranking import BestFit, Candidate, RankedCandidate, SweepResult
 from gmm_dist.selection.spikes import profile
 from gmm_dist.selection.starts import mend, search
 from gmm_dist.shards.protocol import HeldOut, Shards
@@ -83,7 +82,7 @@ def sweep(
     numbers beyond float64's range once they are squared.
     """
     began = time.monotonic()
-    moments = Total(n_features, n_features <= _WIDE or _read_products(candidates))
+    moments = SumMoments(n_features, n_features <= _WIDE or _read_products(candidates))
     total = shards.run(moments)
     scale = unit_of(total.max_weight)
     if scale != 1:
@@ -119,7 +118,7 @@ def sweep(
         likelihoods = mean_log_likelihoods(shards, [o.fit.parameters for o in race.outcomes])
     size = criterion_size(total, scale)
     scored = [
-        Scored.of(candidate, outcome.counted(size), likelihood)
+        RankedCandidate.of(candidate, outcome.counted(size), likelihood)
         for candidate, outcome, likelihood in zip(
             candidates, race.outcomes, likelihoods, strict=True
         )
@@ -209,7 +208,7 @@ class _Race:
         self._lifted.append(i)
         k, scale = self._candidates[i].k, self._total.scale
         copied = Lane.start(split_merge.halved(smaller, k, shift=0.0), self._config, scale)
-        copied.precision, copied.verdict = Precision.CENTRED, LaneOutcome.CONVERGED
+        copied.precision, copied.verdict = Precision.CENTRED, Outcome.CONVERGED
         for lane in (Lane.start(split_merge.halved(smaller, k), self._config, scale), copied):
             self._lanes.append(lane)
             self._owners.append(i)
@@ -217,11 +216,11 @@ class _Race:
         self.run()
 
     @property
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[BestFit]:
         """The best of each candidate so far, in their order."""
-        best: dict[int, Outcome] = {}
+        best: dict[int, BestFit] = {}
         for i, lane, seconds in zip(self._owners, self._lanes, self._seconds, strict=True):
-            outcome = Outcome.of(loop.result_of(lane, self._total), seconds)
+            outcome = BestFit.of(loop.result_of(lane, self._total), seconds)
             best[i] = outcome if i not in best else best[i].against(outcome)
         return [best[i] for i in range(len(self._candidates))]
 
@@ -250,7 +249,7 @@ class _Race:
         fields: dict[int, list[Lane]] = {}
         for j, (i, lane) in enumerate(zip(self._owners, lanes, strict=True)):
             fields.setdefault(i, []).append(lane)
-            if lane.outcome is LaneOutcome.RUNNING:
+            if lane.outcome is Outcome.RUNNING:
                 self._seconds[j] = time.monotonic() - self._began
         self._keep(self.n_passes, self.snapshot)
         self._watch([self._standing(i, own) for i, own in fields.items()])
@@ -259,7 +258,7 @@ class _Race:
         """Say where a candidate stands, by the lane that leads."""
         bounds = [lane.lower_bounds[-1] if lane.lower_bounds else math.nan for lane in lanes]
         lead = max(range(len(lanes)), key=lambda j: (not math.isnan(bounds[j]), bounds[j]))
-        running = any(lane.outcome is LaneOutcome.RUNNING for lane in lanes)
+        running = any(lane.outcome is Outcome.RUNNING for lane in lanes)
         lane, precision = lanes[lead], lanes[lead].precision.name.lower()
         return Standing(self._candidates[i], running, lane.n_iter, bounds[lead], precision)
 
@@ -272,7 +271,7 @@ def require_rows(candidates: Sequence[Candidate], n_rows: int) -> None:
         raise TooFewRows(
             f"asks for {counted(largest, 'component')}, but there are {rows}",
             option="n_components",
-            remedy=f"give k of at most {n_rows}",
+            remedy=f"give at most {n_rows}",
         )
 
 
@@ -289,7 +288,7 @@ def _require_range(features: Sequence[int], names: Sequence[str], what: str) -> 
 
 
 def _require_held_out(shards: Shards, n_features: int) -> None:
-    if shards.run(HeldOut(Total(n_features))).n_rows == 0:
+    if shards.run(HeldOut(SumMoments(n_features))).n_rows == 0:
         raise UserError(
             "finds no held-out row of positive weight",
             option=Option("criterion", "holdout"),

@@ -12,9 +12,10 @@ from typing import Any
 
 import ray
 
+from gmm_dist.config import FailureConfig
 from gmm_dist.errors import Option, RunFailed, UserError
 from gmm_dist.formats import counted
-from gmm_dist.shards.failures import Budget, FaultConfig, Verdict, is_full, judge, reason
+from gmm_dist.shards.failures import Budget, Verdict, is_full, judge, reason
 from gmm_dist.shards.placement import Placement, shares
 from gmm_dist.shards.workers import (
     Call,
@@ -48,7 +49,7 @@ class Dispatcher:
         self,
         workers: Sequence[Worker],
         placement: Placement,
-        faults: FaultConfig,
+        faults: FailureConfig,
         capacity: Callable[[], int],
     ) -> None:
         self._workers = workers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import errno
-import math
 from dataclasses import dataclass, field
 
 from ray.exceptions import (
@@ -15,54 +14,9 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from gmm_dist.errors import Option, RunFailed, UserError
+from gmm_dist.config import FailureConfig
+from gmm_dist.errors import Option, RunFailed
 from gmm_dist.formats import counted
-
-
-@dataclass(frozen=True, slots=True)
-class FaultConfig:
-    """How patient a run is with its workers; all times in seconds.
-
-    `max_failures`: failures that a run bears; those within `together` count as one, as a host
-    that dies takes all its workers with it. `grace`: until survivors take over the shards of a
-    lost worker; `forsaken`: until shards that nobody has room for end the run. `silence`: a
-    worker that has shown no sign of work on its call for so long is lost. One that shows it may
-    take `deadline` for a call, or `deadline_factor` times as long as its siblings if that is
-    more; before a sibling has replied, `longest`. A call that lasts longer than `straggling` and
-    `straggling_factor` times its siblings is repeated elsewhere. A worker rests for `backoff`
-    after its first failure, twice as long after each further one in a row, `max_backoff` at most.
-    """
-
-    max_failures: int = 16
-    grace: float = 60.0
-    together: float = 10.0
-    forsaken: float = 900.0
-    # Ray itself needs 65 s to see that a host is cut off, and lost messages stall for up to 30 s.
-    silence: float = 60.0
-    deadline: float = 300.0  # an outage of the storage is sat out by those who read it
-    deadline_factor: float = 20.0
-    longest: float = 86_400.0
-    straggling: float = 30.0
-    straggling_factor: float = 4.0
-    backoff: float = 0.5
-    max_backoff: float = 30.0
-
-    def __post_init__(self) -> None:
-        if self.max_failures < 0:
-            wanted = "give a whole number >= 0"
-            raise UserError(f"is {self.max_failures}", option="max_failures", remedy=wanted)
-        if not (self.grace >= 0 and math.isfinite(self.grace)):
-            raise UserError(f"is {self.grace}", option="grace", remedy="give seconds >= 0")
-
-    @property
-    def tick(self) -> float:
-        """Return how often to look at the clock while nothing happens."""
-        return min(1.0, self.silence / 8, self.straggling / 8, max(self.grace / 4, 0.05))
-
-    def rest(self, failures: int) -> float:
-        """Return how long a worker rests after so many failures in a row."""
-        return float(min(self.max_backoff, self.backoff * 2.0 ** min(failures - 1, 60)))
-
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 # Nor does repetition help with a forbidden or an impossible name.
@@ -121,7 +75,7 @@ def reason(error: Exception) -> str:
 class Budget:
     """Counts the failures of a run."""
 
-    config: FaultConfig
+    config: FailureConfig
     used: int = 0
     _began: float = field(default=float("-inf"))
 

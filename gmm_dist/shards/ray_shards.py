@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import ipaddress
 import itertools
 import logging
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 import torch
 
+from gmm_dist.config import Cluster, FailureConfig
 from gmm_dist.errors import Option, RunFailed, UserError
 from gmm_dist.formats import counted
 from gmm_dist.shards.dispatch import Dispatcher
-from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.shards.placement import Placement, ranges
 from gmm_dist.shards.protocol import Loader, S, Task
 from gmm_dist.shards.tree_sum import TreeSum
@@ -43,65 +44,48 @@ _SOCKET = 68
 _ROOM_SECONDS = 5.0  # for which what is known of the machines' memory holds
 
 
-@dataclass(frozen=True, slots=True)
-class ScalingConfig:
-    """How many workers, and whether each has a GPU of its own (None: if the cluster has any)."""
-
-    num_workers: int | None = None
-    use_gpu: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_workers is not None and self.num_workers < 1:
-            wanted = "give a whole number >= 1"
-            raise UserError(f"is {self.num_workers}", option="num_workers", remedy=wanted)
-
-    def at_most(self, n_shards: int) -> ScalingConfig:
-        """Return as many workers as have something to do: Ray starts a process for each at once."""
-        if self.num_workers is None:
-            return self
-        return replace(self, num_workers=min(self.num_workers, max(1, n_shards)))
-
-
 @contextmanager
-def connected(address: str | None, scaling: ScalingConfig) -> Iterator[None]:
+def connected(cluster: Cluster) -> Iterator[None]:
     """Connect to a Ray cluster, or start one here, and leave it again.
 
-    `address` None: the cluster that the job runs in (RAY_ADDRESS), else an embedded one, with
+    Without an address: the cluster that the job runs in (RAY_ADDRESS), else an embedded one, with
     as many CPUs as this machine or as `num_workers` asks for. A process that is connected
     already, such as a notebook, stays so; no other cluster can be had there. The process keeps
     the handlers of signals that it had.
 
     Raises:
         UserError: there is no cluster at the address, none that answers soon, or it has neither
-            GPUs that are asked for nor machines that could come.
+            GPUs that are asked for nor machines that could come; the process is connected to
+            another cluster than the one at the address.
         RunFailed: Ray does not start on this machine.
     """
     if ray.is_initialized():
-        _require_places(scaling)
+        _require_same_cluster(cluster.address)
+        _require_places(cluster)
         yield
         return
-    address = _where(address)
+    address = _where(cluster.address)
     try:
         if address == _HERE:
-            _start(scaling)
+            _start(cluster)
         else:
             _join(address)
-        _require_places(scaling)
+        _require_places(cluster)
         yield
     finally:
         with _kept_handlers():
             ray.shutdown()
 
 
-def most_memory(address: str | None, scaling: ScalingConfig, n_shards: int) -> int:
+def most_memory(cluster: Cluster, n_shards: int) -> int:
     """Return the bytes that a worker can have at most, without asking Ray.
 
     They are known where `connected` would start Ray on this machine, and workers use its CPUs.
     """
-    may_use_gpu = scaling.use_gpu is not False and torch.cuda.is_available()
-    if ray.is_initialized() or _where(address) != _HERE or may_use_gpu:
+    may_use_gpu = cluster.use_gpu is not False and torch.cuda.is_available()
+    if ray.is_initialized() or _where(cluster.address) != _HERE or may_use_gpu:
         return sys.maxsize
-    n_workers = min(scaling.num_workers or _n_cpus(scaling), n_shards)
+    n_workers = min(cluster.num_workers or _n_cpus(cluster), n_shards)
     utils: Any = ray._private.utils
     return int(utils.get_system_memory()) // max(1, n_workers)
 
@@ -110,14 +94,14 @@ def _where(address: str | None) -> str:
     return address or os.environ.get("RAY_ADDRESS") or _HERE
 
 
-def _n_cpus(scaling: ScalingConfig) -> int:
+def _n_cpus(cluster: Cluster) -> int:
     """Return how many CPUs Ray is told that this machine has."""
-    return max(os.cpu_count() or 1, scaling.num_workers or 1)
+    return max(os.cpu_count() or 1, cluster.num_workers or 1)
 
 
-def _start(scaling: ScalingConfig) -> None:
+def _start(cluster: Cluster) -> None:
     logger.info("starting Ray on this machine")
-    n_cpus = _n_cpus(scaling)
+    n_cpus = _n_cpus(cluster)
     try:
         _init(_HERE, num_cpus=n_cpus, include_dashboard=False, _temp_dir=_temp_dir())
     except Exception as error:
@@ -205,6 +189,53 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+def _require_same_cluster(address: str | None) -> None:
+    """Raise UserError where this process is connected to another cluster than the one asked for."""
+    if address is None or address == "auto":
+        return
+    client = ray.util.client.ray
+    if client.is_connected():
+        # Its gateway's port says nothing of the cluster's own.
+        here = str(client.get_context().client_worker._conn_str)
+        is_same = _hosts(address) & _hosts(here) != set()
+    else:
+        here = str(ray.get_runtime_context().gcs_address)
+        node: Any = ray._private.worker._global_node
+        is_same = node.is_head() if address == _HERE else _is_at(address, here)
+    if not is_same:
+        raise UserError(
+            f"is {address}, but this process is connected to the Ray cluster at {here}",
+            option="address",
+            remedy="leave "
+            + Option("address")
+            + " out to use that one, or leave it first (ray.shutdown())",
+        )
+
+
+def _is_at(address: str, here: str) -> bool:
+    """Say whether an address leads to the cluster whose head listens at `here`."""
+    if not _hosts(address) & _hosts(here):
+        return False
+    is_client = address.startswith("ray://")  # another port leads to the same cluster
+    return is_client or _parted(address)[1] == _parted(here)[1]
+
+
+def _hosts(address: str) -> set[str]:
+    """Return the IP addresses of the host that an address names, and its name."""
+    host, _ = _parted(address)
+    ips: set[str] = set()
+    with suppress(OSError):
+        ips = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    if any(ipaddress.ip_address(ip).is_loopback for ip in ips):
+        ips.add(str(ray.util.get_node_ip_address()))  # what Ray makes of this machine's own
+    return ips | {host}
+
+
+def _parted(address: str) -> tuple[str, str]:
+    host, _, port = address.removeprefix("ray://").rstrip("/").rpartition(":")
+    return host.strip("[]"), port
+
+
 def _temp_dir() -> str | None:
     """Return where Ray's sockets go: their names have 107 bytes at most. None: where Ray says."""
     base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
@@ -280,12 +311,12 @@ def _silence(address: str, *, is_client: bool) -> str | None:
     return None
 
 
-def _require_places(scaling: ScalingConfig) -> None:
+def _require_places(cluster: Cluster) -> None:
     """Wait for a moment for a machine with what a worker needs; raise where none can be hoped for.
 
     A cluster whose machines come in groups (`ray up`, KubeRay) starts one when it is asked to.
     """
-    kind = "GPU" if scaling.use_gpu else "CPU"
+    kind = "GPU" if cluster.use_gpu else "CPU"
     began, reported = time.monotonic(), float("-inf")
     while not _has(kind) and not _may_grow():
         now = time.monotonic()
@@ -343,15 +374,15 @@ class RayShards:
         self,
         loader: Loader,
         n_shards: int,
-        scaling: ScalingConfig,
-        faults: FaultConfig | None = None,
+        cluster: Cluster,
+        faults: FailureConfig | None = None,
         *,
         reserve: int = 0,
     ) -> None:
         self._n_shards = n_shards
         self._reserve = reserve
         self._room_known, self._room_bytes = float("-inf"), 0
-        use_gpu = _use_gpu(scaling)
+        use_gpu = _use_gpu(cluster)
         self._resource = "GPU" if use_gpu else "CPU"  # of which each worker has one
         self._source = Source(0, [ray.put(loader)])
         self._n_rows: int | None = None
@@ -362,13 +393,13 @@ class RayShards:
         options = {"num_cpus": 1, "num_gpus": int(use_gpu), "max_restarts": 0}
         make = functools.partial(actor.options, **options, max_task_retries=0)
         run = uuid.uuid4().hex[:8]
-        homes = ranges(n_shards, _n_workers(n_shards, scaling.num_workers, self._resource))
+        homes = ranges(n_shards, _n_workers(n_shards, cluster.num_workers, self._resource))
         now = time.monotonic()
         self._workers = [
             Worker(i, _starter(make, n_shards, f"gmm_dist {run} worker {i}"), now)
             for i in range(len(homes))
         ]
-        config = FaultConfig() if faults is None else faults
+        config = FailureConfig() if faults is None else faults
         self._dispatcher = Dispatcher(self._workers, Placement(homes), config, self._room)
         for worker in self._workers:
             worker.restart()
@@ -438,9 +469,9 @@ class RayShards:
         return self._room_bytes
 
 
-def _use_gpu(scaling: ScalingConfig) -> bool:
-    if scaling.use_gpu is not None:
-        return scaling.use_gpu
+def _use_gpu(cluster: Cluster) -> bool:
+    if cluster.use_gpu is not None:
+        return cluster.use_gpu
     return bool(ray.cluster_resources().get("GPU", 0) >= 1)
 
 

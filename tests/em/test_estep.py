@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmm_dist.em import estep
-from gmm_dist.em.estep import EStep, Total
-from gmm_dist.em.lane_batch import LaneGroup, Precision
-from gmm_dist.model.covariance import FAMILIES, Moments, maximise, natural
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, Stack
+from gmm_dist.em.estep import EStep, SumMoments
+from gmm_dist.em.lane_batch import LaneBatch, Precision
+from gmm_dist.model.covariance import TYPE_OF, Moments, maximise, natural
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, ParameterStack
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 
@@ -24,28 +24,28 @@ every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 exact_forms = pytest.mark.parametrize("precision", [Precision.FLOAT64, Precision.CENTRED])
 
 
-def group(lanes: list[Parameters], precision: Precision) -> LaneGroup:
+def group(lanes: list[Parameters], precision: Precision) -> LaneBatch:
     """Put lanes of one covariance type into a pass."""
-    stack = Stack.of(lanes)
+    stack = ParameterStack.of(lanes)
     if precision is Precision.CENTRED:
-        return LaneGroup(stack.covariance_type, precision, stack.sizes, stack=stack)
+        return LaneBatch(stack.covariance_type, precision, stack.sizes, stack=stack)
     theta = natural(stack).theta
-    return LaneGroup(stack.covariance_type, precision, stack.sizes, theta=theta)
+    return LaneBatch(stack.covariance_type, precision, stack.sizes, theta=theta)
 
 
 def run(X, groups, sample_weight=None, *, edges=()):
     """Run one pass, and return the statistics of its groups and the moments of all rows."""
     shards = mixtures.shards(X, edges, sample_weight)
     d = X.shape[1]
-    return shards.run(EStep(tuple(groups), d)), shards.run(Total(d))
+    return shards.run(EStep(tuple(groups), d)), shards.run(SumMoments(d))
 
 
 def moments_of(lanes, precision, sums, total) -> Moments:
     """Name the parts of the sums, which the centred form takes about the lanes' means."""
     kind = lanes[0].covariance_type
     if precision is not Precision.CENTRED:
-        return FAMILIES[kind].moments(sums, total.sum_xx)
-    layout = FAMILIES["full" if kind == "tied" else kind]
+        return TYPE_OF[kind].moments(sums, total.sum_xx)
+    layout = TYPE_OF["full" if kind == "tied" else kind]
     own = layout.moments(sums, total.sum_xx)
     return Moments(own.nk, own.sum_x, own.sum_xx, torch.cat([lane.means for lane in lanes]))
 

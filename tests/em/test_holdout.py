@@ -8,7 +8,7 @@ import mixtures
 import pytest
 import torch
 
-from gmm_dist.em.estep import Total
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.em.evaluate import Score, mean_log_likelihoods
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import COVARIANCE_TYPES
@@ -75,7 +75,7 @@ def test_without_held_out_rows_there_is_none():
 def test_held_out_rows_are_in_no_other_pass():
     one = ShardRows(0, mixtures.blocks(X[:4000], ()), held_out=mixtures.blocks(X[4000:], ()))
     shards = LocalShards([one])
-    assert shards.run(Total(3)).n_rows == 4000
+    assert shards.run(SumMoments(3)).n_rows == 4000
     mixture = lanes()[0]
     score = Score((mixture,))
     assert shards.run(score).n_samples == 4000

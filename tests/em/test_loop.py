@@ -18,7 +18,7 @@ from sklearn.mixture import GaussianMixture
 from gmm_dist.config import ABSOLUTE, EMConfig, StartConfig
 from gmm_dist.em.loop import Status
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, Stack
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, ParameterStack
 from gmm_dist.selection.kmeans import start_of as start_from
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.sweep import sweep
@@ -46,7 +46,7 @@ def start_of(X, labels, kind, k) -> Parameters:
 
 def scored(X, parameters: Parameters) -> float:
     """Return the sum of log p, each component centred, by torch."""
-    densities = Densities(Stack.of([parameters]), torch.device("cpu"))
+    densities = Densities(ParameterStack.of([parameters]), torch.device("cpu"))
     return float(densities(X.double().T).logsumexp(0).sum())
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from gmm_dist.em.estep import EStep
-from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.memory import lane_bytes, require_memory
 from gmm_dist.errors import UserError
 from gmm_dist.lake.session import RowsNeed, require_room
 from gmm_dist.model.covariance import natural
-from gmm_dist.model.parameters import Parameters, Stack
+from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.shards.tree_sum import TreeSum, run_on
@@ -37,12 +37,12 @@ def test_what_fits_passes() -> None:
 def test_what_does_not_fit_is_one_line_with_the_numbers_and_a_remedy() -> None:
     wanted = (
         r"^the statistics of 54 components with 5,000 features need 64\.1 GiB in every worker, "
-        r"which has at most 2\.0 GiB: use --covariance-type diag, smaller --k, fewer --columns, or "
-        r"fewer workers per machine$"
+        r"which has at most 2\.0 GiB: use covariance_type=.diag., smaller n_components, fewer "
+        r"columns, or fewer workers per machine$"
     )
     with pytest.raises(UserError, match=wanted):
         require_memory([(k, "full") for k in range(2, 11)], 5000, 2 * 2**30)
-    with pytest.raises(UserError, match="use smaller --k"):
+    with pytest.raises(UserError, match="use smaller n_components"):
         require_memory([(10**6, "spherical")], 5000, 2 * 2**30)
 
 
@@ -61,13 +61,13 @@ def test_rows_that_fit_pass_to_the_last_byte() -> None:
 def test_rows_that_do_not_fit_are_one_line_with_the_numbers_and_how_many_workers_would() -> None:
     wanted = (
         r"^1,073,741,824 rows of 64 features need 33\.0 GiB in each of 8 workers, and 1\.0 GiB "
-        r"beside them, but a worker has 16\.0 GiB: use --num-workers 22 on machines with as much "
-        r"memory for each, fewer --columns or a narrower --where$"
+        r"beside them, but a worker has 16\.0 GiB: use num_workers=22 on machines with as much "
+        r"memory for each, fewer columns or a narrower where$"
     )
     with pytest.raises(UserError, match=wanted):
         require_room(NEED, 8, 2**34, beside=2**30)
     require_room(NEED, 22, 2**34, beside=2**30)
-    with pytest.raises(UserError, match=r"but a worker has 4\.0 GiB: use fewer --columns or"):
+    with pytest.raises(UserError, match=r"but a worker has 4\.0 GiB: use fewer columns or"):
         require_room(NEED, 8, 2**32, beside=2**30)
 
 
@@ -86,8 +86,8 @@ def test_a_thousand_components_of_128_features_are_a_lane_like_any_other() -> No
     means = torch.randn(k, d, generator=generator, dtype=torch.float64)
     eye = torch.eye(d, dtype=torch.float64).expand(k, d, d)
     weights = torch.full((k,), 1 / k, dtype=torch.float64)
-    theta = natural(Stack.of([Parameters(weights, means, eye, "full")])).theta
-    task = EStep((LaneGroup("full", Precision.FLOAT32, (k,), theta=theta),), d)
+    theta = natural(ParameterStack.of([Parameters(weights, means, eye, "full")])).theta
+    task = EStep((LaneBatch("full", Precision.FLOAT32, (k,), theta=theta),), d)
     X = means[torch.arange(600) % k] + 0.01 * torch.randn(600, d, generator=generator)
     statistics = LocalShards.of(X.float(), n_shards=2).run(task).groups[0]
     assert statistics.moments.nbytes == 8 * k * (1 + d + d * (d + 1) // 2)  # 69 MB

@@ -13,19 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmm_dist.em.estep import EStep, Total
-from gmm_dist.em.lane_batch import LaneGroup, Precision
+from gmm_dist.em.estep import EStep, SumMoments
+from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.statistics import PassStatistics, SufficientStatistics, TotalMoments
 from gmm_dist.model.covariance import natural
-from gmm_dist.model.parameters import Stack
+from gmm_dist.model.parameters import ParameterStack
 from gmm_dist.shards.protocol import ShardRows
 
 MIXTURE = mixtures.parameters("full", 3, 2)
-STACK = Stack.of([MIXTURE])
-GROUP = LaneGroup("full", Precision.FLOAT64, STACK.sizes, theta=natural(STACK).theta)
+STACK = ParameterStack.of([MIXTURE])
+GROUP = LaneBatch("full", Precision.FLOAT64, STACK.sizes, theta=natural(STACK).theta)
 X = mixtures.rows(MIXTURE, 60)
-SINGLE = LaneGroup("full", Precision.FLOAT32, STACK.sizes, theta=natural(STACK).theta)
-TASKS = {"pass": EStep((GROUP, SINGLE), 2), "moments": Total(2)}
+SINGLE = LaneBatch("full", Precision.FLOAT32, STACK.sizes, theta=natural(STACK).theta)
+TASKS = {"pass": EStep((GROUP, SINGLE), 2), "moments": SumMoments(2)}
 
 
 def parts(task, edges):
@@ -85,7 +85,7 @@ def _tensors(value):
 def test_total_moments_give_the_mean_and_the_covariance():
     weight = mixtures.row_weights(60)
     weight[::7] = 0
-    total = mixtures.shards(X, [20], weight).run(Total(2))
+    total = mixtures.shards(X, [20], weight).run(SumMoments(2))
     assert isinstance(total, TotalMoments)
     assert total.n_rows == int((weight > 0).sum())
     assert total.n_samples == pytest.approx(float(weight.sum()), rel=1e-14)

@@ -14,7 +14,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from gmm_dist import open_lake
+from gmm_dist import Cluster, Lake
 from gmm_dist.errors import UserError
 from gmm_dist.estimators.bayesian_gaussian_mixture import BayesianGaussianMixture
 from gmm_dist.estimators.init_params import INIT_PARAMS
@@ -255,7 +255,7 @@ def test_a_warm_start_goes_on_where_it_stopped(kind):
 def test_the_number_of_shards_changes_nothing_but_rounding(kind):
     X = rows()
     settings = {"n_components": 3, "covariance_type": kind, "random_state": 0, "max_iter": 500}
-    one, five = (BayesianGaussianMixture(**settings, shards=n).fit(X) for n in (1, 5))
+    one, five = (BayesianGaussianMixture(**settings, n_shards=n).fit(X) for n in (1, 5))
     assert_same(five, one)
 
 
@@ -289,8 +289,11 @@ def test_float32_rows_are_scored_as_scikit_learn_scores_them():
 
 
 def test_settings_that_it_cannot_take():
-    lake = open_lake("nowhere")
-    for options, message in [({"device": "cpu"}, "use_gpu="), ({"shards": 2}, "planned from its")]:
+    lake = Lake("nowhere")
+    for options, message in [
+        ({"device": "cpu"}, "use_gpu="),
+        ({"n_shards": 2}, "planned from its"),
+    ]:
         with pytest.raises(ValueError, match=message):
             BayesianGaussianMixture(**options).fit(lake)
     with pytest.raises(TypeError, match=r"takes a sklearn\.mixture\.BayesianGaussianMixture"):
@@ -338,7 +341,7 @@ def test_a_singular_belief_is_an_error():
 # ---- lakes -----------------------------------------------------------------------------------
 
 
-def lake_of(folder, X, weight, ray_address):
+def lake_of(folder, X, weight):
     """Write rows in two files with others that a filter leaves out; return the lake."""
     for part in range(2):
         kept, own = X[part::2], weight[part::2]
@@ -346,21 +349,20 @@ def lake_of(folder, X, weight, ray_address):
         columns |= {"w": np.append(own, [1.0, 1.0]), "t": np.append(np.ones(len(kept)), [0, 0])}
         lakes.write(folder / f"{part}.parquet", columns, rows_per_group=50)
     names = [f"x{j}" for j in range(X.shape[1])]
-    return open_lake(
+    return Lake(
         str(folder),
         columns=names,
         weight_column="w",
         where="t > 0",
-        address=ray_address,
-        num_workers=2,
     )
 
 
 def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
     X, weight = rows(), np.arange(240) % 3 + 0.5
-    lake = lake_of(tmp_path / "lake", X, weight, ray_address)
+    lake = lake_of(tmp_path / "lake", X, weight)
+    cluster = Cluster(ray_address, num_workers=2)
     settings = {"n_components": 4, "tol": 1e-3, "max_iter": 500, "random_state": 0}
-    model = BayesianGaussianMixture(**settings).fit(lake)
+    model = BayesianGaussianMixture(**settings).fit(lake, cluster=cluster)
     assert model.feature_names_in_.tolist() == ["x0", "x1", "x2"]
     assert model.n_features_in_ == 3
     assert model.converged_
@@ -376,11 +378,12 @@ def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
 
 def test_from_the_same_start_a_lake_leads_where_memory_does(tmp_path, ray_address):
     X, weight = rows(), np.arange(240) % 3 + 0.5
-    lake = lake_of(tmp_path / "lake", X, weight, ray_address)
+    lake = lake_of(tmp_path / "lake", X, weight)
+    cluster = Cluster(ray_address, num_workers=2)
     start = BayesianGaussianMixture(n_components=4, max_iter=0, random_state=0)
     start.fit(X, sample_weight=weight).set_params(max_iter=300, warm_start=True)
     here, there = copy.deepcopy(start), copy.deepcopy(start)
-    assert_same(there.fit(lake), here.fit(X, sample_weight=weight))
+    assert_same(there.fit(lake, cluster=cluster), here.fit(X, sample_weight=weight))
     assert there.n_iter_ > 3
     assert there.lower_bound_ == pytest.approx(here.lower_bound_, rel=1e-9)
 
@@ -388,7 +391,7 @@ def test_from_the_same_start_a_lake_leads_where_memory_does(tmp_path, ray_addres
 def test_what_a_lake_does_not_take(tmp_path):
     columns = {"x": np.arange(9.0), "y": np.arange(9.0) ** 2}
     lakes.write(tmp_path / "lake" / "a.parquet", columns)
-    lake = open_lake(str(tmp_path / "lake"))
+    lake = Lake(str(tmp_path / "lake"))
     with pytest.raises(ValueError, match="weight_column"):
         BayesianGaussianMixture().fit(lake, sample_weight=[1])
     with pytest.raises(ValueError, match=r"should have the shape of \(2,\), but got \(3,\)"):

@@ -24,7 +24,11 @@ import sklearn.mixture
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_iris, make_blobs
-from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.exceptions import (
+    ConvergenceWarning,
+    NotFittedError,
+    UnsetMetadataPassedError,
+)
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -32,7 +36,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from test_reference import CASES, data, name, start_of
 
 import gmm_dist
-from gmm_dist import GaussianMixture, open_lake
+from gmm_dist import Cluster, GaussianMixture, Lake
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import MaximumLikelihood, Trial, moments_of_shares
 from gmm_dist.estimators.restarts import ranked
@@ -53,7 +57,7 @@ import sys, numpy as np, gmm_dist
 assert "sklearn" not in sys.modules and "torch" not in sys.modules
 gmm_dist.GaussianMixture(2, random_state=0).fit(np.random.default_rng(0).normal(size=(99, 2)))
 # pyarrow may be there: scikit-learn imports pandas, and that pyarrow, where they are installed.
-ours = {f"gmm_dist.{name}" for name in ("assembly", "cluster", "lake", "loading")}
+ours = {f"gmm_dist.{name}" for name in ("fitting", "lake.plan", "runs", "shards.ray_shards")}
 assert not ({"ray", "fsspec", "matplotlib"} | ours) & set(sys.modules)
 """
     command = [sys.executable, "-c", code]
@@ -333,9 +337,9 @@ def test_of_starts_that_rounding_alone_tells_apart_the_first_is_taken():
 
 def test_shards_change_rounding_only():
     X = blobs(4000)
-    one = GaussianMixture(3, random_state=0, shards=1).fit(X)
-    many = GaussianMixture(3, random_state=0, shards=7).fit(X)
-    again = GaussianMixture(3, random_state=0, shards=7).fit(X)
+    one = GaussianMixture(3, random_state=0, n_shards=1).fit(X)
+    many = GaussianMixture(3, random_state=0, n_shards=7).fit(X)
+    again = GaussianMixture(3, random_state=0, n_shards=7).fit(X)
     np.testing.assert_allclose(one.means_, many.means_, rtol=1e-10)
     np.testing.assert_array_equal(many.means_, again.means_)
 
@@ -347,7 +351,7 @@ def test_torchs_threads_are_as_they_were(n_threads):
     found: list[int] = []
 
     def fit() -> None:
-        GaussianMixture(2, random_state=0, shards=3).fit(blobs())
+        GaussianMixture(2, random_state=0, n_shards=3).fit(blobs())
         found.append(torch.get_num_threads())
 
     try:
@@ -421,7 +425,7 @@ def test_of_scikit_learns_models_those_of_unsound_numbers_are_refused(changes, m
 
 def test_pickle_copy_and_clone():
     X = blobs()
-    model = GaussianMixture(3, random_state=0, shards=2).fit(X)
+    model = GaussianMixture(3, random_state=0, n_shards=2).fit(X)
     for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), copy.copy(model)):
         np.testing.assert_array_equal(twin.score_samples(X), model.score_samples(X))
     fresh = clone(model)
@@ -483,15 +487,14 @@ def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
     X = load_iris().data
     columns = {"a": X[:, 0], "b": X[:, 2], "w": np.ones(len(X)), "t": np.arange(len(X))}
     lakes.write(tmp_path / "lake" / "x.parquet", columns, rows_per_group=40)
-    lake = open_lake(
+    lake = Lake(
         str(tmp_path / "lake"),
         columns=["a", "b"],
         weight_column="w",
         where=(pc.field("t") >= 20) & pc.field("a").is_valid(),
-        address=ray_address,
-        num_workers=2,
     )
-    model = GaussianMixture(2, random_state=0, tol=1e-6).fit(lake)
+    cluster = Cluster(ray_address, num_workers=2)
+    model = GaussianMixture(2, random_state=0, tol=1e-6).fit(lake, cluster=cluster)
     rows = X[20:][:, [0, 2]]
     assert model.feature_names_in_.tolist() == ["a", "b"]
     assert model.converged_ is True
@@ -503,18 +506,41 @@ def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
     again = clone(model).set_params(
         weights_init=model.weights_, means_init=model.means_, precisions_init=model.precisions_
     )
-    assert again.fit(lake).lower_bounds_[0] == pytest.approx(model.lower_bound_, abs=1e-9)
+    assert again.fit(lake, cluster=cluster).lower_bounds_[0] == pytest.approx(
+        model.lower_bound_, abs=1e-9
+    )
     told = dataclasses.replace(lake, where="t >= 20 and (a is not null or t in (0))")
-    chosen = gmm_dist.select(told, k=[1, 2], covariance_types="diag")
+    chosen = gmm_dist.select(told, n_components=[1, 2], covariance_type="diag", cluster=cluster)
     assert chosen.best.feature_names_in_.tolist() == ["a", "b"]
     assert chosen.best.n_components == 2
 
 
+@pytest.mark.parametrize("kind", [GaussianMixture, gmm_dist.BayesianGaussianMixture])
+def test_a_cluster_is_for_a_lake_alone(kind):
+    for verb in (kind().fit, lambda X, cluster: gmm_dist.select(X, cluster=cluster)):
+        with pytest.raises(ValueError, match=r"^cluster is for a lake, .* leave it out$"):
+            verb(blobs(), cluster=Cluster(num_workers=2))
+        with pytest.raises(TypeError, match=r"^cluster is '10\.0\.0\.1:6379': give gmm_dist\.Clu"):
+            verb(Lake("nowhere"), cluster="10.0.0.1:6379")
+
+
+def test_a_cluster_and_weights_are_routed_to_the_estimator():
+    """A pipeline hands on what a step asks for, and nothing else."""
+    with sklearn.config_context(enable_metadata_routing=True):
+        asking = GaussianMixture().set_fit_request(cluster=True, sample_weight=True)
+        steps = make_pipeline(asking)
+        with pytest.raises(ValueError, match=r"^cluster is for a lake"):
+            steps.fit(blobs(), cluster=Cluster())
+        assert steps.fit(blobs(), sample_weight=np.ones(300)).predict(blobs()).shape == (300,)
+        with pytest.raises(UnsetMetadataPassedError, match="cluster"):
+            make_pipeline(GaussianMixture()).fit(blobs(), cluster=Cluster())
+
+
 def test_what_a_lake_does_not_take():
-    lake = open_lake("nowhere")
+    lake = Lake("nowhere")
     with pytest.raises(ValueError, match="weight_column"):
         GaussianMixture().fit(lake, sample_weight=[1])
-    with pytest.raises(TypeError, match="rows in memory"):
+    with pytest.raises(TypeError, match="`gmm-dist score` writes"):
         GaussianMixture().fit_predict(lake)
     with pytest.raises(ValueError, match="together, or none"):
         GaussianMixture(1, means_init=[[0.0]]).fit(lake)
@@ -615,20 +641,19 @@ def test_a_model_made_by_hand_scores_by_its_factors(kind):
 
 
 def test_a_lake_takes_no_settings_of_rows_in_memory():
-    for options, message in [({"device": "cpu"}, "use_gpu="), ({"shards": 2}, "planned from its")]:
+    for options, message in [
+        ({"device": "cpu"}, "use_gpu="),
+        ({"n_shards": 2}, "planned from its"),
+    ]:
         with pytest.raises(ValueError, match=message):
-            GaussianMixture(**options).fit(open_lake("nowhere"))
+            GaussianMixture(**options).fit(Lake("nowhere"))
 
 
 def test_of_a_lake_too_messages_name_arguments(tmp_path):
-    with pytest.raises(ValueError, match=r"^holdout is 2: give a share"):
-        GaussianMixture().fit(open_lake("nowhere", holdout=2))
-    with pytest.raises(ValueError, match=r"^holdout is 2: give a share"):
-        gmm_dist.BayesianGaussianMixture().fit(open_lake("nowhere", holdout=2))
     model = GaussianMixture(2, random_state=0, warm_start=True).fit(blobs())
     lakes.write(tmp_path / "lake" / "a.parquet", {"x": np.arange(9.0), "y": np.arange(9.0) ** 2})
     with pytest.raises(ValueError, match=r"start has 3 features, but .* has 2 \(x, y\)"):
-        model.fit(open_lake(str(tmp_path / "lake")))
+        model.fit(Lake(str(tmp_path / "lake")))
 
 
 def test_rows_that_lie_in_order_are_not_copied_whole():
@@ -644,9 +669,9 @@ def test_rows_that_lie_in_order_are_not_copied_whole():
 
 def test_a_path_is_no_rows():
     for verb in (GaussianMixture().fit, GaussianMixture().fit_predict, gmm_dist.select):
-        with pytest.raises(TypeError, match=r"X is 's3://x/y', a place .* gmm_dist\.open_lake"):
+        with pytest.raises(TypeError, match=r"X is 's3://x/y', a place .* gmm_dist\.Lake"):
             verb("s3://x/y")
-    with pytest.raises(TypeError, match="open_lake"):
+    with pytest.raises(TypeError, match=r"gmm_dist\.Lake"):
         GaussianMixture().fit(Path("x"))
 
 
@@ -718,7 +743,7 @@ def test_warnings_point_to_the_callers_line():
     for verb in (model.fit, model.fit_predict):
         with pytest.warns(ConvergenceWarning) as caught:
             verb(blobs())
-        assert [Path(w.filename).name for w in caught] == ["test_estimator.py"]
+        assert [Path(w.filename).name for w in caught] == [Path(__file__).name]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -735,7 +760,7 @@ def test_a_reg_covar_beyond_a_features_variance_is_told(kind, verb):
     (told,) = caught
     assert str(told.message).startswith("reg_covar=1e-06 is more than")
     assert f"far below {variance:.2g}, its variance over all rows" in str(told.message)
-    assert Path(told.filename).name == "test_estimator.py"
+    assert Path(told.filename).name == Path(__file__).name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -751,10 +776,11 @@ def test_a_reg_covar_below_every_variance_is_not_told(kind):
 
 def test_a_reg_covar_beyond_a_lakes_variance_is_told(tmp_path, ray_address):
     lakes.write(tmp_path / "a.parquet", {"x": blobs()[:, 0] * 1e-4, "y": blobs()[:, 1]})
-    lake = open_lake(str(tmp_path), address=ray_address, num_workers=1)
+    lake, cluster = Lake(tmp_path), Cluster(ray_address, num_workers=1)
+    model = GaussianMixture(2, covariance_type="diag", n_init=1, random_state=0)
     with pytest.warns(UserWarning, match="more than the variance of feature 'x'") as caught:
-        GaussianMixture(2, covariance_type="diag", n_init=1, random_state=0).fit(lake)
-    assert [Path(w.filename).name for w in caught] == ["test_estimator.py"]
+        model.fit(lake, cluster=cluster)
+    assert [Path(w.filename).name for w in caught] == [Path(__file__).name]
 
 
 def test_a_record_batch_keeps_its_names():

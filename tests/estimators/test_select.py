@@ -10,8 +10,7 @@ import pytest
 from sklearn.datasets import make_blobs
 
 import gmm_dist
-from gmm_dist import UserError, open_lake, select
-from gmm_dist.estimators.settings import of_arguments
+from gmm_dist import Lake, UserError, select
 
 pytestmark = pytest.mark.unchecked  # whole searches
 
@@ -24,7 +23,7 @@ def X() -> pd.DataFrame:  # noqa: N802 - the field's own capital
 
 @pytest.fixture(scope="module")
 def selection(X):
-    return select(X, k=[3, 4, 5], covariance_types=("full", "diag"))
+    return select(X, n_components=[3, 4, 5], covariance_type=("full", "diag"))
 
 
 def test_the_best_is_fitted_and_scored_as_the_table_says(X, selection):
@@ -74,16 +73,16 @@ def test_it_draws_a_line_for_each_covariance_type(selection):
 
 def test_a_failed_candidate_has_no_rank_and_a_best_at_the_edge_a_note():
     rows = np.repeat(make_blobs(40, 2, centers=1, random_state=0)[0], 2, axis=0)
-    found = select(rows, k=[1, 40], covariance_types="full", reg_covar=1e-6)
+    found = select(rows, n_components=[1, 40], covariance_type="full", reg_covar=1e-6)
     assert [row["rank"] for row in found.rows()] == [1, None]
     assert "  -  40" in str(found) or str(found).splitlines()[2].split()[0] == "-"
-    edge = select(rows, k=[2, 3], covariance_types="diag", sample_weight=np.ones(80))
+    edge = select(rows, n_components=[2, 3], covariance_type="diag", sample_weight=np.ones(80))
     k = edge.best.n_components
     noted = any(
         f"the best k is the {'smallest' if k == 2 else 'largest'}" in w for w in edge.warnings()
     )
     assert noted
-    assert "select again with k from" in str(edge)
+    assert "select again with n_components from" in str(edge)
 
 
 def test_rows_of_zero_weight_change_no_bit(X):
@@ -91,7 +90,7 @@ def test_rows_of_zero_weight_change_no_bit(X):
     weight[::2] = 0
     beside = np.full((2 * len(X), X.shape[1]), -1e7)
     beside[1::2] = X
-    options = {"k": range(1, 4), "n_init": 3, "init_params": "random"}
+    options = {"n_components": range(1, 4), "n_init": 3, "init_params": "random"}
     one = select(X, sample_weight=np.ones(len(X)), **options)
     other = select(beside, sample_weight=weight, **options)
     assert one.rows() == other.rows()
@@ -99,8 +98,8 @@ def test_rows_of_zero_weight_change_no_bit(X):
 
 def test_weights_count(X):
     weight = np.arange(600) % 2
-    half = select(X, k=2, covariance_types="diag", sample_weight=weight)
-    rows = select(X[weight == 1], k=2, covariance_types="diag")
+    half = select(X, n_components=2, covariance_type="diag", sample_weight=weight)
+    rows = select(X[weight == 1], n_components=2, covariance_type="diag")
     assert half.rows()[0]["bic"] == pytest.approx(rows.rows()[0]["bic"], rel=1e-6)
     assert math.isclose(half.result.n_samples, 300)
 
@@ -110,14 +109,17 @@ def test_weights_count(X):
     [
         ({"criterion": "gap"}, "criterion is 'gap': give one of bic"),
         ({"criterion": "holdout"}, "for lakes"),
-        ({"covariance_types": ["round"]}, "covariance type 'round'"),
-        ({"k": []}, "at least one of each"),
-        ({"k": 0}, "k >= 1"),
-        ({"k": 601}, "^k asks for 601 components, but there are 600 rows"),
-        ({"k": "3..5"}, r"k has '3\.\.5': give a whole number"),
-        ({"k": [2.5]}, r"k has 2\.5: give a whole number"),
-        ({"k": None}, "k has None"),
-        ({"k": [True]}, "k has True"),
+        ({"covariance_type": ["round"]}, "covariance_type has 'round'"),
+        ({"n_components": []}, "one of each at least"),
+        ({"n_components": 0}, "whole numbers >= 1"),
+        (
+            {"n_components": 601},
+            "^n_components asks for 601 components, but there are 600 rows: give at most 600",
+        ),
+        ({"n_components": "3..5"}, r"n_components has '3\.\.5': give a whole number"),
+        ({"n_components": [2.5]}, r"n_components has 2\.5: give a whole number"),
+        ({"n_components": None}, "n_components has None"),
+        ({"n_components": [True]}, "n_components has True"),
     ],
 )
 def test_what_it_does_not_take(X, options, message):
@@ -132,30 +134,30 @@ def test_of_the_defaults_those_are_fitted_that_the_rows_can_rank(X):
     assert asked == [("diag", 2), ("diag", 3), ("diag", 4), ("full", 2)]
     note = "not tried: full with k above 2 and diag with k above 4, for 8 rows of 3 features"
     assert note in found.warnings()[0]
-    assert not any("again with k from 4" in text for text in found.warnings())
+    assert not any("again with n_components from 4" in text for text in found.warnings())
 
 
 def test_full_covariances_of_more_features_than_rows_are_not_tried_unasked():
     rows = make_blobs(40, 60, centers=2, random_state=0)[0]
-    found = select(rows, k=[1, 2], n_init=1)
+    found = select(rows, n_components=[1, 2], n_init=1)
     assert [row["covariance_type"] for row in found.rows()] == ["diag", "diag"]
     assert found.best.covariance_type == "diag"
     assert "not tried: full covariances, for 40 rows of 60 features" in found.warnings()[0]
     with pytest.raises(UserError, match=r"^40 rows of 60 features are too few for 2 .*, full:"):
-        select(rows, covariance_types="full")
+        select(rows, covariance_type="full")
     with pytest.raises(UserError, match=r"^3 rows of 60 .* for 2 components, full or diag: give"):
         select(rows[:3])
 
 
 def test_settings_are_checked_as_the_estimators(X):
     with pytest.raises(ValueError, match="'tol' parameter of GaussianMixture"):
-        select(X, k=2, tol="a")
+        select(X, n_components=2, tol="a")
     with pytest.raises(UserError, match=r"^n_init is 2\.5: give a whole number >= 1"):
-        select(X, k=2, n_init=2.5)
-    with pytest.raises(ValueError, match="'shards' parameter of GaussianMixture"):
-        select(X, k=2, shards=0)
+        select(X, n_components=2, n_init=2.5)
+    with pytest.raises(ValueError, match="'n_shards' parameter of GaussianMixture"):
+        select(X, n_components=2, n_shards=0)
     with pytest.raises(ValueError, match="cannot be used to seed"):
-        select(X, k=2, random_state="seed")
+        select(X, n_components=2, random_state="seed")
 
 
 @pytest.mark.parametrize(
@@ -163,16 +165,16 @@ def test_settings_are_checked_as_the_estimators(X):
     [
         ({"sample_weight": [1.0]}, "weight_column="),
         ({"device": "cpu"}, "use_gpu="),
-        ({"shards": 2}, "planned from its files"),
+        ({"n_shards": 2}, "planned from its files"),
     ],
 )
 def test_a_lake_takes_no_settings_of_rows_in_memory(options, message):
     with pytest.raises(ValueError, match=message):
-        select(open_lake("nowhere"), **options)
+        select(Lake("nowhere"), **options)
 
 
 def test_numpys_numbers_and_scikit_learns_seeds(X):
-    options = {"k": np.int64(3), "covariance_types": "diag", "n_init": 2}
+    options = {"n_components": np.int64(3), "covariance_type": "diag", "n_init": 2}
     seed = int(np.random.RandomState(7).randint(2**31 - 1))
     state = np.random.RandomState(7)
     one = select(X, random_state=np.int64(seed), precision="float64", **options)
@@ -182,11 +184,6 @@ def test_numpys_numbers_and_scikit_learns_seeds(X):
     assert two.best.random_state is state
     assert one.best.precision == "float64"
     assert select(X, random_state=None, **options).best.random_state is None
-
-
-def test_options_become_arguments_and_paths_stay():
-    told = of_arguments("use --k 3 or --num-workers 2 for s3://a--b/--c")
-    assert told == "use k 3 or num_workers 2 for s3://a--b/--c"
 
 
 def test_a_small_cluster_of_many_features_is_found():

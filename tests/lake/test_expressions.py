@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from gmm_dist import UserError, open_lake
+from gmm_dist import Lake, UserError
 from gmm_dist.errors import NoRows
 from gmm_dist.lake.filters.expressions import ArrowFilter
 from gmm_dist.lake.plan import Plan, plan_lake
@@ -191,9 +191,9 @@ def test_a_plan_and_a_lake_with_an_expression_are_values(table):
     assert again == plan(table, pc.field("n") > 1)
     assert again.hash == first.hash != other.hash
     assert [rows.X.tolist() for rows in read(again, 0)] == [[[1.0]], [[2.0]]]
-    lake = open_lake("x", where=pc.field("n") > 1)
-    assert pickle.loads(pickle.dumps(lake)) == lake == open_lake("x", where=pc.field("n") > 1)
-    assert lake != open_lake("x", where=pc.field("n") > 2)
+    lake = Lake("x", where=pc.field("n") > 1)
+    assert pickle.loads(pickle.dumps(lake)) == lake == Lake("x", where=pc.field("n") > 1)
+    assert lake != Lake("x", where=pc.field("n") > 2)
     assert "where=<(n > 1)>" in repr(lake)
     with pytest.raises(UserError, match="name columns by"):
-        open_lake("x", where=pc.field(0) > 1)
+        Lake("x", where=pc.field(0) > 1)

@@ -206,7 +206,7 @@ def test_a_folder_that_is_no_night_is_passed_over_with_a_line(
         write(tmp_path, f"ds={value}")
     with caplog.at_level(logging.WARNING):
         found = nights.find(str(tmp_path), ["ds"])
-    assert "--partition ds: 1 values are no nights, such as 'backup'" in caplog.text
+    assert "partition ds: 1 values are no nights, such as 'backup'" in caplog.text
     assert n_rows(str(tmp_path), found, date(2026, 11, 21), date(2026, 11, 21)) == 1
 
 

@@ -165,7 +165,7 @@ def test_no_default_feature_is_an_error(tmp_path, n_lists):
     columns = {"id": [1]} | {f"e{i}": lakes.embeddings([[1.0]]) for i in range(n_lists)}
     lakes.write(tmp_path / "a.parquet", columns)
     message = rf"no floating-point column and {n_lists} columns of lists of numbers among 'id'.*"
-    message += r"; name the feature columns with --columns, of the numeric id$"
+    message += r"; name the feature columns with columns, of the numeric id$"
     with pytest.raises(UserError, match=message):
         plan_lake(str(tmp_path))
 

@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse
 import torch
 
-from gmm_dist import GaussianMixture, Mixture, Parameters, UserError, open_lake
+from gmm_dist import GaussianMixture, Lake, Mixture, Parameters, UserError
 from gmm_dist.model.arrays import NotFinite
 
 NAN = float("nan")
@@ -191,7 +191,7 @@ NO_ROWS = {
     "nothing": (None, "scalar"),
     "a mapping": ({"x": [0.0]}, "not 'dict'"),
     "a path": ("s3://lake/points", "a place and no rows"),
-    "a lake": (open_lake("s3://lake/points"), "a lake can be fitted only"),
+    "a lake": (Lake("s3://lake/points"), "`gmm-dist score` writes the label"),
 }
 
 

@@ -14,8 +14,8 @@ from torch.distributions import MultivariateNormal
 
 from gmm_dist.em.features import Features
 from gmm_dist.model.covariance import (
-    FAMILIES,
     NEVER,
+    TYPE_OF,
     Moments,
     maximise,
     n_feature_rows,
@@ -24,7 +24,7 @@ from gmm_dist.model.covariance import (
 )
 from gmm_dist.model.criteria import n_parameters
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, Stack
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, ParameterStack
 
 CPU = torch.device("cpu")
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
@@ -49,7 +49,7 @@ def test_the_products_are_all_pairs_once_and_the_features_hold_them_in_that_orde
     for n in (11, 5, 11):  # a chunk of another length in between
         held.fill(X[:n].T)
         for kind in COVARIANCE_TYPES:
-            expected = features(X[:n])[FAMILIES[kind].rows(d)]
+            expected = features(X[:n])[TYPE_OF[kind].rows(d)]
             torch.testing.assert_close(held.of[kind], expected, rtol=1e-14, atol=0)
 
 
@@ -61,7 +61,7 @@ def exact_log_prob(X, mixture):
 
 
 def test_there_is_a_family_for_every_covariance_type():
-    assert set(FAMILIES) == set(COVARIANCE_TYPES)
+    assert set(TYPE_OF) == set(COVARIANCE_TYPES)
 
 
 @every_type
@@ -74,7 +74,7 @@ def test_there_is_a_family_for_every_covariance_type():
 def test_theta_times_phi_is_the_weighted_log_density(kind, sizes, d, seed):
     lanes = [mixtures.parameters(kind, k, d, seed=seed + i) for i, k in enumerate(sizes)]
     X = mixtures.normal_rows(7, d, seed=seed)
-    at, phi = natural(Stack.of(lanes)), features(X)[FAMILIES[kind].rows(d)]
+    at, phi = natural(ParameterStack.of(lanes)), features(X)[TYPE_OF[kind].rows(d)]
     product = at.theta @ phi
     expected = torch.cat([exact_log_prob(X, lane) for lane in lanes])
     assert not at.failed.any()
@@ -94,7 +94,7 @@ def _shared_quadratic(X, lane):
 def test_densities_are_the_weighted_log_density(kind, k, d, seed):
     mixture = mixtures.parameters(kind, k, d, seed=seed)
     X = 5 * mixtures.normal_rows(7, d, seed=seed)
-    logits = Densities(Stack.of([mixture]), CPU)(X.T)
+    logits = Densities(ParameterStack.of([mixture]), CPU)(X.T)
     torch.testing.assert_close(logits, exact_log_prob(X, mixture), rtol=1e-10, atol=1e-10)
 
 
@@ -110,7 +110,7 @@ def test_the_types_share_one_feature_matrix(kind, d):
         "spherical": d + 2,
         "tied": d + 1,
     }
-    assert len(phi[FAMILIES[kind].rows(d)]) == expected_length[kind]
+    assert len(phi[TYPE_OF[kind].rows(d)]) == expected_length[kind]
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_maximise_is_the_m_step(kind, sizes, d, seed, reg):
     n = 12
     X, weight = mixtures.normal_rows(n, d, seed=seed), mixtures.row_weights(n, seed=seed)
     resp = [mixtures.normal_rows(n, k, seed=seed + i).softmax(1) for i, k in enumerate(sizes)]
-    sums = features(X)[FAMILIES[kind].rows(d)] @ (torch.cat(resp, 1) * weight[:, None])
-    moments = FAMILIES[kind].moments(sums, (X.T * weight) @ X)
+    sums = features(X)[TYPE_OF[kind].rows(d)] @ (torch.cat(resp, 1) * weight[:, None])
+    moments = TYPE_OF[kind].moments(sums, (X.T * weight) @ X)
     regs = torch.full((sum(sizes), d), reg, dtype=torch.float64)
     fitted = maximise(kind, moments, tuple(sizes), regs).lanes()
     for lane, own in zip(fitted, resp, strict=True):
@@ -158,8 +158,8 @@ def test_each_lane_has_a_regularisation_of_its_own(kind):
     d, sizes = 2, (2, 1)
     X = mixtures.normal_rows(12, d)
     resp = [mixtures.normal_rows(12, k, seed=k).softmax(1) for k in sizes]
-    sums = features(X)[FAMILIES[kind].rows(d)] @ torch.cat(resp, 1)
-    moments = FAMILIES[kind].moments(sums, X.T @ X)
+    sums = features(X)[TYPE_OF[kind].rows(d)] @ torch.cat(resp, 1)
+    moments = TYPE_OF[kind].moments(sums, X.T @ X)
     regs = torch.tensor([0.5, 0.5, 2.0], dtype=torch.float64)[:, None].expand(3, d)
     fitted = maximise(kind, moments, sizes, regs).lanes()
     for lane, own, reg in zip(fitted, resp, (0.5, 2.0), strict=True):
@@ -186,7 +186,7 @@ def test_precisions_cholesky_is_scikit_learns(kind):
     from sklearn.mixture._gaussian_mixture import _compute_precision_cholesky
 
     mixture = mixtures.parameters(kind, 3, 4)
-    factors, failed = FAMILIES[kind].precisions_cholesky(Stack.of([mixture]).covariances)
+    factors, failed = TYPE_OF[kind].precisions_cholesky(ParameterStack.of([mixture]).covariances)
     ours = factors[0] if kind == "tied" else factors
     theirs = torch.tensor(_compute_precision_cholesky(mixture.covariances.numpy(), kind))
     assert not failed.any()
@@ -198,7 +198,7 @@ def test_precisions_cholesky_is_scikit_learns(kind):
 def test_a_covariance_that_is_not_positive_definite_is_marked_and_alone(kind, bad):
     good, singular = mixtures.parameters(kind, 2, 3), mixtures.parameters(kind, 2, 3, seed=1)
     singular.covariances[0] *= bad
-    at, alone = natural(Stack.of([good, singular])), natural(Stack.of([good]))
+    at, alone = natural(ParameterStack.of([good, singular])), natural(ParameterStack.of([good]))
     assert at.failed.tolist() == [False, False, True, kind == "tied"]
     assert torch.equal(at.theta[:2], alone.theta)
 
@@ -207,7 +207,7 @@ def test_a_covariance_that_is_not_positive_definite_is_marked_and_alone(kind, ba
 def test_a_component_without_rows_has_a_finite_density(kind):
     mixture = mixtures.parameters(kind, 2, 2)
     empty = Parameters(torch.tensor([1.0, 0.0]).double(), mixture.means, mixture.covariances, kind)
-    theta = natural(Stack.of([empty])).theta
+    theta = natural(ParameterStack.of([empty])).theta
     assert torch.isfinite(theta).all()
     assert torch.isfinite(theta.float()).all()
     constant = theta[1, 1 if kind == "spherical" else 0]
@@ -220,14 +220,14 @@ def test_condition_says_how_much_rounding_of_second_moments_is_amplified(kind):
     for far in (1.0, 1e3, 1e6):
         near = mixtures.parameters(kind, 1, 2)
         mixture = Parameters(near.weights, torch.full((1, 2), far).double(), near.covariances, kind)
-        condition = float(natural(Stack.of([mixture])).condition)
+        condition = float(natural(ParameterStack.of([mixture])).condition)
         assert 0.1 * far**2 <= condition <= 100 * (far**2 + 1)
 
 
 def test_a_stack_comes_apart_as_it_was_put_together():
     for kind in COVARIANCE_TYPES:
         lanes = [mixtures.parameters(kind, k, 2, seed=k) for k in (3, 1, 2)]
-        stack = Stack.of(lanes)
+        stack = ParameterStack.of(lanes)
         assert stack.sizes == (3, 1, 2)
         assert stack.lane_of_component.tolist() == [0, 0, 0, 1, 2, 2]
         for one, other in zip(stack.lanes(), lanes, strict=True):

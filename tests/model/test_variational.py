@@ -13,14 +13,14 @@ from scipy.special import betaln, digamma, gammaln, multigammaln
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import BayesianGaussianMixture
 
-from gmm_dist.em.estep import Total
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.em.features import Features
 from gmm_dist.em.lane_batch import Precision
 from gmm_dist.em.trials import Rules, Trial, run
-from gmm_dist.model.covariance import FAMILIES, Moments, natural
+from gmm_dist.model.covariance import TYPE_OF, Moments, natural
 from gmm_dist.model.densities import Densities
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Stack
+from gmm_dist.model.parameters import COVARIANCE_TYPES, ParameterStack
 from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
@@ -59,7 +59,7 @@ def moments_of(X, resp, kind) -> Moments:
     """Return the sums that a pass with these responsibilities brings back."""
     features = Features(X.shape[1], len(X), {kind}, torch.float64, CPU)
     features.fill(X.T.contiguous())
-    return FAMILIES[kind].moments(features.of[kind] @ resp, (resp.sum(1) * X.T) @ X)
+    return TYPE_OF[kind].moments(features.of[kind] @ resp, (resp.sum(1) * X.T) @ X)
 
 
 def fitted(X, posteriors, *, tol=0.0, max_iter=30, edges=(), sample_weight=None, centre=None):
@@ -67,7 +67,7 @@ def fitted(X, posteriors, *, tol=0.0, max_iter=30, edges=(), sample_weight=None,
     centre = X.mean(0) if centre is None else centre
     shards = mixtures.shards(X - centre, edges, sample_weight)
     trials = [Trial(posterior.shifted(-centre)) for posterior in posteriors]
-    run(shards, trials, Rules(tol, max_iter), shards.run(Total(X.shape[1])))
+    run(shards, trials, Rules(tol, max_iter), shards.run(SumMoments(X.shape[1])))
     return [(trial, trial.model.shifted(centre)) for trial in trials]
 
 
@@ -210,11 +210,11 @@ def test_the_densities_are_the_expected_ones(weight_prior):
     posterior = m_step(prior, moments_of(X, resp, "full"))
     log_rho = Textbook(X, resp, prior).log_rho()
     np.testing.assert_allclose(
-        Densities(Stack.of([posterior.parameters]), CPU)(X.T).T, log_rho, rtol=1e-10
+        Densities(ParameterStack.of([posterior.parameters]), CPU)(X.T).T, log_rho, rtol=1e-10
     )
     features = Features(3, 40, {"full"}, torch.float64, CPU)
     features.fill(X.T.contiguous())
-    products = natural(Stack.of([posterior.parameters])).theta @ features.of["full"]
+    products = natural(ParameterStack.of([posterior.parameters])).theta @ features.of["full"]
     np.testing.assert_allclose(products.T, log_rho, rtol=1e-9)
 
 
@@ -225,7 +225,7 @@ def test_the_e_step_is_the_derivative_of_the_normaliser(kind, weight_prior):
     X, resp = clustered(30), responsibilities(30, 4).requires_grad_()
     posterior = m_step(prior_of(X, kind, weight_prior), moments_of(X, resp, kind))
     [slope] = torch.autograd.grad(posterior.log_normaliser, resp, retain_graph=True)
-    expected = Densities(Stack.of([posterior.parameters]), CPU)(X.T).T.detach()
+    expected = Densities(ParameterStack.of([posterior.parameters]), CPU)(X.T).T.detach()
     offset = expected - slope
     torch.testing.assert_close(offset, offset[0, 0].expand_as(offset), rtol=0, atol=1e-8)
     assert slope.std() > 0.1
@@ -435,8 +435,8 @@ def test_a_stack_keeps_log_weights_of_its_lanes():
     lanes = [
         m_step(prior, moments_of(X, responsibilities(50, k), "diag")).parameters for k in (2, 3)
     ]
-    again = Stack.of(lanes).lanes()
+    again = ParameterStack.of(lanes).lanes()
     for lane, other in zip(lanes, again, strict=True):
         assert torch.equal(lane.log_weights, other.log_weights)
     with pytest.raises(AssertionError, match="with and without log_weights"):
-        Stack.of([lanes[0], mixtures.parameters("diag", 2, 3)])
+        ParameterStack.of([lanes[0], mixtures.parameters("diag", 2, 3)])

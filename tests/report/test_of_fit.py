@@ -10,7 +10,7 @@ import pages
 import pytest
 import torch
 
-from gmm_dist.em.estep import Total
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.fitting.results import sample_of
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.report import of_fit
@@ -32,7 +32,7 @@ class Best(SweepResult):
 
 def shards(n: int = 3000) -> tuple[LocalShards, SweepResult]:
     rows = mixtures.shards(mixtures.rows(mixtures.parameters("full", 3, 2), n), (n // 3,))
-    return rows, Best((), "bic", rows.run(Total(2)))
+    return rows, Best((), "bic", rows.run(SumMoments(2)))
 
 
 def test_the_report_is_committed_copied_and_repaired(tmp_path: Path) -> None:

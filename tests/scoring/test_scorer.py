@@ -9,7 +9,7 @@ import pytest
 from sklearn.mixture import GaussianMixture
 
 from gmm_dist.errors import UserError
-from gmm_dist.model.covariance import FAMILIES
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.scoring.scorer import Scorer, Scoring
 
@@ -22,7 +22,7 @@ def reference(mixture: Parameters) -> GaussianMixture:
     model = GaussianMixture(mixture.n_components, covariance_type=mixture.covariance_type)
     model.weights_, model.means_ = mixture.weights.numpy(), mixture.means.numpy()
     model.covariances_ = mixture.covariances.numpy()
-    factors, _ = FAMILIES[mixture.covariance_type].precisions_cholesky(mixture.covariances)
+    factors, _ = TYPE_OF[mixture.covariance_type].precisions_cholesky(mixture.covariances)
     model.precisions_cholesky_ = factors.numpy()
     return model
 
@@ -91,7 +91,7 @@ def test_the_name_of_a_written_column_cannot_be_kept():
     kept = pa.schema([("outlier", pa.bool_())])
     mixture = mixtures.parameters("full", 2, D)
     assert Scoring(mixture, kept).schema.names[0] == "outlier"
-    with pytest.raises(UserError, match="--keep outlier would stand beside the column of that nam"):
+    with pytest.raises(UserError, match="keep outlier would stand beside the column of that nam"):
         Scoring(mixture, kept, threshold=0.0)
 
 

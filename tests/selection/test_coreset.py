@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from gmm_dist.em.estep import Total
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.selection.coreset import _CORESET, Coreset, DrawCoreset, keyed_generator, whitening
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
@@ -22,12 +22,12 @@ from gmm_dist.shards.tree_sum import TreeSum, run_on
 
 def drawn(X, size, seed, *, edges=(), sample_weight=None) -> Coreset:
     shards = mixtures.shards(X, edges, sample_weight)
-    total = shards.run(Total(X.shape[1]))
+    total = shards.run(SumMoments(X.shape[1]))
     return shards.run(DrawCoreset.of(total, size, seed))
 
 
 def task_of(X, size, seed=0, sample_weight=None) -> DrawCoreset:
-    total = mixtures.shards(X, (), sample_weight).run(Total(X.shape[1]))
+    total = mixtures.shards(X, (), sample_weight).run(SumMoments(X.shape[1]))
     return DrawCoreset.of(total, size, seed)
 
 
@@ -86,7 +86,7 @@ def test_whitened_rows_have_unit_covariance():
     scale = torch.tensor([1e-6, 1.0, 1e6, 1.0, 1.0], dtype=torch.float64)
     X = torch.cat([X, X[:, :1] + X[:, 1:2], torch.full((200, 1), 7.0)], dim=1) * scale
     X = X[:, [0, 4, 1, 2, 3]]  # the constant column before others
-    whiten = whitening(mixtures.shards(X, (), weight).run(Total(5)))
+    whiten = whitening(mixtures.shards(X, (), weight).run(SumMoments(5)))
     Z = whiten(X)
     assert Z.shape == (200, 3)
     covariance = (Z.T * weight) @ Z / weight.sum()
@@ -121,7 +121,7 @@ def test_the_coreset_is_unbiased_and_varies_less_than_a_uniform_sample():
 
     coreset, uniform = [], []
     shards = mixtures.shards(X, [500, 900])
-    total = shards.run(Total(2))
+    total = shards.run(SumMoments(2))
     for seed in range(rounds):
         found = shards.run(DrawCoreset.of(total, size, seed))
         coreset.append(estimate(found.X, found.sample_weight))
@@ -137,7 +137,7 @@ def test_the_weight_of_the_coreset_is_unbiased_for_that_of_any_row():
     weight = torch.arange(30, dtype=torch.float64).square() / 20
     weight[::7] = 0
     shards, rounds = mixtures.shards(X, [4, 19], weight), 1500
-    total = shards.run(Total(2))
+    total = shards.run(SumMoments(2))
     p = naive_probabilities(X, weight, 12)
     sums = torch.zeros(30, dtype=torch.float64)
     for seed in range(rounds):

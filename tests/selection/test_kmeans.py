@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from gmm_dist.em.estep import Total
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.selection import kmeans
 from gmm_dist.selection.coreset import Whitening, keyed_generator, whitening
@@ -47,7 +47,7 @@ def ones(n):
 
 def parallel(X, k, *, edges=(), sample_weight=None, rounds=5, random_state=0):
     shards = mixtures.shards(X, edges, sample_weight)
-    total = shards.run(Total(X.shape[1]))
+    total = shards.run(SumMoments(X.shape[1]))
     return k_means_parallel(shards, total, k, rounds=rounds, random_state=random_state)
 
 
@@ -91,7 +91,7 @@ def test_k_means_parallel_is_its_definition(edges, dtype):
     X = mixtures.rows(mixtures.parameters("full", 4, 3), 150).to(dtype)
     weight = mixtures.row_weights(150)
     weight[::9] = 0
-    whiten = whitening(mixtures.shards(X, edges, weight).run(Total(3)))
+    whiten = whitening(mixtures.shards(X, edges, weight).run(SumMoments(3)))
     Z = whiten(X.double())
     for seed in range(4):
         chosen, counts = naive_k_means_parallel(Z, weight, edges, 3, 4, seed)
@@ -137,7 +137,7 @@ def test_candidates_do_not_depend_on_who_holds_which_shard(n_workers):
     X, weight = mixtures.normal_rows(400, 3), mixtures.row_weights(400)
     cut = mixtures.blocks(X, [10, 10, 90, 100, 200, 210, 300, 330], weight)
     shards = [ShardRows(i, [block]) for i, block in enumerate(cut)]
-    total = LocalShards(shards).run(Total(3))
+    total = LocalShards(shards).run(SumMoments(3))
     expected = k_means_parallel(LocalShards(shards), total, 4, random_state=5)
     for seed in range(5):
         found = k_means_parallel(Scattered(shards, n_workers, seed), total, 4, random_state=5)
@@ -407,7 +407,7 @@ def test_whitened_seeds_are_those_of_the_rows():
     turned = X @ torch.tensor([[4.0, 1.0], [-2.0, 0.25]], dtype=torch.float64)
     chosen = []
     for rows in (X, turned):
-        whiten: Whitening = whitening(mixtures.shards(rows).run(Total(2)))
+        whiten: Whitening = whitening(mixtures.shards(rows).run(SumMoments(2)))
         chosen.append(kmeans.k_means_plus_plus(whiten(rows), ones(100), 6, generator(2)))
     assert torch.equal(*chosen)
 

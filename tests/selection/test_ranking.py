@@ -12,7 +12,7 @@ from gmm_dist.config import EMConfig
 from gmm_dist.em.loop import Status
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.selection.ranking import Candidate, Outcome, Scored, SweepResult
+from gmm_dist.selection.ranking import BestFit, Candidate, RankedCandidate, SweepResult
 
 X = mixtures.normal_rows(300, 2)
 
@@ -26,18 +26,20 @@ def total(n: int = 300) -> TotalMoments:
 TOTAL = total()
 
 
-def made(example: Scored, k, kind, value, n_parameters, status=Status.CONVERGED) -> Scored:
+def made(
+    example: RankedCandidate, k, kind, value, n_parameters, status=Status.CONVERGED
+) -> RankedCandidate:
     """Return a candidate with figures of our own."""
-    outcome = Outcome.of(replace(example.fit, status=status), 0.0)
+    outcome = BestFit.of(replace(example.fit, status=status), 0.0)
     return replace(
         example, candidate=Candidate(k, kind), outcome=outcome, bic=value, n_parameters=n_parameters
     )
 
 
 @pytest.fixture(scope="module")
-def example() -> Scored:
+def example() -> RankedCandidate:
     (fit,) = mixtures.fit(X, [mixtures.parameters("diag", 1, 2)], EMConfig())
-    return Scored.of(Candidate(1, "diag"), Outcome.of(fit, 0.0))
+    return RankedCandidate.of(Candidate(1, "diag"), BestFit.of(fit, 0.0))
 
 
 def test_ties_go_to_fewer_parameters_then_to_smaller_k(example):
@@ -68,7 +70,7 @@ def test_a_failed_candidate_comes_last_however_good_it_looks(example):
         assert [scored.candidate.k for scored in result.ranked] == [2, 3, 5]
         assert result.best is table[1]
         (warning,) = result.warnings(["x", "y"])
-        assert warning == "the best k is the smallest tried: run again with --k 1..2"
+        assert warning == "the best k is the smallest tried: run again with n_components 1..2"
 
 
 def test_when_all_fail_there_is_no_best(example):
@@ -81,8 +83,8 @@ def test_when_all_fail_there_is_no_best(example):
 @pytest.mark.parametrize(
     ("ks", "best", "edge"),
     [
-        ((2, 3, 4), 4, ["the best k is the largest tried: run again with --k 4..8"]),
-        ((2, 3, 4), 2, ["the best k is the smallest tried: run again with --k 1..2"]),
+        ((2, 3, 4), 4, ["the best k is the largest tried: run again with n_components 4..8"]),
+        ((2, 3, 4), 2, ["the best k is the smallest tried: run again with n_components 1..2"]),
         ((2, 3, 4), 3, []),
         ((1, 2, 3), 1, []),  # there is nothing below one
         ((3,), 3, []),
@@ -114,7 +116,7 @@ def test_the_caller_spells_what_to_do_about_the_next_grid(example):
 @pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
 def test_the_criteria_are_those_of_the_mixture(kind):
     (fit,) = mixtures.fit(X, [mixtures.parameters(kind, 2, 2)], EMConfig(precision="float64"))
-    scored = Scored.of(Candidate(2, kind), Outcome.of(fit, 1.5), -3.25)
+    scored = RankedCandidate.of(Candidate(2, kind), BestFit.of(fit, 1.5), -3.25)
     mixture = Mixture(fit.parameters)
     for criterion in ("bic", "aic", "icl"):
         expected = getattr(mixture, criterion)(X)
@@ -137,12 +139,12 @@ def test_held_out_likelihood_ranks_highest_first_and_ties_as_the_others_do(examp
 # --- a criterion that never stops falling
 
 
-def falling(example, n: int, values: list[float]) -> tuple[Scored, ...]:
+def falling(example, n: int, values: list[float]) -> tuple[RankedCandidate, ...]:
     """Return candidates k = 1, 2, ... of these mean log-likelihoods among n rows."""
     return tuple(
-        Scored.of(
+        RankedCandidate.of(
             Candidate(k, "diag"),
-            Outcome.of(
+            BestFit.of(
                 replace(
                     example.fit,
                     parameters=mixtures.parameters("diag", k, 2),
@@ -166,11 +168,11 @@ def note_of(table, criterion="bic", **options) -> str:
     return note
 
 
-def with_values(table, name: str, values) -> tuple[Scored, ...]:
+def with_values(table, name: str, values) -> tuple[RankedCandidate, ...]:
     return tuple(replace(s, **{name: v}) for s, v in zip(table, values, strict=True))
 
 
-def icl_best_at(table, k: int) -> tuple[Scored, ...]:
+def icl_best_at(table, k: int) -> tuple[RankedCandidate, ...]:
     return with_values(table, "icl", [float(abs(s.candidate.k - k)) for s in table])
 
 
@@ -178,14 +180,14 @@ def test_at_huge_n_a_bic_that_keeps_falling_says_so_and_what_it_means(example):
     # Of a diagonal component in two dimensions 5 parameters: 5 ln(1e6) / 2 / 1e6 = 3.5e-5.
     assert note_of(icl_best_at(falling(example, MANY, CURVE), 3)) == (
         "BIC still falls at k=6: with 1,000,000 rows a component costs it only 3e-05 nats per row, "
-        "and the last one gained 0.06, so it may never rise; consider --criterion icl (best at "
-        "k=3) or --holdout 0.1 --criterion holdout"
+        'and the last one gained 0.06, so it may never rise; consider criterion="icl" (best at '
+        'k=3) or holdout=0.1 criterion="holdout"'
     )
 
 
 def test_nothing_is_advised_that_the_table_refutes(example):
     table = icl_best_at(falling(example, MANY, CURVE), 6)
-    assert note_of(table).endswith("rise; consider --holdout 0.1 --criterion holdout")
+    assert note_of(table).endswith('rise; consider holdout=0.1 criterion="holdout"')
     assert note_of(table, holds_out=False).endswith(
         "rise; ICL is best there, too: choose as many components as are of use"
     )
@@ -195,12 +197,12 @@ def test_nothing_is_advised_that_the_table_refutes(example):
         "of use"
     )
     turned = with_values(table, "holdout", [*CURVE[:4], -5.95, -5.96])
-    assert note_of(turned).endswith("rise; consider --criterion holdout (best at k=4)")
+    assert note_of(turned).endswith('rise; consider criterion="holdout" (best at k=4)')
 
 
 def test_aic_that_falls_is_held_to_bic(example):
     table = with_values(icl_best_at(falling(example, MANY, CURVE), 6), "bic", [5, 4, 3, 2, 3, 4])
-    assert "consider --criterion bic (best at k=4) or --hold" in note_of(table, "aic")
+    assert 'consider criterion="bic" (best at k=4) or hold' in note_of(table, "aic")
 
 
 def test_what_another_criterion_chooses_is_asked_of_all_families_and_of_ranked_fits_alone(example):
@@ -210,14 +212,14 @@ def test_what_another_criterion_chooses_is_asked_of_all_families_and_of_ranked_f
         for s in own
     ]
     others = [replace(s, icl=-s.icl) for s in others]
-    assert "--criterion icl" not in note_of((*own, *others))  # full is best at k = 6
+    assert 'criterion="icl"' not in note_of((*own, *others))  # full is best at k = 6
     turned = [replace(s, icl=-99.0) if s.candidate.k == 2 else s for s in others]
-    assert "--criterion icl (best at k=2)" in note_of((*own, *turned))
+    assert 'criterion="icl" (best at k=2)' in note_of((*own, *turned))
     failed = [
-        replace(s, outcome=Outcome.of(replace(s.fit, status=Status.DEGENERATE), 0.0))
+        replace(s, outcome=BestFit.of(replace(s.fit, status=Status.DEGENERATE), 0.0))
         for s in turned
     ]
-    assert "--criterion icl" not in note_of((*own, *failed))
+    assert 'criterion="icl"' not in note_of((*own, *failed))
 
 
 @pytest.mark.parametrize(
@@ -241,14 +243,18 @@ def test_the_next_grid_ends_where_the_rows_do(example):
         return SweepResult(table, "bic", total(n_rows)).warnings(["x", "y"])
 
     # Of two features: 3 rows for each full covariance, 2 for each diagonal one.
-    assert next_grid("full", 17) == ["the best k is the largest tried: run again with --k 4..5"]
-    assert next_grid("diag", 13) == ["the best k is the largest tried: run again with --k 4..6"]
+    assert next_grid("full", 17) == [
+        "the best k is the largest tried: run again with n_components 4..5"
+    ]
+    assert next_grid("diag", 13) == [
+        "the best k is the largest tried: run again with n_components 4..6"
+    ]
     assert next_grid("full", 14) == []
 
 
 def test_a_best_k_below_one_that_failed_is_not_at_the_edge(example):
     *table, last = falling(example, MANY, [*CURVE, -5.7])
-    failed = replace(last, outcome=Outcome.of(replace(last.fit, status=Status.DEGENERATE), 0.0))
+    failed = replace(last, outcome=BestFit.of(replace(last.fit, status=Status.DEGENERATE), 0.0))
     result = SweepResult((*table, failed), "bic", total(MANY))
     assert result.best is table[-1]
     assert result.warnings(["x", "y"]) == []

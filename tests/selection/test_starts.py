@@ -12,7 +12,7 @@ from test_kmeans import Scattered
 
 from gmm_dist.config import INITS, EMConfig, StartConfig
 from gmm_dist.em import loop
-from gmm_dist.em.estep import Total
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.selection import starts as search_module
 from gmm_dist.selection.kmeans import start_of
@@ -40,7 +40,7 @@ def ones(n):
 
 def searched(X, pairs, *, edges=(), sample_weight=None, warm=(), n_threads=1, **start) -> Finalists:
     shards = mixtures.shards(X, edges, sample_weight)
-    total, settings = shards.run(Total(X.shape[1])), StartConfig(**start)
+    total, settings = shards.run(SumMoments(X.shape[1])), StartConfig(**start)
     return search(shards, pairs, EMConfig(), settings, total, warm=warm, n_threads=n_threads)
 
 
@@ -52,7 +52,7 @@ def bound(X, start, n_iter=10) -> float:
     """Return the mean log-likelihood (nats per row) that some EM from a start comes to."""
     shards = mixtures.shards(X)
     config = EMConfig(max_iter=n_iter, tol=0.0, precision="float64")
-    (fit,) = loop.fit(shards, [start], config, shards.run(Total(X.shape[1])))
+    (fit,) = loop.fit(shards, [start], config, shards.run(SumMoments(X.shape[1])))
     return fit.lower_bounds[-1]
 
 
@@ -195,12 +195,12 @@ def test_mending_puts_useless_components_elsewhere():
     far[5] = 1000.0
     lone = Parameters(start.weights, far, start.covariances, "full")
     shards = mixtures.shards(X)
-    (fit,) = loop.fit(shards, [lone], EMConfig(max_iter=2), shards.run(Total(3)))
+    (fit,) = loop.fit(shards, [lone], EMConfig(max_iter=2), shards.run(SumMoments(3)))
     assert fit.degenerate.tolist() == [False] * 5 + [True]
-    total, settings = shards.run(Total(3)), StartConfig()
+    total, settings = shards.run(SumMoments(3)), StartConfig()
     ((mended,),) = mend(shards, [fit], EMConfig(), settings, total)
     assert bound(X, mended) > bound(X, start_of(X, ones(len(X)), labels, 6, "full")) - 1e-3
-    all_useless = loop.fit(shards, [lone], EMConfig(max_iter=1), shards.run(Total(3)))[0]
+    all_useless = loop.fit(shards, [lone], EMConfig(max_iter=1), shards.run(SumMoments(3)))[0]
     all_useless.degenerate[:] = True
     assert mend(shards, [all_useless], EMConfig(), settings, total) == [[]]
 
@@ -265,7 +265,7 @@ def test_who_holds_which_shard_changes_no_bit(init):
     X = X - (weight @ X) / weight.sum()
     cut = mixtures.blocks(X, [10, 10, 90, 100, 200, 210, 300, 330], weight)
     shards = [ShardRows(i, [block]) for i, block in enumerate(cut)]
-    total = LocalShards(shards).run(Total(2))
+    total = LocalShards(shards).run(SumMoments(2))
     start = StartConfig(n_init=2, init=init, n_sample=120, moves=1)
     pairs = [(3, "full"), (2, "diag")]
     expected = search(LocalShards(shards), pairs, EMConfig(), start, total)
@@ -327,7 +327,7 @@ def test_fewer_distinct_rows_than_components_still_run(kind, d):
     X = X - X.mean(0)
     shards = mixtures.shards(X)
     (start,) = best(X, [(5, kind)], n_init=2)
-    (fit,) = loop.fit(shards, [start], EMConfig(), shards.run(Total(d)))
+    (fit,) = loop.fit(shards, [start], EMConfig(), shards.run(SumMoments(d)))
     assert_positive_definite(start)
     assert_positive_definite(fit.parameters)
 
@@ -337,7 +337,7 @@ def test_rows_that_are_all_the_same_still_run(kind):
     X = torch.zeros(30, 2, dtype=torch.float64)
     shards = mixtures.shards(X)
     (start,) = best(X, [(2, kind)], n_init=2)
-    (fit,) = loop.fit(shards, [start], EMConfig(), shards.run(Total(2)))
+    (fit,) = loop.fit(shards, [start], EMConfig(), shards.run(SumMoments(2)))
     assert fit.log_likelihood == pytest.approx(naive.e_step(X, fit.parameters).log_likelihood)
 
 
@@ -367,7 +367,7 @@ def test_features_of_any_scale_start_alike():
     found = []
     for Z in (X, X * scale):
         shards = mixtures.shards(Z)
-        total, settings = shards.run(Total(2)), StartConfig(n_init=2)
+        total, settings = shards.run(SumMoments(2)), StartConfig(n_init=2)
         starts = search(shards, [(3, "full")], EMConfig(reg_covar=0.0), settings, total)
         found.append(starts[0][0])
     one, other = found

@@ -17,16 +17,16 @@ import pytest
 import ray
 import torch
 
+from gmm_dist.config import Cluster, FailureConfig
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.shards.failures import FaultConfig
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, Loader, ShardRows
-from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected
+from gmm_dist.shards.ray_shards import RayShards, connected
 
 N_SHARDS, D = 9, 3
 # What takes minutes in life takes seconds here; each test shortens what it is about.
-CALM = FaultConfig(backoff=0.05, grace=30.0, together=0.0)
-STRAGGLING = FaultConfig(backoff=0.05, grace=30.0, straggling=1.0)
+CALM = FailureConfig(backoff=0.05, grace=30.0, together=0.0)
+STRAGGLING = FailureConfig(backoff=0.05, grace=30.0, straggling=1.0)
 
 
 @dataclass(frozen=True)
@@ -169,15 +169,15 @@ def blocked(n_cpus: int) -> Iterator[Callable[[], None]]:
 
 @pytest.fixture(scope="module")
 def cluster(ray_address: str) -> Iterator[None]:
-    with connected(ray_address, ScalingConfig()):
+    with connected(Cluster(ray_address)):
         yield
 
 
 @contextmanager
 def shards_on(
-    loader: Loader, faults: FaultConfig = CALM, n_workers: int = 2, reserve: int = 0
+    loader: Loader, faults: FailureConfig = CALM, n_workers: int = 2, reserve: int = 0
 ) -> Iterator[RayShards]:
-    shards = RayShards(loader, N_SHARDS, ScalingConfig(n_workers), faults, reserve=reserve)
+    shards = RayShards(loader, N_SHARDS, Cluster(n_workers), faults, reserve=reserve)
     try:
         yield shards
     finally:
@@ -236,9 +236,9 @@ def test_storage_that_fails_twice_is_asked_again_by_the_same_worker(
 
 def test_too_many_failures_end_the_run_in_one_line(tmp_path: Path) -> None:
     load = Load(tmp_path, 7, fail, times=99)
-    faults = FaultConfig(max_failures=2, backoff=0.01, together=0.0)
+    faults = FailureConfig(max_failures=2, backoff=0.01, together=0.0)
     wanted = (
-        r"^more than 2 failures \(--max-failures\); the last: worker 1 \(.*, pid \d+\): "
+        r"^more than 2 failures \(max_failures\); the last: worker 1 \(.*, pid \d+\): "
         "OSError: the disk is on fire$"
     )
     with shards_on(load, faults) as shards, pytest.raises(RunFailed, match=wanted):
@@ -256,7 +256,7 @@ def test_our_bugs_are_not_tried_again(tmp_path: Path) -> None:
 def test_a_silent_worker_is_replaced(
     tmp_path: Path, undisturbed: tuple[float, int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    load, faults = Load(tmp_path), FaultConfig(silence=2.0, backoff=0.05, grace=30.0)
+    load, faults = Load(tmp_path), FailureConfig(silence=2.0, backoff=0.05, grace=30.0)
     with shards_on(load, faults) as shards:
         shards.load()
         silent = shards.run(odd_sum).pids[0]
@@ -272,7 +272,7 @@ def test_a_silent_worker_is_replaced(
 def test_a_slow_call_that_shows_signs_of_work_is_waited_for(
     tmp_path: Path, undisturbed: tuple[float, int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    load, faults = Load(tmp_path), FaultConfig(silence=1.5, backoff=0.05)
+    load, faults = Load(tmp_path), FailureConfig(silence=1.5, backoff=0.05)
     with shards_on(load, faults) as shards:
         shards.load()
         assert shards.run(Sum(tmp_path, 4, Sleep(3))).counted == undisturbed
@@ -283,7 +283,7 @@ def test_a_call_that_lasts_beyond_its_deadline_is_given_up(
     tmp_path: Path, undisturbed: tuple[float, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     load = Load(tmp_path, 5, Sleep(60))
-    faults = FaultConfig(deadline=1.5, deadline_factor=2.0, backoff=0.05)
+    faults = FailureConfig(deadline=1.5, deadline_factor=2.0, backoff=0.05)
     with shards_on(load, faults) as shards:
         assert shards.load() == undisturbed[1]
         assert shards.run(odd_sum).counted == undisturbed
@@ -374,7 +374,7 @@ def test_a_loader_that_hangs_is_left_behind(tmp_path: Path, undisturbed: tuple[f
 def test_workers_that_find_no_place_are_done_without_and_join_when_there_is_one(
     tmp_path: Path, undisturbed: tuple[float, int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    load, faults = Load(tmp_path), FaultConfig(grace=2.0, backoff=0.05)
+    load, faults = Load(tmp_path), FailureConfig(grace=2.0, backoff=0.05)
     with blocked(2) as unblock, shards_on(load, faults, n_workers=4) as shards:
         assert shards.load() == undisturbed[1]
         first = shards.run(odd_sum)
@@ -395,7 +395,7 @@ def test_workers_that_find_no_place_are_done_without_and_join_when_there_is_one(
 def test_survivors_take_over_from_a_worker_that_is_lost_for_good(
     tmp_path: Path, undisturbed: tuple[float, int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    load, faults = Load(tmp_path), FaultConfig(grace=2.0, backoff=30.0)
+    load, faults = Load(tmp_path), FailureConfig(grace=2.0, backoff=30.0)
     with shards_on(load, faults, n_workers=3) as shards:
         shards.load()
         lost = shards.run(odd_sum).pids[4]
@@ -412,7 +412,7 @@ def test_survivors_without_room_end_the_run_in_one_line(tmp_path: Path) -> None:
     reserve = memory_of_workers(loads=True) - 4 * D * sum(30 + 5 * s for s in range(4, 9))
     # At the start, too, workers may be missing for so long.
     forsaken = 2 * (time.monotonic() - began)
-    faults = FaultConfig(grace=forsaken, forsaken=forsaken, backoff=60.0)
+    faults = FailureConfig(grace=forsaken, forsaken=forsaken, backoff=60.0)
     wanted = (
         r"^no worker for 4 shards in \d+ s, and no room where one is up \(1 worker\): "
         "add machines or memory$"
@@ -433,7 +433,7 @@ def memory_of_workers(*, loads: bool = False) -> int:
 
 
 def test_no_workers_at_all_end_the_run_in_one_line(tmp_path: Path) -> None:
-    faults = FaultConfig(grace=0.2, forsaken=0.5)
+    faults = FailureConfig(grace=0.2, forsaken=0.5)
     with (
         blocked(4),
         shards_on(Load(tmp_path), faults) as shards,

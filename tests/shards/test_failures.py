@@ -17,8 +17,9 @@ from ray.exceptions import (
 )
 
 from gmm_dist.commands.ending import run
+from gmm_dist.config import FailureConfig
 from gmm_dist.errors import RunFailed, UserError
-from gmm_dist.shards.failures import Budget, FaultConfig, Verdict, judge, reason
+from gmm_dist.shards.failures import Budget, Verdict, judge, reason
 
 
 def raised(cause: Exception) -> Exception:
@@ -64,29 +65,29 @@ def test_reasons_are_short_and_of_one_line() -> None:
 
 
 def test_rests_double_up_to_a_limit() -> None:
-    faults = FaultConfig(backoff=0.5, max_backoff=3.0)
+    faults = FailureConfig(backoff=0.5, max_backoff=3.0)
     assert [faults.rest(n) for n in (1, 2, 3, 4, 10_000)] == [0.5, 1.0, 2.0, 3.0, 3.0]
 
 
 def test_failures_that_come_together_are_one() -> None:
-    budget = Budget(FaultConfig(max_failures=2, together=10.0))
+    budget = Budget(FailureConfig(max_failures=2, together=10.0))
     said = [budget.charge("worker 0 died", now) for now in (0.0, 5.0, 10.0, 10.1, 20.0)]
     assert said == 3 * ["failure 1 of 2"] + 2 * ["failure 2 of 2"]
-    wanted = r"^more than 2 failures \(--max-failures\); the last: worker 3 died$"
+    wanted = r"^more than 2 failures \(max_failures\); the last: worker 3 died$"
     with pytest.raises(RunFailed, match=wanted):
         budget.charge("worker 3 died", 21.0)
 
 
 def test_no_failures_may_be_asked_for() -> None:
     with pytest.raises(RunFailed, match="more than 0 failures"):
-        Budget(FaultConfig(max_failures=0)).charge("worker 0 died", 0.0)
+        Budget(FailureConfig(max_failures=0)).charge("worker 0 died", 0.0)
 
 
 def test_negative_settings_are_refused() -> None:
     with pytest.raises(UserError, match="max_failures is -1: give"):
-        FaultConfig(max_failures=-1)
+        FailureConfig(max_failures=-1)
     with pytest.raises(UserError, match="grace is -2: give"):
-        FaultConfig(grace=-2)
+        FailureConfig(grace=-2)
 
 
 def test_a_job_whose_run_failed_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

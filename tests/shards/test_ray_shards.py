@@ -19,13 +19,13 @@ import pytest
 import ray
 import torch
 
-from gmm_dist.config import EMConfig, StartConfig
+from gmm_dist.config import Cluster, EMConfig, StartConfig
 from gmm_dist.errors import UserError
 from gmm_dist.selection.sweep import Candidate, SweepResult, sweep
 from gmm_dist.shards import ray_shards
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
-from gmm_dist.shards.ray_shards import RayShards, ScalingConfig, connected
+from gmm_dist.shards.ray_shards import RayShards, connected
 
 N_SHARDS, D = 7, 3
 
@@ -72,9 +72,9 @@ def pid(rows: ShardRows) -> Pids:
 
 @contextmanager
 def on_ray(address: str, n_workers: int | None, loader: object = load) -> Iterator[RayShards]:
-    scaling = ScalingConfig(num_workers=n_workers)
-    with connected(address, scaling):
-        shards = RayShards(loader, N_SHARDS, scaling)  # type: ignore[arg-type]
+    cluster = Cluster(address, num_workers=n_workers)
+    with connected(cluster):
+        shards = RayShards(loader, N_SHARDS, cluster)  # type: ignore[arg-type]
         yield shards
         shards.close()
 
@@ -121,7 +121,8 @@ def test_more_workers_than_shards_are_not_started(ray_address: str) -> None:
 
 
 def test_actors_have_names_in_the_dashboard(ray_address: str) -> None:
-    with connected(ray_address, ScalingConfig(2)), closing(RayShards(load, 4, ScalingConfig(2))):
+    cluster = Cluster(ray_address, num_workers=2)
+    with connected(cluster), closing(RayShards(load, 4, cluster)):
         names = [str(name) for name in ray.util.list_named_actors()]
         assert sorted(name.split()[-2:] for name in names) == [["worker", "0"], ["worker", "1"]]
         assert all(name.startswith("gmm_dist ") for name in names)
@@ -190,7 +191,7 @@ def test_what_is_no_ray_is_told_in_time(
         began = time.monotonic()
         with (
             pytest.raises(UserError, match=f"no Ray cluster answers at {scheme}{other.address} "),
-            connected(scheme + other.address, ScalingConfig()),
+            connected(Cluster(scheme + other.address)),
         ):
             pass
     assert time.monotonic() - began < 20
@@ -210,8 +211,8 @@ def test_what_is_no_ray_is_told_in_time(
 )
 def test_an_address_that_is_none_is_told_what_one_is(address: str) -> None:
     with (
-        pytest.raises(UserError, match=r"--address or RAY_ADDRESS is .*: give HOST:PORT of a Ray"),
-        connected(address, ScalingConfig()),
+        pytest.raises(UserError, match=r"address or RAY_ADDRESS is .*: give HOST:PORT of a Ray"),
+        connected(Cluster(address)),
     ):
         pass
 
@@ -222,8 +223,8 @@ def test_auto_without_a_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(ray._private.services, "canonicalize_bootstrap_address_or_die", none)
     with (
-        pytest.raises(UserError, match=r"--address is auto, and no Ray cluster was found"),
-        connected("auto", ScalingConfig()),
+        pytest.raises(UserError, match=r"address is auto, and no Ray cluster was found"),
+        connected(Cluster("auto")),
     ):
         pass
 
@@ -231,8 +232,8 @@ def test_auto_without_a_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 def test_gpus_that_nobody_has_are_refused_in_seconds(ray_address: str) -> None:
     began = time.monotonic()
     with (
-        pytest.raises(UserError, match=r"--use-gpu.* 0 GPUs .*: leave out --use-gpu"),
-        connected(ray_address, ScalingConfig(use_gpu=True)),
+        pytest.raises(UserError, match=r"use_gpu.* 0 GPUs .*: leave out use_gpu"),
+        connected(Cluster(ray_address, use_gpu=True)),
     ):
         pass
     assert time.monotonic() - began < 60
@@ -247,7 +248,7 @@ def test_a_cluster_without_cpus_says_so_and_ends_in_time(
     with (
         caplog.at_level(logging.INFO),
         pytest.raises(UserError, match=r"^after \d+ s the cluster has 0 CPUs .* need one CPU"),
-        connected(ray_address, ScalingConfig()),
+        connected(Cluster(ray_address)),
     ):
         pass
     assert "waiting for machines: the cluster has 0 CPUs" in caplog.text
@@ -258,7 +259,7 @@ def test_a_cluster_that_may_grow_is_asked_for_machines(
 ) -> None:
     node = {"Alive": True, "Labels": {"ray.io/node-group": "head"}, "Resources": {}}
     monkeypatch.setattr(ray, "nodes", lambda: [node])
-    with caplog.at_level(logging.INFO), connected(ray_address, ScalingConfig(use_gpu=True)):
+    with caplog.at_level(logging.INFO), connected(Cluster(ray_address, use_gpu=True)):
         assert "asking for machines, which may take minutes" in caplog.text
 
 
@@ -278,7 +279,7 @@ def test_the_process_keeps_its_handlers_of_signals(ray_address: str) -> None:
 
     before = signal.signal(signal.SIGTERM, ours)
     try:
-        with connected(ray_address, ScalingConfig()):
+        with connected(Cluster(ray_address)):
             assert signal.getsignal(signal.SIGTERM) is ours
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGTERM)
@@ -309,10 +310,10 @@ def test_a_signal_while_ray_starts_or_ends_reaches_the_process_own_handler(
     seen: list[int] = []
     for name in ("init", "shutdown"):
         monkeypatch.setattr(ray, name, meddle if name == at else lambda *asked, **options: None)
-    monkeypatch.setattr(ray_shards, "_require_places", lambda scaling: None)
+    monkeypatch.setattr(ray_shards, "_require_places", lambda cluster: None)
     before = signal.signal(signal.SIGTERM, ours)
     try:
-        with connected("local", ScalingConfig()):
+        with connected(Cluster("local")):
             pass
         assert seen == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) is ours
@@ -322,8 +323,8 @@ def test_a_signal_while_ray_starts_or_ends_reaches_the_process_own_handler(
 
 def test_no_cluster_at_the_address_is_one_line() -> None:
     with (
-        pytest.raises(UserError, match=r"no Ray cluster answers at 127\.0\.0\.1:1 .*--address"),
-        connected("127.0.0.1:1", ScalingConfig()),
+        pytest.raises(UserError, match=r"no Ray cluster answers at 127\.0\.0\.1:1 .*check address"),
+        connected(Cluster("127.0.0.1:1")),
     ):
         pass
 
@@ -331,9 +332,22 @@ def test_no_cluster_at_the_address_is_one_line() -> None:
 def test_a_process_that_is_connected_stays_so(ray_address: str) -> None:
     ray.init(ray_address, log_to_driver=False)
     try:
-        with on_ray("127.0.0.1:1", 1) as shards:
+        with on_ray(ray_address, 1) as shards:
             assert shards.load() == sum(300 + 50 * shard for shard in range(N_SHARDS))
         assert ray.is_initialized()
+        host, _, port = ray_address.rpartition(":")
+        other = f"{host}:1"
+        for address in (other, "ray://192.0.2.77:10001", "local"):
+            with (
+                pytest.raises(
+                    UserError, match=f"^address is {address}, but .* cluster at .*{port}: leave"
+                ),
+                connected(Cluster(address)),
+            ):
+                pass
+        for address in (None, "auto", f"localhost:{port}", "ray://127.0.0.1:10001"):
+            with connected(Cluster(address)):
+                assert ray.is_initialized()
     finally:
         ray.shutdown()
 
@@ -343,12 +357,12 @@ def test_memory_is_known_without_ray_only_where_ray_would_start(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    one, two = (ray_shards.most_memory(None, ScalingConfig(n, False), 8) for n in (1, 2))
+    one, two = (ray_shards.most_memory(Cluster(None, n, False), 8) for n in (1, 2))
     assert 2 * two <= one <= total
-    assert ray_shards.most_memory(None, ScalingConfig(2, False), 1) == one  # one shard, one worker
-    assert ray_shards.most_memory("head:6379", ScalingConfig(), 8) == sys.maxsize
+    assert ray_shards.most_memory(Cluster(None, 2, False), 1) == one  # one shard, one worker
+    assert ray_shards.most_memory(Cluster("head:6379"), 8) == sys.maxsize
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert ray_shards.most_memory(None, ScalingConfig(), 8) == sys.maxsize
+    assert ray_shards.most_memory(Cluster(), 8) == sys.maxsize
 
 
 def test_ray_prints_nothing_of_workers_that_die(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,8 +374,8 @@ def test_ray_prints_nothing_of_workers_that_die(monkeypatch: pytest.MonkeyPatch)
 
     theirs = ray._private.worker.listen_error_messages
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray_shards, "_require_places", lambda scaling: None)
-    with connected("local", ScalingConfig()):
+    monkeypatch.setattr(ray_shards, "_require_places", lambda cluster: None)
+    with connected(Cluster("local")):
         pass
     assert said == [None]
     assert ray._private.worker.listen_error_messages is theirs
@@ -373,14 +387,14 @@ def test_ray_is_started_for_no_more_workers_than_have_shards(
     """It starts a process for each CPU that it is told of, before any is asked for."""
     asked: list[object] = []
     monkeypatch.setattr(ray, "init", lambda *_, **options: asked.append(options["num_cpus"]))
-    monkeypatch.setattr(ray_shards, "_require_places", lambda scaling: None)
+    monkeypatch.setattr(ray_shards, "_require_places", lambda cluster: None)
     n_cpus = os.cpu_count() or 1
     for n_workers in (None, 10**23, 1):
-        with connected("local", ScalingConfig(n_workers).at_most(n_cpus + 3)):
+        with connected(Cluster("local", n_workers).at_most(n_cpus + 3)):
             pass
     assert asked == [n_cpus, n_cpus + 3, n_cpus]
 
 
 def test_no_workers_are_refused() -> None:
     with pytest.raises(UserError, match="num_workers is 0"):
-        ScalingConfig(num_workers=0)
+        Cluster(num_workers=0)

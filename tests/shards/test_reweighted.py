@@ -13,7 +13,7 @@ import torch
 
 from gmm_dist import GaussianMixture, select
 from gmm_dist.config import EMConfig
-from gmm_dist.em.estep import Total
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.selection.kmeans import start_of
 from gmm_dist.shards.reweighted import Reweighted, unit_of
 
@@ -119,7 +119,7 @@ def test_a_cluster_of_light_rows_has_its_rows():
 def test_moments_of_reweighted_rows_are_multiples():
     rows, weight = torch.tensor(X), torch.tensor(WEIGHT)
     shards = mixtures.shards(rows, [100], weight)
-    total, double = shards.run(Total(2)), shards.run(Reweighted(Total(2), 2.0))
+    total, double = shards.run(SumMoments(2)), shards.run(Reweighted(SumMoments(2), 2.0))
     assert double.n_samples == 2 * total.n_samples
     assert (
         double.n_effective

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em import loop
-from gmm_dist.em.estep import Total
+from gmm_dist.em.estep import SumMoments
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
@@ -94,7 +94,7 @@ def fit(
     weight = torch.ones(len(X), dtype=torch.float64) if sample_weight is None else sample_weight
     centre = (weight @ X.double()) / weight.sum()
     local = shards((X.double() - centre).to(X.dtype), edges, sample_weight)
-    total = local.run(Total(X.shape[1]))
+    total = local.run(SumMoments(X.shape[1]))
     moved_starts = [start.shifted(-centre) for start in starts]
     results = loop.fit(local, moved_starts, config, total, watch=watch)
     return [moved(result, centre) for result in results]

@@ -142,7 +142,7 @@ class _Told(Exception):  # noqa: N818 - what the two have in common
     def __str__(self) -> str:
         return self.spelt(in_python)
 
-    def rename(self, **names: str) -> None:
+    def rename_options(self, **names: str) -> None:
         """Name options otherwise from now on, such as `registry` for `output`."""
         self.what = self.what.renamed(names)
         self.remedy = None if self.remedy is None else self.remedy.renamed(names)
@@ -193,5 +193,5 @@ def renaming(**names: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.rename(**names)
+        error.rename_options(**names)
         raise

@@ -9,6 +9,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -198,8 +199,8 @@ def test_commands_and_python_spell_the_same_error_in_their_own_words(
     lake: Path,
     capfd: pytest.CaptureFixture[str],
     command: str,
-    lake_options: dict[str, object],
-    settings: dict[str, object],
+    lake_options: dict[str, Any],
+    settings: dict[str, Any],
     said: str,
     told: str,
 ) -> None:

@@ -12,7 +12,7 @@ import gmm_dist
 MODULES = (
     "",
     "config",
-    "estimators.base",
+    "estimators.fitted",
     "estimators.gaussian_mixture",
     "estimators.save",
     "estimators.select",

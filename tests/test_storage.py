@@ -291,7 +291,9 @@ def test_an_outage_between_listing_and_footers_is_outlasted(proxied):
     proxy, url = proxied
     found = listing.find(url)
     with proxy.outage(3):
-        footers = survey.read_footers(url, found.files, survey.Questions(None, None, (), 0, ()))
+        footers = survey.read_footers(
+            url, found.files, survey.Questions(None, None, found.keys, (), 0, ())
+        )
     assert [footer.file.rows for footer in footers] == [(1000, 1000, 1000)] * 2
 
 

@@ -1,4 +1,4 @@
-"""What a pass is told of the mixtures that it serves."""
+"""The parameters that one E-step needs, batched by covariance type and precision."""
 
 from __future__ import annotations
 

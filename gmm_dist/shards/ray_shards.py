@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import ipaddress
 import itertools
 import logging
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -29,12 +27,12 @@ from gmm_dist.formats import counted
 from gmm_dist.shards.dispatch import Dispatcher
 from gmm_dist.shards.placement import Placement, ranges
 from gmm_dist.shards.protocol import Loader, S, Task
+from gmm_dist.shards.same_cluster import HERE, require_same_cluster
 from gmm_dist.shards.tree_sum import TreeSum
 from gmm_dist.shards.workers import ShardActor, Source, Work, Worker, machines
 
 logger = logging.getLogger(__name__)
 
-_HERE = "local"  # the address that has Ray start on this machine
 _LAST_PORT = 2**16 - 1
 _ACTION_BYTES = 512  # more than any system's struct sigaction has
 _ANSWER_SECONDS = 10.0  # for a cluster's head to answer
@@ -60,13 +58,13 @@ def connected(cluster: Cluster) -> Iterator[None]:
         RunFailed: Ray does not start on this machine.
     """
     if ray.is_initialized():
-        _require_same_cluster(cluster.address)
+        require_same_cluster(cluster.address)
         _require_places(cluster)
         yield
         return
     address = _where(cluster.address)
     try:
-        if address == _HERE:
+        if address == HERE:
             _start(cluster)
         else:
             _join(address)
@@ -83,7 +81,7 @@ def most_memory(cluster: Cluster, n_shards: int) -> int:
     They are known where `connected` would start Ray on this machine, and workers use its CPUs.
     """
     may_use_gpu = cluster.use_gpu is not False and torch.cuda.is_available()
-    if ray.is_initialized() or _where(cluster.address) != _HERE or may_use_gpu:
+    if ray.is_initialized() or _where(cluster.address) != HERE or may_use_gpu:
         return sys.maxsize
     n_workers = min(cluster.num_workers or _n_cpus(cluster), n_shards)
     utils: Any = ray._private.utils
@@ -91,7 +89,7 @@ def most_memory(cluster: Cluster, n_shards: int) -> int:
 
 
 def _where(address: str | None) -> str:
-    return address or os.environ.get("RAY_ADDRESS") or _HERE
+    return address or os.environ.get("RAY_ADDRESS") or HERE
 
 
 def _n_cpus(cluster: Cluster) -> int:
@@ -103,7 +101,7 @@ def _start(cluster: Cluster) -> None:
     logger.info("starting Ray on this machine")
     n_cpus = _n_cpus(cluster)
     try:
-        _init(_HERE, num_cpus=n_cpus, include_dashboard=False, _temp_dir=_temp_dir())
+        _init(HERE, num_cpus=n_cpus, include_dashboard=False, _temp_dir=_temp_dir())
     except Exception as error:
         raise RunFailed(
             f"Ray did not start on this machine ({_line(error)})",
@@ -187,53 +185,6 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def _require_same_cluster(address: str | None) -> None:
-    """Raise UserError where this process is connected to another cluster than the one asked for."""
-    if address is None or address == "auto":
-        return
-    client = ray.util.client.ray
-    if client.is_connected():
-        # Its gateway's port says nothing of the cluster's own.
-        here = str(client.get_context().client_worker._conn_str)
-        is_same = _hosts(address) & _hosts(here) != set()
-    else:
-        here = str(ray.get_runtime_context().gcs_address)
-        node: Any = ray._private.worker._global_node
-        is_same = node.is_head() if address == _HERE else _is_at(address, here)
-    if not is_same:
-        raise UserError(
-            f"is {address}, but this process is connected to the Ray cluster at {here}",
-            option="address",
-            remedy="leave "
-            + Option("address")
-            + " out to use that one, or leave it first (ray.shutdown())",
-        )
-
-
-def _is_at(address: str, here: str) -> bool:
-    """Say whether an address leads to the cluster whose head listens at `here`."""
-    if not _hosts(address) & _hosts(here):
-        return False
-    is_client = address.startswith("ray://")  # another port leads to the same cluster
-    return is_client or _parted(address)[1] == _parted(here)[1]
-
-
-def _hosts(address: str) -> set[str]:
-    """Return the IP addresses of the host that an address names, and its name."""
-    host, _ = _parted(address)
-    ips: set[str] = set()
-    with suppress(OSError):
-        ips = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    if any(ipaddress.ip_address(ip).is_loopback for ip in ips):
-        ips.add(str(ray.util.get_node_ip_address()))  # what Ray makes of this machine's own
-    return ips | {host}
-
-
-def _parted(address: str) -> tuple[str, str]:
-    host, _, port = address.removeprefix("ray://").rstrip("/").rpartition(":")
-    return host.strip("[]"), port
 
 
 def _temp_dir() -> str | None:

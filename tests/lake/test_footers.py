@@ -121,7 +121,7 @@ def holed(path: Path, **options: Any) -> Path:
 def test_nulls_are_told_from_the_footer(tmp_path: Path) -> None:
     holed(tmp_path / "a.parquet")
     message = (
-        f"^{tmp_path}/a.parquet, row group 1: column 'y' has 2 nulls; pass --missing drop or "
+        f"^{tmp_path}/a.parquet, row group 1: column 'y' has 2 nulls; pass missing=.drop. or "
         "impute such rows first$"
     )
     with pytest.raises(UserError, match=message):

@@ -213,7 +213,7 @@ def test_a_folder_that_is_no_night_is_passed_over_with_a_line(
 @pytest.mark.parametrize(
     ("folder", "names", "message"),
     [
-        ("dt=1", ["ds"], "--partition 'ds' is no column; columns are dt, x; name the one"),
+        ("dt=1", ["ds"], "partition 'ds' is no column; columns are dt, x; name the one"),
         ("year=2026/month=11", ["month"], "its values are such as '11'"),
         ("year=2026/month=Nov/day=21", ["day"], "no numbers of a year, a month and a day"),
         ("day=21/month=11/year=2026", ["day", "month", "year"], "in this order"),

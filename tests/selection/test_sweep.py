@@ -113,7 +113,9 @@ def test_columns_that_are_constant_or_dependent_are_a_warning():
 def test_more_components_than_rows_are_refused():
     with pytest.raises(UserError) as error:
         run(classic()[:5], [Candidate(2, "diag"), Candidate(6, "diag")])
-    assert str(error.value) == ("--k asks for 6 components, but there are 5 rows: give at most 5")
+    assert str(error.value) == (
+        "n_components asks for 6 components, but there are 5 rows: give at most 5"
+    )
     require_rows([Candidate(5, "full")], 5)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import chaos, hosts
+from tests.support import hosts
+from tools import chaos
 from tools.chaos import Cell, Matrix
 
 

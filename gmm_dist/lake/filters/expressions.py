@@ -22,8 +22,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import pyarrow.fs
 import pyarrow.parquet as pq
+from pyarrow.fs import LocalFileSystem
 
 from gmm_dist.errors import UserError
 from gmm_dist.lake.filters.text import parse
@@ -180,7 +180,7 @@ class ArrowFilter:
     def _satisfiable(self, told: Sequence[Sequence[pc.Expression]], types: pa.Schema) -> list[bool]:
         """Say where a row may pass of which one of several things is told, for each of `told`."""
         self._check_types(types)
-        files, format_ = pyarrow.fs.LocalFileSystem(), ds.ParquetFileFormat()
+        files, format_ = LocalFileSystem(), ds.ParquetFileFormat()
         # Arrow asks what is told of a fragment, and never opens it.
         fragments = [
             format_.make_fragment(str(i), files, partition_expression=case)

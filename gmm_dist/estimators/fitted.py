@@ -1,0 +1,213 @@
+"""What an estimator does with the mixture it has learned: labels, densities, samples, scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from gmm_dist.config import Cluster
+from gmm_dist.estimators.attributes import copied, covariances_of, have_factors
+from gmm_dist.estimators.local_rows import one_thread
+from gmm_dist.estimators.settings import require_cluster, require_no_cluster
+from gmm_dist.lake.lake import Lake
+from gmm_dist.model.arrays import (
+    Array,
+    Rows,
+    Space,
+    array_of,
+    checked,
+    is_foreign,
+    mean_of,
+    require_rows_in_memory,
+    space_of,
+    tensor_of,
+    viewed,
+)
+from gmm_dist.model.mixture import Mixture, labels, log_densities, responsibilities
+from gmm_dist.model.parameters import Parameters
+from gmm_dist.model.soundness import flaw
+
+if TYPE_CHECKING:
+    from gmm_dist.fitting.lake_scores import LakeScores
+
+_FEW_VALUES = 1 << 17
+
+
+class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
+    """What both estimators do with the mixture that they have learned, whoever set it."""
+
+    covariance_type: str
+    random_state: Any
+
+    weights_: Any
+    means_: Any
+    covariances_: Any
+    precisions_: Any
+    precisions_cholesky_: Any
+    n_features_in_: int
+    feature_names_in_: Array
+    # What is known of the fit that learned it: the sum of the weights, the sum of w log p (nats).
+    _n_samples: float
+    _log_likelihood: float
+
+    def predict(self, X: Any) -> Any:
+        """Return the component of largest responsibility for each row, (n,) int64."""
+        return self._of_rows(X, labels)
+
+    def predict_proba(self, X: Any) -> Any:
+        """Return the responsibilities, (n, k), each row summing to one."""
+        return self._of_rows(X, responsibilities)
+
+    def score_samples(self, X: Any) -> Any:
+        """Return the log-density (nats) of each row, (n,)."""
+        return self._of_rows(X, log_densities)
+
+    def score(self, X: Any, y: object = None, *, cluster: Cluster | None = None) -> float:
+        """Return the mean log-density (nats) of the rows.
+
+        Args:
+            X: rows (n, d) in memory, or a `gmm_dist.Lake`, whose weights are honoured and whose
+                held-out rows play no part.
+            y: is ignored.
+            cluster: who reads and scores a lake's rows, as for `fit`.
+        """
+        if isinstance(X, Lake):
+            return float(self._lake_scores(X, cluster).score)
+        require_no_cluster(cluster)
+        return mean_of(self.score_samples(X))
+
+    def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
+        """Return rows (n, d), float64, drawn from the mixture, and their components (n,).
+
+        With one `random_state` the rows are scikit-learn's. Raises ValueError for n < 1.
+        """
+        check_is_fitted(self)
+        if n_samples < 1:
+            raise ValueError(
+                f"Invalid value for 'n_samples': {n_samples} . The sampling requires at least "
+                "one sample."
+            )
+        # The covariances as they are published: scikit-learn draws from those.
+        mixture = replace(self._parameters(), covariances=tensor_of(self.covariances_))
+        X, y = _drawn(mixture, n_samples, check_random_state(self.random_state))
+        space = replace(self._space(), dtype=torch.float64)
+        return space.of(torch.from_numpy(X)), space.of(torch.from_numpy(y))
+
+    def to_mixture(self) -> Mixture:
+        """Return the mixture that was learned, as `gmm_dist.load` returns those of files.
+
+        Its numbers are copies of `weights_`, `means_` and `covariances_`, in float64. Where the
+        fit was ours `n_samples`, the sum of the weights, goes along, and so does `log_likelihood`:
+        of a lake that of these parameters, of rows in memory that of the last pass, one step
+        before them. Raises NotFittedError.
+
+        >>> from gmm_dist import GaussianMixture
+        >>> GaussianMixture().fit([[0.0], [2.0]]).to_mixture().parameters.means
+        tensor([[1.]], dtype=torch.float64)
+        """
+        check_is_fitted(self)
+        # What is published: of a posterior, the plain mixture of its expectations.
+        found = FittedMixture._parameters(self)
+        return Mixture(
+            copied(found),
+            tuple(str(name) for name in getattr(self, "feature_names_in_", ())),
+            getattr(self, "_n_samples", math.nan),
+            getattr(self, "_log_likelihood", math.nan),
+        )
+
+    def _parameters(self) -> Parameters:
+        """Return the learned mixture, of which densities are taken."""
+        means = tensor_of(self.means_)
+        return Parameters(
+            tensor_of(self.weights_), means, self._covariances(), self.covariance_type
+        )
+
+    def _require_sound(self) -> None:
+        """Raise ValueError where learned numbers that come from elsewhere are no mixture's."""
+        if not all(hasattr(self, name) for name in ("weights_", "means_", "precisions_cholesky_")):
+            return
+        shapes = [np.shape(array_of(value)) for value in (self.weights_, self.means_)]
+        if len(shapes[1]) != 2 or shapes[0] != shapes[1][:1]:
+            raise ValueError(f"weights_ and means_ have shapes {shapes}, not (k,) and (k, d)")
+        if (what := flaw(self._parameters())) is not None:
+            raise ValueError(f"what was learned is no mixture: {what}; fit anew")
+
+    def _covariances(self) -> Tensor:
+        """Return the covariances of `precisions_cholesky_`, in float64.
+
+        Published as float32, covariances lose what tells them from singular ones, factors do
+        not. Where `covariances_` have these very factors they are taken as they are.
+        """
+        kind, (k, d) = self.covariance_type, tensor_of(self.means_).shape
+        factors = tensor_of(self.precisions_cholesky_)
+        shape = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[kind]
+        if factors.shape != shape:
+            raise ValueError(
+                f"precisions_cholesky_ has shape {tuple(factors.shape)}, not {shape}, that of "
+                f"{k} {kind} covariances of {d} features: fit anew, without warm_start"
+            )
+        factors = factors[None] if kind == "tied" else factors
+        if hasattr(self, "covariances_"):
+            covariances = tensor_of(self.covariances_)
+            if covariances.shape == shape and have_factors(
+                kind, covariances.view(factors.shape), factors
+            ):
+                return covariances
+        return covariances_of(kind, factors).view(shape)
+
+    def _lake_scores(self, lake: Lake, cluster: Cluster | None) -> LakeScores:
+        # Only here are Ray and pyarrow needed: they would be most of the time of an import.
+        from gmm_dist.fitting.lake_scores import scores_of_lake
+
+        check_is_fitted(self)
+        require_cluster(cluster)
+        names = tuple(str(name) for name in getattr(self, "feature_names_in_", ()))
+        return scores_of_lake(lake, Mixture(self._parameters(), names), cluster=cluster)
+
+    def _of_rows(self, X: Any, verb: Callable[[Parameters, Rows], Tensor]) -> Any:
+        check_is_fitted(self)
+        require_rows_in_memory(X)
+        rows = checked(self, X, reset=False)
+        tensor = viewed(rows)
+        mixture = self._parameters()
+        # To wake other threads costs more than a few rows do.
+        with one_thread() if tensor.numel() < _FEW_VALUES else nullcontext():
+            return space_of(X, rows).of(verb(mixture, tensor))
+
+    def _name_features(self, n_features: int, names: Sequence[str]) -> None:
+        """Note the features of rows that were not checked as rows in memory are."""
+        self.n_features_in_ = n_features
+        if names:
+            self.feature_names_in_ = np.array(names, dtype=object)
+        elif hasattr(self, "feature_names_in_"):
+            del self.feature_names_in_  # those of an earlier fit
+
+    def _space(self) -> Space:
+        means = self.means_
+        return space_of(means, from_dlpack(means) if is_foreign(means) else means)
+
+
+def _drawn(mixture: Parameters, n_samples: int, rng: np.random.RandomState) -> tuple[Array, Array]:
+    """Draw rows and components in scikit-learn's order, from the same random numbers."""
+    kind, d = mixture.covariance_type, mixture.n_features
+    means, covariances = mixture.means.numpy(), mixture.covariances.numpy()
+    counts = rng.multinomial(n_samples, mixture.weights.numpy())
+    parts = []
+    for k, (mean, n) in enumerate(zip(means, counts, strict=True)):
+        if kind in ("full", "tied"):
+            covariance = covariances if kind == "tied" else covariances[k]
+            parts.append(rng.multivariate_normal(mean, covariance, int(n)))
+        else:
+            parts.append(mean + rng.standard_normal(size=(n, d)) * np.sqrt(covariances[k]))
+    return np.vstack(parts), np.repeat(np.arange(len(counts)), counts)

@@ -1,0 +1,94 @@
+"""The command `gmm-dist`: its jobs, its version, and the line that schedulers read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_jobs import lake
+
+import gmm_dist
+from gmm_dist.commands import cli, fit, sweep
+from gmm_dist.commands.options import program
+
+
+def test_it_knows_its_version_and_its_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv=["--version"]) == 0
+    assert capsys.readouterr().out == f"gmm-dist {gmm_dist.__version__}\n"
+    assert cli.main(argv=["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {job} " in said for job in ("fit", "sweep", "score", "nightly"))
+    assert cli.main(argv=[]) == 2
+    capsys.readouterr()
+    assert cli.main(argv=["swep"]) == 2
+    assert capsys.readouterr().err.startswith("error: 'swep' is no job: give fit, sweep,")
+
+
+@pytest.mark.parametrize("job", cli.JOBS)
+def test_each_job_tells_the_version_and_its_options(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for word, said in (("--version", f"gmm-dist {gmm_dist.__version__}"), ("--help", "--json")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(argv=[job, word])
+        assert ended.value.code == 0
+        assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("called", "expected"),
+    [
+        ("/venv/bin/gmm-dist", ("gmm-dist", "fit")),
+        ("jobs/fit.py", ("python", "jobs/fit.py")),
+        ("/x/gmm_dist/__main__.py", ("python", "-m", "gmm_dist", "fit")),
+        ("/x/pytest/__main__.py", ("gmm-dist", "fit")),
+    ],
+)
+def test_the_command_that_goes_on_is_spelt_as_it_was_called(
+    called: str, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [called])
+    assert program("fit") == expected
+
+
+def test_the_last_line_tells_a_scheduler_what_came(
+    tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = lake(tmp_path / "lake"), tmp_path / "out"
+    argv = [data, "--k", "1,2", "--n-init", "2", "--output", str(out), "--json"]
+    assert sweep.main([*argv, "--columns", "x", "y"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["exit_status"] == 0
+    assert (facts["output"], facts["model"]) == (str(out), f"{out}/model")
+    best = json.loads((out / "sweep.json").read_text())["best"]
+    assert (facts["k"], facts["covariance_type"]) == (best["k"], best["covariance_type"])
+    assert gmm_dist.load(facts["model"]).n_components == facts["k"]
+
+
+def test_it_tells_of_what_ended_a_job_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(tmp_path / "nowhere"), "--k", "2", "--output", str(tmp_path / "out"), "--json"]
+    assert fit.main(argv) == 2
+    said = capsys.readouterr()
+    facts = json.loads(said.out)
+    assert facts["exit_status"] == 2
+    assert said.err == f"error: {facts['error']}\n"
+
+
+def test_the_scripts_and_the_module_are_the_command(tmp_path: Path) -> None:
+    root = Path(gmm_dist.__file__).parents[1]
+    for words in (["-m", "gmm_dist", "fit"], [str(root / "jobs" / "fit.py")]):
+        done = subprocess.run(
+            [sys.executable, *words, "--version"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == f"gmm-dist {gmm_dist.__version__}\n"

@@ -282,9 +282,8 @@ class Matrix:
 
 
 _HELP = """
-import contextlib, io, sys
-sys.path.insert(0, sys.argv[1])
-import sweep
+import contextlib
+from gmm_dist.commands import sweep
 with contextlib.suppress(SystemExit):
     sweep.main(["--help"])
 """

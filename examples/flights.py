@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 
 import gmm_dist
@@ -22,9 +23,8 @@ def main(n_rows: int = 40_000) -> None:
     """Fit K = 2..6 to a sample of the flights, and describe the best mixture."""
     with tempfile.TemporaryDirectory() as folder:
         table = datasets.flights()
-        pq.write_table(
-            table.take(range(0, len(table), -(-len(table) // n_rows))), f"{folder}/a.parquet"
-        )
+        every = np.arange(0, len(table), -(-len(table) // n_rows))
+        pq.write_table(table.take(every), f"{folder}/a.parquet")
         lake = gmm_dist.Lake(folder, columns=["departure", "distance", "speed", "arr_delay"])
         found = gmm_dist.select(lake, n_components=range(2, 7), covariance_type="full")
     print(found)

@@ -129,7 +129,7 @@ class EMConfig:
 
 @dataclass(frozen=True, slots=True)
 class StartConfig:
-    """Settings of the search for starts (`search`).
+    """Settings of the search for starts (`selection.starts`).
 
     `n_init` seeded restarts per candidate, by the method `init`; `moves` rounds of splits and
     merges at the most; `finalists` of each go on to passes over all rows. `n_sample` rows make

@@ -30,7 +30,7 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
 from gmm_dist.selection.ranking import Candidate
-from gmm_dist.selection.starts import search
+from gmm_dist.selection.starts import find_starts
 from gmm_dist.selection.sweep import require_rows
 from gmm_dist.shards.protocol import Shards
 
@@ -222,7 +222,7 @@ class BayesianGaussianMixture(BaseMixture):
         # The search's tol is of the mean over rows, unlike our own.
         config = EMConfig(reg_covar=float(self.reg_covar), reg_unit=ABSOLUTE)
         start, threads = replace(start_of(self), finalists=1), os.cpu_count() or 1
-        found = search(rows.shards, pairs, config, start, rows.total, n_threads=threads)
+        found = find_starts(rows.shards, pairs, config, start, rows.total, n_threads=threads)
         # The largest first: it is the one that is left where no pass is asked for.
         mixtures = [_filled(best, k) for (best,) in reversed(found)]
         trials = [Trial(updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]

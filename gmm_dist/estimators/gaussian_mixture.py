@@ -315,10 +315,17 @@ def adopt(
     feature_names: Sequence[str],
     space: Space,
 ) -> None:
-    """Have an estimator take a sweep's fit, about `centre`, for what it has learned.
+    """Have an estimator take a sweep's fit for what it has learned.
 
-    Raises ValueError where it collapsed; warns with ConvergenceWarning and the status sentence
-    where it did not converge or means nothing.
+    Args:
+        estimator: Is given the learned attributes.
+        fit: A candidate's fit.
+        centre: The centre (d,) that the fit is about, in feature units.
+        feature_names: Names of the features, for messages.
+        space: The kind of array that attributes are.
+
+    Raises ValueError where the fit collapsed; warns with ConvergenceWarning and the status
+    sentence where it did not converge or means nothing.
     """
     if fit.status is Status.COLLAPSED:
         raise ValueError(f"{SINGULAR} ({fit.status.value})")

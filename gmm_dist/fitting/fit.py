@@ -140,7 +140,12 @@ class Job:
     ) -> Self:
         """Take the settings, and plan the rows unless that was done before.
 
-        A fit goes on from `given`; in a sweep, `warm` competes with other starts of its shape.
+        Args:
+            options: What is fitted, and how.
+            plan: The rows; None to plan them.
+            given: A model that the fit goes on from.
+            warm: A model that competes with other starts of its shape in a sweep.
+            progress: Is told how far the fit is; None for silence.
         """
         candidates = _candidates(options, given)
         plan = plan or plan_rows(options)

@@ -87,8 +87,16 @@ def write(
 ) -> bool:
     """Write the best candidate's model, if any, and the reports on all of them.
 
-    `ids` are the numbers that the model's components keep from night to night; `draw` draws
-    report.html. Return whether that was written.
+    Args:
+        attempt: Where the files go.
+        fitted: What came of the fit.
+        loader: The rows' loader, which knows their plan and centre.
+        settings: The fit's settings, as plain JSON values.
+        more: What else sweep.json says.
+        ids: Numbers that the model's components keep from night to night.
+        draw: Draws report.html.
+
+    Returns whether a report was drawn.
     """
     result, plan = fitted.result, loader.plan
     content = _report(result, plan, fitted.counted, settings) | more

@@ -147,17 +147,22 @@ def plan_lake(
 ) -> Plan:
     """Plan the Parquet file or folder at `url`; reads footers, and one list at most.
 
-    `listing.find` says which files count. `columns` are numeric columns or one column of lists of
-    numbers, all of one length; default: every floating-point column but pandas' indices, or else
-    the one column of lists. Where types do not say how long lists are, the first one that matches
-    is read; the others are checked when they are read. With `missing` "error", nulls of which
-    footers tell are an error here, unless a filter by row might leave them out.
-    `where` is a filter over columns and hive keys, in the syntax of `filters.text` or an expression
-    of pyarrow's: it leaves out whole files and row groups here, rows when they are read. `holdout`
-    is the share of rows, at random but the same every time, that nothing is fitted to. `keep` are
-    columns to go along with the rows; hive keys among them stay in the path. `remedy` says what
-    helps when a feature is missing. `n_shards` overrides the number of shards, which else depends
-    on the number of rows alone.
+    `listing.find` says which files count. Where types do not say how long lists are, the first one
+    that matches is read; the others are checked when they are read.
+
+    Args:
+        url: A local path or any fsspec URL.
+        columns: Numeric columns, or one column of lists of numbers, all of one length; None for
+            every floating-point column but pandas' indices, or else the one column of lists.
+        weight_column: Column of sample weights.
+        where: Filter over columns and hive keys, in the syntax of `filters.text` or an expression
+            of pyarrow's: it leaves out whole files and row groups here, rows when they are read.
+        missing: What becomes of nulls and NaN. With "error", nulls of which footers tell are an
+            error here, unless a filter by row might leave them out.
+        holdout: Share of rows, at random but the same every time, that nothing is fitted to.
+        keep: Columns to go along with the rows; hive keys among them stay in the path.
+        remedy: What helps when a feature is missing.
+        n_shards: Number of shards; None for one that depends on the number of rows alone.
 
     Raises:
         UserError: the path, bucket or credentials are wrong; there is no Parquet file, or it is

@@ -126,11 +126,17 @@ class Columns:
     ) -> Chosen:
         """Choose the feature columns, by name or by default; check them, weight and filter.
 
-        `tested` is what of the filter is to be tested row by row. By default every floating-point
-        column is a feature, but for pandas' indices, or else the one column of lists of numbers
-        (of a fixed size, or else of floating-point numbers). The features of such a column may
-        also be named one by one: all, in order, `emb[0]`, `emb[1]`, ... `keep` are columns to go
-        along, which some files may lack. `remedy` says what helps when a feature is missing.
+        By default every floating-point column is a feature, but for pandas' indices, or else the
+        one column of lists of numbers (of a fixed size, or else of floating-point numbers). The
+        features of such a column may also be named one by one: all, in order, `emb[0]`, `emb[1]`,
+        ...
+
+        Args:
+            columns: Names of the feature columns; None for the default.
+            weight: Name of the column of sample weights; None for none.
+            tested: What of the filter is to be tested row by row.
+            keep: Columns to go along, which some files may lack.
+            remedy: What helps when a feature is missing.
 
         Raises:
             SchemaError: a feature or the weight is missing from a file, duplicate, or of a wrong

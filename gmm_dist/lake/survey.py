@@ -225,7 +225,15 @@ def measure_lists(
     tested: Filter | None,
     chosen: Chosen,
 ) -> tuple[int, str]:
-    """Return the length of the first list of a column that matches, and where it is."""
+    """Return the length of the first list of a column that matches, and where it is.
+
+    Args:
+        found: The lake's files.
+        told: The answers of their footers.
+        groups: The row groups that match.
+        tested: What of the filter is to be tested row by row.
+        chosen: The chosen columns, of which one is of lists.
+    """
     root, name = found.root, chosen.unmeasured
     assert name is not None
     fs, path = storage.open_url(root)

@@ -100,6 +100,13 @@ def commit(
 ) -> None:
     """Commit the files that were scored, if all are in their place.
 
+    Args:
+        url: The output.
+        run: The claimed run.
+        identity: What decides the files' bytes.
+        scored: The files, each with its size, hash and rows.
+        more: What else scored.json says.
+
     Raises:
         UserError: a file is not where it was written.
         LeaseLost: another driver has taken the run over.

@@ -1,4 +1,4 @@
-"""Calls to workers: each shard is answered for once, whatever becomes of those who work on it."""
+"""Send each pass to the workers, and collect exactly one result per shard, despite failures."""
 
 from __future__ import annotations
 

@@ -296,7 +296,7 @@ def test_as_a_user_starts_it_with_ray_embedded(tmp_path: Path, capfd: Errors) ->
         (["--k", "5..2"], r"'5\.\.2' is not a range"),
         (["--k", "0"], r"'0' is not a range of whole numbers from 1 up"),
         (["--k", "9" * 5000], r"--k: '9{50}' is not like 8, 4,8,16 or 2\.\.20; see"),
-        (["--k", "2..601"], r"--k asks for 601 components, but there are 600 rows: give k of at"),
+        (["--k", "2..601"], r"--k asks for 601 components, but there are 600 rows: give at"),
         (["--k", "2", "--tol", "-1"], r"tol is -1\.0: give a number >= 0"),
         (["--k", "2", "--n-init", "0"], r"n_init is 0: give a whole number >= 1"),
         (["--k", "2", "--num-workers", "0"], r"num_workers is 0"),

@@ -280,7 +280,7 @@ def badly(monkeypatch, k: int, scale: float) -> None:
                 found[i] = [Parameters(torch.full((k,), 1 / k).double(), same, wide, kind)]
         return found
 
-    monkeypatch.setattr(sweep_module, "search", search)
+    monkeypatch.setattr(sweep_module, "find_starts", search)
 
 
 @pytest.mark.unchecked

@@ -25,6 +25,9 @@ from gmm_dist.lake.plan import Plan
 
 Float = np.float32 | np.float64
 
+_MEND_WEIGHT = "weights are finite and not negative: mend it or filter such rows with " + Option(
+    "where"
+)
 _PROBED_PLACES = 16
 _PROBED_VALUES = 2**24
 _MIN_BATCH = 256
@@ -387,12 +390,8 @@ class _Extract:
         if bad.any():
             row = int(bad.argmax())
             value = _spell(weight[row]) if table.column(name)[row].is_valid else "null"
-            raise UserError(
-                f"weight {name!r} is {value}",
-                where=self._row(row, positions),
-                remedy="weights are finite and not negative: mend it or filter such rows with "
-                + Option("where"),
-            )
+            told = f"weight {name!r} is {value}"
+            raise UserError(told, where=self._row(row, positions), remedy=_MEND_WEIGHT)
         return weight
 
     def check_lengths(self, table: pa.Table, positions: npt.NDArray[np.intp] | None) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 
 import torch
@@ -30,7 +30,7 @@ from gmm_dist.commands.options import (
 )
 from gmm_dist.commands.score import score_and_tell
 from gmm_dist.commands.talking import quiet, say
-from gmm_dist.errors import SchemaError, TooFewRows, UserError
+from gmm_dist.errors import SchemaError, TooFewRows, UserError, renaming
 from gmm_dist.nightly.gate import Gate
 from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import claim, load
@@ -56,9 +56,9 @@ def run_night(options: NightlyOptions, again: Again) -> int:
     torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
     place = Registry(options.registry)
     checks = Gate(options.min_rows, options.max_drop, options.max_drift)
-    place.latest()  # a damaged pointer is told of before hours of work, not after
     rows = NightRows(options)
-    with ExitStack() as session:
+    with renaming(output="registry"), ExitStack() as session:
+        place.latest()  # a damaged pointer is told of before hours of work, not after
         return _all_of(options, rows, again, place, checks, session)
 
 
@@ -87,7 +87,7 @@ def _all_of(
             say(f"{options.output}: published and pruned, nothing is left to do")
             return 0
     if options.scores is not None:
-        with _telling_of("--scores"):
+        with renaming(output="scores"):
             _score(options, rows, again)
     with said_how_to_resume(again):
         if options.keep_models:
@@ -108,10 +108,7 @@ def _publish(
     rows.where(days=options.days)  # what is wrong with the nights comes before any claim
     if options.scores is not None:
         _check_scores(options, rows)
-    with (
-        _telling_of("--registry"),
-        claim.claim(options.output, resume=options.resume) as run,
-    ):
+    with claim.claim(options.output, resume=options.resume) as run:
         if run.committed:
             return True
         if place.is_pruned(options.night):
@@ -132,18 +129,6 @@ def _publish(
             note(reasons=reasons)
             say(f"kept back {options.night}: {'; '.join(reasons)}; {_latest(place)}")
         return not reasons
-
-
-@contextmanager
-def _telling_of(option: str) -> Iterator[None]:
-    """Name the option that says where a run's output is: this job has no --output."""
-    try:
-        yield
-    except UserError as error:
-        text = str(error)
-        for words in ("another --output", "an --output"):
-            text = text.replace(words, words.replace("an --", "a --").replace("--output", option))
-        raise UserError(text) from error
 
 
 def _check_scores(options: NightlyOptions, rows: NightRows) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
 from gmm_dist.lake.plan import Missing
 
 _EM, _START, _FAULTS = EMConfig(), StartConfig(), FailureConfig()
@@ -79,15 +79,17 @@ class FitOptions:
         # Each says itself what is wrong with it.
         _ = self.em, self.search, self.faults, self.cluster
         if not 0 <= self.holdout < 1:
-            raise UserError(
-                f"--holdout is {self.holdout:g}: give a share of the rows, 0 <= share < 1"
-            )
+            wanted = "give a share of the rows, 0 <= share < 1"
+            raise UserError(f"is {self.holdout:g}", option="holdout", remedy=wanted)
         if not (self.checkpoint_seconds >= 0 and math.isfinite(self.checkpoint_seconds)):
             raise UserError(
-                f"--checkpoint-seconds is {self.checkpoint_seconds:g}: give seconds >= 0"
+                f"is {self.checkpoint_seconds:g}",
+                option="checkpoint_seconds",
+                remedy="give seconds >= 0",
             )
         if self.k is None and self.start is None:
-            raise UserError("one of --k and --start is required")
+            k, start = Option("n_components"), Option("start")
+            raise UserError("one of " + k + " and " + start + " is required")
 
     @property
     def em(self) -> EMConfig:

@@ -66,9 +66,7 @@ class Selection:
         """Return what a reader of the table should know, each with what to do."""
         d = self.best.n_features_in_
         names = self.feature_names or tuple(f"x{j}" for j in range(d))
-        found = self.result.warnings(
-            names, lambda k: f"select again with n_components from {k}", holds_out=self.is_lake
-        )
+        found = self.result.warnings(names, _select_again, holds_out=self.is_lake)
         return [self.left_out, *found] if self.left_out else found
 
     def to_frame(self) -> Any:
@@ -296,6 +294,13 @@ def _selected(
 
 
 _LABELS = {"bic": "BIC", "aic": "AIC", "icl": "ICL", "holdout": "held-out log-likelihood per row"}
+
+
+def _select_again(k: str) -> str:
+    """Spell the next grid of k, `3..6` or `3,5,9`, as Python reads it."""
+    first, dots, last = k.partition("..")
+    grid = f"range({first}, {int(last) + 1})" if dots else f"({k.replace(',', ', ')})"
+    return f"select again with n_components={grid}"
 
 
 def _row(rank: int, scored: RankedCandidate) -> dict[str, Any]:

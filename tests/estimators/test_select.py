@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from sklearn.datasets import make_blobs
 
 import gmm_dist
 from gmm_dist import Lake, UserError, select
+from gmm_dist.estimators.select import _select_again
 
 pytestmark = pytest.mark.unchecked  # whole searches
 
@@ -82,7 +84,12 @@ def test_a_failed_candidate_has_no_rank_and_a_best_at_the_edge_a_note():
         f"the best k is the {'smallest' if k == 2 else 'largest'}" in w for w in edge.warnings()
     )
     assert noted
-    assert "select again with n_components from" in str(edge)
+    (again,) = re.findall(r"select again with n_components=(.+)$", str(edge), re.MULTILINE)
+    assert list(eval(again)) == ([1, 2] if k == 2 else [3, 4, 5, 6])
+
+
+def test_a_grid_with_gaps_is_told_as_python_reads_it():
+    assert _select_again("4,6,8") == "select again with n_components=(4, 6, 8)"
 
 
 def test_rows_of_zero_weight_change_no_bit(X):

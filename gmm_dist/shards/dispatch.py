@@ -440,7 +440,7 @@ class Dispatcher:
 
     def _report(self, now: float) -> None:
         logger.info(
-            "%d of %s missing for %.0f s (%d of %s up; %s)",
+            "waiting for %d of %s, %.0f s so far (%d of %s up; %s)",
             len(self._todo),
             counted(sum(len(self._placement.owned(w.index)) for w in self._workers), "shard"),
             now - self._replied,

@@ -55,11 +55,10 @@ def run_night(options: NightlyOptions, again: Again) -> int:
     note(night=options.night, registry=options.registry)
     torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
     place = Registry(options.registry)
-    checks = Gate(options.min_rows, options.max_drop, options.max_drift)
     place.latest()  # a damaged pointer is told of before hours of work, not after
     rows = NightRows(options)
     with ExitStack() as session:
-        return _all_of(options, rows, again, place, checks, session)
+        return _all_of(options, rows, again, place, options.gate, session)
 
 
 def _all_of(

@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import torch
 
 from gmm_dist.commands.night_options import NightlyOptions
+from gmm_dist.commands.nightly import run_night
+from gmm_dist.commands.options import Again
 from gmm_dist.errors import UserError
+from gmm_dist.fitting.fit import fit_lake
 from gmm_dist.fitting.options import FitOptions
 from gmm_dist.scoring.options import ScoreOptions
 from gmm_dist.urls import reveal
@@ -147,3 +151,17 @@ def test_no_credentials_are_shown(kind: Any, base: dict[str, Any], names: tuple[
     options = kind(**{**base, **dict.fromkeys(names, url)})
     assert "s3cr3t" not in repr(options)
     assert all(reveal(getattr(options, name)) == url for name in names)
+
+
+def test_torch_has_the_threads_that_it_had(tmp_path: Path) -> None:
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(UserError, match="no such file"):
+            fit_lake(FitOptions(data=str(tmp_path / "no"), output=str(tmp_path / "out"), k=2))
+        assert torch.get_num_threads() == 3
+        given = {**NIGHT, "registry": tmp_path / "reg", "data": tmp_path / "no"}
+        with pytest.raises(UserError, match="no such file"):
+            run_night(NightlyOptions(**given), Again((), ()))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)

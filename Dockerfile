@@ -15,6 +15,8 @@ ARG DEVICE
 # index of its own, and takes a tenth of the space.
 COPY --chown=ray:users pyproject.toml constraints.txt README.md LICENSE /home/ray/gmm_dist/
 WORKDIR /home/ray/gmm_dist
+# The index is two words, or none.
+# hadolint ignore=SC2086
 RUN python -c 'import tomllib; \
         print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
         > /tmp/requirements.txt \

@@ -134,7 +134,7 @@ class EMConfig:
 
 @dataclass(frozen=True, slots=True)
 class StartConfig:
-    """Settings of the search for starts (`search`).
+    """Settings of the search for starts (`selection.starts`).
 
     `n_init` seeded restarts per candidate, by the method `init`; `moves` rounds of splits and
     merges at the most; `finalists` of each go on to passes over all rows. `n_sample` rows make
@@ -152,7 +152,7 @@ class StartConfig:
 
     def __post_init__(self) -> None:
         _require(_is_whole(self.n_init, 1), "n_init", self.n_init, "a whole number >= 1")
-        _require(self.init in INITS, "init", self.init, f"one of {', '.join(INITS)}")
+        _require(self.init in INITS, "init_params", self.init, f"one of {', '.join(INITS)}")
         _require(_is_whole(self.moves, 0), "moves", self.moves, "a whole number >= 0")
         _require(_is_whole(self.finalists, 1), "finalists", self.finalists, "a whole number >= 1")
         sample_ok = self.n_sample is None or _is_whole(self.n_sample, 1)
@@ -253,4 +253,4 @@ def _is_whole(value: object, least: int) -> bool:
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
-        raise UserError(f"{name} is {value}: give {wanted}")
+        raise UserError(f"is {value}", option=name, remedy=f"give {wanted}")

@@ -207,7 +207,7 @@ class Matrix:
         self._hosts, self._logs, self._seed = hosts_, logs, seed
         self._options = tuple(job_options(quick=quick))
         self._outage = QUICK_OUTAGE if quick else OUTAGE
-        self._help = hosts_.python(_HELP, str(hosts.ROOT / "jobs"))
+        self._help = hosts_.python(_HELP)
         logs.mkdir(parents=True, exist_ok=True)
 
     def undisturbed(self) -> tuple[str, list[str]]:
@@ -282,9 +282,8 @@ class Matrix:
 
 
 _HELP = """
-import contextlib, io, sys
-sys.path.insert(0, sys.argv[1])
-import sweep
+import contextlib
+from gmm_dist.commands import sweep
 with contextlib.suppress(SystemExit):
     sweep.main(["--help"])
 """

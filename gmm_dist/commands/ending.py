@@ -88,7 +88,7 @@ def _told(error: BaseException, stop: Stopper) -> int:
     if stop.number is not None or isinstance(error, KeyboardInterrupt):
         return _complain(f"stopped by {stop.name}", stop.status, _go_on())
     if isinstance(error, UserError):
-        return _complain(str(error), USER_CAN_MEND)
+        return _complain(error.spelt(talking.on_command_line), USER_CAN_MEND)
     # Who has lost the lease has lost it to a driver that goes on.
     return _complain(_line(error), FAILED, "" if isinstance(error, LeaseLost) else _go_on())
 
@@ -110,8 +110,8 @@ def _go_on() -> str:
 
 def _line(error: BaseException) -> str:
     """Say in one line what happened, where, and what to do."""
-    if isinstance(error, RunFailed):
-        return str(error)
+    if isinstance(error, RunFailed | UserError):
+        return error.spelt(talking.on_command_line)
     if (cause := cause_in_worker(error)) is not None:
         return f"in a worker: {_line(cause)}"
     if isinstance(error, OSError) and error.errno is not None:

@@ -21,7 +21,7 @@ from gmm_dist.commands.options import (
 from gmm_dist.commands.progress import Progress
 from gmm_dist.commands.stopping import finish
 from gmm_dist.commands.tables import print_table
-from gmm_dist.commands.talking import say, screen
+from gmm_dist.commands.talking import on_command_line, say, screen
 from gmm_dist.errors import UserError
 from gmm_dist.fitting.fit import fit_lake, none_ranked
 from gmm_dist.fitting.options import FitOptions
@@ -61,6 +61,7 @@ def fit_and_tell(options: FitOptions, again: Again) -> None:
             options,
             progress=Progress(screen(stderr=True)),
             draw=of_fit.write,
+            spelling=on_command_line,
             next_run=lambda k: f"next run: {again.for_k(k)}",
             finish=finish,  # what is left takes a moment, and is not to be told of as broken off
         )

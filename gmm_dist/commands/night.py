@@ -17,8 +17,8 @@ from gmm_dist.commands.night_options import NightlyOptions, NightRows
 from gmm_dist.commands.progress import Progress
 from gmm_dist.commands.stopping import holding
 from gmm_dist.commands.tables import print_table
-from gmm_dist.commands.talking import quiet, say, screen
-from gmm_dist.errors import SchemaError, TooFewRows
+from gmm_dist.commands.talking import on_command_line, quiet, say, screen
+from gmm_dist.errors import SchemaError, TooFewRows, Words, spelt
 from gmm_dist.fitting import results
 from gmm_dist.fitting.fit import Job, none_ranked
 from gmm_dist.fitting.results import Fitted, mixture_of, spell_best
@@ -74,8 +74,9 @@ class Night:
         except (TooFewRows, SchemaError) as error:
             if self.before is None and isinstance(error, SchemaError):
                 raise  # nothing to differ from: the command line or the lake is wrong
-            self._keep_back(run, [str(error)])
-            return [str(error)]
+            reasons = [error.spelt(on_command_line)]
+            self._keep_back(run, reasons)
+            return reasons
         warnings = [*work.warnings, *self._warnings(work.columns)]
         more = {"warnings": warnings, "seconds": time.monotonic() - began}
         self.place.await_earlier(self.options.night)
@@ -132,7 +133,7 @@ class Night:
         if self.before is None:
             return plan, options.columns, []
         columns = self.before.lineage.columns
-        reasons = gate.on_columns(gate.kinds(plan.schema, plan.columns), columns)
+        reasons = _spelt(gate.on_columns(gate.kinds(plan.schema, plan.columns), columns))
         if reasons or plan.columns == tuple(columns):
             return plan, options.columns, reasons
         with quiet():
@@ -145,11 +146,13 @@ class Night:
     def _warnings(self, columns: ColumnDrift | None) -> list[str]:
         if columns is None:
             return []
-        warnings = self.gate.warnings_of_drift(
-            columns.drift,
-            columns.change,
-            divergence=columns.divergence,
-            strangers=columns.strangers,
+        warnings = _spelt(
+            self.gate.warnings_of_drift(
+                columns.drift,
+                columns.change,
+                divergence=columns.divergence,
+                strangers=columns.strangers,
+            )
         )
         for warning in warnings:
             logger.warning("%s: %s", self.options.night, warning)
@@ -165,7 +168,7 @@ class Night:
         before = None if self.before is None else self.before.lineage.n_rows
         reasons = self.gate.on_rows(fitted.n_rows, before)
         if fitted.result.best is None:
-            return [*reasons, none_ranked(len(job.candidates))]
+            return _spelt([*reasons, none_ranked(len(job.candidates))])
         if densities is not None:
             held_out = densities.held_out_tonight, densities.held_out_before
             reasons += self.gate.on_likelihood(*held_out)
@@ -173,7 +176,7 @@ class Night:
             reasons += self.gate.on_drift(
                 columns.drift, columns.change, strangers=columns.strangers
             )
-        return reasons
+        return _spelt(reasons)
 
     def _publish(self, run: Run, work: _Work, more: dict[str, Any], turn: Lease) -> Lineage:
         mixture, reference = work.mixture, self._reference(work)
@@ -322,8 +325,14 @@ class _Work:
     @property
     def warnings(self) -> list[str]:
         names = self.job.plan.feature_names
-        found = self.fitted.result.warnings(names, lambda k: f"give --k {k} from the next night on")
-        return [*self.fitted.incomplete, *found]
+        found = self.fitted.result.warnings(
+            names, lambda k: f"give --k {k} from the next night on", spelling=on_command_line
+        )
+        return [*_spelt(self.fitted.incomplete), *found]
+
+
+def _spelt(lines: Sequence[Words]) -> list[str]:
+    return [spelt(words, on_command_line) for words in lines]
 
 
 def _shape(warm: Mixture, options: NightlyOptions) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 
 from gmm_dist.commands.ending import KEPT_BACK, note, run, said_how_to_resume
@@ -28,7 +28,7 @@ from gmm_dist.commands.options import (
 )
 from gmm_dist.commands.score import score_and_tell
 from gmm_dist.commands.talking import quiet, say
-from gmm_dist.errors import SchemaError, TooFewRows, UserError
+from gmm_dist.errors import SchemaError, TooFewRows, UserError, renaming
 from gmm_dist.nightly.gate import Gate
 from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import claim, load
@@ -53,10 +53,10 @@ def run_night(options: NightlyOptions, again: Again) -> int:
     """Fit, gate, publish, score and prune a night; return the exit status."""
     note(night=options.night, registry=options.registry)
     place = Registry(options.registry)
-    place.latest()  # a damaged pointer is told of before hours of work, not after
     rows = NightRows(options)
     # Sums have the same bits whatever the cores of this machine, whose setting is not ours.
-    with one_thread(), ExitStack() as session:
+    with one_thread(), renaming(output="registry"), ExitStack() as session:
+        place.latest()  # a damaged pointer is told of before hours of work, not after
         return _all_of(options, rows, again, place, options.gate, session)
 
 
@@ -85,7 +85,7 @@ def _all_of(
             say(f"{options.output}: published and pruned, nothing is left to do")
             return 0
     if options.scores is not None:
-        with _telling_of("--scores"):
+        with renaming(output="scores"):
             _score(options, rows, again)
     with said_how_to_resume(again):
         if options.keep_models:
@@ -106,10 +106,7 @@ def _publish(
     rows.where(days=options.days)  # what is wrong with the nights comes before any claim
     if options.scores is not None:
         _check_scores(options, rows)
-    with (
-        _telling_of("--registry"),
-        claim.claim(options.output, resume=options.resume) as run,
-    ):
+    with claim.claim(options.output, resume=options.resume) as run:
         if run.committed:
             return True
         if place.is_pruned(options.night):
@@ -130,18 +127,6 @@ def _publish(
             note(reasons=reasons)
             say(f"kept back {options.night}: {'; '.join(reasons)}; {_latest(place)}")
         return not reasons
-
-
-@contextmanager
-def _telling_of(option: str) -> Iterator[None]:
-    """Name the option that says where a run's output is: this job has no --output."""
-    try:
-        yield
-    except UserError as error:
-        text = str(error)
-        for words in ("another --output", "an --output"):
-            text = text.replace(words, words.replace("an --", "a --").replace("--output", option))
-        raise UserError(text) from error
 
 
 def _check_scores(options: NightlyOptions, rows: NightRows) -> None:

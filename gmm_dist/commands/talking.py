@@ -9,6 +9,7 @@ characters escaped, so that it can neither move the cursor nor begin a line of i
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import io
 import logging
@@ -21,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
+from gmm_dist.errors import Option, RunFailed, Text, UserError, spelt
 from gmm_dist.formats import printable
 from gmm_dist.urls import without_secrets
 
@@ -30,6 +32,23 @@ DEBUG = "GMM_DIST_DEBUG"  # an environment variable; 1 shows tracebacks and what
 _WIDE = 160  # columns, where there is no terminal
 _READER_SECONDS = 0.5  # for a stream to take more, once the job has been told to end
 _GUARDED = "_gmm_dist_guarded"
+
+
+_COMMAND_LINE = {"n_components": "k", "init_params": "init"}  # where its names differ
+
+
+def on_command_line(option: Option) -> str:
+    """Spell an option as the command line has it: `--missing`, or `--missing drop` with a value."""
+    name, value = _COMMAND_LINE.get(option.name, option.name).replace("_", "-"), option.value
+    if value is None or value is True:
+        return f"--{name}"
+    if value is False:
+        return f"--no-{name}"
+    return f"--{name} {' '.join(value) if isinstance(value, tuple) else _short(value)}"
+
+
+def _short(value: str | float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def say(line: str) -> None:
@@ -214,15 +233,25 @@ class _Lines(logging.Handler):
 class _OneLine(logging.Formatter):
     """Formats a record such that what comes from the data makes no lines; tracebacks do.
 
-    Credentials of URLs are left out, whoever logged them.
+    Credentials of URLs are left out, whoever logged them; options are spelt as a command line's.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record))
+        shown = copy.copy(record)
+        if isinstance(shown.args, tuple):
+            shown.args = tuple(map(_spelt, shown.args))
+        return without_secrets(super().format(shown))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         record.message = printable(record.message)
         return super().formatMessage(record)
+
+
+def _spelt(value: object) -> object:
+    """Spell the options that something to be logged names."""
+    if isinstance(value, UserError | RunFailed):
+        return value.spelt(on_command_line)
+    return spelt(value, on_command_line) if isinstance(value, Option | Text) else value
 
 
 @contextlib.contextmanager

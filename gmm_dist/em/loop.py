@@ -88,8 +88,16 @@ def fit(
 ) -> list[FitResult]:
     """Run EM from every start until a `Status` says stop, all lanes in the same passes.
 
-    Starts and results are about the rows' shared centre. `total` are the moments of all rows;
-    `watch` sees the lanes after each pass. A lane that fails never ends its siblings.
+    A lane that fails never ends its siblings.
+
+    Args:
+        shards: The rows, about their shared centre.
+        starts: One mixture for each lane, about that centre.
+        config: Settings of the loop.
+        total: Moments of all rows.
+        watch: Sees the lanes after each pass.
+
+    Returns one result per start, in their order.
     """
     scale = total.scale
     lanes = [Lane.start(parameters, config, scale) for parameters in starts]
@@ -108,7 +116,13 @@ def run(
 ) -> None:
     """Pass over the rows until no lane goes on.
 
-    Of lanes with one number in `rivals` those that fall behind are dropped.
+    Args:
+        shards: The rows, about their shared centre.
+        lanes: What is fitted; changed in place.
+        config: Settings of the loop.
+        total: Moments of all rows.
+        rivals: A number for each lane; of lanes with one number those that fall behind are dropped.
+        watch: Sees the lanes after each pass.
     """
     while running := [lane for lane in lanes if lane.outcome is Outcome.RUNNING]:
         groups = grouped(running)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, Text, UserError
 from gmm_dist.formats import gigabytes
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import COVARIANCE_TYPES
@@ -30,11 +30,14 @@ def require_memory(lanes: Sequence[tuple[int, str]], n_features: int, available:
         return
     cheaper = {kind: lane_bytes([(k, kind) for k, _ in lanes], n_features) for kind in _by_width()}
     fitting = [kind for kind, size in cheaper.items() if size <= available]
-    families = f"--covariance-type {fitting[-1]}, " if fitting else ""
+    families = Option("covariance_type", fitting[-1]) + ", " if fitting else ""
     raise UserError(
         f"the statistics of {sum(k for k, _ in lanes):,} components with {n_features:,} features "
-        f"need {gigabytes(needed)} in every worker, which has at most {gigabytes(available)}: "
-        f"use {families}smaller --k, fewer --columns, or fewer workers per machine"
+        f"need {gigabytes(needed)} in every worker, which has at most {gigabytes(available)}",
+        remedy="use "
+        + Text.of(families)
+        + ("smaller " + Option("n_components") + ", fewer " + Option("columns"))
+        + ", or fewer workers per machine",
     )
 
 

@@ -48,7 +48,15 @@ def advance(
     total: TotalMoments,
     config: EMConfig,
 ) -> None:
-    """Score the lanes of a group with what a pass brought back, and step those that go on."""
+    """Score the lanes of a group with what a pass brought back, and step those that go on.
+
+    Args:
+        group: Lanes of one covariance type and precision; changed in place.
+        sums: Their sufficient statistics.
+        whole: The statistics of the whole pass.
+        total: Moments of all rows.
+        config: Settings of the loop.
+    """
     sizes = [lane.parameters.n_components for lane in group]
     per_lane, squares = sums.moments.split(sizes, dim=1), sums.squares.split(sizes)
     going_on = []

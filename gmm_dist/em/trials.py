@@ -89,10 +89,17 @@ def moments_of_shares(
     total: TotalMoments,
     centre: Float64[Tensor, " d"],
 ) -> Moments:
-    """Return what an M-step reads of rows that are shared out, `share` = w_n r_nk.
+    """Return what an M-step reads of rows that are shared out among components.
 
     Where a few rows make a component, as seeds do, a variance is what is left of two numbers
     that are nearly equal; so these moments are about each component's mean. Not tied ones.
+
+    Args:
+        kind: The covariance type.
+        X: Rows (n, d) in feature units.
+        share: w_n r_nk (n, k): each row's weight times its responsibilities.
+        total: Moments of all rows.
+        centre: The rows' shared centre (d,).
     """
     nk = share.sum(0)
     sum_x = share.T @ X
@@ -181,9 +188,16 @@ def run(
     *,
     watch: Watch = lambda trial, change: None,
 ) -> None:
-    """Iterate every trial until its bound changes by less than tol, `max_iter` times at most.
+    """Iterate every trial until its bound changes by less than tol, or its iterations are used up.
 
-    `total` are the moments of all rows. Raises SingularCovarianceError.
+    Args:
+        shards: The rows, about their shared centre.
+        trials: What is fitted; changed in place.
+        rules: tol, max_iter and the precisions that are allowed.
+        total: Moments of all rows.
+        watch: Sees a trial and its change of bound after each iteration.
+
+    Raises SingularCovarianceError.
     """
     for trial in trials:
         _begin(trial, rules)

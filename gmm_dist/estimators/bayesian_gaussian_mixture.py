@@ -22,7 +22,7 @@ from gmm_dist.estimators.attributes import exchanged, publish, require_class
 from gmm_dist.estimators.base import BaseMixture, CentredRows
 from gmm_dist.estimators.local_rows import Resident
 from gmm_dist.estimators.restarts import ranked
-from gmm_dist.estimators.settings import in_python, start_of
+from gmm_dist.estimators.settings import start_of
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
 from gmm_dist.model.covariance import TYPE_OF, Moments
@@ -30,7 +30,7 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
 from gmm_dist.selection.ranking import Candidate
-from gmm_dist.selection.starts import search
+from gmm_dist.selection.starts import find_starts
 from gmm_dist.selection.sweep import require_rows
 from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.protocol import Shards
@@ -193,8 +193,7 @@ class BayesianGaussianMixture(BaseMixture):
         from gmm_dist.lake.session import plan_of
 
         self._validate_params()
-        with in_python():
-            plan = plan_of(lake)
+        plan = plan_of(lake)
         self._check_beliefs(plan.n_features)
         if self.warm_start and hasattr(self, "converged_"):
             self._require_warm(plan.n_features)
@@ -203,7 +202,7 @@ class BayesianGaussianMixture(BaseMixture):
             Candidate(self.n_components, self.covariance_type) for _ in _sizes(self.n_components)
         ]
         resident = resident_lake(plan, candidates, cluster)
-        with one_thread(), in_python(), resident as (shards, centre):
+        with one_thread(), resident as (shards, centre):
             rows = _LakeRows(centre, shards, shards.run(SumMoments(plan.n_features)))
             require_rows(candidates, rows.total.n_rows)
             best = self._best_of([self._lake_trials(rows)], rows)
@@ -224,7 +223,7 @@ class BayesianGaussianMixture(BaseMixture):
         # The search's tol is of the mean over rows, unlike our own.
         config = EMConfig(reg_covar=float(self.reg_covar), reg_unit=ABSOLUTE)
         start, threads = replace(start_of(self), finalists=1), os.cpu_count() or 1
-        found = search(rows.shards, pairs, config, start, rows.total, n_threads=threads)
+        found = find_starts(rows.shards, pairs, config, start, rows.total, n_threads=threads)
         # The largest first: it is the one that is left where no pass is asked for.
         mixtures = [_filled(best, k) for (best,) in reversed(found)]
         trials = [Trial(updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]

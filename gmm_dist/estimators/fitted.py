@@ -18,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from gmm_dist.config import Cluster
 from gmm_dist.estimators.attributes import copied, covariances_of, have_factors
-from gmm_dist.estimators.settings import in_python, require_cluster, require_no_cluster
+from gmm_dist.estimators.settings import require_cluster, require_no_cluster
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import (
     Array,
@@ -173,8 +173,7 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         require_cluster(cluster)
         names = tuple(str(name) for name in getattr(self, "feature_names_in_", ()))
-        with in_python():
-            return scores_of_lake(lake, Mixture(self._parameters(), names), cluster=cluster)
+        return scores_of_lake(lake, Mixture(self._parameters(), names), cluster=cluster)
 
     def _of_rows(self, X: Any, verb: Callable[[Parameters, Rows], Tensor]) -> Any:
         check_is_fitted(self)

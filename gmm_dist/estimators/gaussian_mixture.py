@@ -33,7 +33,7 @@ from gmm_dist.estimators.base import (
     CentredRows,
 )
 from gmm_dist.estimators.local_rows import Resident
-from gmm_dist.estimators.settings import feature_name, in_python, require_no_cluster, start_of
+from gmm_dist.estimators.settings import feature_name, require_no_cluster, start_of
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import (
     Rows,
@@ -278,7 +278,7 @@ class GaussianMixture(BaseMixture):
         candidate = Candidate(self.n_components, self.covariance_type)
         precision = self.precision or "auto"
         config = EMConfig(self.tol, self.max_iter, self.reg_covar, precision, reg_unit=ABSOLUTE)
-        with one_thread(), in_python():
+        with one_thread():
             found = sweep_lake(
                 lake, [candidate], config, start_of(self), cluster=cluster, given=given
             )
@@ -316,10 +316,17 @@ def adopt(
     feature_names: Sequence[str],
     space: Space,
 ) -> None:
-    """Have an estimator take a sweep's fit, about `centre`, for what it has learned.
+    """Have an estimator take a sweep's fit for what it has learned.
 
-    Raises ValueError where it collapsed; warns with ConvergenceWarning and the status sentence
-    where it did not converge or means nothing.
+    Args:
+        estimator: Is given the learned attributes.
+        fit: A candidate's fit.
+        centre: The centre (d,) that the fit is about, in feature units.
+        feature_names: Names of the features, for messages.
+        space: The kind of array that attributes are.
+
+    Raises ValueError where the fit collapsed; warns with ConvergenceWarning and the status
+    sentence where it did not converge or means nothing.
     """
     if fit.status is Status.COLLAPSED:
         raise ValueError(f"{SINGULAR} ({fit.status.value})")

@@ -20,10 +20,16 @@ def shares_of(
     k: int,
     random_state: np.random.RandomState,
 ) -> Float64[Tensor, "n k"]:
-    """Return each row's weight times its responsibilities.
+    """Return each row's weight times its responsibilities (n, k).
 
-    One of `INIT_PARAMS`; draws from `random_state` what scikit-learn draws, so that the shares
-    are its own. Weights play their part as probabilities, and in k-means.
+    Weights play their part as probabilities, and in k-means.
+
+    Args:
+        method: One of `INIT_PARAMS`.
+        X: Rows (n, d).
+        sample_weight: Weights (n,); None for ones.
+        k: Number of components.
+        random_state: From which is drawn what scikit-learn draws, so that the shares are its own.
     """
     n = len(X)
     weight = None if sample_weight is None else sample_weight.numpy()

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from gmm_dist import config
 from gmm_dist.em.loop import Status
-from gmm_dist.errors import UserError
-from gmm_dist.estimators.settings import in_python
+from gmm_dist.errors import UserError, renaming
 from gmm_dist.model.arrays import array_of, is_foreign
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs.commit import MODEL, Result, claim
@@ -44,7 +43,7 @@ class Estimator(Protocol):
 
 
 def save(model: Mixture | Estimator, url: str | os.PathLike[str]) -> Url:
-    """Write a model to a new folder, which `load` and the commands' --model read; return its url.
+    """Write a model to a new folder, which `load` and the commands' `--model` read; return its url.
 
     The folder is what a fit's output is, with the model alone: a manifest that is created last
     names the files with their sha256, so that a model is complete or absent. `load(save(model,
@@ -67,7 +66,7 @@ def save(model: Mixture | Estimator, url: str | os.PathLike[str]) -> Url:
     """
     target = config.url("url", url)
     mixture = _mixture_of(model)
-    with in_python():
+    with renaming(output="url"):
         files = {f"{MODEL}/{name}": data for name, data in _files(model, mixture, target).items()}
         if not _holds(target, files):
             with claim(target) as attempt:

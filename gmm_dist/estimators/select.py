@@ -15,8 +15,6 @@ from gmm_dist.config import Cluster, EMConfig, StartConfig
 from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.estimators.gaussian_mixture import GaussianMixture, adopt
 from gmm_dist.estimators.settings import (
-    in_python,
-    of_arguments,
     require_lake_settings,
     require_no_cluster,
     seed_of,
@@ -71,7 +69,6 @@ class Selection:
         found = self.result.warnings(
             names, lambda k: f"select again with n_components from {k}", holds_out=self.is_lake
         )
-        found = [of_arguments(text) for text in found]
         return [self.left_out, *found] if self.left_out else found
 
     def to_frame(self) -> Any:
@@ -186,7 +183,7 @@ def select(
     config = EMConfig(tol, max_iter, reg_covar, precision)
     start = StartConfig(n_init, init_params, random_state=seed)
     require_rows_or_lake(X)
-    with one_thread(), in_python():
+    with one_thread():
         if isinstance(X, Lake):
             # Ray and pyarrow are needed only here.
             from gmm_dist.fitting.lake_sweep import sweep_lake

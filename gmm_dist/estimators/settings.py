@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -13,32 +11,9 @@ from sklearn.utils import check_random_state
 
 from gmm_dist.config import Cluster, StartConfig
 from gmm_dist.em.statistics import TotalMoments
-from gmm_dist.errors import UserError
 
 if TYPE_CHECKING:
     from gmm_dist.estimators.base import BaseMixture
-
-
-_RENAMED = {"k": "n_components", "init": "init_params", "output": "url"}  # of options, as arguments
-
-
-@contextmanager
-def in_python() -> Iterator[None]:
-    """Have a UserError name arguments: commands and estimators share what raises it."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(of_arguments(str(error))) from error
-
-
-def of_arguments(text: str) -> str:
-    """Return a text with arguments for the commands' options: num_workers for --num-workers."""
-    return re.sub(r"(?<!\S)--([a-z][a-z-]*)", _argument, text)
-
-
-def _argument(option: re.Match[str]) -> str:
-    name = option[1].replace("-", "_")
-    return _RENAMED.get(name, name)
 
 
 def require_lake_settings(

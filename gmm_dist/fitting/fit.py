@@ -16,7 +16,7 @@ import torch
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em.evaluate import training_quantiles
 from gmm_dist.em.lane import Snapshot
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, Spelling, UserError, Words, in_python, spelt
 from gmm_dist.fitting import results
 from gmm_dist.fitting.lake_sweep import require_means, started_workers
 from gmm_dist.fitting.options import FitOptions
@@ -59,7 +59,8 @@ def fit_lake(
     *,
     progress: FitProgress | None = None,
     draw: DrawReport = no_report,
-    next_run: Callable[[str], str] = lambda k: f"fit k={k} next",
+    next_run: Callable[[str], Words] = lambda k: f"fit k={k} next",
+    spelling: Spelling = in_python,
     finish: Callable[[], None] = lambda: None,
 ) -> FitOutcome:
     """Claim the output, plan, load, fit, rank and commit.
@@ -72,6 +73,7 @@ def fit_lake(
         progress: Is told how far the fit is.
         draw: Draws report.html.
         next_run: Says how a grid of K, such as "12..24", is fitted next, for a warning.
+        spelling: Spells the options that warnings name.
         finish: Is called before the commit, which nothing should break off.
 
     Raises:
@@ -87,8 +89,8 @@ def fit_lake(
         job = Job.of(options, given=given, progress=progress)
         fitted = job.fit(run)
         result = fitted.result
-        found = result.warnings(job.plan.feature_names, next_run)
-        warnings = [*fitted.incomplete, *found]
+        found = result.warnings(job.plan.feature_names, next_run, spelling=spelling)
+        warnings = [*(spelt(words, spelling) for words in fitted.incomplete), *found]
         if result.best is None:
             run.forget()
             return FitOutcome(options.output, result, warnings)
@@ -100,12 +102,14 @@ def fit_lake(
     return FitOutcome(options.output, result, warnings, has_report)
 
 
-def none_ranked(n_candidates: int) -> str:
+def none_ranked(n_candidates: int) -> Words:
     """Say that there is no model, and what to do."""
     none = f"none of the {n_candidates:,} candidates" if n_candidates > 1 else "the one candidate"
     return (
         f"{none} could{'' if n_candidates > 1 else ' not'} be ranked, see the table: "
-        "use smaller --k, more rows, or leave out constant and duplicated columns"
+        "use smaller "
+        + Option("n_components")
+        + ", more rows, or leave out constant and duplicated columns"
     )
 
 
@@ -137,7 +141,12 @@ class Job:
     ) -> Self:
         """Take the settings, and plan the rows unless that was done before.
 
-        A fit goes on from `given`; in a sweep, `warm` competes with other starts of its shape.
+        Args:
+            options: What is fitted, and how.
+            plan: The rows; None to plan them.
+            given: A model that the fit goes on from.
+            warm: A model that competes with other starts of its shape in a sweep.
+            progress: Is told how far the fit is; None for silence.
         """
         candidates = _candidates(options, given)
         plan = plan or plan_rows(options)
@@ -258,8 +267,11 @@ def _candidates(options: FitOptions, given: Mixture | None) -> list[Candidate]:
         return [Candidate(k, kind) for kind, k in pairs]
     if options.k not in (None, (given.n_components,)):
         components = counted(given.n_components, "component")
+        k, start = Option("n_components"), Option("start")
         raise UserError(
-            f"--k is {options.k[0]} but the model of --start has {components}: leave out --k"
+            f"is {options.k[0]} but the model of " + start + f" has {components}",
+            option=k,
+            remedy="leave out " + k,
         )
     return [Candidate(given.n_components, given.covariance_type)]
 
@@ -281,7 +293,10 @@ def about_centre(given: Mixture, loader: LakeLoader) -> Parameters:
     plan = loader.plan
     if given.feature_names != plan.feature_names:
         raise UserError(
-            f"the model of --start has the features {', '.join(given.feature_names)}, the data "
-            f"{', '.join(plan.feature_names)}: name the model's with --columns, in its order"
+            "the model of "
+            + Option("start")
+            + f" has the features {', '.join(given.feature_names)}, the data "
+            f"{', '.join(plan.feature_names)}",
+            remedy="name the model's with " + Option("columns") + ", in its order",
         )
     return given.parameters.shifted(-torch.from_numpy(loader.centre))

@@ -17,7 +17,7 @@ import torch
 
 from gmm_dist.config import Cluster
 from gmm_dist.em.evaluate import ScoreSums, SumScores
-from gmm_dist.errors import TooFewRows, UserError
+from gmm_dist.errors import Option, TooFewRows, UserError
 from gmm_dist.lake import read
 from gmm_dist.lake.lake import Lake
 from gmm_dist.lake.load import LakeLoader, column_means
@@ -76,8 +76,8 @@ def scores_of_lake(
         sums = shards.run(SumScores(mixture.parameters))
     if sums.n_rows == 0:
         raise TooFewRows(
-            f"{plan.url}: no rows are left of {plan.n_rows:,} to be scored: loosen --where or "
-            "choose another --missing"
+            f"{plan.url}: no rows are left of {plan.n_rows:,} to be scored",
+            remedy="loosen " + Option("where") + " or choose another " + Option("missing"),
         )
     return _scores(sums, mixture)
 

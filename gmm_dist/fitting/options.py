@@ -8,7 +8,7 @@ from typing import get_args
 
 from gmm_dist import config
 from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig, optional, several
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
 from gmm_dist.lake.plan import Missing
 from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.selection.ranking import CRITERIA
@@ -107,19 +107,25 @@ class FitOptions:
         # Each says itself what is wrong with it.
         _ = self.em, self.search, self.faults, self.cluster
         if not 0 <= self.holdout < 1:
-            raise UserError(
-                f"--holdout is {self.holdout:g}: give a share of the rows, 0 <= share < 1"
-            )
+            wanted = "give a share of the rows, 0 <= share < 1"
+            raise UserError(f"is {self.holdout:g}", option="holdout", remedy=wanted)
         if not (self.checkpoint_seconds >= 0 and math.isfinite(self.checkpoint_seconds)):
             raise UserError(
-                f"--checkpoint-seconds is {self.checkpoint_seconds:g}: give seconds >= 0"
+                f"is {self.checkpoint_seconds:g}",
+                option="checkpoint_seconds",
+                remedy="give seconds >= 0",
             )
         if self.k is None and self.start is None:
-            raise UserError("one of --k and --start is required")
+            k, start = Option("n_components"), Option("start")
+            raise UserError("one of " + k + " and " + start + " is required")
         if self.k is not None and min(self.k) < 1:
-            raise UserError(f"--k is {min(self.k)}: give whole numbers >= 1")
+            raise UserError(f"is {min(self.k)}", option="k", remedy="give whole numbers >= 1")
         if self.criterion == "holdout" and self.holdout == 0:
-            raise UserError("--criterion holdout needs rows to rank by: add --holdout 0.1")
+            raise UserError(
+                "needs rows to rank by",
+                option=Option("criterion", "holdout"),
+                remedy="add " + Option("holdout", 0.1),
+            )
 
     @property
     def em(self) -> EMConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gmm_dist import __version__
+from gmm_dist.errors import Option, Words
 from gmm_dist.lake.load import Counted, LakeLoader
 from gmm_dist.lake.plan import Plan
 from gmm_dist.model.mixture import Mixture
@@ -62,15 +63,15 @@ class Fitted:
         return self.counted.n_rows + self.counted.counts.held_out
 
     @property
-    def incomplete(self) -> list[str]:
-        """Say how many rows, or values, --missing has left out or filled: no line or one."""
+    def incomplete(self) -> list[Words]:
+        """Say how many rows, or values, were left out or filled as missing: no line or one."""
         counts = self.counted.counts
         n_rows = counts.read - counts.filtered
         if counts.dropped:
-            return [f"--missing drop left out {counts.dropped:,} of {n_rows:,} rows"]
+            return [Option("missing", "drop") + f" left out {counts.dropped:,} of {n_rows:,} rows"]
         if counts.imputed:
             values = "1 value" if counts.imputed == 1 else f"{counts.imputed:,} values"
-            return [f"--missing mean filled {values} in {n_rows:,} rows"]
+            return [Option("missing", "mean") + f" filled {values} in {n_rows:,} rows"]
         return []
 
 
@@ -86,8 +87,16 @@ def write(
 ) -> bool:
     """Write the best candidate's model, if any, and the reports on all of them.
 
-    `ids` are the numbers that the model's components keep from night to night; `draw` draws
-    report.html. Return whether that was written.
+    Args:
+        attempt: Where the files go.
+        fitted: What came of the fit.
+        loader: The rows' loader, which knows their plan and centre.
+        settings: The fit's settings, as plain JSON values.
+        more: What else sweep.json says.
+        ids: Numbers that the model's components keep from night to night.
+        draw: Draws report.html.
+
+    Returns whether a report was drawn.
     """
     result, plan = fitted.result, loader.plan
     content = _report(result, plan, fitted.counted, settings) | more

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
 from gmm_dist.urls import Url
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ class Lake:
         url: a local path, or any URL that fsspec opens: a Parquet file, or a folder of them.
         columns: numeric columns, or one column of lists of one length. None: every floating-point
             column but pandas' indices, else the one column of lists.
-        where: which rows, by any columns and hive partitions: text in the syntax of --where, or an
-            expression, such as `(pc.field("a") > 3) & pc.field("b").isin([1, 2])`, which keeps the
-            rows that pyarrow's `Table.filter` does: a comparison with NaN is false, `~` of it true.
+        where: which rows, by any columns and hive partitions: text in the syntax of `--where`, or
+            an expression, such as `(pc.field("a") > 3) & pc.field("b").isin([1, 2])`, which keeps
+            the rows that pyarrow's `Table.filter` does: a comparison with NaN is false, `~` of it
+            true.
         weight_column: the column of sample weights: 0 is an absent row, 2 a doubled one.
         missing: what becomes of nulls and NaN: "error", "drop" the row, or the column's "mean".
         holdout: the share of the rows, 0 <= share < 1, that nothing is fitted to.
@@ -70,21 +71,26 @@ class Lake:
             _require_name(self.weight_column, "weight_column")
             if self.weight_column in (self.columns or ()):
                 raise UserError(
-                    f"weight_column {self.weight_column!r} is among columns too: weights are no "
-                    "feature, leave it out of columns"
+                    f"{self.weight_column!r} is among " + Option("columns") + " too",
+                    option="weight_column",
+                    remedy="weights are no feature, leave it out of " + Option("columns"),
                 )
         if self.missing not in get_args(Missing):
-            raise UserError(f"missing is {self.missing!r}: give one of error, drop, mean")
+            wanted = "give one of error, drop, mean"
+            raise UserError(f"is {self.missing!r}", option="missing", remedy=wanted)
         _require_share(self.holdout)
+
+
+_GIVE_URL = "give the path or URL of a Parquet file or folder"
 
 
 def _url(given: Any) -> Url:
     if not isinstance(given, str | os.PathLike) or isinstance(path := os.fspath(given), bytes):
-        raise UserError(f"url is {given!r}: give the path or URL of a Parquet file or folder")
+        raise UserError(f"is {given!r}", option="url", remedy=_GIVE_URL)
     # A Url is left as it is: as text it would lose its credentials.
     url = given if isinstance(given, Url) else Url(path)
     if not url.strip():
-        raise UserError("url is empty: give the path or URL of a Parquet file or folder")
+        raise UserError("is empty", option="url", remedy=_GIVE_URL)
     return url
 
 
@@ -92,22 +98,25 @@ def _columns(given: Any) -> tuple[str, ...] | None:
     if given is None:
         return None
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise UserError(f"columns is {given!r}: give a list of names, such as ['x', 'y']")
+        wanted = "give a list of names, such as ['x', 'y']"
+        raise UserError(f"is {given!r}", option="columns", remedy=wanted)
     names = tuple(given)
     for name in names:
         _require_name(name, "columns")
     if not names:
-        raise UserError("columns is empty: name one at least, or leave it out for all floats")
+        wanted = "name one at least, or leave it out for all floats"
+        raise UserError("is empty", option="columns", remedy=wanted)
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise UserError(f"columns has {twice[0]!r} twice: name each column once")
+        raise UserError(f"has {twice[0]!r} twice", option="columns", remedy="name each column once")
     return tuple(str(name) for name in names)
 
 
 def _require_name(name: Any, what: str) -> None:
     if not isinstance(name, str) or not name:
-        raise UserError(f"{what} has {name!r}: give the name of a column")
+        raise UserError(f"has {name!r}", option=what, remedy="give the name of a column")
 
 
 def _require_share(share: Any) -> None:
     if not isinstance(share, Real) or isinstance(share, bool) or not 0 <= float(share) < 1:
-        raise UserError(f"holdout is {share}: give a share of the rows, 0 <= share < 1")
+        wanted = "give a share of the rows, 0 <= share < 1"
+        raise UserError(f"is {share}", option="holdout", remedy=wanted)

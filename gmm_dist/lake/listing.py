@@ -277,10 +277,14 @@ def opened(
 ) -> Iterator[Any]:
     """Open a planned file, if it still is the version that was planned, and explain errors.
 
-    `fs` and `root` are what `storage.open_url(url)` returns; `footer` says that only the footer
-    will be read.
-
     Fit for `storage.patiently`, around the whole block.
+
+    Args:
+        fs: The file system that `storage.open_url(url)` returns.
+        root: The path that it returns.
+        url: The lake's URL, for messages.
+        file: The planned file.
+        footer: Whether only the footer will be read.
 
     Raises:
         UserError: it changed, is corrupt or cannot be reached, from here to the block's end.

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gmm_dist import storage
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
 from gmm_dist.lake import listing
 from gmm_dist.lake.filters.where import Clause, Filter
 from gmm_dist.lake.listing import LakeFile, Listing
@@ -35,8 +35,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 UNDERSTOOD = (
-    "2026-11-21 (also with / . or _ and with a time behind it), 20261121 or 2026112105 (text or "
-    "integer), dates, timestamps, and year, month and day in three (--partition year month day)"
+    "understood are 2026-11-21 (also with / . or _ and with a time behind it), 20261121 or "
+    "2026112105 (text or integer), dates, timestamps, and year, month and day in three ("
+    + Option("partition", ("year", "month", "day"))
+    + ")"
 )
 _DATE = re.compile(
     r"(\d{4})([-/._]?)(\d{2})\2(\d{2})(?!\d)"
@@ -76,9 +78,10 @@ class NightKey:
             return (name, ">=", first.isoformat()), (name, "<", until.isoformat())
         if (first.year, first.month) != (last.year, last.month):
             raise UserError(
-                f"--partition {' '.join(self.names)}: the days from {first} to {last} are of "
-                "several months, which three columns in the files cannot be asked for: give fewer "
-                "--days, or a column that has the whole date"
+                f"{' '.join(self.names)}: the days from {first} to {last} are of several months, "
+                "which three columns in the files cannot be asked for",
+                option="partition",
+                remedy="give fewer " + Option("days") + ", or a column that has the whole date",
             )
         year, month, day = self.names
         days = ((day, ">=", first.day), (day, "<=", last.day))
@@ -103,8 +106,8 @@ def find(url: str, names: Sequence[str]) -> NightKey:
         if name not in columns.names:
             shown = ", ".join(columns.names[:20])
             raise UserError(
-                f"--partition {name!r} is no column; columns are {shown}; name the one that tells "
-                "the night"
+                f"{name!r} is no column; columns are {shown}; name the one that tells the night",
+                option="partition",
             )
     if len(names) == 1:
         names = _all_three(names[0], columns.names)
@@ -112,7 +115,9 @@ def find(url: str, names: Sequence[str]) -> NightKey:
         return _single(found, names[0], columns.field(names[0]).type)
     if len(names) != 3:
         raise UserError(
-            f"--partition {' '.join(names)}: give one column, or those of year, month and day"
+            f"{' '.join(names)}",
+            option="partition",
+            remedy="give one column, or those of year, month and day",
         )
     return _three(found, names, columns)
 
@@ -179,8 +184,9 @@ def _three(found: Listing, names: Sequence[str], columns: pa.Schema) -> NightKey
     elif all(pa.types.is_integer(columns.field(name).type) for name in names):
         return NightKey(tuple(names))
     raise UserError(
-        f"--partition {' '.join(names)}: no numbers of a year, a month and a day, in this order, "
-        f"all in the path or all integer columns; understood are {UNDERSTOOD}"
+        f"{' '.join(names)}: no numbers of a year, a month and a day, in this order, all in the "
+        "path or all integer columns; " + UNDERSTOOD,
+        option="partition",
     )
 
 
@@ -211,7 +217,11 @@ def _single(found: Listing, name: str, type_: pa.DataType) -> NightKey:
         raise _not_understood(name, f"its values are such as {first!r} and {last!r}")
     if odd:
         logger.warning(
-            "--partition %s: %d values are no nights, such as %r", name, len(odd), odd[0]
+            "%s %s: %d values are no nights, such as %r",
+            Option("partition"),
+            name,
+            len(odd),
+            odd[0],
         )
     return NightKey((name,), separators.pop(), min(lengths) if is_integer else None)
 
@@ -226,8 +236,9 @@ def _separator(value: str) -> str | None:
 
 def _not_understood(name: str, why: str) -> UserError:
     return UserError(
-        f"--partition {name!r} does not tell the night in one spelling that is understood: {why}; "
-        f"understood are {UNDERSTOOD}"
+        f"{name!r} does not tell the night in one spelling that is understood: {why}; "
+        + UNDERSTOOD,
+        option="partition",
     )
 
 

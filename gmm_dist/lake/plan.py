@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gmm_dist import storage
-from gmm_dist.errors import NoRows, UserError
+from gmm_dist.errors import NoRows, UserError, Words
 from gmm_dist.formats import counted
 from gmm_dist.lake import listing, nights
 from gmm_dist.lake.deal import RowRange, deal
@@ -23,7 +23,7 @@ from gmm_dist.lake.filters.expressions import filter_of
 from gmm_dist.lake.filters.where import Filter
 from gmm_dist.lake.lake import Missing as Missing
 from gmm_dist.lake.listing import LakeFile, Listing
-from gmm_dist.lake.schema import Columns
+from gmm_dist.lake.schema import NAME_COLUMNS, Columns
 from gmm_dist.lake.survey import (
     _CHUNKS_ASKED,
     Questions,
@@ -142,22 +142,27 @@ def plan_lake(
     missing: Missing = "error",
     holdout: float = 0.0,
     keep: Sequence[str] = (),
-    remedy: str = "name the feature columns with --columns",
+    remedy: Words = NAME_COLUMNS,
     n_shards: int | None = None,
 ) -> Plan:
     """Plan the Parquet file or folder at `url`; reads footers, and one list at most.
 
-    `listing.find` says which files count. `columns` are numeric columns or one column of lists of
-    numbers, all of one length; default: every floating-point column but pandas' indices, or else
-    the one column of lists. Where types do not say how long lists are, the first one that matches
-    is read; the others are checked when they are read. With `missing` "error", nulls of which
-    footers tell are an error here, unless a filter by row might leave them out.
-    `where` is a filter over columns and hive keys, in the syntax of `filters.text` or an expression
-    of pyarrow's: it leaves out whole files and row groups here, rows when they are read. `holdout`
-    is the share of rows, at random but the same every time, that nothing is fitted to. `keep` are
-    columns to go along with the rows; hive keys among them stay in the path. `remedy` says what
-    helps when a feature is missing. `n_shards` overrides the number of shards, which else depends
-    on the number of rows alone.
+    `listing.find` says which files count. Where types do not say how long lists are, the first one
+    that matches is read; the others are checked when they are read.
+
+    Args:
+        url: A local path or any fsspec URL.
+        columns: Numeric columns, or one column of lists of numbers, all of one length; None for
+            every floating-point column but pandas' indices, or else the one column of lists.
+        weight_column: Column of sample weights.
+        where: Filter over columns and hive keys, in the syntax of `filters.text` or an expression
+            of pyarrow's: it leaves out whole files and row groups here, rows when they are read.
+        missing: What becomes of nulls and NaN. With "error", nulls of which footers tell are an
+            error here, unless a filter by row might leave them out.
+        holdout: Share of rows, at random but the same every time, that nothing is fitted to.
+        keep: Columns to go along with the rows; hive keys among them stay in the path.
+        remedy: What helps when a feature is missing.
+        n_shards: Number of shards; None for one that depends on the number of rows alone.
 
     Raises:
         UserError: the path, bucket or credentials are wrong; there is no Parquet file, or it is
@@ -166,7 +171,8 @@ def plan_lake(
             is not a share below one.
     """
     if not 0 <= holdout < 1:
-        raise UserError(f"--holdout is {holdout:g}: give a share of the rows, 0 <= share < 1")
+        wanted = "give a share of the rows, 0 <= share < 1"
+        raise UserError(f"is {holdout:g}", option="holdout", remedy=wanted)
     condition = filter_of(where)
     found = nights.with_dates(listing.find(url), condition)
     tested = condition.by_row(found.keys.names) if condition else None

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gmm_dist import storage
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
 from gmm_dist.lake.deal import RowRange
 from gmm_dist.lake.listing import LakeFile, name_of, opened
 from gmm_dist.lake.parquet.column_types import is_embedding, without_views
@@ -25,6 +25,9 @@ from gmm_dist.lake.plan import Plan
 
 Float = np.float32 | np.float64
 
+_MEND_WEIGHT = "weights are finite and not negative: mend it or filter such rows with " + Option(
+    "where"
+)
 _PROBED_PLACES = 16
 _PROBED_VALUES = 2**24
 _MIN_BATCH = 256
@@ -387,10 +390,8 @@ class _Extract:
         if bad.any():
             row = int(bad.argmax())
             value = _spell(weight[row]) if table.column(name)[row].is_valid else "null"
-            raise UserError(
-                f"{self._row(row, positions)}: weight {name!r} is {value}; weights "
-                "are finite and not negative: mend it or filter such rows with --where"
-            )
+            told = f"weight {name!r} is {value}"
+            raise UserError(told, where=self._row(row, positions), remedy=_MEND_WEIGHT)
         return weight
 
     def check_lengths(self, table: pa.Table, positions: npt.NDArray[np.intp] | None) -> None:
@@ -405,9 +406,9 @@ class _Extract:
             row = int(wrong.argmax())
             first = f" in {self.plan.first_list}" if self.plan.first_list else ""
             raise UserError(
-                f"{self._row(row, positions)}: the list in column {name!r} has {lengths[row]:,} "
-                f"numbers, but {length:,}{first}; write lists of one length, or leave out such "
-                "rows with --where"
+                f"the list in column {name!r} has {lengths[row]:,} numbers, but {length:,}{first}",
+                where=self._row(row, positions),
+                remedy="write lists of one length, or leave out such rows with " + Option("where"),
             )
 
     def check(
@@ -424,12 +425,14 @@ class _Extract:
         row = int(bad.any(axis=0).argmax())
         feature = int(bad[:, row].argmax())
         value = columns[feature, row]
-        remedy = "impute such rows first, or filter them with --where"
+        remedy = "impute such rows first, or filter them with " + Option("where")
         if np.isnan(value):
-            remedy = "pass --missing drop or impute such rows first"
+            remedy = "pass " + Option("missing", "drop") + " or impute such rows first"
+        shown = "null" if self._is_null(table, row, feature) else _spell(value)
         raise UserError(
-            f"{self._row(row, positions)}: column {self.plan.feature_names[feature]!r} is "
-            f"{'null' if self._is_null(table, row, feature) else _spell(value)}; {remedy}"
+            f"column {self.plan.feature_names[feature]!r} is {shown}",
+            where=self._row(row, positions),
+            remedy=remedy,
         )
 
     def _is_null(self, table: pa.Table, row: int, feature: int) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from gmm_dist import storage
-from gmm_dist.errors import SchemaError, UserError
+from gmm_dist.errors import Option, SchemaError, UserError, Words
 from gmm_dist.lake.filters.where import Filter
 from gmm_dist.lake.listing import LakeFile, name_of
 from gmm_dist.lake.parquet.column_types import (
@@ -27,6 +27,8 @@ _EXACT_IN_FLOAT32 = (
     *(pa.null(), pa.float16(), pa.float32()),
     *(pa.int8(), pa.int16(), pa.uint8(), pa.uint16()),
 )
+_COLUMNS, _KEEP = Option("columns"), Option("keep")
+NAME_COLUMNS = "name the feature columns with " + _COLUMNS
 _SHOWN = 12  # columns of a line that says which are used
 
 
@@ -120,15 +122,21 @@ class Columns:
         tested: Filter | None,
         keep: Sequence[str] = (),
         *,
-        remedy: str = "name the feature columns with --columns",
+        remedy: Words = NAME_COLUMNS,
     ) -> Chosen:
         """Choose the feature columns, by name or by default; check them, weight and filter.
 
-        `tested` is what of the filter is to be tested row by row. By default every floating-point
-        column is a feature, but for pandas' indices, or else the one column of lists of numbers
-        (of a fixed size, or else of floating-point numbers). The features of such a column may
-        also be named one by one: all, in order, `emb[0]`, `emb[1]`, ... `keep` are columns to go
-        along, which some files may lack. `remedy` says what helps when a feature is missing.
+        By default every floating-point column is a feature, but for pandas' indices, or else the
+        one column of lists of numbers (of a fixed size, or else of floating-point numbers). The
+        features of such a column may also be named one by one: all, in order, `emb[0]`, `emb[1]`,
+        ...
+
+        Args:
+            columns: Names of the feature columns; None for the default.
+            weight: Name of the column of sample weights; None for none.
+            tested: What of the filter is to be tested row by row.
+            keep: Columns to go along, which some files may lack.
+            remedy: What helps when a feature is missing.
 
         Raises:
             SchemaError: a feature or the weight is missing from a file, duplicate, or of a wrong
@@ -164,7 +172,7 @@ class Columns:
         return f"{n:,} feature{'' if n == 1 else 's'}: {features}{weights}{others}"
 
     def _features(
-        self, columns: Sequence[str] | None, weight: str | None, remedy: str
+        self, columns: Sequence[str] | None, weight: str | None, remedy: Words
     ) -> tuple[tuple[str, ...], int | None]:
         """Return the feature columns, asked for or by default, and the length of their lists.
 
@@ -175,7 +183,7 @@ class Columns:
         else:
             names, length = self._whole_list(columns)
         if not names:
-            raise UserError("no feature columns were named; name at least one with --columns")
+            raise UserError("no feature columns were named; name at least one with " + _COLUMNS)
         twice = next((name for name, n in Counter(names).items() if n > 1), None)
         if twice is not None:
             raise UserError(f"feature column {twice!r} is named twice; name it once")
@@ -209,12 +217,14 @@ class Columns:
         for name in keep:
             if name in self.problems and name not in self.keys.names:
                 raise UserError(
-                    f"{self.problems[name]}; mend the files or leave out --keep {name!r}"
+                    f"{self.problems[name]}; mend the files or leave out " + _KEEP + f" {name!r}"
                 )
             if name not in self.types and name not in self.keys.names:
                 raise UserError(
-                    f"{storage.redacted(self.root)}: --keep {name!r} is no column among "
-                    f"{_quoted(self.types)}; name one of them"
+                    f"{name!r} is no column among {_quoted(self.types)}",
+                    where=storage.redacted(self.root),
+                    option=_KEEP,
+                    remedy="name one of them",
                 )
         kept = tuple(name for name in dict.fromkeys(keep) if name not in self.keys.names)
         for name in kept:
@@ -236,9 +246,10 @@ class Columns:
             next(((own, at) for own, at in self._stored(name) if own != type_), first),
         )
         return UserError(
-            f"{name_of(self.root, file)}: column {name!r} has type {type_}, but {other[0]} in "
-            f"{name_of(self.root, other[1])}, and no type holds the values of both; write the "
-            f"files with one type or leave out --keep {name!r}"
+            f"column {name!r} has type {type_}, but {other[0]} in "
+            f"{name_of(self.root, other[1])}, and no type holds the values of both",
+            where=name_of(self.root, file),
+            remedy="write the files with one type or leave out " + _KEEP + f" {name!r}",
         )
 
     def _default_features(self, weight: str | None) -> tuple[str, ...]:
@@ -259,28 +270,31 @@ class Columns:
         numbers = [_short(name) for name in ever if all(is_numeric(type_) for type_ in ever[name])]
         which = f", of the numeric {_some(numbers)}" if numbers else ""
         raise SchemaError(
-            f"{storage.redacted(self.root)}: no floating-point column and {len(lists)} columns of "
-            f"lists of numbers among {_quoted(self.types)}{self._but_indices()}; name the feature "
-            f"columns with --columns{which}"
+            f"no floating-point column and {len(lists)} columns of lists of numbers among "
+            f"{_quoted(self.types)}{self._but_indices()}",
+            where=storage.redacted(self.root),
+            remedy=NAME_COLUMNS + which,
         )
 
     def _but_indices(self) -> str:
         named = [name for name in self.types if name in self.indices]
         return f" ({_quoted(named)}: an index of pandas)" if named else ""
 
-    def _check_present(self, name: str, remedy: str) -> None:
+    def _check_present(self, name: str, remedy: Words) -> None:
         if name in self.problems:
             raise SchemaError(f"{self.problems[name]}; mend the files or leave the column out")
         if name not in self.types and name in self.keys.names:
             raise SchemaError(
-                f"{storage.redacted(self.root)}: {name!r} is a hive key of the path, not a column "
-                "of the files; use it in --where"
+                f"{name!r} is a hive key of the path, not a column of the files",
+                where=storage.redacted(self.root),
+                remedy="use it in " + Option("where"),
             )
         for types, file in self.stored:
             if name not in types:
                 raise SchemaError(
-                    f"{name_of(self.root, file)}: no column {name!r} among "
-                    f"{_quoted(types)}; {remedy}"
+                    f"no column {name!r} among {_quoted(types)}",
+                    where=name_of(self.root, file),
+                    remedy=remedy,
                 )
 
     def _check_feature_types(self, names: Sequence[str]) -> None:

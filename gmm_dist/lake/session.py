@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gmm_dist.errors import TooFewRows, UserError
+from gmm_dist.errors import Option, TooFewRows, UserError, Words
 from gmm_dist.formats import gigabytes
 from gmm_dist.lake.lake import Lake
 from gmm_dist.lake.load import Counted, LakeLoader, column_means, count_rows
@@ -65,20 +65,21 @@ def require_room(need: RowsNeed, n_workers: int, available: int, *, beside: int)
     message = (
         f"{need.n_rows:,} rows of {need.n_features:,} features need {gigabytes(resident)} in "
         f"each of {n_workers} workers, and {gigabytes(beside)} beside them, but a worker has "
-        f"{gigabytes(available)}: use {_more_workers(need, available - beside)}fewer --columns "
-        "or a narrower --where"
+        f"{gigabytes(available)}: use "
+        + _more_workers(need, available - beside)
+        + ("fewer " + Option("columns") + " or a narrower " + Option("where"))
     )
     if not need.is_bound:
         raise UserError(message)
     logger.warning("unless the filter leaves fewer rows, they will not fit: %s", message)
 
 
-def _more_workers(need: RowsNeed, room: int) -> str:
+def _more_workers(need: RowsNeed, room: int) -> Words:
     shards = room // need.shard
     if shards < 1:
         return ""
     n_workers = math.ceil(need.n_shards / shards)
-    return f"--num-workers {n_workers} on machines with as much memory for each, "
+    return Option("num_workers", n_workers) + " on machines with as much memory for each, "
 
 
 def plan_of(lake: Lake) -> Plan:
@@ -112,11 +113,16 @@ def load_rows(
     n_rows = shards.load(watch)
     if n_rows == 0:
         filters = f" after the filter {plan.where.shown}" if plan.where else ""
-        smaller = ", or give a smaller --holdout" if plan.holdout else ""
+        smaller = ", or give a smaller " + Option("holdout") if plan.holdout else ""
         weighing = f", and weights {plan.weight_column!r} above 0" if plan.weight_column else ""
         raise TooFewRows(
-            f"{plan.url}: no rows are left of {plan.n_rows:,}{filters}: "
-            f"loosen --where or choose another --missing{smaller}{weighing}"
+            f"{plan.url}: no rows are left of {plan.n_rows:,}{filters}",
+            remedy="loosen "
+            + Option("where")
+            + " or choose another "
+            + Option("missing")
+            + smaller
+            + weighing,
         )
     if plan.missing == "mean":
         fill = column_means(shards, loader)
@@ -124,7 +130,8 @@ def load_rows(
         shards.load(watch)
     counted = shards.run(count_rows)
     if counted.counts.dropped:
-        logger.info("missing=drop left out %s rows", f"{counted.counts.dropped:,}")
+        dropped = f"{counted.counts.dropped:,}"
+        logger.info("%s left out %s rows", Option("missing", "drop"), dropped)
     return counted
 
 

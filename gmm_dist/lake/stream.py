@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmm_dist import storage
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
 from gmm_dist.lake import read
 from gmm_dist.lake.deal import RowRange
 from gmm_dist.lake.listing import name_of, opened
@@ -91,9 +91,12 @@ def _cast(column: pa.ChunkedArray, field: pa.Field, where: str) -> pa.ChunkedArr
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{where}: column {field.name!r} of type {column.type} cannot be written as "
-            f"{field.type}, the type that it has over all files ({reason}); write the files with "
-            f"one type or leave out --keep {field.name!r}"
+            f"column {field.name!r} of type {column.type} cannot be written as {field.type}, the "
+            f"type that it has over all files ({reason})",
+            where=where,
+            remedy="write the files with one type or leave out "
+            + Option("keep")
+            + f" {field.name!r}",
         ) from error
 
 

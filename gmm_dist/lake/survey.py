@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmm_dist import storage
-from gmm_dist.errors import NoRows, TooFewRows, UserError
+from gmm_dist.errors import NoRows, Option, TooFewRows, UserError
 from gmm_dist.lake import listing
 from gmm_dist.lake.deal import RowRange
 from gmm_dist.lake.filters.expressions import ArrowFilter
@@ -185,8 +185,9 @@ def refuse_nulls(root: str, told: Sequence[Footer], chosen: Chosen) -> None:
             if chosen.feature_names != chosen.columns:
                 what += ", lists or elements of them"
             raise UserError(
-                f"{listing.name_of(root, footer.file)}, row group {group}: column {name!r} has "
-                f"{count:,} {what}; pass --missing drop or impute such rows first"
+                f"column {name!r} has {count:,} {what}",
+                where=f"{listing.name_of(root, footer.file)}, row group {group}",
+                remedy="pass " + Option("missing", "drop") + " or impute such rows first",
             )
 
 
@@ -224,7 +225,15 @@ def measure_lists(
     tested: Filter | None,
     chosen: Chosen,
 ) -> tuple[int, str]:
-    """Return the length of the first list of a column that matches, and where it is."""
+    """Return the length of the first list of a column that matches, and where it is.
+
+    Args:
+        found: The lake's files.
+        told: The answers of their footers.
+        groups: The row groups that match.
+        tested: What of the filter is to be tested row by row.
+        chosen: The chosen columns, of which one is of lists.
+    """
     root, name = found.root, chosen.unmeasured
     assert name is not None
     fs, path = storage.open_url(root)
@@ -245,8 +254,10 @@ def measure_lists(
             return first[1], f"{where}, row group {part.row_group}, row {first[0]}"
     matching, error = ("", UserError) if tested is None else (" in rows that match", TooFewRows)
     raise error(
-        f"{storage.redacted(root)}: column {name!r} has no list that is not null or empty"
-        f"{matching}, in {len(told)} Parquet files; name other feature columns with --columns"
+        f"column {name!r} has no list that is not null or empty{matching}, in {len(told)} "
+        "Parquet files",
+        where=storage.redacted(root),
+        remedy="name other feature columns with " + Option("columns"),
     )
 
 

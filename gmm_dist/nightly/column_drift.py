@@ -107,9 +107,16 @@ def column_drift(
     sample_weight: Float64[Tensor, " n"],
     feature_names: Sequence[str],
 ) -> ColumnDrift:
-    """Measure it on rows of tonight, weighted as they stand for others; all in feature units.
+    """Measure whether columns have changed as a whole, on rows of tonight.
 
     Takes some 150 times the densities of `X` under `before`.
+
+    Args:
+        before: Last night's mixture, in feature units.
+        tonight: Tonight's mixture, in feature units.
+        X: Rows of tonight (n, d), in feature units.
+        sample_weight: How many rows each of them stands for (n,).
+        feature_names: Names of the features.
     """
     measure = _Measure(Mixture(before), Mixture(tonight).score_samples(X), X, sample_weight)
     ratios = measure.ratios(X)

@@ -121,7 +121,16 @@ def drift(
     feature_names: tuple[str, ...],
     columns: ColumnDrift | None = None,
 ) -> Drift:
-    """Describe what has changed between two nights whose components have been matched."""
+    """Describe what has changed between two nights whose components have been matched.
+
+    Args:
+        before: Last night's components.
+        after: Tonight's components.
+        matching: Who is who.
+        densities: Tonight's rows under both mixtures.
+        feature_names: Names of the features.
+        columns: Drift of whole columns, if it was measured.
+    """
     old, new = before.parameters, after.parameters
     found = overlaps(old, new)
     old_covariances, new_covariances = old.covariance_matrices(), new.covariance_matrices()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError, Words
 
 _FEWEST_ROWS = 1000
 _YELLOW = 0.5  # of the default gate: from there on a drift is worth a line
@@ -35,57 +36,65 @@ class Gate:
 
     def __post_init__(self) -> None:
         if self.min_rows is not None and self.min_rows < 0:
-            raise UserError(f"--min-rows is {self.min_rows}: give a whole number >= 0")
+            wanted = "give a whole number >= 0"
+            raise UserError(f"is {self.min_rows}", option="min_rows", remedy=wanted)
         if not self.max_drop >= 0:
-            raise UserError(f"--max-drop is {self.max_drop:g}: give a number of nats >= 0")
+            wanted = "give a number of nats >= 0"
+            raise UserError(f"is {self.max_drop:g}", option="max_drop", remedy=wanted)
         if not self.max_drift >= 0:
-            raise UserError(
-                f"--max-drift is {self.max_drift:g}: give a number of nats >= 0, or inf for any"
-            )
+            wanted = "give a number of nats >= 0, or inf for any"
+            raise UserError(f"is {self.max_drift:g}", option="max_drift", remedy=wanted)
 
-    def on_rows(self, n_rows: int, n_before: int | None) -> list[str]:
+    def on_rows(self, n_rows: int, n_before: int | None) -> list[Words]:
         """Return why `n_rows` are too few after a night of `n_before`: no reason or one."""
         fewest = max(_FEWEST_ROWS, (n_before or 0) // _SHARE)
         if self.min_rows is not None:
             fewest = self.min_rows
         if n_rows >= fewest:
             return []
-        return [f"{n_rows:,} rows are too few, at least {fewest:,} are asked for (--min-rows)"]
+        asked = f"at least {fewest:,} are asked for (" + Option("min_rows") + ")"
+        return [f"{n_rows:,} rows are too few, " + asked]
 
-    def on_likelihood(self, tonight: float | None, before: float | None) -> list[str]:
+    def on_likelihood(self, tonight: float | None, before: float | None) -> list[Words]:
         """Return why tonight's mean held-out log-likelihood is too low: no reason or one."""
         if tonight is None:
-            return ["no held-out row to compare the models on: give a larger --holdout"]
+            return ["no held-out row to compare the models on: give a larger " + Option("holdout")]
         if before is None or before - tonight <= self.max_drop:
             return []
         return [
             f"tonight's model scores the held-out rows {before - tonight:.4g} nats per row below "
-            f"last night's ({tonight:.6f} against {before:.6f}), more than {self.max_drop:g} "
-            "(--max-drop)"
+            f"last night's ({tonight:.6f} against {before:.6f}), more than {self.max_drop:g} ("
+            + Option("max_drop")
+            + ")"
         ]
 
-    def on_drift(self, drift: float, change: str, *, strangers: float) -> list[str]:
+    def on_drift(self, drift: float, change: str, *, strangers: float) -> list[Words]:
         """Return why tonight's columns are not last night's: no reason or one."""
         if drift <= self.max_drift:
             return []
         return [
             f"whole columns or most rows have changed since last night: {drift:.4g} nats per row, "
-            f"more than {self.max_drift:g} (--max-drift){_spelt(change)}; {strangers:.0%} of the "
-            "rows are strange to last night's model; see whether a unit or a source has changed, "
-            "and accept it, if it is meant, by --max-drift inf for this night alone"
+            f"more than {self.max_drift:g} ("
+            + Option("max_drift")
+            + f"){_spelt(change)}; {strangers:.0%} of the rows are strange to last night's model; "
+            "see whether a unit or a source has changed, and accept it, if it is meant, by "
+            + Option("max_drift", math.inf)
+            + " for this night alone"
         ]
 
     def warnings_of_drift(
         self, drift: float, change: str, *, divergence: float, strangers: float
-    ) -> list[str]:
+    ) -> list[Words]:
         """Return what somebody should look at though it keeps nothing back."""
         if drift > self.max_drift:
             return []  # a reason already
-        found = []
+        found: list[Words] = []
         if drift > _YELLOW * Gate().max_drift:
             found.append(
                 f"columns have changed since last night by {drift:.4g} nats per row, of "
-                f"{self.max_drift:g} that the gate allows (--max-drift){_spelt(change)}"
+                f"{self.max_drift:g} that the gate allows ("
+                + Option("max_drift")
+                + f"){_spelt(change)}"
             )
         if strangers > _STRANGERS:
             found.append(
@@ -119,7 +128,7 @@ def _kind(type_: pa.DataType) -> str:
     return next((kind for kind, holds in tests.items() if holds(type_)), str(type_))
 
 
-def on_columns(tonight: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
+def on_columns(tonight: Mapping[str, str], before: Mapping[str, str]) -> list[Words]:
     """Return how the feature columns and their kinds differ from last night's: no order counts."""
     changes = [f"{name!r} is gone" for name in before if name not in tonight]
     changes += [f"{name!r} is new" for name in tonight if name not in before]
@@ -133,5 +142,7 @@ def on_columns(tonight: Mapping[str, str], before: Mapping[str, str]) -> list[st
     shown = ", ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")
     return [
         f"the feature columns differ from last night's ({shown}): name last night's with "
-        "--columns, or begin another --registry"
+        + Option("columns")
+        + ", or begin another "
+        + Option("registry")
     ]

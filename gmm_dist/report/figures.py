@@ -122,9 +122,15 @@ def heat_map(name: str, clusters: Clusters, shown: Sequence[int]) -> Drawing:
 def scatter(
     name: str, clusters: Clusters, plane: Plane, X: Floats, labels: Labels, shown: Sequence[int]
 ) -> Drawing:
-    """Draw rows X (m, d) of components `labels` (m,) in a plane, with ellipses for those `shown`.
+    """Draw rows of several components in a plane, with ellipses.
 
-    `labels` and `shown` are indices.
+    Args:
+        name: Begins the drawing's ids.
+        clusters: The mixture's components.
+        plane: The plane of the picture.
+        X: Rows (m, d) in feature units.
+        labels: The component (m,) of each row, as an index.
+        shown: Indices of the components that have ellipses.
     """
     points, labels = plane(X[:MOST_POINTS]), labels[:MOST_POINTS]
     means, covariances = plane(clusters.means), clusters.projected(plane.axes)

@@ -28,13 +28,17 @@ def write(
 ) -> bool:
     """Draw the report and write it as one file of the result; return whether it was.
 
-    `content` is that of sweep.json, `sample` (m, d) in feature units; `numbers` name the
-    components (default: the mixture's), None a newborn of a model that is not published;
-    `nightly` is as `report.render` takes it. Without a mixture there are the candidates alone,
-    without `content` the gate's verdict alone.
-
     A report that cannot be drawn is left out with a line in the log: hours of fitting must not
     end with nothing because of a picture.
+
+    Args:
+        attempt: Where the file goes.
+        content: That of sweep.json; None for the gate's verdict alone.
+        mixture: The best mixture; None for the candidates alone.
+        sample: Rows (m, d) in feature units, for the picture.
+        numbers: Names of the components (default: the mixture's); None for a newborn of a model
+            that is not published.
+        nightly: As `page.render` takes it.
     """
     try:
         html = _rendered(content, mixture, sample, numbers, nightly)

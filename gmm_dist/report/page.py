@@ -45,11 +45,11 @@ _MOST_LINES = 240  # candidates in the chart of iterations
 _LONGEST_NAME = 64  # of a feature, in a table; drawings have less room
 _STANDS_OUT = 0.5  # standard deviations from the mean of all rows
 _ROWS = (
-    ("read", "rows read", ""),
-    ("filtered", "left out by --where", ""),
-    ("dropped", "dropped for a missing value", "--missing drop"),
-    ("held_out", "held out of the fit", "--holdout"),
-    ("absent", "of weight 0", "--weight-column"),
+    ("read", "rows read"),
+    ("filtered", "left out by the filter"),
+    ("dropped", "dropped for a missing value"),
+    ("held_out", "held out of the fit"),
+    ("absent", "of weight 0"),
 )
 
 
@@ -373,17 +373,15 @@ def _rows(content: Json) -> list[tuple[str, str, str]]:
     counts = content["rows"]
     read = counts["read"]
     lines = []
-    for key, what, option in _ROWS:
-        told = f"{what} ({option})" if option else what
+    for key, what in _ROWS:
         n = counts.get(key, 0)
-        lines.append((told, count(n), share(n / read if read else None)))
+        lines.append((what, count(n), share(n / read if read else None)))
     fitted = content["n_rows"]
     lines.append(("fitted", count(fitted), share(fitted / read if read else None)))
     if content["n_samples"] != fitted:
         lines.append(("sum of their weights", count(content["n_samples"]), ""))
-    lines.append(
-        ("missing values put in (--missing mean)", counted(counts["imputed"], "value"), "")
-    )
+    filled = "missing values filled with the column's mean"
+    lines.append((filled, counted(counts["imputed"], "value"), ""))
     return lines
 
 

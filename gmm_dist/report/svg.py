@@ -79,9 +79,14 @@ def drawn(
     title: str,
     description: str,
 ) -> Drawing:
-    """Have `draw` fill a figure of `size` (width, height; CSS pixels) and return it as SVG.
+    """Have a figure filled, and return it as SVG.
 
-    `name` begins the drawing's ids, and must be unique on the page.
+    Args:
+        name: Begins the drawing's ids; unique on the page.
+        size: Width and height, CSS pixels.
+        draw: Fills the figure.
+        title: What the picture is called.
+        description: What it shows, for those who cannot see it.
     """
     written = io.StringIO()
     with warnings.catch_warnings(), matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):

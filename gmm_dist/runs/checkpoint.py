@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
 from gmm_dist.runs.folder import Place
 from gmm_dist.runs.json_files import FORMAT_VERSION, require_readable
 from gmm_dist.runs.model_folder import library_versions
@@ -36,7 +36,7 @@ CHECKPOINTS = "_checkpoints"
 _IDENTITY = "run.json"
 _NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.safetensors")
 _KEYS = {"format_version", "key", "environment", "number", "state"}
-_REMEDY = "give back what it was, or pass another --output to start afresh"
+_REMEDY = "give back what it was, or pass another " + Option("output") + " to start afresh"
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ class CheckpointStore:
             saved = self._place.read(_IDENTITY)
             raise UserError(
                 f"{url}: cannot resume from checkpoint {content['number']}: "
-                f"{self._identity.difference(saved, content['key'])}: {_REMEDY}"
+                f"{self._identity.difference(saved, content['key'])}",
+                remedy=_REMEDY,
             )
         was, now = content["environment"], self._identity.environment
         changes = [

@@ -144,8 +144,8 @@ def _winner(place: Place, resume: bool) -> str | None:
     commit.refuse_taken(place, names - {ATTEMPTS, CHECKPOINTS})
     if not resume and CHECKPOINTS in names and checkpoint_names(place):
         raise UserError(
-            f"{place.url} holds the checkpoints of an unfinished run: pass --resume to go on with "
-            "it, or another --output"
+            f"{place.url} holds the checkpoints of an unfinished run",
+            remedy=commit.RESUME_OR_OTHER,
         )
     return None
 

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError, Words
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs import model_folder
 from gmm_dist.runs.folder import Place, sync
@@ -52,6 +52,11 @@ ATTEMPTS = "_attempts"
 MODEL = "model"
 LEASE = "lease"
 WHO = "attempt.json"
+
+OTHER_OUTPUT = "pass another " + Option("output")
+RESUME_OR_OTHER = (
+    "pass " + Option("resume", True) + " to go on with it, or another " + Option("output")
+)
 
 
 @contextmanager
@@ -80,15 +85,15 @@ def claim(url: str) -> Iterator[Attempt]:
 
 def refuse_taken(place: Place, names: set[str]) -> None:
     """Raise UserError when `names`, which are in the folder, leave no room for a result."""
-    remedy = "pass another --output, or delete it first"
     if names == {""}:
-        raise UserError(f"{place.url} is a file, and results need a folder: {remedy}")
-    if MANIFEST in names:
-        raise UserError(f"{place.url} already holds a committed result ({MANIFEST}): {remedy}")
-    if names:
-        raise UserError(
-            f"{place.url} is not empty ({len(names)} entries, first {min(names)!r}): {remedy}"
-        )
+        what = "is a file, and results need a folder"
+    elif MANIFEST in names:
+        what = f"already holds a committed result ({MANIFEST})"
+    elif names:
+        what = f"is not empty ({len(names)} entries, first {min(names)!r})"
+    else:
+        return
+    raise UserError(f"{place.url} {what}", remedy=OTHER_OUTPUT + ", or delete it first")
 
 
 @contextmanager
@@ -102,7 +107,7 @@ def can_hold_results(place: Place) -> Iterator[None]:
     except OSError as error:
         reason = line_of(error)
         raise UserError(
-            f"{place.url} cannot hold results ({reason}): pass another --output"
+            f"{place.url} cannot hold results ({reason})", remedy=OTHER_OUTPUT
         ) from error
 
 
@@ -160,7 +165,8 @@ class Attempt:
             return
         raise UserError(
             f"{self._place.url} overwrites files where create-if-absent was asked for, so two runs "
-            "could destroy each other's results: pass an --output on S3 or a local disk"
+            "could destroy each other's results",
+            remedy=OTHER_OUTPUT + ", on S3 or a local disk",
         )
 
     def write(self, name: str, data: bytes) -> None:
@@ -202,8 +208,8 @@ class Attempt:
             if winner != self.id:
                 raise UserError(
                     f"{self._place.url}: another run committed its result (attempt {winner}) while "
-                    f"this one (attempt {self.id}) was at work: use that result, or pass another "
-                    "--output"
+                    f"this one (attempt {self.id}) was at work",
+                    remedy="use that result, or " + OTHER_OUTPUT,
                 )
             self.committed = True
             self._sync_folders()
@@ -275,8 +281,8 @@ def finish(place: Place, attempt: str) -> None:
     manifest = place.read(ATTEMPTS, attempt, MANIFEST)
     if manifest is None:
         raise UserError(
-            f"{place.url}: attempt {attempt} had decided to commit, and its {MANIFEST} is gone: "
-            "delete the output and run again, or pass another --output"
+            f"{place.url}: attempt {attempt} had decided to commit, and its {MANIFEST} is gone",
+            remedy="delete the output and run again, or " + OTHER_OUTPUT,
         )
     with suppress(FileExistsError):
         scratch = place.at(ATTEMPTS, attempt, f"scratch-{secrets.token_hex(4)}")
@@ -404,12 +410,13 @@ class Result:
             if data is not None and self.files[name].fits(data):
                 return data
         raise UserError(
-            f"{self.place.url}: {name} is missing or damaged (no copy fits {MANIFEST}'s sha256): "
-            f"restore {ATTEMPTS}/{self.attempt}/{name}, or run again with another --output"
+            f"{self.place.url}: {name} is missing or damaged (no copy fits {MANIFEST}'s sha256)",
+            remedy=f"restore {ATTEMPTS}/{self.attempt}/{name}, or run again with another "
+            + Option("output"),
         )
 
 
-def nothing_at(place: Place) -> str:
+def nothing_at(place: Place) -> Words:
     """Say why nothing can be read from a place without a manifest."""
     if ATTEMPTS in place.names():
         return (
@@ -418,5 +425,6 @@ def nothing_at(place: Place) -> str:
         )
     return (
         f"{place.url} holds no result, neither {MANIFEST} nor {model_folder.CARD}: pass the "
-        "--output of a run that has finished, or its model folder"
+        + Option("output")
+        + " of a run that has finished, or its model folder"
     )

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Never
 from urllib.parse import unquote
 
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
 
 FORMAT_VERSION = 1
+_RESTORE = "restore it, or run again with another " + Option("output")
 _LEADS_AWAY = re.compile(r"[\\\x00-\x1f]|^[A-Za-z]:|:$")  # `s3:`, of s3://
 
 
@@ -90,10 +91,7 @@ def _refuse_constant(text: str) -> Never:
 
 
 def _damaged(name: str, url: str, why: str) -> UserError:
-    return UserError(
-        f"{url}: {name} is damaged or not ours ({why}): restore it, or run again with another "
-        "--output"
-    )
+    return UserError(f"{url}: {name} is damaged or not ours ({why})", remedy=_RESTORE)
 
 
 def _short(value: object) -> str:
@@ -139,6 +137,6 @@ def whole(name: str, url: str) -> Iterator[None]:
         lacks = isinstance(error, KeyError)
         raise UserError(
             f"{url}: {name} {'lacks an entry' if lacks else 'has an entry that makes no sense'} "
-            f"({type(error).__name__}: {_short(str(error))}): restore it, or run again with "
-            "another --output"
+            f"({type(error).__name__}: {_short(str(error))})",
+            remedy=_RESTORE,
         ) from error

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.errors import Option, RunFailed, UserError
 from gmm_dist.runs.lease_cells import SECONDS, Cell, Held, Stored
 from gmm_dist.storage import line_of, patiently
 
@@ -150,7 +150,8 @@ def _refuse_living(watch: _Watch, holder: Held, terms: Terms) -> None:
     if watch.total >= terms.longest(holder):
         raise UserError(
             f"{terms.url}: another driver is at work on this run and renews its lease "
-            f"({terms.who(holder.attempt)}): wait until it has ended, or pass another --output"
+            f"({terms.who(holder.attempt)})",
+            remedy="wait until it has ended, or pass another " + Option("output"),
         )
 
 
@@ -160,7 +161,8 @@ def _require_conditions(cell: Cell, stored: Stored, terms: Terms) -> None:
     if cell.replace(stale, replace(stored.held, count=1)) is not None:
         raise UserError(
             f"{terms.url}: the store overwrites where a conditional replacement was asked for, so "
-            "two drivers could not tell who holds the run: pass an --output on S3 or a local disk"
+            "two drivers could not tell who holds the run",
+            remedy="pass another " + Option("output") + ", on S3 or a local disk",
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from gmm_dist import config
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs.commit import ATTEMPTS, MODEL, Result, nothing_at
 from gmm_dist.runs.commit import Attempt as Attempt
@@ -60,8 +60,8 @@ def _model_reader(place: Place, *, follow: bool = True) -> Callable[[str], bytes
     """
     if ATTEMPTS in place.path.split("/"):
         raise UserError(
-            f"{place.url} lies inside {ATTEMPTS}, where nothing is committed: pass the --output of "
-            "the run"
+            f"{place.url} lies inside {ATTEMPTS}, where nothing is committed",
+            remedy="pass the " + Option("output") + " of the run",
         )
     if (result := Result.find(place)) is not None:
         return lambda name: result.read(f"{MODEL}/{name}")

@@ -75,4 +75,5 @@ class ScoreOptions:
 def require_share(outliers: float | None) -> None:
     """Raise UserError for a share of outliers that a model's table does not reach."""
     if outliers is not None and not SMALLEST <= outliers < 1:
-        raise UserError(f"--outliers is {outliers:g}: give a share from {SMALLEST:g} to below 1")
+        wanted = f"give a share from {SMALLEST:g} to below 1"
+        raise UserError(f"is {outliers:g}", option="outliers", remedy=wanted)

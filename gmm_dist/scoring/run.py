@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.errors import Option, RunFailed, UserError
 from gmm_dist.lake.plan import Plan
 from gmm_dist.runs import claim as runs
 from gmm_dist.runs.checkpoint import CHECKPOINTS, RunIdentity
 from gmm_dist.runs.claim import Run
-from gmm_dist.runs.commit import ATTEMPTS, Result, refuse_taken
+from gmm_dist.runs.commit import ATTEMPTS, OTHER_OUTPUT, RESUME_OR_OTHER, Result, refuse_taken
 from gmm_dist.runs.folder import Place, lies_within, sync
 from gmm_dist.runs.json_files import FORMAT_VERSION
 from gmm_dist.runs.lease import LeaseLost
@@ -23,7 +23,7 @@ from gmm_dist.storage import absolute, explained, join, redacted
 
 REPORT = "scored.json"
 _RUN = "run.json"
-_REMEDY = "give back what it was, or pass another --output"
+_REMEDY = "give back what it was, or " + OTHER_OUTPUT
 
 
 @contextmanager
@@ -40,8 +40,8 @@ def claim(url: str, plan: Plan, identity: RunIdentity, *, resume: bool = False) 
     place = Place.of(url)
     if lies_inside(plan, url):
         raise UserError(
-            f"{place.url} lies inside the lake, whose rows would double: pass an --output outside "
-            f"{redacted(plan.url)}"
+            f"{place.url} lies inside the lake, whose rows would double",
+            remedy="give " + Option("output") + f" outside {redacted(plan.url)}",
         )
     with explained(place.url):
         committed = _refuse_other(place, identity, resume)
@@ -86,11 +86,11 @@ def _refuse_other(place: Place, identity: RunIdentity, resume: bool) -> bool:
     if key != identity.key:
         what = "an unfinished run" if result is None else "another run"
         difference = identity.difference(saved, key)
-        raise UserError(f"{place.url} holds the scores of {what}: {difference}: {_REMEDY}")
+        told = f"{place.url} holds the scores of {what}: {difference}"
+        raise UserError(told, remedy=_REMEDY)
     if result is None and not resume:
         raise UserError(
-            f"{place.url} holds the scores of an unfinished run: pass --resume to go on with it, "
-            "or another --output"
+            f"{place.url} holds the scores of an unfinished run", remedy=RESUME_OR_OTHER
         )
     return result is not None
 
@@ -99,6 +99,13 @@ def commit(
     url: str, run: Run, identity: RunIdentity, scored: Scored, more: Mapping[str, Any]
 ) -> None:
     """Commit the files that were scored, if all are in their place.
+
+    Args:
+        url: The output.
+        run: The claimed run.
+        identity: What decides the files' bytes.
+        scored: The files, each with its size, hash and rows.
+        more: What else scored.json says.
 
     Raises:
         UserError: a file is not where it was written.
@@ -121,7 +128,8 @@ def _require_files(place: Place, scored: Scored) -> None:
         if found.get(path) != file.size:
             raise UserError(
                 f"{place.at(path)} has {found.get(path, 'no')} bytes where a worker wrote "
-                f"{file.size}: pass an --output that all machines share, such as one on S3"
+                f"{file.size}",
+                remedy=OTHER_OUTPUT + ", one that all machines share, such as on S3",
             )
     if place.is_local:
         for folder in {Path(place.at(path)).parent for path in scored.files}:

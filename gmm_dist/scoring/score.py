@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 import pyarrow as pa
 
 from gmm_dist.config import FailureConfig
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
 from gmm_dist.formats import counted
 from gmm_dist.lake.plan import Plan, plan_lake
 from gmm_dist.model.mixture import Mixture
@@ -112,12 +112,13 @@ class _Job:
         if plan.feature_names != mixture.feature_names:
             raise UserError(
                 f"{redacted(plan.url)} has the features {', '.join(plan.feature_names)}, the model "
-                f"of --model {', '.join(mixture.feature_names)}: score the columns that it was "
-                "fitted to"
+                "of " + Option("model") + f" {', '.join(mixture.feature_names)}",
+                remedy="score the columns that it was fitted to",
             )
         for key in dict.fromkeys(options.keep):
             if key not in plan.kept:
-                logger.info("--keep %s: a hive key, which the path has; no column is written", key)
+                what = "a hive key, which the path has; no column is written"
+                logger.info("%s %s: %s", Option("keep"), key, what)
         kept = pa.schema([plan.schema.field(name) for name in plan.kept])
         scoring = Scoring(mixture.parameters, kept, options.probabilities, threshold, mixture.ids)
         return cls(options, progress, mixture, plan, scoring)
@@ -187,7 +188,7 @@ class _Job:
         rows, files = counted(counts.rows, "row"), counted(len(scored.files), "file")
         parts = [f"scored {rows} of {files} by k={k}"]
         if counts.filtered:
-            parts.append(f"{counted(counts.filtered, 'other')} in them did not pass --where")
+            parts.append(f"{counted(counts.filtered, 'other')} in them did not pass the filter")
         if counts.missing:
             verb = "misses" if counts.missing == 1 else "miss"
             parts.append(f"{counted(counts.missing, 'row')} {verb} a feature")
@@ -202,11 +203,14 @@ def _threshold(mixture: Mixture, options: ScoreOptions) -> float | None:
         return None
     if mixture.log_density_quantiles is None:
         raise UserError(
-            f"--outliers: {redacted(options.model)} keeps no quantiles of its training "
-            "log-density, as models of older versions do not: fit it again (fit.py --start "
-            "goes on from it), or leave out --outliers"
+            f"{redacted(options.model)} keeps no quantiles of its training log-density, as models "
+            "of older versions do not",
+            remedy="fit it again (with "
+            + Option("start")
+            + " a fit goes on from it), or leave out "
+            + Option("outliers"),
         )
     try:
         return mixture.log_density_quantiles.at(options.outliers)
     except UserError as error:
-        raise UserError(f"--outliers: {error}") from error
+        raise UserError(Option("outliers") + f": {error}") from error

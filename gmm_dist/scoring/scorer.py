@@ -43,8 +43,9 @@ class Scoring:
         taken = [name for name in self.kept.names if name in self._written().names]
         if taken:
             raise UserError(
-                f"--keep {taken[0]} would stand beside the column of that name that is written: "
-                "leave it out, or rename it in the lake"
+                f"{taken[0]} would stand beside the column of that name that is written",
+                option="keep",
+                remedy="leave it out, or rename it in the lake",
             )
 
     @property

@@ -41,7 +41,14 @@ def assignments(
     sizes: Sequence[int],
     generator: torch.Generator,
 ) -> dict[int, Tensor]:
-    """Share the rows among components, for each k of `sizes`, by one of `METHODS`.
+    """Share the rows among components, for each k of `sizes`.
+
+    Args:
+        method: One of `METHODS`.
+        Z: Rows (m, r) in whitened coordinates.
+        weight: Their weights (m,).
+        sizes: Numbers of components.
+        generator: Source of random numbers.
 
     Returns labels (m,), int64: of the nearest seed (`random_from_data`, `k-means++`) or of the
     nearest centre after k-means (`kmeans`); for `random` responsibilities (m, k), float64.
@@ -165,10 +172,17 @@ def start_of(
 ) -> Parameters:
     """Return the parameters of an assignment, covariances shrunk towards that of all rows.
 
-    `assignment` is labels (m,) or responsibilities (m, k); rows are in data units, and `pooled` is
-    theirs. Each component counts as many more rows than it has as its family needs at least (full
+    Each component counts as many more rows than it has as its covariance type needs at least (full
     d + 1, others 2), of its own rows' mean weight, spread like the whole sample about its mean: one
     of few rows does not start singular, however much each row of a coreset weighs.
+
+    Args:
+        X: Rows (m, d) in data units.
+        weight: Their weights (m,).
+        assignment: Labels (m,) or responsibilities (m, k).
+        k: Number of components.
+        kind: Covariance type.
+        pooled: What all these rows have in common; None to compute it.
     """
     pooled = Pooled.of(X, weight, kind) if pooled is None else pooled
     scatter, counted = _scatter(kind), pooled.counted
@@ -227,11 +241,20 @@ def k_means_parallel(
 ) -> tuple[Float64[Tensor, "m d"], Float64[Tensor, " m"]]:
     """Draw candidates for up to k centres from all rows: k-means|| in `rounds` + 2 passes.
 
+    After one row drawn by weight, each round keeps every row independently with probability
+    min(1, 2 k w d² / φ): d is its distance to the nearest candidate in whitened coordinates and
+    φ = Σ w d² (Bahmani et al., PVLDB 2012). Seeds for any k are then those of the candidates as
+    weighted rows.
+
+    Args:
+        shards: All rows.
+        total: Their moments.
+        k: The largest number of centres.
+        rounds: Rounds of drawing.
+        random_state: Seed.
+
     Returns rows (m, d) in data units, about 2 k · rounds of them, and for each the weight of
-    the rows that are nearest to it. After one row drawn by weight, each round keeps every row
-    independently with probability min(1, 2 k w d² / φ): d is its distance to the nearest
-    candidate in whitened coordinates and φ = Σ w d² (Bahmani et al., PVLDB 2012). Seeds for
-    any k are then those of the candidates as weighted rows.
+    the rows that are nearest to it.
     """
     whiten = whitening(total)
     candidates = shards.run(_DrawOne(random_state, len(total.sum_x))).X

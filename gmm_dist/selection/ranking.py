@@ -10,9 +10,13 @@ from torch import Tensor
 
 from gmm_dist.em.loop import FitResult, Status
 from gmm_dist.em.statistics import Spike, TotalMoments, counts_rows
+from gmm_dist.errors import Option, Spelling, Text, Words, in_python, joined, spelt
 from gmm_dist.formats import counted
 from gmm_dist.model.criteria import aic, bic, icl, most_components, n_parameters
 from gmm_dist.selection.spikes import Profile
+
+_COLUMNS, _K, _WHERE = Option("columns"), Option("n_components"), Option("where")
+_REG_COVAR = Option("reg_covar")
 
 CRITERIA = ("bic", "aic", "icl", "holdout")
 
@@ -122,8 +126,8 @@ class RankedCandidate:
         return float(getattr(self, criterion))
 
 
-def _rerun_with(k: str) -> str:
-    return f"run again with --k {k}"
+def _rerun_with(k: str) -> Words:
+    return "run again with " + _K + f" {k}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,41 +175,44 @@ class SweepResult:
     def warnings(
         self,
         feature_names: Sequence[str],
-        rerun: Callable[[str], str] = _rerun_with,
+        rerun: Callable[[str], Words] = _rerun_with,
         *,
         holds_out: bool = True,
+        spelling: Spelling = in_python,
     ) -> list[str]:
         """Return what a reader of the table should know, each with what to do.
 
-        `rerun` turns the next grid of k, as `--k` takes it, into what to do about it; `holds_out`
-        says whether rows can be held out. Nothing is advised that the table refutes.
+        `rerun` turns the next grid of k, such as `2..20` or `2,4,8`, into what to do about it;
+        `holds_out` says whether rows can be held out; `spelling` spells options.
+        Nothing is advised that the table refutes.
         """
-        lines = [self._constant(j, feature_names[j]) for j in self.total.constant_features()]
+        lines: list[Words] = [
+            self._constant(j, feature_names[j]) for j in self.total.constant_features()
+        ]
         lines += self._shape_notes(feature_names)
         kinds = {s.candidate.covariance_type for s in self.scored}
         read = bool(kinds & {"full", "tied"})
         if read and (dependent := self.total.dependent_features()):
             lines.append(
                 f"{dependent} of {len(feature_names)} columns are duplicates or sums of others, so "
-                "full covariances rest on --reg-covar: leave them out with --columns"
+                "full covariances rest on " + _REG_COVAR + ": leave them out with " + _COLUMNS
             )
-        return (
-            lines + self._weights_note() + self._edge_warning(rerun) + self._falling_note(holds_out)
-        )
+        lines += self._weights_note() + self._edge_warning(rerun) + self._falling_note(holds_out)
+        return [spelt(line, spelling) for line in lines]
 
-    def _constant(self, feature: int, name: str) -> str:
+    def _constant(self, feature: int, name: str) -> Words:
         at = 0.0 if self.centre is None else abs(float(self.centre[feature]))
         if at < _EXACT:
-            return f"column {name!r} is constant: leave it out with --columns"
+            return f"column {name!r} is constant: leave it out with " + _COLUMNS
         return (
             f"column {name!r} is constant as far as float64 tells, which knows numbers near "
             f"{at:.4g} in steps of {math.ulp(at):g}: subtract an offset where it is written, or "
-            "leave it out with --columns"
+            "leave it out with " + _COLUMNS
         )
 
-    def _shape_notes(self, names: Sequence[str]) -> list[str]:
+    def _shape_notes(self, names: Sequence[str]) -> list[Words]:
         """Name the features that no Gaussian fits, and say what to do."""
-        lines: list[str] = []
+        lines: list[Words] = []
         of_feature: dict[int, list[Spike]] = {}
         for spike in self.profile.spikes:
             of_feature.setdefault(spike.feature, []).append(spike)
@@ -215,27 +222,32 @@ class SweepResult:
             )
             lines.append(
                 f"column {names[j]!r}: of its rows {values}, which no Gaussian fits: a component "
-                "there is as narrow as --reg-covar lets it be, and takes likelihood from that; "
-                f"{self._way_out(spikes)}raise --reg-covar, or leave the column out with --columns"
+                "there is as narrow as "
+                + _REG_COVAR
+                + " lets it be, and takes likelihood from that; "
+                + self._way_out(spikes)
+                + ("raise " + _REG_COVAR + ", or leave the column out with " + _COLUMNS)
             )
         if any(s.fit.status in (Status.DEGENERATE, Status.COLLAPSED) for s in self.scored):
             lines += [
                 f"column {names[r.feature]!r} is rounded to {r.n_values:,} values "
                 f"({r.share:.0%} of a sample are {self._spell(r.feature, r.value)}): components "
-                "that lie on one are degenerate; raise --reg-covar, filter with --where, or leave "
-                "the column out with --columns"
+                "that lie on one are degenerate; raise "
+                + _REG_COVAR
+                + (", filter with " + _WHERE + ", or leave the column out with " + _COLUMNS)
                 for r in self.profile.rounded
             ]
         lines += [
             f"column {names[f.feature]!r} has values as far out as "
             f"{self._spell(f.feature, f.farthest)}, but half of its rows within {f.width:.3g}: "
-            "--reg-covar, in units of the whole column's variance, drowns them; filter far "
-            "values with --where, or lower --reg-covar"
+            + _REG_COVAR
+            + ", in units of the whole column's variance, drowns them; filter far values with "
+            + (_WHERE + ", or lower " + _REG_COVAR)
             for f in self.profile.dwarfed
         ]
         return _some(lines)
 
-    def _way_out(self, spikes: Sequence[Spike]) -> str:
+    def _way_out(self, spikes: Sequence[Spike]) -> Words:
         """Say how to be rid of the rows, if others are left.
 
         No filter tells those whose value has been filled in.
@@ -245,10 +257,9 @@ class SweepResult:
         j = spikes[0].feature
         near = 1e-9 * float(self.total.scale[j])
         if any(abs(spike.value - float(self.total.mean[j])) <= near for spike in spikes):
-            return (
-                "that is the column's mean: where --missing mean filled it in, try --missing drop, "
-            )
-        return "filter such rows with --where, "
+            mean, drop = Option("missing", "mean"), Option("missing", "drop")
+            return "that is the column's mean: where " + mean + " filled it in, try " + drop + ", "
+        return "filter such rows with " + _WHERE + ", "
 
     def _spell(self, feature: int, value: float) -> str:
         """Spell a value about the centre in feature units, without the centre's rounding."""
@@ -257,7 +268,7 @@ class SweepResult:
         found = float(self.centre[feature]) + value
         return f"{0.0 if abs(found) < 1e-6 * abs(value) else found:.6g}"
 
-    def _weights_note(self) -> list[str]:
+    def _weights_note(self) -> list[Words]:
         """Say so where the criteria took another n than the sum of the weights."""
         weight, n_rows = self.weight, self.total.n_rows
         weight = self.total.n_samples if weight is None else weight
@@ -270,19 +281,21 @@ class SweepResult:
             "weights of mean 1 would count each row as one"
         ]
 
-    def _edge_warning(self, rerun: Callable[[str], str]) -> list[str]:
+    def _edge_warning(self, rerun: Callable[[str], Words]) -> list[Words]:
         ks = sorted({s.candidate.k for s in self.scored})
         if self.best is None or len(ks) == 1:
             return []
         k, kind = self.best.candidate.k, self.best.candidate.covariance_type
         most = most_components(kind, self.total.n_rows, len(self.total.sum_x))
         if k == ks[-1] and k < most:
-            return [f"the best k is the largest tried: {rerun(_grid(k, min(2 * k, most)))}"]
+            return [
+                "the best k is the largest tried: " + Text.of(rerun(_grid(k, min(2 * k, most))))
+            ]
         if k == ks[0] and k > 1:
-            return [f"the best k is the smallest tried: {rerun(_grid(1, k))}"]
+            return ["the best k is the smallest tried: " + Text.of(rerun(_grid(1, k)))]
         return []
 
-    def _falling_note(self, holds_out: bool) -> list[str]:
+    def _falling_note(self, holds_out: bool) -> list[Words]:
         """Say what to do where BIC never stops falling because the rows outweigh its penalty."""
         best, largest = self.best, max(s.candidate.k for s in self.scored)
         if self.criterion not in ("bic", "aic") or best is None or best.candidate.k < largest:
@@ -301,24 +314,26 @@ class SweepResult:
         return [
             f"{self.criterion.upper()} still falls at k={largest}: with {self.total.n_rows:,} rows "
             f"a component costs it only {cost:.1g} nats per row, and the last one gained "
-            f"{gain:.2g}, so it may never rise; {self._advice(largest, holds_out)}"
+            f"{gain:.2g}, so it may never rise; " + self._advice(largest, holds_out)
         ]
 
-    def _advice(self, largest: int, holds_out: bool) -> str:
+    def _advice(self, largest: int, holds_out: bool) -> Words:
         """Name the criteria that this table does not show to be best at its largest k, too."""
-        found, refuted = [], []
+        found: list[Words] = []
+        refuted = []
         for criterion in ("bic", "icl", "holdout"):
             if criterion == self.criterion:
                 continue
             if (best := self._best_by(criterion)) is not None:
                 if best.candidate.k < largest:
-                    found.append(f"--criterion {criterion} (best at k={best.candidate.k})")
+                    best_at = f" (best at k={best.candidate.k})"
+                    found.append(Option("criterion", criterion) + best_at)
                 else:
                     refuted.append(criterion)
         if holds_out and self._best_by("holdout") is None:
-            found.append("--holdout 0.1 --criterion holdout")
+            found.append(Option("holdout", 0.1) + " " + Option("criterion", "holdout"))
         if found:
-            return f"consider {' or '.join(found)}"
+            return "consider " + joined(" or ", found)
         named = {"bic": "BIC", "icl": "ICL", "holdout": "the held-out log-likelihood"}
         said = " and ".join(named[criterion] for criterion in refuted)
         verb = "is" if len(refuted) == 1 else "are"
@@ -336,7 +351,7 @@ class SweepResult:
         return n_free * each / self.n_samples
 
 
-def _some(lines: list[str]) -> list[str]:
+def _some(lines: list[Words]) -> list[Words]:
     """Return the first lines, and how many more there are."""
     if len(lines) <= _MOST_NOTES:
         return lines
@@ -344,7 +359,7 @@ def _some(lines: list[str]) -> list[str]:
 
 
 def _grid(first: int, last: int) -> str:
-    """Spell the numbers from first to last as `--k` takes them; of many, evenly spaced ones."""
+    """Spell the numbers from first to last as a range; of many, evenly spaced ones."""
     n = last - first
     if n <= _MOST_IN_GRID:
         return f"{first}..{last}"

@@ -63,7 +63,15 @@ def splits(
     labels: Int64[Tensor, " m"],
     generator: torch.Generator,
 ) -> list[Split]:
-    """Return for each component with rows enough its split in two by k-means, best first."""
+    """Return for each component with rows enough its split in two by k-means, best first.
+
+    Args:
+        parameters: The mixture.
+        X: Rows (m, d).
+        weight: Their weights (m,).
+        labels: The component (m,) of each row.
+        generator: Source of random numbers.
+    """
     found = []
     least = TYPE_OF[parameters.covariance_type].least_rows(parameters.n_features)
     for component in range(parameters.n_components):

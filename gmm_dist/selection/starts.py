@@ -131,7 +131,7 @@ class _Rows:
         return self.sample.X.shape[1]
 
 
-def search(
+def find_starts(
     shards: Shards,
     pairs: Sequence[Pair],
     config: EMConfig,
@@ -143,9 +143,16 @@ def search(
 ) -> list[list[Parameters]]:
     """Return for each (k, covariance type) the starts worth full passes, the best first.
 
-    They are about the rows' shared centre, as are `warm` ones, which join the search for their
-    shape, asked for or not. `total` are the moments of all rows. `n_threads` of this process
-    work on the sample; they change no bit.
+    Args:
+        shards: All rows, about their shared centre.
+        pairs: (k, covariance type) of each candidate.
+        config: Settings of the loop.
+        start: Settings of the search.
+        total: Moments of all rows.
+        warm: Mixtures about the centre that join the search for their shape, asked for or not.
+        n_threads: Threads of this process that work on the sample; they change no bit.
+
+    Starts are about the rows' shared centre.
     """
     climb = _Climb(config, start, warm)
     samples = _Samples(shards, start, total, n_threads)
@@ -161,7 +168,7 @@ def search(
     return [found[pair] for pair in pairs]
 
 
-def mend(
+def repair_degenerate(
     shards: Shards,
     fits: Sequence[loop.FitResult],
     config: EMConfig,
@@ -173,6 +180,14 @@ def mend(
     """Return for each fit a start in its place, if it is degenerate and there is hope.
 
     Its useless components go, those that gain most are split instead, and EM runs on a coreset.
+
+    Args:
+        shards: All rows, about their shared centre.
+        fits: What has been fitted.
+        config: Settings of the loop.
+        start: Settings of the search.
+        total: Moments of all rows.
+        n_threads: Threads of this process that work on the sample; they change no bit.
     """
     # Nothing is seeded here.
     samples = _Samples(shards, replace(start, init="k-means++"), total, n_threads)

@@ -18,13 +18,13 @@ from gmm_dist.em.evaluate import mean_log_likelihoods
 from gmm_dist.em.lane import Lane, Outcome, Snapshot, regularisation, restore_lanes, take_snapshot
 from gmm_dist.em.lane_batch import Precision
 from gmm_dist.em.statistics import TotalMoments, as_given, criterion_size, given_weight
-from gmm_dist.errors import TooFewRows, UserError
+from gmm_dist.errors import Option, TooFewRows, UserError
 from gmm_dist.formats import counted
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import split_merge
 from gmm_dist.selection.ranking import BestFit, Candidate, RankedCandidate, SweepResult
 from gmm_dist.selection.spikes import profile
-from gmm_dist.selection.starts import mend, search
+from gmm_dist.selection.starts import find_starts, repair_degenerate
 from gmm_dist.shards.protocol import HeldOut, Shards
 from gmm_dist.shards.reweighted import ReweightedShards, unit_of
 
@@ -71,12 +71,22 @@ def sweep(
     Within a covariance type the likelihood of ranked fits does not fall as k grows: a fit that
     ends below one of fewer components goes on from that one, with components halved.
 
-    With `holdout` the fits are also scored on the held-out rows, in one pass more. `given` are
-    starts about the rows' shared `centre` (d,), one per candidate, instead of our own; `warm` ones
-    compete with our own for the candidates of their shape.
-
-    After each pass `keep` is told its number, and how to take a snapshot; with one of the same
-    rows and settings, `resume`, the sweep goes on from there to the same bits.
+    Args:
+        shards: All rows, about their shared centre.
+        candidates: What is fitted: (k, covariance type) each.
+        config: Settings of the loop.
+        start: Settings of the search for starts.
+        n_features: Number of features d.
+        feature_names: Their names, for messages.
+        centre: The rows' shared centre (d,), in feature units; None for zero.
+        criterion: What ranks the fits.
+        holdout: Score the fits on the held-out rows too, in one pass more.
+        given: Starts about the centre, one per candidate, instead of our own.
+        warm: Mixtures about the centre that compete with our own starts of their shape.
+        watch: Sees where each candidate stands after each pass.
+        resume: A snapshot of the same rows and settings: the sweep goes on from there to the same
+            bits.
+        keep: Is told each pass's number, and how to take a snapshot.
 
     Raises UserError when there are fewer rows than components, no held-out rows to rank by, or
     numbers beyond float64's range once they are squared.
@@ -104,12 +114,12 @@ def sweep(
         race.enter([[parameters] for parameters in given])
     else:
         pairs = [(candidate.k, candidate.covariance_type) for candidate in candidates]
-        race.enter(search(shards, pairs, config, start, total, warm=warm, n_threads=threads))
+        race.enter(find_starts(shards, pairs, config, start, total, warm=warm, n_threads=threads))
     race.run()
     if not race.mended and given is None:
         race.mended = True
         fits = [outcome.fit for outcome in race.outcomes]
-        race.enter(mend(shards, fits, config, start, total, n_threads=threads))
+        race.enter(repair_degenerate(shards, fits, config, start, total, n_threads=threads))
         race.run()
     if given is None:
         race.lift()
@@ -269,8 +279,9 @@ def require_rows(candidates: Sequence[Candidate], n_rows: int) -> None:
     if largest > n_rows:
         rows = counted(n_rows, "row")
         raise TooFewRows(
-            f"--k asks for {counted(largest, 'component')}, but there are {rows}: "
-            f"give at most {n_rows}"
+            f"asks for {counted(largest, 'component')}, but there are {rows}",
+            option="n_components",
+            remedy=f"give at most {n_rows}",
         )
 
 
@@ -278,15 +289,18 @@ def _require_range(features: Sequence[int], names: Sequence[str], what: str) -> 
     """Raise UserError for features whose squares leave the range of float64."""
     if features:
         others = f", and {len(features) - 1} more columns," if len(features) > 1 else ""
-        remedy = "divide" if what == "large" else "multiply"
+        verb = "divide" if what == "large" else "multiply"
         raise UserError(
             f"column {names[features[0]]!r}{others} has values too {what} for their squares to be "
-            f"float64 numbers: {remedy} it by a power of ten, or leave it out with --columns"
+            "float64 numbers",
+            remedy=f"{verb} it by a power of ten, or leave it out with " + Option("columns"),
         )
 
 
 def _require_held_out(shards: Shards, n_features: int) -> None:
     if shards.run(HeldOut(SumMoments(n_features))).n_rows == 0:
         raise UserError(
-            "--criterion holdout finds no held-out row of positive weight: give a larger --holdout"
+            "finds no held-out row of positive weight",
+            option=Option("criterion", "holdout"),
+            remedy="give a larger " + Option("holdout"),
         )

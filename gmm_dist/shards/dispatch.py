@@ -1,4 +1,4 @@
-"""Calls to workers: each shard is answered for once, whatever becomes of those who work on it."""
+"""Send each pass to the workers, and collect exactly one result per shard, despite failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from gmm_dist.config import FailureConfig
-from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.errors import Option, RunFailed, UserError
 from gmm_dist.formats import counted
 from gmm_dist.shards.failures import Budget, Verdict, is_full, judge, reason
 from gmm_dist.shards.placement import Placement, shares
@@ -431,8 +431,11 @@ class Dispatcher:
             shards = counted(len(self._placement.owned(worker.index)), "shard")
             raise UserError(
                 f"{worker.name} holds {len(worker.held)} of its {shards}, {used / 2**30:,.1f} GiB "
-                f"of rows, and has {capacity / 2**30:,.1f} GiB for them: use more workers on more "
-                "machines, fewer --columns or a narrower --where"
+                f"of rows, and has {capacity / 2**30:,.1f} GiB for them",
+                remedy="use more workers on more machines, fewer "
+                + Option("columns")
+                + " or a narrower "
+                + Option("where"),
             )
 
     def _report(self, now: float) -> None:

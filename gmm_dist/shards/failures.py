@@ -15,7 +15,7 @@ from ray.exceptions import (
 )
 
 from gmm_dist.config import FailureConfig
-from gmm_dist.errors import RunFailed
+from gmm_dist.errors import Option, RunFailed
 from gmm_dist.formats import counted
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -88,8 +88,9 @@ class Budget:
             self.used, self._began = self.used + 1, now
         if self.used > self.config.max_failures:
             raise RunFailed(
-                f"more than {counted(self.config.max_failures, 'failure')} (--max-failures); "
-                f"the last: {what}"
+                f"more than {counted(self.config.max_failures, 'failure')} ("
+                + Option("max_failures")
+                + f"); the last: {what}"
             )
         return f"failure {self.used} of {self.config.max_failures}"
 

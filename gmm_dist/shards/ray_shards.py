@@ -22,7 +22,7 @@ import ray
 import torch
 
 from gmm_dist.config import Cluster, FailureConfig
-from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.errors import Option, RunFailed, UserError
 from gmm_dist.formats import counted
 from gmm_dist.shards.dispatch import Dispatcher
 from gmm_dist.shards.placement import Placement, ranges
@@ -104,9 +104,9 @@ def _start(cluster: Cluster) -> None:
         _init(HERE, num_cpus=n_cpus, include_dashboard=False, _temp_dir=_temp_dir())
     except Exception as error:
         raise RunFailed(
-            f"Ray did not start on this machine ({_line(error)}): free memory, or space in "
-            "/dev/shm and /tmp, try again when the machine is less busy, or name a cluster with "
-            "--address"
+            f"Ray did not start on this machine ({_line(error)})",
+            remedy="free memory, or space in /dev/shm and /tmp, try again when the machine is less "
+            "busy, or name a cluster with " + Option("address"),
         ) from error
 
 
@@ -212,20 +212,26 @@ def _require_ray(address: str) -> str:
             address = ray._private.services.canonicalize_bootstrap_address_or_die("auto")
         except Exception as error:
             raise UserError(
-                f"--address is auto, and no Ray cluster was found ({_line(error)}): start one "
-                "(`ray start --head`), or leave --address out to run Ray on this machine alone"
+                f"is auto, and no Ray cluster was found ({_line(error)})",
+                option="address",
+                remedy="start one (`ray start --head`), or leave "
+                + Option("address")
+                + " out to run Ray on this machine alone",
             ) from error
     match = re.fullmatch(r"(ray://)?(\[[^\[\]/]+\]|[^\[\]/:\s]+):(\d{1,5})/?", address)
     if match is None or int(match[3]) > _LAST_PORT:
         raise UserError(
-            f"--address or RAY_ADDRESS is {address!r}: give HOST:PORT of a Ray head (`ray start "
-            "--head` prints it, 6379 by default; the dashboard's 8265 is for `ray job submit`), "
-            "ray://HOST:10001, or auto"
+            f"or RAY_ADDRESS is {address!r}",
+            option="address",
+            remedy="give HOST:PORT of a Ray head (`ray start --head` prints it, 6379 by default; "
+            "the dashboard's 8265 is for `ray job submit`), ray://HOST:10001, or auto",
         )
     if (reason := _silence(f"{match[2]}:{match[3]}", is_client=bool(match[1]))) is not None:
         raise UserError(
-            f"no Ray cluster answers at {address} ({reason}): "
-            "check --address or RAY_ADDRESS, or leave both out to run Ray on this machine"
+            f"no Ray cluster answers at {address} ({reason})",
+            remedy="check "
+            + Option("address")
+            + " or RAY_ADDRESS, or leave both out to run Ray on this machine",
         )
     return address.rstrip("/")
 
@@ -266,14 +272,16 @@ def _require_places(cluster: Cluster) -> None:
     while not _has(kind) and not _may_grow():
         now = time.monotonic()
         if kind == "GPU":
+            gpu = Option("use_gpu")
             raise UserError(
-                f"a GPU for each worker is asked for (--use-gpu), and {machines()}: leave out "
-                "--use-gpu, or use a cluster whose machines have GPUs"
+                "a GPU for each worker is asked for (" + gpu + f"), and {machines()}",
+                remedy="leave out " + gpu + ", or use a cluster whose machines have GPUs",
             )
         if now - began > _PLACES_SECONDS:
             raise UserError(
                 f"after {now - began:.0f} s {machines()}, and workers need one CPU each: add "
-                "machines (`ray start --address=...`), or start the head with --num-cpus"
+                "machines (`ray start --address=...`), or CPUs to the head "
+                "(`ray start --head --num-cpus=...`)"
             )
         if now - reported > 10:
             reported = now

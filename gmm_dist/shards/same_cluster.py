@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
 
 HERE = "local"
 """The address that has Ray start on this machine."""
@@ -30,8 +30,11 @@ def require_same_cluster(address: str | None) -> None:
         is_same = node.is_head() if address == HERE else _is_at(address, here)
     if not is_same:
         raise UserError(
-            f"--address is {address}, but this process is connected to the Ray cluster at {here}: "
-            "leave --address out to use that one, or leave it first (ray.shutdown())"
+            f"is {address}, but this process is connected to the Ray cluster at {here}",
+            option="address",
+            remedy="leave "
+            + Option("address")
+            + " out to use that one, or leave it first (ray.shutdown())",
         )
 
 

@@ -100,8 +100,8 @@ def test_every_row_is_scored_in_its_place_and_a_second_time_there_is_nothing_to_
         f"{report['outliers']} outliers; in {out}"
     )
     assert "scored 3 of 3 files, 1,200 rows" in caplog.text
-    assert "--keep ds: a hive key, which the path has; no column is written" in caplog.text
-    assert "--keep id" not in caplog.text
+    assert "keep ds: a hive key, which the path has; no column is written" in caplog.text
+    assert "keep id" not in caplog.text
     assert {path: entry["sha256"] for path, entry in report["files"].items()} == hashes(out)
     assert hashes(out).keys() == hashes(data).keys()
 
@@ -140,7 +140,7 @@ def test_every_row_is_scored_in_its_place_and_a_second_time_there_is_nothing_to_
 
 
 @pytest.mark.parametrize(
-    ("filtered", "said"), [(0, ""), (1, "; 1 other in them did not pass --where")]
+    ("filtered", "said"), [(0, ""), (1, "; 1 other in them did not pass the filter")]
 )
 def test_a_filter_is_told_of_only_where_it_left_rows_out(filtered: int, said: str) -> None:
     # A night's own filter is one that the user did not give.
@@ -161,7 +161,9 @@ def test_on_s3_with_a_filter_it_is_the_same(
     for source, out in ((data, str(tmp_path / "out")), (there, f"{s3_lake.url}/out")):
         argv = [source, "--model", model, "--output", out, *where]
         assert score(*argv, "--num-workers", 1, address=ray_address) == 0
-        said = "scored 600 rows of 2 files by k=4; 200 others in them did not pass --where; 6 rows"
+        said = (
+            "scored 600 rows of 2 files by k=4; 200 others in them did not pass the filter; 6 rows"
+        )
         assert said in capfd.readouterr().out
     here, away = report_of(tmp_path / "out"), report_of(f"{s3_lake.url}/out")
     assert here["files"] == away["files"]

@@ -37,12 +37,12 @@ def test_what_fits_passes() -> None:
 def test_what_does_not_fit_is_one_line_with_the_numbers_and_a_remedy() -> None:
     wanted = (
         r"^the statistics of 54 components with 5,000 features need 64\.1 GiB in every worker, "
-        r"which has at most 2\.0 GiB: use --covariance-type diag, smaller --k, fewer --columns, or "
-        r"fewer workers per machine$"
+        r"which has at most 2\.0 GiB: use covariance_type=.diag., smaller n_components, fewer "
+        r"columns, or fewer workers per machine$"
     )
     with pytest.raises(UserError, match=wanted):
         require_memory([(k, "full") for k in range(2, 11)], 5000, 2 * 2**30)
-    with pytest.raises(UserError, match="use smaller --k"):
+    with pytest.raises(UserError, match="use smaller n_components"):
         require_memory([(10**6, "spherical")], 5000, 2 * 2**30)
 
 
@@ -61,13 +61,13 @@ def test_rows_that_fit_pass_to_the_last_byte() -> None:
 def test_rows_that_do_not_fit_are_one_line_with_the_numbers_and_how_many_workers_would() -> None:
     wanted = (
         r"^1,073,741,824 rows of 64 features need 33\.0 GiB in each of 8 workers, and 1\.0 GiB "
-        r"beside them, but a worker has 16\.0 GiB: use --num-workers 22 on machines with as much "
-        r"memory for each, fewer --columns or a narrower --where$"
+        r"beside them, but a worker has 16\.0 GiB: use num_workers=22 on machines with as much "
+        r"memory for each, fewer columns or a narrower where$"
     )
     with pytest.raises(UserError, match=wanted):
         require_room(NEED, 8, 2**34, beside=2**30)
     require_room(NEED, 22, 2**34, beside=2**30)
-    with pytest.raises(UserError, match=r"but a worker has 4\.0 GiB: use fewer --columns or"):
+    with pytest.raises(UserError, match=r"but a worker has 4\.0 GiB: use fewer columns or"):
         require_room(NEED, 8, 2**32, beside=2**30)
 
 

@@ -11,7 +11,6 @@ from sklearn.datasets import make_blobs
 
 import gmm_dist
 from gmm_dist import Lake, UserError, select
-from gmm_dist.estimators.settings import of_arguments
 
 pytestmark = pytest.mark.unchecked  # whole searches
 
@@ -185,11 +184,6 @@ def test_numpys_numbers_and_scikit_learns_seeds(X):
     assert two.best.random_state is state
     assert one.best.precision == "float64"
     assert select(X, random_state=None, **options).best.random_state is None
-
-
-def test_options_become_arguments_and_paths_stay():
-    told = of_arguments("use --k 3 or --num-workers 2 for s3://a--b/--c")
-    assert told == "use n_components 3 or num_workers 2 for s3://a--b/--c"
 
 
 def test_a_small_cluster_of_many_features_is_found():

@@ -130,7 +130,7 @@ def test_filters_holes_and_held_out_rows(tmp_path, here):
     assert model.score(lake) == pytest.approx(model.score(kept), rel=1e-12)
     filled = holes[NAMES].fillna({"b": holes["b"].mean()})
     assert model.score(Lake(url, missing="mean")) == pytest.approx(model.score(filled), rel=1e-12)
-    with pytest.raises(UserError, match="column 'b' is NaN; pass missing drop"):
+    with pytest.raises(UserError, match=r"column 'b' is NaN; pass missing=.drop."):
         model.score(Lake(url))
     share = scores_of_lake(Lake(url, missing="drop", holdout=0.5), model.to_mixture())
     assert 0.3 * N < share.n_rows < 0.7 * N

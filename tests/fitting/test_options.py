@@ -116,7 +116,7 @@ def test_what_is_none_of_a_scoring_is_one_line(name: str, value: Any, said: str)
         ("days", "2", "days is '2': give a whole number"),
         ("keep_models", None, "keep_models is None: give a whole number"),
         ("max_drop", None, "max_drop is None: give a number"),
-        ("max_drift", -1, "max-drift is -1: give a number of nats >= 0"),
+        ("max_drift", -1, "max_drift is -1: give a number of nats >= 0"),
         ("min_rows", 1.5, "min_rows is 1.5: give a whole number"),
         ("registry", "", "registry is '': give a path or URL"),
         ("where", 3, "where is 3: give a text"),

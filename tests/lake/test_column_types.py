@@ -177,7 +177,7 @@ def test_nested_texts_that_are_views_are_filtered_and_kept(
             pa.array([2**53 + 1]),
             pa.array([5.0]),
             r"a.parquet: column 'c' has type int64, but double in .*b.parquet, and no type holds "
-            r"the values of both; write the files with one type or leave out --keep 'c'",
+            r"the values of both; write the files with one type or leave out keep 'c'",
         ),
         (
             pa.array([Decimal("0.1")]),

@@ -121,7 +121,7 @@ def holed(path: Path, **options: Any) -> Path:
 def test_nulls_are_told_from_the_footer(tmp_path: Path) -> None:
     holed(tmp_path / "a.parquet")
     message = (
-        f"^{tmp_path}/a.parquet, row group 1: column 'y' has 2 nulls; pass --missing drop or "
+        f"^{tmp_path}/a.parquet, row group 1: column 'y' has 2 nulls; pass missing=.drop. or "
         "impute such rows first$"
     )
     with pytest.raises(UserError, match=message):
@@ -145,7 +145,7 @@ def test_a_filter_by_row_may_leave_nulls_out_and_one_by_file_too(tmp_path: Path)
 def test_where_footers_do_not_tell_the_load_does(tmp_path: Path) -> None:
     holed(tmp_path / "a.parquet", write_statistics=False)
     plan = plan_lake(str(tmp_path))
-    with pytest.raises(UserError, match="row group 1, row 0: column 'y' is null; pass --missing"):
+    with pytest.raises(UserError, match="row group 1, row 0: column 'y' is null; pass missing="):
         lakes.read_all(plan)
 
 
@@ -159,7 +159,7 @@ def test_a_lists_nulls_are_told_and_those_of_other_columns_are_not(tmp_path: Pat
     }
     lakes.write(tmp_path / "a.parquet", columns)
     assert plan_lake(str(tmp_path)).columns == ("x",)
-    message = "column 't' has 1 null, lists or elements of them; pass --missing drop"
+    message = "column 't' has 1 null, lists or elements of them; pass missing=.drop."
     for names in (["t"], ["t[0]", "t[1]"]):
         with pytest.raises(UserError, match=message):
             plan_lake(str(tmp_path), columns=names)

@@ -206,14 +206,14 @@ def test_a_folder_that_is_no_night_is_passed_over_with_a_line(
         write(tmp_path, f"ds={value}")
     with caplog.at_level(logging.WARNING):
         found = nights.find(str(tmp_path), ["ds"])
-    assert "--partition ds: 1 values are no nights, such as 'backup'" in caplog.text
+    assert "partition ds: 1 values are no nights, such as 'backup'" in caplog.text
     assert n_rows(str(tmp_path), found, date(2026, 11, 21), date(2026, 11, 21)) == 1
 
 
 @pytest.mark.parametrize(
     ("folder", "names", "message"),
     [
-        ("dt=1", ["ds"], "--partition 'ds' is no column; columns are dt, x; name the one"),
+        ("dt=1", ["ds"], "partition 'ds' is no column; columns are dt, x; name the one"),
         ("year=2026/month=11", ["month"], "its values are such as '11'"),
         ("year=2026/month=Nov/day=21", ["day"], "no numbers of a year, a month and a day"),
         ("day=21/month=11/year=2026", ["day", "month", "year"], "in this order"),

@@ -309,7 +309,7 @@ def test_a_filter_that_nothing_passes_is_an_error(two_files, where, message):
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, NAN])
 def test_a_share_that_is_none_is_refused(two_files, share):
-    with pytest.raises(UserError, match=f"--holdout is {share:g}: give a share of the rows, 0 <="):
+    with pytest.raises(UserError, match=f"holdout is {share:g}: give a share of the rows, 0 <="):
         plan_lake(str(two_files), holdout=share)
 
 

@@ -72,8 +72,8 @@ def bad_rows(tmp_path, **columns):
 def test_a_missing_value_is_an_error_that_names_the_first(tmp_path, value, text):
     url = bad_rows(tmp_path, y=(7, value), x=(8, value))
     message = (
-        f"{tmp_path}/a.parquet, row group 1, row 2: column 'y' is {text}; pass --missing drop or "
-        "impute such rows first"
+        f"{tmp_path}/a.parquet, row group 1, row 2: column 'y' is {text}; "
+        'pass missing="drop" or impute such rows first'
     )
     for n_shards in (1, 3, 10):
         # Under a filter by row, which may leave nulls out, planning does not ask for them.

@@ -106,14 +106,14 @@ def test_only_needed_columns_are_read(tmp_path):
 
 BAD_COLUMNS = [
     ({}, {"columns": ["nope"]}, "a.parquet: no column 'nope' among 'x', 's', .*; name the feat"),
-    ({}, {"columns": []}, "no feature columns were named; name at least one with --columns"),
+    ({}, {"columns": []}, "no feature columns were named; name at least one with columns"),
     ({}, {"columns": ["x", "x"]}, "feature column 'x' is named twice; name it once"),
     ({}, {"columns": ["s"]}, "a.parquet: feature column 's' has type string; name numeric col"),
     ({}, {"columns": ["t"]}, "feature column 't' has type bool; name numeric columns"),
     ({}, {"columns": ["l", "x"]}, "feature column 'l' has type list<.* lists of numbers alone"),
     ({}, {"columns": ["n"]}, "feature column 'n' has type list<.*string.*; name numeric columns"),
     ({}, {"columns": ["e", "x"]}, "feature column 'e' has type fixed_size_list.* alone"),
-    ({}, {"columns": ["k"]}, "'k' is a hive key of the path, not a column .*; use it in --where"),
+    ({}, {"columns": ["k"]}, "'k' is a hive key of the path, not a column .*; use it in where"),
     ({}, {"weight_column": "nope"}, "no column 'nope' among .*; name another weight column"),
     ({}, {"weight_column": "s"}, "weight column 's' has type string; name a numeric column"),
     ({}, {"columns": ["x"], "weight_column": "x"}, "column 'x' is a feature and the weight"),
@@ -123,7 +123,7 @@ BAD_COLUMNS = [
     ({"x": ["u"]}, {}, r"b.parquet: column 'x' has type string, but double in .*a.parquet; mend"),
     ({"x": ["u"]}, {"columns": ["e"], "where": "x > 1"}, "string, but double .* of the filter"),
     ({"s": [1.0]}, {}, "b.parquet: column 's' has type double, but string in .*a.parquet"),
-    ({"z": [1.0]}, {}, "a.parquet: no column 'z' among .*; name the feature columns with --col"),
+    ({"z": [1.0]}, {}, "a.parquet: no column 'z' among .*; name the feature columns with col"),
     ({"x": None}, {}, "b.parquet: no column 'x' among 's', "),
     ({"e": [["u"]]}, {"columns": ["e"]}, "b.parquet: column 'e' has type list.*, but fixed_"),
     (
@@ -165,7 +165,7 @@ def test_no_default_feature_is_an_error(tmp_path, n_lists):
     columns = {"id": [1]} | {f"e{i}": lakes.embeddings([[1.0]]) for i in range(n_lists)}
     lakes.write(tmp_path / "a.parquet", columns)
     message = rf"no floating-point column and {n_lists} columns of lists of numbers among 'id'.*"
-    message += r"; name the feature columns with --columns, of the numeric id$"
+    message += r"; name the feature columns with columns, of the numeric id$"
     with pytest.raises(UserError, match=message):
         plan_lake(str(tmp_path))
 

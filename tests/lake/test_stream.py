@@ -181,7 +181,7 @@ def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
 
 def test_kept_columns_must_be_known(tmp_path: Path) -> None:
     lakes.write(tmp_path / "ds=1" / "a.parquet", columns())
-    with pytest.raises(UserError, match=r"--keep 'nam' is no column among 'x', 'y', 'id', 'name'"):
+    with pytest.raises(UserError, match=r"keep 'nam' is no column among 'x', 'y', 'id', 'name'"):
         plan_of(tmp_path, keep=["nam"])
     assert plan_of(tmp_path, keep=["id", "ds"]).kept == ("id",)
 

@@ -68,9 +68,9 @@ def test_every_candidate_is_in_the_table_and_the_choice_is_explained():
 def test_counts_settings_and_versions_are_told():
     html, found = page(content(SWEEP, 4), clusters(3, 4), sample(3, 4))
     assert ["rows read", "1,250,000", "100.0\u202f%"] in found.rows
-    assert ["dropped for a missing value (--missing drop)", "10", "< 0.01\u202f%"] in found.rows
+    assert ["dropped for a missing value", "10", "< 0.01\u202f%"] in found.rows
     assert ["fitted", "1,000,000", "80.0\u202f%"] in found.rows
-    assert ["missing values put in (--missing mean)", "7 values", ""] in found.rows
+    assert ["missing values filled with the column's mean", "7 values", ""] in found.rows
     assert ["em.tol", "1e-05"] in found.rows
     assert ["s3fs", "–"] in found.rows
     assert "column &#39;flat&#39; is constant" in html

@@ -140,7 +140,7 @@ def test_a_failed_run_keeps_its_checkpoints_alone(out: str) -> None:
         "_checkpoints/run.json",
         "_checkpoints/00000007",
     }
-    with pytest.raises(UserError, match=r"holds the checkpoints of an unfinished run: pass --res"):
+    with pytest.raises(UserError, match=r"holds the checkpoints of an unfinished run: pass res"):
         commit(out)
     with claim(out, resume=True, lease_seconds=SECONDS) as run:
         found = run.checkpoints(IDENTITY).latest()

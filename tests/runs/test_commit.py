@@ -233,7 +233,7 @@ def test_a_whole_output_may_be_moved(local: str, tmp_path: Path) -> None:
 
 def test_a_committed_result_is_never_overwritten(out: str) -> None:
     commit(out)
-    with pytest.raises(UserError, match=r"already holds a committed result .*another --output"):
+    with pytest.raises(UserError, match=r"already holds a committed result .*another output"):
         commit(out, mixture(seed=1))
     assert same(load(out), mixture())
 

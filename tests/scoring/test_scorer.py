@@ -91,7 +91,7 @@ def test_the_name_of_a_written_column_cannot_be_kept():
     kept = pa.schema([("outlier", pa.bool_())])
     mixture = mixtures.parameters("full", 2, D)
     assert Scoring(mixture, kept).schema.names[0] == "outlier"
-    with pytest.raises(UserError, match="--keep outlier would stand beside the column of that nam"):
+    with pytest.raises(UserError, match="keep outlier would stand beside the column of that nam"):
         Scoring(mixture, kept, threshold=0.0)
 
 

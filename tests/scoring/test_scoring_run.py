@@ -42,7 +42,7 @@ def test_a_run_whose_first_record_failed_can_go_on(tmp_path: Path) -> None:
         fail()
     assert len(list(out.rglob("*.parquet"))) == 1
     in_the_way.unlink()
-    with pytest.raises(UserError, match="pass --resume to go on with it"), claimed(data, out):
+    with pytest.raises(UserError, match="pass resume=True to go on with it"), claimed(data, out):
         pass
     with claimed(data, out, resume=True):
         assert score(loader_of(data, out)).counts.rows == 900

@@ -70,7 +70,7 @@ def test_a_failed_candidate_comes_last_however_good_it_looks(example):
         assert [scored.candidate.k for scored in result.ranked] == [2, 3, 5]
         assert result.best is table[1]
         (warning,) = result.warnings(["x", "y"])
-        assert warning == "the best k is the smallest tried: run again with --k 1..2"
+        assert warning == "the best k is the smallest tried: run again with n_components 1..2"
 
 
 def test_when_all_fail_there_is_no_best(example):
@@ -83,8 +83,8 @@ def test_when_all_fail_there_is_no_best(example):
 @pytest.mark.parametrize(
     ("ks", "best", "edge"),
     [
-        ((2, 3, 4), 4, ["the best k is the largest tried: run again with --k 4..8"]),
-        ((2, 3, 4), 2, ["the best k is the smallest tried: run again with --k 1..2"]),
+        ((2, 3, 4), 4, ["the best k is the largest tried: run again with n_components 4..8"]),
+        ((2, 3, 4), 2, ["the best k is the smallest tried: run again with n_components 1..2"]),
         ((2, 3, 4), 3, []),
         ((1, 2, 3), 1, []),  # there is nothing below one
         ((3,), 3, []),
@@ -180,14 +180,14 @@ def test_at_huge_n_a_bic_that_keeps_falling_says_so_and_what_it_means(example):
     # Of a diagonal component in two dimensions 5 parameters: 5 ln(1e6) / 2 / 1e6 = 3.5e-5.
     assert note_of(icl_best_at(falling(example, MANY, CURVE), 3)) == (
         "BIC still falls at k=6: with 1,000,000 rows a component costs it only 3e-05 nats per row, "
-        "and the last one gained 0.06, so it may never rise; consider --criterion icl (best at "
-        "k=3) or --holdout 0.1 --criterion holdout"
+        'and the last one gained 0.06, so it may never rise; consider criterion="icl" (best at '
+        'k=3) or holdout=0.1 criterion="holdout"'
     )
 
 
 def test_nothing_is_advised_that_the_table_refutes(example):
     table = icl_best_at(falling(example, MANY, CURVE), 6)
-    assert note_of(table).endswith("rise; consider --holdout 0.1 --criterion holdout")
+    assert note_of(table).endswith('rise; consider holdout=0.1 criterion="holdout"')
     assert note_of(table, holds_out=False).endswith(
         "rise; ICL is best there, too: choose as many components as are of use"
     )
@@ -197,12 +197,12 @@ def test_nothing_is_advised_that_the_table_refutes(example):
         "of use"
     )
     turned = with_values(table, "holdout", [*CURVE[:4], -5.95, -5.96])
-    assert note_of(turned).endswith("rise; consider --criterion holdout (best at k=4)")
+    assert note_of(turned).endswith('rise; consider criterion="holdout" (best at k=4)')
 
 
 def test_aic_that_falls_is_held_to_bic(example):
     table = with_values(icl_best_at(falling(example, MANY, CURVE), 6), "bic", [5, 4, 3, 2, 3, 4])
-    assert "consider --criterion bic (best at k=4) or --hold" in note_of(table, "aic")
+    assert 'consider criterion="bic" (best at k=4) or hold' in note_of(table, "aic")
 
 
 def test_what_another_criterion_chooses_is_asked_of_all_families_and_of_ranked_fits_alone(example):
@@ -212,14 +212,14 @@ def test_what_another_criterion_chooses_is_asked_of_all_families_and_of_ranked_f
         for s in own
     ]
     others = [replace(s, icl=-s.icl) for s in others]
-    assert "--criterion icl" not in note_of((*own, *others))  # full is best at k = 6
+    assert 'criterion="icl"' not in note_of((*own, *others))  # full is best at k = 6
     turned = [replace(s, icl=-99.0) if s.candidate.k == 2 else s for s in others]
-    assert "--criterion icl (best at k=2)" in note_of((*own, *turned))
+    assert 'criterion="icl" (best at k=2)' in note_of((*own, *turned))
     failed = [
         replace(s, outcome=BestFit.of(replace(s.fit, status=Status.DEGENERATE), 0.0))
         for s in turned
     ]
-    assert "--criterion icl" not in note_of((*own, *failed))
+    assert 'criterion="icl"' not in note_of((*own, *failed))
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,12 @@ def test_the_next_grid_ends_where_the_rows_do(example):
         return SweepResult(table, "bic", total(n_rows)).warnings(["x", "y"])
 
     # Of two features: 3 rows for each full covariance, 2 for each diagonal one.
-    assert next_grid("full", 17) == ["the best k is the largest tried: run again with --k 4..5"]
-    assert next_grid("diag", 13) == ["the best k is the largest tried: run again with --k 4..6"]
+    assert next_grid("full", 17) == [
+        "the best k is the largest tried: run again with n_components 4..5"
+    ]
+    assert next_grid("diag", 13) == [
+        "the best k is the largest tried: run again with n_components 4..6"
+    ]
     assert next_grid("full", 14) == []
 
 

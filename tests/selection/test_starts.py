@@ -16,7 +16,7 @@ from gmm_dist.em.estep import SumMoments
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.selection import starts as search_module
 from gmm_dist.selection.kmeans import start_of
-from gmm_dist.selection.starts import _SHARD_ROWS, mend, search
+from gmm_dist.selection.starts import _SHARD_ROWS, find_starts, repair_degenerate
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import ShardRows
 
@@ -41,7 +41,7 @@ def ones(n):
 def searched(X, pairs, *, edges=(), sample_weight=None, warm=(), n_threads=1, **start) -> Finalists:
     shards = mixtures.shards(X, edges, sample_weight)
     total, settings = shards.run(SumMoments(X.shape[1])), StartConfig(**start)
-    return search(shards, pairs, EMConfig(), settings, total, warm=warm, n_threads=n_threads)
+    return find_starts(shards, pairs, EMConfig(), settings, total, warm=warm, n_threads=n_threads)
 
 
 def best(X, pairs, **settings) -> list[Parameters]:
@@ -198,11 +198,11 @@ def test_mending_puts_useless_components_elsewhere():
     (fit,) = loop.fit(shards, [lone], EMConfig(max_iter=2), shards.run(SumMoments(3)))
     assert fit.degenerate.tolist() == [False] * 5 + [True]
     total, settings = shards.run(SumMoments(3)), StartConfig()
-    ((mended,),) = mend(shards, [fit], EMConfig(), settings, total)
+    ((mended,),) = repair_degenerate(shards, [fit], EMConfig(), settings, total)
     assert bound(X, mended) > bound(X, start_of(X, ones(len(X)), labels, 6, "full")) - 1e-3
     all_useless = loop.fit(shards, [lone], EMConfig(max_iter=1), shards.run(SumMoments(3)))[0]
     all_useless.degenerate[:] = True
-    assert mend(shards, [all_useless], EMConfig(), settings, total) == [[]]
+    assert repair_degenerate(shards, [all_useless], EMConfig(), settings, total) == [[]]
 
 
 # --- what comes back ---
@@ -268,10 +268,10 @@ def test_who_holds_which_shard_changes_no_bit(init):
     total = LocalShards(shards).run(SumMoments(2))
     start = StartConfig(n_init=2, init=init, n_sample=120, moves=1)
     pairs = [(3, "full"), (2, "diag")]
-    expected = search(LocalShards(shards), pairs, EMConfig(), start, total)
+    expected = find_starts(LocalShards(shards), pairs, EMConfig(), start, total)
     for n_workers in (1, 3):
         held = Scattered(shards, n_workers, seed=n_workers)
-        assert_same_finalists(search(held, pairs, EMConfig(), start, total), expected)
+        assert_same_finalists(find_starts(held, pairs, EMConfig(), start, total), expected)
 
 
 # --- rows of every sort ---
@@ -368,7 +368,7 @@ def test_features_of_any_scale_start_alike():
     for Z in (X, X * scale):
         shards = mixtures.shards(Z)
         total, settings = shards.run(SumMoments(2)), StartConfig(n_init=2)
-        starts = search(shards, [(3, "full")], EMConfig(reg_covar=0.0), settings, total)
+        starts = find_starts(shards, [(3, "full")], EMConfig(reg_covar=0.0), settings, total)
         found.append(starts[0][0])
     one, other = found
     torch.testing.assert_close(other.means / scale, one.means, rtol=1e-3, atol=1e-3)

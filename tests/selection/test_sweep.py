@@ -104,16 +104,18 @@ def test_columns_that_are_constant_or_dependent_are_a_warning():
     X = torch.cat([X, torch.full((300, 1), 7.1, dtype=torch.float64), X.sum(1)[:, None]], 1)
     result = run(X, [Candidate(1, "full")], n_init=1)
     assert result.warnings(["a", "b", "c", "d"]) == [
-        "column 'c' is constant: leave it out with --columns",
+        "column 'c' is constant: leave it out with columns",
         "1 of 4 columns are duplicates or sums of others, so full covariances rest on "
-        "--reg-covar: leave them out with --columns",
+        "reg_covar: leave them out with columns",
     ]
 
 
 def test_more_components_than_rows_are_refused():
     with pytest.raises(UserError) as error:
         run(classic()[:5], [Candidate(2, "diag"), Candidate(6, "diag")])
-    assert str(error.value) == ("--k asks for 6 components, but there are 5 rows: give at most 5")
+    assert str(error.value) == (
+        "n_components asks for 6 components, but there are 5 rows: give at most 5"
+    )
     require_rows([Candidate(5, "full")], 5)
 
 
@@ -164,7 +166,7 @@ def test_held_out_rows_rank_and_nothing_is_fitted_to_them():
 def test_a_criterion_without_rows_to_rank_by_is_refused_before_anything_is_fitted():
     shards = partly_held_out(classic(), torch.zeros(300, dtype=torch.bool))
     passes = []
-    with pytest.raises(UserError, match="no held-out row of positive weight: give a larger --hol"):
+    with pytest.raises(UserError, match="no held-out row of positive weight: give a larger hol"):
         sweep(
             shards,
             [Candidate(1, "full")],
@@ -278,7 +280,7 @@ def badly(monkeypatch, k: int, scale: float) -> None:
                 found[i] = [Parameters(torch.full((k,), 1 / k).double(), same, wide, kind)]
         return found
 
-    monkeypatch.setattr(sweep_module, "search", search)
+    monkeypatch.setattr(sweep_module, "find_starts", search)
 
 
 @pytest.mark.unchecked

@@ -238,7 +238,7 @@ def test_too_many_failures_end_the_run_in_one_line(tmp_path: Path) -> None:
     load = Load(tmp_path, 7, fail, times=99)
     faults = FailureConfig(max_failures=2, backoff=0.01, together=0.0)
     wanted = (
-        r"^more than 2 failures \(--max-failures\); the last: worker 1 \(.*, pid \d+\): "
+        r"^more than 2 failures \(max_failures\); the last: worker 1 \(.*, pid \d+\): "
         "OSError: the disk is on fire$"
     )
     with shards_on(load, faults) as shards, pytest.raises(RunFailed, match=wanted):

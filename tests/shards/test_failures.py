@@ -73,7 +73,7 @@ def test_failures_that_come_together_are_one() -> None:
     budget = Budget(FailureConfig(max_failures=2, together=10.0))
     said = [budget.charge("worker 0 died", now) for now in (0.0, 5.0, 10.0, 10.1, 20.0)]
     assert said == 3 * ["failure 1 of 2"] + 2 * ["failure 2 of 2"]
-    wanted = r"^more than 2 failures \(--max-failures\); the last: worker 3 died$"
+    wanted = r"^more than 2 failures \(max_failures\); the last: worker 3 died$"
     with pytest.raises(RunFailed, match=wanted):
         budget.charge("worker 3 died", 21.0)
 

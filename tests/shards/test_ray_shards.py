@@ -211,7 +211,7 @@ def test_what_is_no_ray_is_told_in_time(
 )
 def test_an_address_that_is_none_is_told_what_one_is(address: str) -> None:
     with (
-        pytest.raises(UserError, match=r"--address or RAY_ADDRESS is .*: give HOST:PORT of a Ray"),
+        pytest.raises(UserError, match=r"address or RAY_ADDRESS is .*: give HOST:PORT of a Ray"),
         connected(Cluster(address)),
     ):
         pass
@@ -223,7 +223,7 @@ def test_auto_without_a_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(ray._private.services, "canonicalize_bootstrap_address_or_die", none)
     with (
-        pytest.raises(UserError, match=r"--address is auto, and no Ray cluster was found"),
+        pytest.raises(UserError, match=r"address is auto, and no Ray cluster was found"),
         connected(Cluster("auto")),
     ):
         pass
@@ -232,7 +232,7 @@ def test_auto_without_a_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 def test_gpus_that_nobody_has_are_refused_in_seconds(ray_address: str) -> None:
     began = time.monotonic()
     with (
-        pytest.raises(UserError, match=r"--use-gpu.* 0 GPUs .*: leave out --use-gpu"),
+        pytest.raises(UserError, match=r"use_gpu.* 0 GPUs .*: leave out use_gpu"),
         connected(Cluster(ray_address, use_gpu=True)),
     ):
         pass
@@ -323,7 +323,7 @@ def test_a_signal_while_ray_starts_or_ends_reaches_the_process_own_handler(
 
 def test_no_cluster_at_the_address_is_one_line() -> None:
     with (
-        pytest.raises(UserError, match=r"no Ray cluster answers at 127\.0\.0\.1:1 .*--address"),
+        pytest.raises(UserError, match=r"no Ray cluster answers at 127\.0\.0\.1:1 .*check address"),
         connected(Cluster("127.0.0.1:1")),
     ):
         pass
@@ -340,7 +340,7 @@ def test_a_process_that_is_connected_stays_so(ray_address: str) -> None:
         for address in (other, "ray://192.0.2.77:10001", "local"):
             with (
                 pytest.raises(
-                    UserError, match=f"^--address is {address}, but .* cluster at .*{port}: leave"
+                    UserError, match=f"^address is {address}, but .* cluster at .*{port}: leave"
                 ),
                 connected(Cluster(address)),
             ):

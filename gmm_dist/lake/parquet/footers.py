@@ -161,8 +161,14 @@ def nulls(
 ) -> dict[str, tuple[int, int]]:
     """Return the columns that have nulls: a row group, and how many; those that the footer tells.
 
-    Of columns that could be features and are `among` (None: all) these; `most` is how many
-    column chunks are looked at. Of lists both null lists and null elements count.
+    Of lists both null lists and null elements count.
+
+    Args:
+        metadata: The file's footer.
+        schema: Its columns.
+        groups: The row groups to look at.
+        among: Names of columns to look at, of those that could be features; None for all.
+        most: How many column chunks are looked at.
     """
     if among is not None and not among:
         return {}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import Any
 
 from gmm_dist.errors import UserError
+from gmm_dist.urls import Url
 
 PRECISIONS = ("auto", "float32", "float64")
 RELATIVE, ABSOLUTE = "variance of the feature over all rows", "squared feature unit"
@@ -82,7 +86,8 @@ class FailureConfig:
     max_backoff: float = 30.0
 
     def __post_init__(self) -> None:
-        _require(self.max_failures >= 0, "max_failures", self.max_failures, "a whole number >= 0")
+        n_ok = _is_whole(self.max_failures, 0)
+        _require(n_ok, "max_failures", self.max_failures, "a whole number >= 0")
         _require(_is_size(self.grace), "grace", self.grace, "seconds >= 0")
 
     @property
@@ -154,6 +159,88 @@ class StartConfig:
         _require(sample_ok, "n_sample", self.n_sample, "a whole number >= 1")
         seed_ok = _is_whole(self.random_state, 0) and self.random_state < 2**63
         _require(seed_ok, "random_state", self.random_state, "a whole number from 0 to 2**63 - 1")
+
+
+# ------------------------------------------------------- values that options are given in Python
+
+Rule = Callable[[str, Any], Any]
+"""Returns the value of an option of some name in its one form; raises UserError for another."""
+
+
+def settle(options: object, **rules: Rule) -> None:
+    """Bring the fields of a frozen value into their one form, whoever gave them.
+
+    So equal settings are equal values, and the same JSON: lists are tuples, NumPy's numbers are
+    Python's, and a URL shows no credentials.
+
+    Raises:
+        UserError: a value is none for its option.
+    """
+    for name, rule in rules.items():
+        object.__setattr__(options, name, rule(name, getattr(options, name)))
+
+
+def url(name: str, value: Any) -> Url:
+    """Take a path or URL; an empty one, as of a variable that is not set, is none."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    is_ok = isinstance(text, str) and text.strip() != ""
+    _require(is_ok, name, repr(value), "a path or URL")
+    # A Url is left as it is: as text it would lose its credentials.
+    return value if isinstance(value, Url) else Url(str(text))
+
+
+def text(name: str, value: Any) -> str:
+    """Take a text."""
+    _require(isinstance(value, str), name, repr(value), "a text")
+    return str(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Take True or False."""
+    _require(isinstance(value, bool), name, repr(value), "True or False")
+    return bool(value)
+
+
+def number(name: str, value: Any) -> float:
+    """Take a number; who knows its range says whether it is in it."""
+    is_ok = isinstance(value, Real) and not isinstance(value, bool)
+    _require(is_ok, name, repr(value), "a number")
+    return float(value)
+
+
+def whole(name: str, value: Any) -> int:
+    """Take a whole number; who knows its range says whether it is in it."""
+    is_ok = isinstance(value, Integral) and not isinstance(value, bool)
+    _require(is_ok, name, repr(value), "a whole number")
+    return int(value)
+
+
+def one_of(choices: Collection[str]) -> Rule:
+    """Take one of some words."""
+
+    def rule(name: str, value: Any) -> str:
+        is_ok = isinstance(value, str) and value in choices
+        _require(is_ok, name, repr(value), f"one of {', '.join(choices)}")
+        return str(value)
+
+    return rule
+
+
+def optional(rule: Rule) -> Rule:
+    """Take None too."""
+    return lambda name, value: None if value is None else rule(name, value)
+
+
+def several(rule: Rule, *, least: int = 1) -> Rule:
+    """Take a list of what `rule` takes, or one alone; not a text for the list of its letters."""
+
+    def all_of(name: str, value: Any) -> tuple[Any, ...]:
+        is_one = isinstance(value, str | bytes) or not isinstance(value, Iterable)
+        values = (value,) if is_one else tuple(value)
+        _require(len(values) >= least, name, repr(value), f"{least} value at least")
+        return tuple(rule(name, each) for each in values)
+
+    return all_of
 
 
 def _is_size(value: object) -> bool:

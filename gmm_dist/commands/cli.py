@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from gmm_dist import __version__
+from gmm_dist.commands import talking
 
 JOBS = {
     "fit": "fit one mixture",
@@ -20,22 +21,27 @@ def main(job: str | None = None, argv: Sequence[str] | None = None) -> int:
     """Run a job, by default the one that the first argument names; return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if job is None:
-        if words[:1] == ["--version"]:
-            print(f"gmm-dist {__version__}")
-            return 0
-        if not words or words[0] in ("-h", "--help"):
-            print(usage())
-            return 0 if words else 2
-        if words[0] not in JOBS:
-            print(
-                f"error: {words[0]!r} is no job: give {', '.join(JOBS)}; see gmm-dist --help",
-                file=sys.stderr,
-            )
-            return 2
+        if not words or words[0] not in JOBS:
+            with talking.unfailing():
+                return _without_job(words)
         job, words = words[0], words[1:]
     module = importlib.import_module(f"gmm_dist.commands.{job}")
     status: int = module.main(words)
     return status
+
+
+def _without_job(words: Sequence[str]) -> int:
+    """Say what there is to know before a job is named; return the exit status."""
+    if words[:1] == ["--version"]:
+        talking.say(f"gmm-dist {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        for line in usage().splitlines():
+            talking.say(line)
+        return 0 if words else 2
+    jobs = ", ".join(JOBS)
+    talking.complain(f"error: {words[0]!r} is no job: give {jobs}; see gmm-dist --help")
+    return 2
 
 
 def usage() -> str:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gmm_dist.commands import early, talking
-from gmm_dist.commands.options import Again
+from gmm_dist.commands.options import Again, asks_for_json
 from gmm_dist.commands.stopping import Stopper, stopper
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.formats import printable
@@ -79,7 +79,7 @@ def run(job: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None =
                 raise  # SystemExit, of --help
             logger.debug("ended by", exc_info=error)
             status = _told(error, stop)
-        if "--json" in words:
+        if asks_for_json(words):
             talking.say(json.dumps({"exit_status": status, **_facts}))
         return status
 

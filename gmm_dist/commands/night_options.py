@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
+from typing import Any
 
+from gmm_dist import config
 from gmm_dist.commands import early  # noqa: F401 - first: signals while the rest is loaded
 from gmm_dist.commands.talking import quiet
+from gmm_dist.config import optional
 from gmm_dist.errors import NoRows, UserError
 from gmm_dist.fitting.options import FitOptions
 from gmm_dist.lake import nights
@@ -58,6 +61,22 @@ class NightlyOptions(FitOptions):
     keep_models: int = 0
 
     def __post_init__(self) -> None:
+        config.settle(
+            self,
+            night=_night,
+            registry=config.url,
+            partition=config.several(config.text),
+            days=config.whole,
+            min_rows=optional(config.whole),
+            max_drop=config.number,
+            max_drift=config.number,
+            scores=optional(config.url),
+            keep=config.several(config.text, least=0),
+            outliers=optional(config.number),
+            keep_models=config.whole,
+        )
+        output = Registry(self.registry).model_url(self.night)
+        object.__setattr__(self, "output", output)
         super().__post_init__()
         if self.holdout == 0:
             raise UserError(
@@ -65,16 +84,25 @@ class NightlyOptions(FitOptions):
             )
         if self.days < 1 or self.keep_models < 0:
             raise UserError("--days is 1 or more, --keep-models 0 or more")
+        _ = self.gate
         if self.scores is None and (self.keep or self.outliers is not None):
             raise UserError(
                 "--keep and --outliers are for --scores: give that too, or leave them out"
             )
         require_share(self.outliers)
-        night = night_of(self.night)
-        object.__setattr__(self, "night", night)
-        object.__setattr__(self, "output", Registry(self.registry).model_url(night))
         if self.where is not None:
             parse(self.where)  # what is wrong with it comes before what is wrong with the lake
+
+    @property
+    def gate(self) -> Gate:
+        """What the night needs to be published."""
+        return Gate(self.min_rows, self.max_drop, self.max_drift)
+
+
+def _night(name: str, value: Any) -> str:
+    if isinstance(value, date) and not isinstance(value, datetime):
+        return value.isoformat()
+    return night_of(config.text(name, value))
 
 
 class NightRows:

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 
-import torch
-
 from gmm_dist.commands.ending import KEPT_BACK, note, run, said_how_to_resume
 from gmm_dist.commands.night import Night
 from gmm_dist.commands.night_options import NightlyOptions, NightRows
@@ -38,6 +36,7 @@ from gmm_dist.scoring import files
 from gmm_dist.scoring import run as score_runs
 from gmm_dist.scoring.options import ScoreOptions
 from gmm_dist.selection.ranking import CRITERIA
+from gmm_dist.shards.local import one_thread
 from gmm_dist.storage import absolute, join
 from gmm_dist.urls import redacted
 
@@ -53,13 +52,12 @@ def nightly(argv: Sequence[str]) -> int:
 def run_night(options: NightlyOptions, again: Again) -> int:
     """Fit, gate, publish, score and prune a night; return the exit status."""
     note(night=options.night, registry=options.registry)
-    torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
     place = Registry(options.registry)
-    checks = Gate(options.min_rows, options.max_drop, options.max_drift)
     rows = NightRows(options)
-    with renaming(output="registry"), ExitStack() as session:
+    # Sums have the same bits whatever the cores of this machine, whose setting is not ours.
+    with one_thread(), renaming(output="registry"), ExitStack() as session:
         place.latest()  # a damaged pointer is told of before hours of work, not after
-        return _all_of(options, rows, again, place, checks, session)
+        return _all_of(options, rows, again, place, options.gate, session)
 
 
 def _all_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shlex
@@ -234,6 +235,20 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def is_option(word: str, option: str) -> bool:
+    """Say whether a word of a command line that was read is this option, maybe cut short.
+
+    Argparse takes any beginning of a name that no other option has.
+    """
+    return len(word) > len("--") and option.startswith(word)
+
+
+def asks_for_json(words: Sequence[str]) -> bool:
+    """Say whether a command line, read or not, asks for the line of JSON."""
+    options = itertools.takewhile(lambda word: word != "--", words)
+    return any(is_option(word, "--json") for word in options)
+
+
 def program(job: str) -> tuple[str, ...]:
     """Return the words by which this process was called: gmm-dist, a script of jobs/, python -m."""
     called = Path(sys.argv[0])
@@ -257,11 +272,12 @@ class Again:
 
     def for_k(self, k: str) -> str:
         """Return the command that does the same for `k`, to another output."""
-        words = [word for word in self.argv if word != "--resume"]
+        words = self._words(resume=False)
         for i, word in enumerate(words):
             name, equals, value = word.partition("=")
-            # A name may be cut short, as argparse allows; no other option begins like these two.
-            if len(name) < 3 or not (name == "--k" or "--output".startswith(name)):
+            if name == "--":
+                break
+            if not (name == "--k" or is_option(name, "--output")):
                 continue
             at, old = (i, value) if equals else (i + 1, words[i + 1])
             new = k if name == "--k" else _renamed(old, k)
@@ -270,7 +286,13 @@ class Again:
 
     def to_resume(self) -> str:
         """Return the command that goes on with the same run."""
-        return self._spelt([*(word for word in self.argv if word != "--resume"), "--resume"])
+        return self._spelt(self._words(resume=True))
+
+    def _words(self, *, resume: bool) -> list[str]:
+        """Return the arguments with --resume or without; after `--` come no more options."""
+        end = self.argv.index("--") if "--" in self.argv else len(self.argv)
+        options = [word for word in self.argv[:end] if not is_option(word, "--resume")]
+        return [*options, *(["--resume"] if resume else []), *self.argv[end:]]
 
     def _spelt(self, words: Sequence[str]) -> str:
         shown = [_without_secrets(word) for word in words]

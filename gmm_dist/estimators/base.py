@@ -35,7 +35,7 @@ from gmm_dist.em.trials import (
 )
 from gmm_dist.estimators.fitted import FittedMixture
 from gmm_dist.estimators.init_params import INIT_PARAMS, shares_of
-from gmm_dist.estimators.local_rows import Resident, one_thread
+from gmm_dist.estimators.local_rows import Resident
 from gmm_dist.estimators.restarts import Reporter, ranked
 from gmm_dist.estimators.settings import (
     require_lake_settings,
@@ -58,6 +58,7 @@ from gmm_dist.model.arrays import (
 )
 from gmm_dist.model.covariance import Moments
 from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.protocol import Shards
 
 SINGULAR = (

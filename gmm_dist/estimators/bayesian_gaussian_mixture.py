@@ -20,7 +20,7 @@ from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.em.trials import Trial
 from gmm_dist.estimators.attributes import exchanged, publish, require_class
 from gmm_dist.estimators.base import BaseMixture, CentredRows
-from gmm_dist.estimators.local_rows import Resident, one_thread
+from gmm_dist.estimators.local_rows import Resident
 from gmm_dist.estimators.restarts import ranked
 from gmm_dist.estimators.settings import start_of
 from gmm_dist.lake.lake import Lake
@@ -32,6 +32,7 @@ from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, 
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.starts import find_starts
 from gmm_dist.selection.sweep import require_rows
+from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.protocol import Shards
 
 _POSITIVE = Interval(Real, 0.0, None, closed="neither")

@@ -18,7 +18,6 @@ from torch.utils.dlpack import from_dlpack
 
 from gmm_dist.config import Cluster
 from gmm_dist.estimators.attributes import copied, covariances_of, have_factors
-from gmm_dist.estimators.local_rows import one_thread
 from gmm_dist.estimators.settings import require_cluster, require_no_cluster
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import (
@@ -37,6 +36,7 @@ from gmm_dist.model.arrays import (
 from gmm_dist.model.mixture import Mixture, labels, log_densities, responsibilities
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.soundness import flaw
+from gmm_dist.shards.local import one_thread
 
 if TYPE_CHECKING:
     from gmm_dist.fitting.lake_scores import LakeScores

@@ -32,7 +32,7 @@ from gmm_dist.estimators.base import (
     BaseMixture,
     CentredRows,
 )
-from gmm_dist.estimators.local_rows import Resident, one_thread
+from gmm_dist.estimators.local_rows import Resident
 from gmm_dist.estimators.settings import feature_name, require_no_cluster, start_of
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import (
@@ -48,6 +48,7 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.soundness import flaw
 from gmm_dist.selection.ranking import Candidate
+from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.reweighted import unit_of
 
 

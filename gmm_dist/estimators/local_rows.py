@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float64
 from torch import Tensor
 
@@ -56,37 +52,3 @@ class Resident:
         shards = LocalShards.of(columns.T, sample_weight, n_shards=wanted, n_threads=n_threads)
         total = shards.run(SumMoments(X.shape[1], whole))
         return cls(columns.T, sample_weight, centre.cpu(), shards, total)
-
-
-class _Threads:
-    """How many threads torch takes when nobody here computes, and how many of us do."""
-
-    def __init__(self) -> None:
-        self.lock, self.n_users, self.before = threading.Lock(), 0, 1
-
-
-_threads = _Threads()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Have torch take one thread for what the caller computes, and give back what was set.
-
-    Sums then have the same bits whatever the machine's cores. torch keeps the number per thread
-    and, for threads that are still to come, per process; both are as before in the end, also
-    where several threads fit at once.
-    """
-    with _threads.lock:
-        if _threads.n_users == 0:
-            _threads.before = torch.get_num_threads()
-        _threads.n_users += 1
-        before = _threads.before
-    if before != 1:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _threads.lock:
-            _threads.n_users -= 1
-            if before != 1:
-                torch.set_num_threads(before)

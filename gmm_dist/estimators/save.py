@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
+from gmm_dist import config
 from gmm_dist.em.loop import Status
 from gmm_dist.errors import UserError, renaming
 from gmm_dist.model.arrays import array_of, is_foreign
@@ -59,11 +60,11 @@ def save(model: Mixture | Estimator, url: str | os.PathLike[str]) -> Url:
     >>> bool((loaded.predict_proba([[5.0]]) == model.predict_proba([[5.0]])).all())
     True
 
-    Raises UserError where the folder holds anything else or cannot be written to, for numbers that
-    are no mixture's, and for a posterior, which model files do not hold; TypeError for what is no
-    model of ours; scikit-learn's NotFittedError.
+    Raises UserError for what is no path or URL, where the folder holds anything else or cannot be
+    written to, for numbers that are no mixture's, and for a posterior, which model files do not
+    hold; TypeError for what is no model of ours; scikit-learn's NotFittedError.
     """
-    target = url if isinstance(url, Url) else Url(os.fspath(url))
+    target = config.url("url", url)
     mixture = _mixture_of(model)
     with renaming(output="url"):
         files = {f"{MODEL}/{name}": data for name, data in _files(model, mixture, target).items()}

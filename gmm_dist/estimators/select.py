@@ -14,7 +14,6 @@ from torch import Tensor
 from gmm_dist.config import Cluster, EMConfig, StartConfig
 from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.estimators.gaussian_mixture import GaussianMixture, adopt
-from gmm_dist.estimators.local_rows import one_thread
 from gmm_dist.estimators.settings import (
     require_lake_settings,
     require_no_cluster,
@@ -27,6 +26,7 @@ from gmm_dist.model.criteria import most_components
 from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.selection.ranking import CRITERIA, Candidate, RankedCandidate, SweepResult
 from gmm_dist.selection.sweep import require_rows, sweep
+from gmm_dist.shards.local import one_thread
 
 SIZES, KINDS = range(2, 21), ("full", "diag")
 """What is tried where nothing is asked for: of these, what the rows can tell apart."""

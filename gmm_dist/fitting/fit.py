@@ -33,6 +33,7 @@ from gmm_dist.runs.checkpoint import Checkpoint, RunIdentity, environment
 from gmm_dist.runs.claim import Run
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import Keep, Watch, sweep
+from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.protocol import Shards
 from gmm_dist.shards.ray_shards import connected
 
@@ -79,9 +80,9 @@ def fit_lake(
         UserError: the output is taken, or rows or settings are not fit for it.
         RunFailed: too much has failed.
     """
-    torch.set_num_threads(1)  # sums have the same bits whatever the machine's cores
     began = time.monotonic()
-    with claim.claim(options.output, resume=options.resume) as run:
+    # Sums have the same bits whatever the cores of this machine, whose setting is not ours.
+    with one_thread(), claim.claim(options.output, resume=options.resume) as run:
         if run.committed:
             return FitOutcome(options.output, None, [])
         given = None if options.start is None else load.load(options.start)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
-from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig
+from gmm_dist import config
+from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig, optional, several
 from gmm_dist.errors import Option, UserError
 from gmm_dist.lake.plan import Missing
+from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.selection.ranking import CRITERIA
 
 _EM, _START, _FAULTS = EMConfig(), StartConfig(), FailureConfig()
 
@@ -15,6 +19,8 @@ _EM, _START, _FAULTS = EMConfig(), StartConfig(), FailureConfig()
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
     """The settings of a fit, a sweep, or the fit of a night.
+
+    Lists may be given for tuples, one value for several, and paths for URLs.
 
     Args:
         data: Folder or file of Parquet, local or any URL.
@@ -76,6 +82,28 @@ class FitOptions:
     checkpoint_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        names = several(config.text)
+        config.settle(
+            self,
+            data=config.url,
+            output=config.url,
+            k=optional(several(config.whole)),
+            covariance_type=several(config.one_of(COVARIANCE_TYPES)),
+            criterion=config.one_of(CRITERIA),
+            start=optional(config.url),
+            columns=optional(names),
+            weight_column=optional(config.text),
+            where=optional(config.text),
+            missing=config.one_of(get_args(Missing)),
+            holdout=config.number,
+            tol=config.number,
+            max_iter=config.whole,
+            accelerate=config.flag,
+            reg_covar=config.number,
+            random_state=config.whole,
+            resume=config.flag,
+            checkpoint_seconds=config.number,
+        )
         # Each says itself what is wrong with it.
         _ = self.em, self.search, self.faults, self.cluster
         if not 0 <= self.holdout < 1:
@@ -90,6 +118,14 @@ class FitOptions:
         if self.k is None and self.start is None:
             k, start = Option("n_components"), Option("start")
             raise UserError("one of " + k + " and " + start + " is required")
+        if self.k is not None and min(self.k) < 1:
+            raise UserError(f"is {min(self.k)}", option="k", remedy="give whole numbers >= 1")
+        if self.criterion == "holdout" and self.holdout == 0:
+            raise UserError(
+                "needs rows to rank by",
+                option=Option("criterion", "holdout"),
+                remedy="add " + Option("holdout", 0.1),
+            )
 
     @property
     def em(self) -> EMConfig:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from gmm_dist import config
 from gmm_dist.errors import Option, UserError
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs.commit import ATTEMPTS, MODEL, Result, nothing_at
@@ -24,15 +26,16 @@ REPORT = "sweep.json"
 LATEST = "latest.json"
 
 
-def load(url: str) -> Mixture:
+def load(url: str | os.PathLike[str]) -> Mixture:
     """Return the model in `url`: a run's output, its `model` folder, or a copy of that folder.
 
     Of a registry of nightly models it is the latest.
 
     Raises:
-        UserError: there is no committed model, it is damaged, or a newer gmm_dist wrote it.
+        UserError: there is no committed model, it is damaged, or a newer gmm_dist wrote it; `url`
+            is no path or URL.
     """
-    place = Place.of(url)
+    place = Place.of(config.url("url", url))
     with explained(place.url):
         read = _model_reader(place)
         card = read(CARD)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gmm_dist.config import Cluster, FailureConfig
+from gmm_dist import config
+from gmm_dist.config import Cluster, FailureConfig, optional
 from gmm_dist.errors import UserError
 from gmm_dist.model.quantiles import SMALLEST
 
@@ -49,6 +50,17 @@ class ScoreOptions:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        config.settle(
+            self,
+            data=config.url,
+            model=config.url,
+            output=config.url,
+            keep=config.several(config.text, least=0),
+            where=optional(config.text),
+            probabilities=config.flag,
+            outliers=optional(config.number),
+            resume=config.flag,
+        )
         # Each says itself what is wrong with it.
         FailureConfig(max_failures=self.max_failures, grace=self.grace)
         _ = self.cluster

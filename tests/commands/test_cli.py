@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import subprocess
@@ -13,7 +15,7 @@ from test_jobs import lake
 
 import gmm_dist
 from gmm_dist.commands import cli, fit, sweep
-from gmm_dist.commands.options import program
+from gmm_dist.commands.options import Again, asks_for_json, program
 
 
 def test_it_knows_its_version_and_its_jobs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,6 +28,44 @@ def test_it_knows_its_version_and_its_jobs(capsys: pytest.CaptureFixture[str]) -
     capsys.readouterr()
     assert cli.main(argv=["swep"]) == 2
     assert capsys.readouterr().err.startswith("error: 'swep' is no job: give fit, sweep,")
+
+
+class _Full(io.StringIO):
+    """A stream on a disk without space."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], [], ["swep"]])
+def test_nothing_that_becomes_of_its_streams_is_a_traceback(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stream in (_Full(), None):  # None: it was closed when the interpreter started
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", stream)
+            patched.setattr(sys, "stderr", stream)
+            assert cli.main(argv=words) == (0 if words[:1] in (["--version"], ["--help"]) else 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--json"], True),
+        (["--js"], True),
+        (["--jsonl"], False),
+        (["--"], False),
+        (["--k", "2", "--", "--json"], False),  # a folder of that name
+    ],
+)
+def test_an_option_cut_short_is_that_option(words: list[str], expected: bool) -> None:
+    assert asks_for_json(words) is expected
+
+
+def test_commands_that_go_on_heed_names_cut_short_and_the_end_of_options() -> None:
+    again = Again(("gmm-dist", "sweep"), ["--k=2", "--res", "--out", "O", "--", "--resume"])
+    assert again.to_resume() == "gmm-dist sweep --k=2 --out O --resume -- --resume"
+    assert again.for_k("2..4") == "gmm-dist sweep --k=2..4 --out O-k2-4 -- --resume"
 
 
 @pytest.mark.parametrize("job", cli.JOBS)

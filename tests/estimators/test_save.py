@@ -142,6 +142,17 @@ def test_what_would_not_load_is_not_saved(changes, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("url", ["", "  ", None, 3, b"model"])
+def test_what_is_no_place_is_not_this_folder(url, tmp_path, monkeypatch):
+    model = GaussianMixture().fit([[0.0], [2.0]])
+    save(model, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert load(Path()).n_components == 1
+    for verb in (load, lambda place: save(model, place)):
+        with pytest.raises(UserError, match=r"^url is .*: give a path or URL$"):
+            verb(url)
+
+
 def test_what_is_no_model_of_ours_is_refused(tmp_path):
     with pytest.raises(NotFittedError):
         save(GaussianMixture(), tmp_path / "out")

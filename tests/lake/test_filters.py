@@ -277,6 +277,12 @@ def test_a_word_in_another_case_is_a_column_where_one_is_due(text, column, liter
     assert parse(null.text) == null
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
+def test_what_ends_a_line_for_str_alone_moves_no_keyword(end):
+    text = f"s == 'a{end}b' AND (x IN (1, 2) OR NOT y > 3)"
+    assert parse(text) == parse(text.replace("AND", "and").replace("IN", "in").lower())
+
+
 def test_words_in_texts_are_left_alone():
     where = parse("text in ('AND', 'Not in') OR text == ' IS '")
     assert where.clauses == (("text", "in", (" IS ", "AND", "Not in")),)

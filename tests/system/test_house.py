@@ -61,6 +61,18 @@ def test_the_contracts_hold_and_a_planted_import_breaks_them(tmp_path: Path) -> 
         assert ("ray" in done.stdout) is planted or not planted
 
 
+def test_who_may_know_ray_is_said_of_every_box_and_file() -> None:
+    """`layers` is exhaustive by itself, a list of who is forbidden something is not."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    (ray,) = (one for one in contracts if one["name"] == "Only shards knows Ray")
+    there = {
+        ".".join(("gmm_dist", *p.relative_to(PACKAGE).with_suffix("").parts[:1])) for p in MODULES
+    }
+    others = {"gmm_dist.shards", "gmm_dist.__init__", "gmm_dist.__main__"}
+    assert set(ray["source_modules"]) == there - others
+
+
 def test_the_library_neither_reads_arguments_nor_configures_logging() -> None:
     for path in MODULES:
         if "commands" in path.parts:

@@ -241,7 +241,7 @@ def _lowered(text: str) -> str:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             if token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP):
                 tokens.append(token)
-    lines = text.splitlines(keepends=True)
+    lines = list(io.StringIO(text))  # as the tokens are numbered: U+2028 and such end no line
     is_value_due = True
     for i, token in enumerate(tokens):
         word = token.string.lower()

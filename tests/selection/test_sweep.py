@@ -268,7 +268,7 @@ def test_many_small_mixtures_neither_fall_nor_depend_on_the_grid(seed):
 
 def badly(monkeypatch, k: int, scale: float) -> None:
     """Have the search come back for one k with components that are all the same, and too wide."""
-    searched = sweep_module.search
+    searched = sweep_module.find_starts
 
     def search(shards, pairs, *args, **options):
         found = searched(shards, pairs, *args, **options)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Sequence
 
 ABSENT = "–"
 _MINUS = "\u2212"
 _LARGE, _SMALL = 1e9, 1e-4  # beyond these, powers of ten
 _MOST_DECIMALS = 9
+_FEW = 8  # names in a message
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -115,6 +117,16 @@ def _exponent(value: float) -> int:
 
 def _signed(text: str) -> str:
     return text.replace("-", _MINUS)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Return names, of which many are cut to the first eight: "a, b, ..."."""
+    return ", ".join(names[:_FEW]) + (", ..." if len(names) > _FEW else "")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's kind and words in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def gigabytes(n_bytes: int) -> str:

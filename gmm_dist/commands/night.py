@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from gmm_dist.commands import early  # noqa: F401 - first: signals while the rest is loaded
 from gmm_dist.commands.night_options import NightlyOptions, NightRows
 from gmm_dist.commands.progress import Progress
 from gmm_dist.commands.stopping import holding
@@ -27,7 +26,6 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.nightly import gate
 from gmm_dist.nightly.column_drift import ColumnDrift, column_drift, sample_size
 from gmm_dist.nightly.drift import Densities, Drift, Numbered, compare_densities, drift
-from gmm_dist.nightly.gate import Gate
 from gmm_dist.nightly.lineage import DRIFT, GATE, LINEAGE, Lineage, Published
 from gmm_dist.nightly.matching import Matching, match
 from gmm_dist.nightly.registry import Registry
@@ -51,7 +49,6 @@ class Night:
     options: NightlyOptions
     rows: NightRows
     place: Registry
-    gate: Gate
     before: Published | None
     session: ExitStack
 
@@ -147,7 +144,7 @@ class Night:
         if columns is None:
             return []
         warnings = _spelt(
-            self.gate.warnings_of_drift(
+            self.options.gate.warnings_of_drift(
                 columns.drift,
                 columns.change,
                 divergence=columns.divergence,
@@ -166,14 +163,14 @@ class Night:
         columns: ColumnDrift | None,
     ) -> list[str]:
         before = None if self.before is None else self.before.lineage.n_rows
-        reasons = self.gate.on_rows(fitted.n_rows, before)
+        reasons = self.options.gate.on_rows(fitted.n_rows, before)
         if fitted.result.best is None:
             return _spelt([*reasons, none_ranked(len(job.candidates))])
         if densities is not None:
             held_out = densities.held_out_tonight, densities.held_out_before
-            reasons += self.gate.on_likelihood(*held_out)
+            reasons += self.options.gate.on_likelihood(*held_out)
         if columns is not None:
-            reasons += self.gate.on_drift(
+            reasons += self.options.gate.on_drift(
                 columns.drift, columns.change, strangers=columns.strangers
             )
         return _spelt(reasons)
@@ -243,7 +240,7 @@ class Night:
             "n_rows": work and work.fitted.n_rows,
             "column_drift": work and work.columns and asdict(work.columns),
             "warnings": (more or {}).get("warnings", []),
-            **asdict(self.gate),
+            **asdict(self.options.gate),
         }
         attempt.write_json(GATE, {"format_version": FORMAT_VERSION, **verdict})
         told = {**verdict, "drift": None}

@@ -9,7 +9,6 @@ from datetime import date, datetime, timedelta
 from typing import Any
 
 from gmm_dist import config
-from gmm_dist.commands import early  # noqa: F401 - first: signals while the rest is loaded
 from gmm_dist.commands.talking import quiet
 from gmm_dist.config import optional
 from gmm_dist.errors import NoRows, UserError

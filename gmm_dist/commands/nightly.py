@@ -57,7 +57,7 @@ def run_night(options: NightlyOptions, again: Again) -> int:
     # Sums have the same bits whatever the cores of this machine, whose setting is not ours.
     with one_thread(), renaming(output="registry"), ExitStack() as session:
         place.latest()  # a damaged pointer is told of before hours of work, not after
-        return _all_of(options, rows, again, place, options.gate, session)
+        return _all_of(options, rows, again, place, session)
 
 
 def _all_of(
@@ -65,7 +65,6 @@ def _all_of(
     rows: NightRows,
     again: Again,
     place: Registry,
-    checks: Gate,
     session: ExitStack,
 ) -> int:
     """Publish, point, score and prune, with one connection to Ray; return the exit status."""
@@ -76,7 +75,7 @@ def _all_of(
             return 0
         if place.is_published(night):
             say(f"{options.output}: published before")
-        elif not _publish(options, rows, place, checks, session):
+        elif not _publish(options, rows, place, session):
             note(published=False)
             return KEPT_BACK
         note(published=True)
@@ -99,7 +98,6 @@ def _publish(
     options: NightlyOptions,
     rows: NightRows,
     place: Registry,
-    checks: Gate,
     session: ExitStack,
 ) -> bool:
     """Do the night's work, if nobody has done it; say whether the gate let it pass."""
@@ -117,7 +115,7 @@ def _publish(
         while True:
             place.await_earlier(options.night)
             before = place.newest_before(options.night)
-            work = Night(options, rows, place, checks, before, session)
+            work = Night(options, rows, place, before, session)
             if (reasons := work.run(run)) is not None:
                 break
             logger.info("a night has been published in between: fitting anew from that")

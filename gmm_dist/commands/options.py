@@ -40,17 +40,12 @@ T = TypeVar("T")
 
 
 def options_of(kind: Callable[..., T], given: argparse.Namespace) -> T:
-    """Return the options that a command line asks for; lists become tuples.
+    """Return the options that a command line asks for.
 
     Raises UserError for a value out of range.
     """
     names = {field.name for field in fields(cast(Any, kind))}
-    values = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(given).items()
-        if name in names
-    }
-    return kind(**values)
+    return kind(**{name: value for name, value in vars(given).items() if name in names})
 
 
 def parse_k(text: str) -> list[int]:

@@ -18,9 +18,7 @@ from gmm_dist.model.parameters import ParameterStack
 
 # Iterations before a lane is compared with its rivals, and the gains that it may still hope for.
 _WARM_UP, _CATCH_UP = 3, 10.0
-
 _NEAR = 3.0  # standard deviations between a spike and the mean of a component that lies on it
-
 _NEARLY = 1e-6  # of a row: responsibilities that sum to two rows may round to less
 
 

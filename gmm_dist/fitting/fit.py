@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import torch
 
-from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em.evaluate import training_quantiles
 from gmm_dist.em.lane import Snapshot
 from gmm_dist.errors import Option, Spelling, UserError, Words, in_python, spelt
@@ -121,8 +120,6 @@ class Job:
     """What is fitted, to which rows, and how; `given` and `warm` are about the rows' centre."""
 
     options: FitOptions
-    em: EMConfig
-    start: StartConfig
     candidates: list[Candidate]
     loader: LakeLoader
     given: list[Parameters] | None
@@ -157,8 +154,6 @@ class Job:
         )
         return cls(
             options,
-            options.em,
-            options.search,
             candidates,
             loader,
             starts,
@@ -172,7 +167,7 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"em": asdict(self.em), "start": asdict(self.start)}
+        return {"em": asdict(self.options.em), "start": asdict(self.options.search)}
 
     @property
     def identity(self) -> RunIdentity:
@@ -210,12 +205,12 @@ class Job:
                 resume = Snapshot(dict(latest.tensors), dict(latest.state))
                 progress.resuming(latest.number)
             elif self.given is None:
-                progress.starting(self.start.n_init)
+                progress.starting(self.options.n_init)
             result = self._sweep(shards, watch=progress.standings, resume=resume, keep=keep)
             quantiles = None
             if result.best is not None:
                 quantiles = training_quantiles(shards, result.best.fit.parameters)
-            sample = sample_of(shards, result, self.start.random_state)
+            sample = sample_of(shards, result, self.options.random_state)
             look(shards, result)
         return Fitted(result, counted, quantiles, sample)
 
@@ -238,8 +233,8 @@ class Job:
         return sweep(
             shards,
             self.candidates,
-            self.em,
-            self.start,
+            self.options.em,
+            self.options.search,
             n_features=self.plan.n_features,
             feature_names=self.plan.feature_names,
             centre=torch.from_numpy(self.loader.centre),

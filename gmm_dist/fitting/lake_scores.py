@@ -7,7 +7,6 @@ units, each row about each component's mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Generic
@@ -18,6 +17,7 @@ import torch
 from gmm_dist.config import Cluster
 from gmm_dist.em.evaluate import ScoreSums, SumScores
 from gmm_dist.errors import Option, TooFewRows, UserError
+from gmm_dist.formats import first_few
 from gmm_dist.lake import read
 from gmm_dist.lake.lake import Lake
 from gmm_dist.lake.load import LakeLoader, column_means
@@ -28,8 +28,6 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.protocol import Block, Loader, S, ShardRows, Task
 from gmm_dist.shards.ray_shards import RayShards, connected
-
-_MOST_NAMES = 8  # of features, in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,17 +101,13 @@ def _plan(lake: Lake, mixture: Mixture) -> Plan:
     plan = plan_of(replace(lake, columns=names) if chosen else lake)
     d = mixture.n_features
     if (names and plan.feature_names != names) or plan.n_features != d:
-        wanted = f"{d} features" + (f" ({_listed(names)})" if names else "")
+        wanted = f"{d} features" + (f" ({first_few(names)})" if names else "")
         remedy = "leave columns out" if names else f"name {d} columns"
         raise UserError(
-            f"{plan.url} has {plan.n_features} features ({_listed(plan.feature_names)}), the "
+            f"{plan.url} has {plan.n_features} features ({first_few(plan.feature_names)}), the "
             f"mixture {wanted}: {remedy}, or give a mixture that was fitted to these"
         )
     return plan
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")
 
 
 @dataclass(frozen=True, slots=True)

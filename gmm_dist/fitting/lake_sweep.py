@@ -121,6 +121,7 @@ def started_workers(
     reserve = lane_bytes(lanes, n_features)
     shards = RayShards(loader, loader.plan.n_shards, cluster, faults, reserve=reserve)
     with closing(shards):
-        require_memory(lanes, n_features, shards.worker_memory())
-        require_rows_fit(shards, loader, reserve=reserve)
+        available = shards.worker_memory()
+        require_memory(lanes, n_features, available)
+        require_rows_fit(shards, loader, available=available, reserve=reserve)
         yield shards

@@ -11,6 +11,7 @@ import torch
 
 from gmm_dist import __version__
 from gmm_dist.errors import Option, Words
+from gmm_dist.formats import one_line
 from gmm_dist.lake.load import Counted, LakeLoader
 from gmm_dist.lake.plan import Plan
 from gmm_dist.model.mixture import Mixture
@@ -22,7 +23,6 @@ from gmm_dist.selection.ranking import RankedCandidate, SweepResult
 from gmm_dist.shards.protocol import Shards
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")
-
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +207,5 @@ def sample_of(shards: Shards, result: SweepResult, random_state: int) -> torch.T
         coreset = shards.run(DrawCoreset.of(result.total, _DRAWN, random_state))
         return coreset.fair(_KEPT, keyed_generator(random_state, _PICTURE))
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        logger.warning("the report will have no picture of the rows: %s", reason)
+        logger.warning("the report will have no picture of the rows: %s", one_line(error))
         return None

@@ -94,12 +94,14 @@ def plan_of(lake: Lake) -> Plan:
     )
 
 
-def require_rows_fit(shards: RayShards, loader: LakeLoader, *, reserve: int) -> None:
-    """Raise UserError where the workers' memory does not hold the rows and `reserve` bytes."""
+def require_rows_fit(
+    shards: RayShards, loader: LakeLoader, *, available: int, reserve: int
+) -> None:
+    """Raise UserError where a worker's `available` bytes do not hold rows and `reserve` bytes."""
     need = _rows_need(loader.plan, loader)
     # Loading is over when the statistics come.
     beside = reserve if shards.on_gpu else max(reserve, need.loading)
-    require_room(need, shards.n_workers, shards.worker_memory(), beside=beside)
+    require_room(need, shards.n_workers, available, beside=beside)
 
 
 def load_rows(

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from gmm_dist.errors import UserError
+from gmm_dist.formats import first_few
 
 Array = npt.NDArray[Any]
 Rows = Array | Tensor
 
-_MOST_NAMES = 8  # of features, in a message
 _TIME = re.compile(r"[<>=]?(date|time|duration|[mM]8)", re.IGNORECASE)
 # Stands for a model that was loaded, by its name, where scikit-learn checks rows.
 _Loaded: type[BaseEstimator] = type("Mixture", (BaseEstimator,), {})
@@ -296,8 +296,7 @@ def _one_line(error: Exception, n_features: int, names: Sequence[str]) -> str:
     said = [first, *others] if first.startswith("The feature names") else [first]
     if isinstance(error, NotFinite) or ": give " in first:
         return first
-    listed = ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")
-    told = f" ({listed})" if names else ""
+    told = f" ({first_few(names)})" if names else ""
     return (
         f"{'; '.join(line.rstrip('.:') for line in said)}: give rows (n, {n_features}), one column "
         f"per feature of the mixture, in their order{told}"

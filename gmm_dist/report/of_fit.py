@@ -1,4 +1,4 @@
-"""What a fitting job puts into report.html: a sample of the rows, the mixture as arrays."""
+"""Draw the report of a fit or a night, from its results, as one file beside them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gmm_dist.formats import one_line
 from gmm_dist.model.mixture import Mixture, labels
 from gmm_dist.runs.load import Attempt
 from gmm_dist.storage import redacted
@@ -43,7 +44,7 @@ def write(
     try:
         html = _rendered(content, mixture, sample, numbers, nightly)
     except Exception as error:
-        logger.warning("%s could not be drawn and is left out: %s", NAME, _line(error))
+        logger.warning("%s could not be drawn and is left out: %s", NAME, one_line(error))
         return False
     attempt.write(NAME, html.encode())
     return True
@@ -77,7 +78,3 @@ def _rendered(
     if sample is not None:
         rows = page.Sample(sample.numpy(), labels(parameters, sample).numpy())
     return page.render(content, clusters, rows, nightly)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -31,7 +31,6 @@ from gmm_dist.commands.night_options import NightlyOptions, NightRows
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.fitting import fit as fitting
 from gmm_dist.lake.nights import NightKey
-from gmm_dist.nightly.gate import Gate
 from gmm_dist.nightly.lineage import DRIFT, GATE, Lineage
 from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import claim, load
@@ -469,7 +468,7 @@ def test_a_pruned_night_is_not_fitted_again(local: Nights, capsys: Errors) -> No
     argv = [local.data, "--registry", local.url, "--night", night(1), "--partition", "ds"]
     options = nightly._parse([*argv, "--k", "3"])
     with pytest.raises(UserError, match=r"was published and pruned while this run waited"):
-        nightly._publish(options, NightRows(options), local.registry, Gate(), ExitStack())
+        nightly._publish(options, NightRows(options), local.registry, ExitStack())
 
 
 def test_scores_inside_the_lake_are_refused_before_any_fitting(

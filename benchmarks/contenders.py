@@ -74,10 +74,10 @@ class Ours:
         kind = problem.shape.covariance_type
         self._starts = [
             Parameters(
-                torch.from_numpy(start.weights),
-                torch.from_numpy(start.means),
-                torch.from_numpy(start.covariances),
-                kind,
+                weights=torch.from_numpy(start.weights),
+                means=torch.from_numpy(start.means),
+                covariances=torch.from_numpy(start.covariances),
+                covariance_type=kind,
             )
             for start in problem.starts
         ]

@@ -82,8 +82,13 @@ def draw(shape: Shape, device: torch.device, *, seed: int = 0) -> tuple[ShardRow
     start = means.T + 0.1 * torch.randn(k, d, **options)
     weights = torch.full((k,), 1 / k, dtype=torch.float64)
     covariances = _covariances(shape, seed)
-    parameters = Parameters(weights, start.double().cpu(), covariances, shape.covariance_type)
-    return ShardRows(0, [Block(X)]), parameters
+    parameters = Parameters(
+        weights=weights,
+        means=start.double().cpu(),
+        covariances=covariances,
+        covariance_type=shape.covariance_type,
+    )
+    return ShardRows(shard=0, blocks=[Block(X)]), parameters
 
 
 def _covariances(shape: Shape, seed: int) -> Tensor:

@@ -65,7 +65,7 @@ class Drawn:
         labels = torch.randint(12, (b - a,), generator=_seeded(2 * shard + 1))
         X = torch.randn(self.n_features, b - a, generator=_seeded(2 * shard + 2))
         X += centres[labels].T
-        return ShardRows(shard, [Block(X)])
+        return ShardRows(shard=shard, blocks=[Block(X)])
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -77,10 +77,10 @@ def starts(ks: Sequence[int], n_features: int) -> list[Parameters]:
     eye = torch.eye(n_features, dtype=torch.float64)
     return [
         Parameters(
-            torch.full((k,), 1 / k, dtype=torch.float64),
-            torch.randn(k, n_features, dtype=torch.float64, generator=_seeded(k)),
-            eye.repeat(k, 1, 1) * 2,
-            "full",
+            weights=torch.full((k,), 1 / k, dtype=torch.float64),
+            means=torch.randn(k, n_features, dtype=torch.float64, generator=_seeded(k)),
+            covariances=eye.repeat(k, 1, 1) * 2,
+            covariance_type="full",
         )
         for k in ks
     ]
@@ -192,7 +192,7 @@ def _keeper(stack: ExitStack, clock: Clock, output: Path | None) -> Callable[...
         return lambda number, snapshot: None
     run = stack.enter_context(claim.claim(str(output)))
     stack.callback(run.forget)
-    identity = RunIdentity("plan", (), {}, environment())
+    identity = RunIdentity(plan_hash="plan", files=(), settings={}, environment=environment())
     checkpoints = run.checkpoints(identity)
 
     def keep(number: int, snapshot: Callable[[], Snapshot]) -> None:

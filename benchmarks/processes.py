@@ -33,7 +33,7 @@ class Loader:
         X = np.load(self.path, mmap_mode="r")
         a, b = (len(X) * i // self.n_shards for i in (shard, shard + 1))
         columns = torch.from_numpy(np.ascontiguousarray(X[a:b].T))
-        return ShardRows(shard, [Block(columns)])
+        return ShardRows(shard=shard, blocks=[Block(columns)])
 
 
 class ProcessShards:

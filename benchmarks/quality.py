@@ -187,7 +187,9 @@ def ours(
 
 def _fit_of(one: RankedCandidate, blank: Fit) -> Fit:
     p, fit = one.fit.parameters, one.fit
-    mixture = Mixture(p.weights.numpy(), p.means.numpy(), p.covariances.numpy())
+    mixture = Mixture(
+        parameters=p.weights.numpy(), feature_names=p.means.numpy(), n_samples=p.covariances.numpy()
+    )
     return replace(
         blank,
         status=fit.status.name,
@@ -199,7 +201,7 @@ def _fit_of(one: RankedCandidate, blank: Fit) -> Fit:
 
 def _parameters(mixture: Mixture) -> Parameters:
     weights, means, covariances = (torch.from_numpy(v) for v in vars(mixture).values())
-    return Parameters(weights, means, covariances, "full")
+    return Parameters(weights=weights, means=means, covariances=covariances, covariance_type="full")
 
 
 def scikit_learn(X: Rows, k: int, start: Mixture | None = None, **settings: Any) -> Fit:
@@ -224,7 +226,9 @@ def scikit_learn(X: Rows, k: int, start: Mixture | None = None, **settings: Any)
     fit = Fit("scikit-learn", label, k, seconds, status)
     if status:
         return fit
-    mixture = Mixture(model.weights_, model.means_, model.covariances_)
+    mixture = Mixture(
+        parameters=model.weights_, feature_names=model.means_, n_samples=model.covariances_
+    )
     status = "CONVERGED" if model.converged_ else "MAX_ITER"
     fit = replace(fit, status=status, mixture=mixture, degenerate=False, n_iter=model.n_iter_)
     return scored(fit, X, model.reg_covar)

@@ -106,8 +106,18 @@ def _make(options: argparse.Namespace, folder: Path) -> None:
     names = tuple(table.column_names[1:])
     rows = np.column_stack([table[name] for name in names]).astype(np.float64)
     with load.claim(str(folder / "model")) as attempt:
-        mixture = Mixture(_parameters(rows, options.k, options.covariance_type), names)
-        provenance = load.Provenance({}, "made up", True, 0, {}, "", {})
+        mixture = Mixture(
+            parameters=_parameters(rows, options.k, options.covariance_type), feature_names=names
+        )
+        provenance = load.Provenance(
+            criteria={},
+            status="made up",
+            converged=True,
+            n_iter=0,
+            config={},
+            plan_hash="",
+            versions={},
+        )
         attempt.write_model(mixture, provenance)
         attempt.commit()
 
@@ -119,7 +129,12 @@ def _parameters(rows: np.ndarray, k: int, kind: str) -> Parameters:
     means = rows[rng.choice(len(rows), k, replace=False)]
     weights = rng.dirichlet(np.full(k, 5.0))
     covariances = np.stack([one * scale for scale in rng.uniform(0.5, 2, k)])
-    return Parameters(*(torch.from_numpy(part) for part in (weights, means, covariances)), kind)
+    return Parameters(
+        weights=torch.from_numpy(weights),
+        means=torch.from_numpy(means),
+        covariances=torch.from_numpy(covariances),
+        covariance_type=kind,
+    )
 
 
 def _lap(name: str, folder: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -157,8 +172,10 @@ def _one_worker(folder: Path, out: Path, answers: Any) -> None:
     names = mixture.feature_names
     plan = plan_lake(str(folder / "lake"), columns=names, missing="mean", keep=["id"])
     kept = pa.schema([plan.schema.field("id")])
-    identity = RunIdentity(plan.hash, (), {})
-    files = ScoreFiles(plan, Scoring(mixture.parameters, kept), str(out), identity, "attempt")
+    identity = RunIdentity(plan_hash=plan.hash, files=(), settings={})
+    files = ScoreFiles(
+        plan, Scoring(mixture=mixture.parameters, kept=kept), str(out), identity, "attempt"
+    )
     for shard in range(len(plan.files)):
         files(shard)
     answers.put(_measured(began))

@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         topic = write_documents(folder)
-        lake = gmm_dist.Lake(name, columns=["embedding"])
+        lake = gmm_dist.Lake(url=name, columns=["embedding"])
         found = gmm_dist.select(lake, n_components=range(4, 9), covariance_type="diag")
         X = np.stack(pq.read_table(folder / "a.parquet")["embedding"].to_numpy())
     print(found)

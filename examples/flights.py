@@ -25,7 +25,7 @@ def main(n_rows: int = 40_000) -> None:
         table = datasets.flights()
         every = np.arange(0, len(table), -(-len(table) // n_rows))
         pq.write_table(table.take(every), f"{folder}/a.parquet")
-        lake = gmm_dist.Lake(folder, columns=["departure", "distance", "speed", "arr_delay"])
+        lake = gmm_dist.Lake(url=folder, columns=["departure", "distance", "speed", "arr_delay"])
         found = gmm_dist.select(lake, n_components=range(2, 7), covariance_type="full")
     print(found)
     mixture = found.best.to_mixture()

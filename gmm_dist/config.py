@@ -57,7 +57,7 @@ class Cluster:
         return replace(self, num_workers=min(self.num_workers, max(1, n_shards)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FailureConfig:
     """How patient a run is with its workers; all times in seconds.
 
@@ -100,7 +100,7 @@ class FailureConfig:
         return float(min(self.max_backoff, self.backoff * 2.0 ** min(failures - 1, 60)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EMConfig:
     """Settings of the EM loop.
 
@@ -132,7 +132,7 @@ class EMConfig:
         _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {allowed}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartConfig:
     """Settings of the search for starts (`selection.starts`).
 

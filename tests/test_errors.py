@@ -208,7 +208,7 @@ def test_commands_and_python_spell_the_same_error_in_their_own_words(
     assert sweep.main(words) == ending.USER_CAN_MEND
     assert said in capfd.readouterr().err.splitlines()[-1]
     with pytest.raises(UserError) as raised:
-        select(Lake(str(lake), **lake_options), n_components=2, **settings)
+        select(Lake(url=str(lake), **lake_options), n_components=2, **settings)
     assert told in str(raised.value)
     assert "--" not in re.sub(r"`[^`]*`", "", str(raised.value))
 

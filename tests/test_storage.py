@@ -292,7 +292,11 @@ def test_an_outage_between_listing_and_footers_is_outlasted(proxied):
     found = listing.find(url)
     with proxy.outage(3):
         footers = survey.read_footers(
-            url, found.files, survey.Questions(None, None, found.keys, (), 0, ())
+            url,
+            found.files,
+            survey.Questions(
+                names=None, tested=None, keys=found.keys, no_nulls=(), chunks=0, keep=()
+            ),
         )
     assert [footer.file.rows for footer in footers] == [(1000, 1000, 1000)] * 2
 

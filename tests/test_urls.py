@@ -13,7 +13,7 @@ import pytest
 from gmm_dist import storage
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.lake.lake import Lake
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 from gmm_dist.urls import Url, redacted, reveal, without_secrets
 
 SHOWN = [
@@ -99,8 +99,8 @@ def test_parts_go_before_the_query():
 
 def test_what_holds_a_url_shows_none():
     url = "https://user:hidden@host/x?sig=hidden"
-    assert "hidden" not in repr(Lake(url))
-    place = Place.of(url)
+    assert "hidden" not in repr(Lake(url=url))
+    place = Folder.of(url)
     assert place.url == "https://host/x"
     assert place.at("a") == "https://user:hidden@host/x/a?sig=hidden"
     assert place.below("a").url == "https://host/x"

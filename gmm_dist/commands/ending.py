@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gmm_dist.commands import early, talking
-from gmm_dist.commands.options import Again, asks_for_json
+from gmm_dist.commands.options import CommandLine, asks_for_json
 from gmm_dist.commands.stopping import Stopper, stopper
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.formats import printable
@@ -50,9 +50,9 @@ _to_resume: list[str | None] = [None]
 
 
 @contextmanager
-def said_how_to_resume(again: Again) -> Iterator[None]:
+def said_how_to_resume(command_line: CommandLine) -> Iterator[None]:
     """Have the line that ends the block, if something does, name the command that goes on."""
-    before, _to_resume[0] = _to_resume[0], again.to_resume()
+    before, _to_resume[0] = _to_resume[0], command_line.to_resume()
     yield
     _to_resume[0] = before
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from gmm_dist.commands.ending import note, run, said_how_to_resume
 from gmm_dist.commands.options import (
-    Again,
+    CommandLine,
     Parser,
     add_common,
     options_of,
@@ -46,23 +46,23 @@ def fit(argv: Sequence[str]) -> None:
         parser.error("one of --k and --start is required")
     if (given.k is not None and len(given.k) != 1) or len(given.covariance_type) != 1:
         parser.error("fit takes one k and one covariance type: use sweep for several")
-    fit_and_tell(options_of(FitOptions, given), Again(program("fit"), argv))
+    fit_and_tell(options_of(FitOptions, given), CommandLine(program("fit"), argv))
 
 
-def fit_and_tell(options: FitOptions, again: Again) -> None:
+def fit_and_tell(options: FitOptions, command_line: CommandLine) -> None:
     """Fit, commit, and say what came of it.
 
     Raises UserError where nothing could be ranked, and as `fit_lake` does.
     """
     output = options.output.rstrip("/")
     note(output=output)
-    with said_how_to_resume(again):
+    with said_how_to_resume(command_line):
         outcome = fit_lake(
             options,
             progress=Progress(screen(stderr=True)),
             draw=of_fit.write,
             spelling=on_command_line,
-            next_run=lambda k: f"next run: {again.for_k(k)}",
+            next_run=lambda k: f"next run: {command_line.for_k(k)}",
             finish=finish,  # what is left takes a moment, and is not to be told of as broken off
         )
         if outcome.result is None:

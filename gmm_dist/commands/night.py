@@ -25,7 +25,7 @@ from gmm_dist.lake.plan import Plan
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.nightly import gate
 from gmm_dist.nightly.column_drift import ColumnDrift, column_drift, sample_size
-from gmm_dist.nightly.drift import Densities, Drift, Numbered, compare_densities, drift
+from gmm_dist.nightly.drift import DensityChange, Drift, Numbered, compare_densities, drift
 from gmm_dist.nightly.lineage import DRIFT, GATE, LINEAGE, Lineage, Published
 from gmm_dist.nightly.matching import Matching, match
 from gmm_dist.nightly.registry import Registry
@@ -42,19 +42,19 @@ from gmm_dist.shards.ray_shards import connected
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Night:
     """One night's work, between the claim of its output and its commit."""
 
     options: NightlyOptions
     rows: NightRows
-    place: Registry
+    registry: Registry
     before: Published | None
     session: ExitStack
 
     def candidate(self, run: Run) -> str:
         """Where the run's results are if the gate keeps them back."""
-        return self.place.candidate_url(self.options.night, run.attempt.id)
+        return self.registry.candidate_url(self.options.night, run.attempt.id)
 
     @property
     def _night_before(self) -> str | None:
@@ -76,15 +76,15 @@ class Night:
             return reasons
         warnings = [*work.warnings, *self._warnings(work.columns)]
         more = {"warnings": warnings, "seconds": time.monotonic() - began}
-        self.place.await_earlier(self.options.night)
-        if self.place.came_between(self._night_before, self.options.night):
+        self.registry.await_earlier(self.options.night)
+        if self.registry.came_between(self._night_before, self.options.night):
             return None
         if work.reasons:
             self._keep_back(run, work.reasons, work, more)
             print_table(work.fitted.result, warnings)
             return work.reasons
-        with self.place.turn() as turn:
-            if self.place.came_between(self._night_before, self.options.night):
+        with self.registry.turn() as turn:
+            if self.registry.came_between(self._night_before, self.options.night):
                 return None
             lineage = self._publish(run, work, more, turn)
         # Results are committed before anybody is told: the reader may have gone.
@@ -100,7 +100,7 @@ class Night:
         if warm is not None and self.before is not None:
             logger.info("warm start from %s, %s", self.before.night, _shape(warm, self.options))
         job = Job.of(options, plan, warm=warm, progress=Progress(screen(stderr=True)))
-        seen: list[tuple[Densities, Coreset]] = []
+        seen: list[tuple[DensityChange, Coreset]] = []
 
         def look(shards: Shards, result: SweepResult) -> None:
             if job.warm and result.best is not None:
@@ -118,7 +118,7 @@ class Night:
             densities, rows = seen[0]
             columns = _columns_against(self.before, mixture_of(fitted, job.loader), job, rows)
         reasons += self._reasons(job, fitted, densities, columns)
-        return _Work(job, fitted, densities, columns, reasons)
+        return _Work(job=job, fitted=fitted, densities=densities, columns=columns, reasons=reasons)
 
     def _plan(self) -> tuple[Plan, tuple[str, ...] | None, list[str]]:
         """Plan the rows, their columns in last night's order; say how they differ from them.
@@ -159,7 +159,7 @@ class Night:
         self,
         job: Job,
         fitted: Fitted,
-        densities: Densities | None,
+        densities: DensityChange | None,
         columns: ColumnDrift | None,
     ) -> list[str]:
         before = None if self.before is None else self.before.lineage.n_rows
@@ -179,7 +179,7 @@ class Night:
         mixture, reference = work.mixture, self._reference(work)
         known = () if reference is None else reference.lineage.ids
         matching = _match(reference, mixture)
-        first = self.place.new_ids(len(matching.born), above=known)
+        first = self.registry.new_ids(len(matching.born), above=known)
         lineage = Lineage(
             night=self.options.night,
             night_before=self._night_before,
@@ -196,7 +196,7 @@ class Night:
         turn.check()
         with holding():
             run.attempt.commit()
-        self.place.point_to(self.options.night)
+        self.registry.point_to(self.options.night)
         return lineage
 
     def _keep_back(
@@ -218,7 +218,7 @@ class Night:
             self._write(attempt, reasons, work, more or {}, changes, numbers)
             attempt.commit()
         run.check()  # drawing the report takes time: whoever has taken over keeps theirs
-        self.place.forget_candidates(self.options.night, but=run.attempt.id)
+        self.registry.forget_candidates(self.options.night, but=run.attempt.id)
         run.forget()
 
     def _write(
@@ -268,7 +268,7 @@ class Night:
         """
         if self.before is not None:
             return self.before
-        after = self.place.oldest_after(self.options.night)
+        after = self.registry.oldest_after(self.options.night)
         names = work.job.plan.feature_names
         return after if after is not None and after.mixture.feature_names == names else None
 
@@ -299,13 +299,13 @@ def _columns_against(before: Published, tonight: Mixture, job: Job, rows: Corese
     return column_drift(*parameters, X, rows.sample_weight, tonight.feature_names)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Work:
     """What a night's fit left: `reasons` to keep it back."""
 
     job: Job
     fitted: Fitted
-    densities: Densities | None
+    densities: DensityChange | None
     columns: ColumnDrift | None
     reasons: list[str]
 

@@ -18,7 +18,7 @@ from gmm_dist.commands.ending import KEPT_BACK, note, run, said_how_to_resume
 from gmm_dist.commands.night import Night
 from gmm_dist.commands.night_options import NightlyOptions, NightRows
 from gmm_dist.commands.options import (
-    Again,
+    CommandLine,
     Parser,
     add_common,
     options_of,
@@ -45,59 +45,59 @@ logger = logging.getLogger(__name__)
 
 def nightly(argv: Sequence[str]) -> int:
     """Parse the command line and run the night; return the exit status."""
-    options, again = _parse(argv), Again(program("nightly"), argv)
-    return run_night(options, again)
+    options, command_line = _parse(argv), CommandLine(program("nightly"), argv)
+    return run_night(options, command_line)
 
 
-def run_night(options: NightlyOptions, again: Again) -> int:
+def run_night(options: NightlyOptions, command_line: CommandLine) -> int:
     """Fit, gate, publish, score and prune a night; return the exit status."""
     note(night=options.night, registry=options.registry)
-    place = Registry(options.registry)
+    registry = Registry(options.registry)
     rows = NightRows(options)
     # Sums have the same bits whatever the cores of this machine, whose setting is not ours.
     with one_thread(), renaming(output="registry"), ExitStack() as session:
-        place.latest()  # a damaged pointer is told of before hours of work, not after
-        return _all_of(options, rows, again, place, session)
+        registry.latest()  # a damaged pointer is told of before hours of work, not after
+        return _all_of(options, rows, command_line, registry, session)
 
 
 def _all_of(
     options: NightlyOptions,
     rows: NightRows,
-    again: Again,
-    place: Registry,
+    command_line: CommandLine,
+    registry: Registry,
     session: ExitStack,
 ) -> int:
     """Publish, point, score and prune, with one connection to Ray; return the exit status."""
     night = options.night
-    with said_how_to_resume(again):
-        if place.is_pruned(night):
+    with said_how_to_resume(command_line):
+        if registry.is_pruned(night):
             say(f"{options.output}: published and pruned, nothing is left to do")
             return 0
-        if place.is_published(night):
+        if registry.is_published(night):
             say(f"{options.output}: published before")
-        elif not _publish(options, rows, place, session):
+        elif not _publish(options, rows, registry, session):
             note(published=False)
             return KEPT_BACK
         note(published=True)
-        place.point_to(night)
-        if place.is_pruned(night):
+        registry.point_to(night)
+        if registry.is_pruned(night):
             say(f"{options.output}: published and pruned, nothing is left to do")
             return 0
     if options.scores is not None:
         with renaming(output="scores"):
-            _score(options, rows, again)
-    with said_how_to_resume(again):
+            _score(options, rows, command_line)
+    with said_how_to_resume(command_line):
         if options.keep_models:
-            place.prune(options.keep_models, night=night)
-        note(model=f"{options.output}/model", latest=place.latest())
-        say(f"model of {night} in {options.output}; {_latest(place)}")
+            registry.prune(options.keep_models, night=night)
+        note(model=f"{options.output}/model", latest=registry.latest())
+        say(f"model of {night} in {options.output}; {_latest(registry)}")
     return 0
 
 
 def _publish(
     options: NightlyOptions,
     rows: NightRows,
-    place: Registry,
+    registry: Registry,
     session: ExitStack,
 ) -> bool:
     """Do the night's work, if nobody has done it; say whether the gate let it pass."""
@@ -107,15 +107,17 @@ def _publish(
     with claim.claim(options.output, resume=options.resume) as run:
         if run.committed:
             return True
-        if place.is_pruned(options.night):
+        if registry.is_pruned(options.night):
             raise UserError(
                 f"{options.output} was published and pruned while this run waited for it: nothing "
                 "is left to do"
             )
         while True:
-            place.await_earlier(options.night)
-            before = place.newest_before(options.night)
-            work = Night(options, rows, place, before, session)
+            registry.await_earlier(options.night)
+            before = registry.newest_before(options.night)
+            work = Night(
+                options=options, rows=rows, registry=registry, before=before, session=session
+            )
             if (reasons := work.run(run)) is not None:
                 break
             logger.info("a night has been published in between: fitting anew from that")
@@ -123,7 +125,7 @@ def _publish(
         if reasons:
             say(f"what there is of {options.night} is kept in {work.candidate(run)}")
             note(reasons=reasons)
-            say(f"kept back {options.night}: {'; '.join(reasons)}; {_latest(place)}")
+            say(f"kept back {options.night}: {'; '.join(reasons)}; {_latest(registry)}")
         return not reasons
 
 
@@ -143,7 +145,7 @@ def _check_scores(options: NightlyOptions, rows: NightRows) -> None:
         )
 
 
-def _score(options: NightlyOptions, rows: NightRows, again: Again) -> None:
+def _score(options: NightlyOptions, rows: NightRows, command_line: CommandLine) -> None:
     """Score the rows of the night alone, whatever --days; what is scored already stays."""
     assert options.scores is not None
     shared = {f.name for f in fields(ScoreOptions)} & {f.name for f in fields(NightlyOptions)}
@@ -157,7 +159,7 @@ def _score(options: NightlyOptions, rows: NightRows, again: Again) -> None:
         }
     )
     try:
-        score_and_tell(scoring, again)
+        score_and_tell(scoring, command_line)
     except UserError as error:
         if not _is_scored(scoring):
             raise
@@ -175,8 +177,8 @@ def _is_scored(scoring: ScoreOptions) -> bool:
     return all(config.get(name) == value for name, value in asked.items())
 
 
-def _latest(place: Registry) -> str:
-    return f"the latest is {place.latest() or 'none'}"
+def _latest(registry: Registry) -> str:
+    return f"the latest is {registry.latest() or 'none'}"
 
 
 def _parse(argv: Sequence[str]) -> NightlyOptions:

@@ -255,7 +255,7 @@ def program(job: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
+class CommandLine:
     """The command line of a job, to be spelt as for a shell with something changed.
 
     `program` are the words before the arguments. Without credentials, where a URL had any: it

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from gmm_dist.commands.ending import note, run, said_how_to_resume
 from gmm_dist.commands.options import (
-    Again,
+    CommandLine,
     Parser,
     add_cluster,
     add_json,
@@ -33,7 +33,9 @@ def score(argv: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_score(parser)
-    score_and_tell(options_of(ScoreOptions, parser.parse_args(argv)), Again(program("score"), argv))
+    score_and_tell(
+        options_of(ScoreOptions, parser.parse_args(argv)), CommandLine(program("score"), argv)
+    )
 
 
 def add_score(parser: argparse.ArgumentParser) -> None:
@@ -77,10 +79,10 @@ def add_score(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def score_and_tell(options: ScoreOptions, again: Again) -> None:
+def score_and_tell(options: ScoreOptions, command_line: CommandLine) -> None:
     """Score, commit, and say what was done."""
     note(scores=options.output.rstrip("/"))
-    with said_how_to_resume(again):
+    with said_how_to_resume(command_line):
         outcome = score_lake(
             options,
             progress=Progress(screen(stderr=True)),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from gmm_dist.commands.ending import run
 from gmm_dist.commands.fit import fit_and_tell
-from gmm_dist.commands.options import Again, Parser, add_common, options_of, parse_k, program
+from gmm_dist.commands.options import CommandLine, Parser, add_common, options_of, parse_k, program
 from gmm_dist.fitting.options import FitOptions
 from gmm_dist.selection.ranking import CRITERIA
 
@@ -30,7 +30,7 @@ def sweep(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
     if given.criterion == "holdout" and given.holdout == 0:
         parser.error("--criterion holdout needs rows to rank by: add --holdout 0.1")
-    fit_and_tell(options_of(FitOptions, given), Again(program("sweep"), argv))
+    fit_and_tell(options_of(FitOptions, given), CommandLine(program("sweep"), argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

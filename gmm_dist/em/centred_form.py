@@ -67,4 +67,10 @@ class CentredForm:
         """Return the sums since `clear`."""
         sums = (self._sums, self._log_likelihood, self._entropy, self._squares)
         moments, log_likelihood, entropy, squares = (total.cpu().clone() for total in sums)
-        return SufficientStatistics(moments, log_likelihood, entropy, float32_error, squares)
+        return SufficientStatistics(
+            moments=moments,
+            log_likelihood=log_likelihood,
+            entropy=entropy,
+            float32_error=float32_error,
+            squares=squares,
+        )

@@ -207,7 +207,14 @@ class SumMoments:
             largest = max(largest, float(weight.max()))
         n_samples, n_rows, sum_ww = counts.tolist()
         sum_x, sum_xx = sums[0].cpu(), (sums[1:] if self.whole else sums[1]).cpu()
-        return TotalMoments(n_samples, int(n_rows), sum_x, sum_xx, sum_ww, largest)
+        return TotalMoments(
+            n_samples=n_samples,
+            n_rows=int(n_rows),
+            sum_x=sum_x,
+            sum_xx=sum_xx,
+            sum_ww=sum_ww,
+            max_weight=largest,
+        )
 
 
 def chunks(blocks: Sequence[Block], n_max: int) -> Iterator[Block]:

@@ -76,7 +76,7 @@ class Score:
         return LogLikelihoods(sums.cpu(), float(n_samples))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreSums:
     """Sums over rows under one mixture, of which its score and criteria are made; a Summary.
 
@@ -95,12 +95,12 @@ class ScoreSums:
     def __add__(self, other: ScoreSums) -> ScoreSums:
         one, two = self._in(other), other._in(self)
         return ScoreSums(
-            one.log_likelihood + two.log_likelihood,
-            one.entropy + two.entropy,
-            one.n_samples + two.n_samples,
-            one.sum_ww + two.sum_ww,
-            one.n_rows + two.n_rows,
-            two.unit if one.n_rows == 0 else one.unit,
+            log_likelihood=one.log_likelihood + two.log_likelihood,
+            entropy=one.entropy + two.entropy,
+            n_samples=one.n_samples + two.n_samples,
+            sum_ww=one.sum_ww + two.sum_ww,
+            n_rows=one.n_rows + two.n_rows,
+            unit=two.unit if one.n_rows == 0 else one.unit,
         )
 
     def _in(self, other: ScoreSums) -> ScoreSums:
@@ -109,19 +109,25 @@ class ScoreSums:
             return self
         by = other.unit / self.unit
         return ScoreSums(
-            self.log_likelihood * by,
-            self.entropy * by,
-            self.n_samples * by,
-            self.sum_ww * by * by,
-            self.n_rows,
-            other.unit,
+            log_likelihood=self.log_likelihood * by,
+            entropy=self.entropy * by,
+            n_samples=self.n_samples * by,
+            sum_ww=self.sum_ww * by * by,
+            n_rows=self.n_rows,
+            unit=other.unit,
         )
 
     @property
     def criterion_size(self) -> float:
         """The n of the criteria: Σ w as given, or Kish's number of rows (`criterion_size`)."""
         empty = torch.zeros(0, dtype=torch.float64)
-        moments = TotalMoments(self.n_samples, self.n_rows, empty, empty, self.sum_ww)
+        moments = TotalMoments(
+            n_samples=self.n_samples,
+            n_rows=self.n_rows,
+            sum_x=empty,
+            sum_xx=empty,
+            sum_ww=self.sum_ww,
+        )
         return criterion_size(moments, self.unit)
 
 
@@ -147,7 +153,14 @@ class SumScores:
             of_rows = torch.stack([logits.logsumexp(0), entropy, torch.ones_like(weight), weight])
             sums += of_rows @ weight
         log_likelihood, entropy, n_samples, sum_ww = sums.tolist()
-        return ScoreSums(log_likelihood, entropy, n_samples, sum_ww, rows.n_rows, unit)
+        return ScoreSums(
+            log_likelihood=log_likelihood,
+            entropy=entropy,
+            n_samples=n_samples,
+            sum_ww=sum_ww,
+            n_rows=rows.n_rows,
+            unit=unit,
+        )
 
 
 def mean_log_likelihoods(shards: Shards, mixtures: Sequence[Parameters]) -> list[float | None]:
@@ -173,7 +186,7 @@ def _has_density(mixture: Parameters) -> bool:
     return not bool(failed.any()) and math.isfinite(float(mixture.means.sum()))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Histograms:
     """The weights of rows by log-density, for L mixtures; a Summary.
 
@@ -191,12 +204,12 @@ class Histograms:
 
     def __add__(self, other: Histograms) -> Histograms:
         return Histograms(
-            self.tops,
-            self.counts + other.counts,
-            self.sums + other.sums,
-            torch.minimum(self.minima, other.minima),
-            torch.maximum(self.maxima, other.maxima),
-            self.n_samples + other.n_samples,
+            tops=self.tops,
+            counts=self.counts + other.counts,
+            sums=self.sums + other.sums,
+            minima=torch.minimum(self.minima, other.minima),
+            maxima=torch.maximum(self.maxima, other.maxima),
+            n_samples=self.n_samples + other.n_samples,
         )
 
     @property
@@ -294,8 +307,14 @@ class _Counter:
             self._maxima = torch.maximum(self._maxima, counted.amax(1))
 
     def histograms(self) -> Histograms:
-        parts = (self._counts, self._sums, self._minima, self._maxima)
-        return Histograms(self._tops, *parts, self._n_samples)
+        return Histograms(
+            tops=self._tops,
+            counts=self._counts,
+            sums=self._sums,
+            minima=self._minima,
+            maxima=self._maxima,
+            n_samples=self._n_samples,
+        )
 
 
 def _gaps() -> Float64[Tensor, " B"]:

@@ -14,7 +14,7 @@ from gmm_dist.model.covariance import PRODUCT_BLOCK, TYPE_OF, n_feature_rows
 _MAX_VIEWS = 256  # chunk lengths whose views are kept
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Views:
     """Φ for one chunk length: each covariance type's rows, and the parts that a fill writes."""
 
@@ -79,7 +79,9 @@ class Features:
         x = phi[2 : 2 + d]
         products = _products(x, phi[2 + 2 * d :]) if self._has_products else []
         of = {kind: phi[TYPE_OF[kind].rows(d)] for kind in self._kinds}
-        views = _Views(of, x, phi[1], phi[2 + d : 2 + 2 * d], phi[0], products)
+        views = _Views(
+            of=of, x=x, ones=phi[1], squares=phi[2 + d : 2 + 2 * d], norm=phi[0], products=products
+        )
         self._views[n] = views
         return views
 

@@ -37,7 +37,7 @@ class Outcome(enum.Enum):
     DROPPED = enum.auto()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Lane:
     """One mixture being fitted: the parameters that the next pass scores, and its history."""
 
@@ -82,7 +82,7 @@ class Lane:
             reg=regularisation(config, parameters.means.new_ones(d) if scale is None else scale),
             nk=torch.zeros_like(parameters.weights),
             rows=torch.zeros_like(parameters.weights),
-            squarem=Squarem(scale) if config.accelerate and scale is not None else None,
+            squarem=Squarem(scale=scale) if config.accelerate and scale is not None else None,
         )
         if bool(at_start.failed.any()):
             lane.outcome = Outcome.SINGULAR
@@ -178,7 +178,9 @@ def _lane(tensors: Mapping[str, Tensor], i: int, plain: Mapping[str, Any]) -> La
     if "leaps" in plain:
         trail = [_parameters(tensors, f"{i}.trail.{j}", kind) for j in range(plain["n_trail"])]
         fallback = _parameters(tensors, f"{i}.fallback", kind) if plain["leaping"] else None
-        squarem = Squarem(tensors[f"{i}.scale"], trail, fallback, **plain["leaps"])
+        squarem = Squarem(
+            scale=tensors[f"{i}.scale"], trail=trail, fallback=fallback, **plain["leaps"]
+        )
     return Lane(
         parameters=_parameters(tensors, f"{i}.parameters", kind),
         theta=tensors[f"{i}.theta"],
@@ -206,4 +208,4 @@ def _parameters(tensors: Mapping[str, Tensor], name: str, kind: str) -> Paramete
     weights, means, covariances = (
         tensors[f"{name}.{part}"] for part in ("weights", "means", "covariances")
     )
-    return Parameters(weights, means, covariances, kind)
+    return Parameters(weights=weights, means=means, covariances=covariances, covariance_type=kind)

@@ -25,7 +25,7 @@ class Precision(Enum):
         return torch.float32 if self is Precision.FLOAT32 else torch.float64
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class LaneBatch:
     """Lanes of one covariance type and precision, as a worker needs them.
 
@@ -49,9 +49,14 @@ class LaneBatch:
         """Pack mixtures of one covariance type, and their natural parameters."""
         kind, sizes = lanes[0].covariance_type, tuple(lane.n_components for lane in lanes)
         if precision is Precision.CENTRED:
-            return cls(kind, precision, sizes, stack=ParameterStack.of(lanes))
+            return cls(
+                covariance_type=kind,
+                precision=precision,
+                sizes=sizes,
+                stack=ParameterStack.of(lanes),
+            )
         theta = thetas[0] if len(thetas) == 1 else torch.cat(list(thetas))
-        return cls(kind, precision, sizes, theta=theta)
+        return cls(covariance_type=kind, precision=precision, sizes=sizes, theta=theta)
 
     @property
     def layout(self) -> tuple[str, Precision, tuple[int, ...]]:

@@ -32,7 +32,7 @@ class Status(enum.Enum):
     DROPPED = "dropped: another start of the same candidate was ahead"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class FitResult:
     """One lane's outcome. `log_likelihood` (sum, nats) and `entropy` belong to `parameters`.
 

@@ -93,7 +93,7 @@ def moments_of(
         return TYPE_OF[kind].moments(sums, total.sum_xx)
     layout = TYPE_OF["full" if kind == "tied" else kind]
     about = layout.moments(sums, total.sum_xx)
-    return Moments(about.nk, about.sum_x, about.sum_xx, parameters.means)
+    return Moments(nk=about.nk, sum_x=about.sum_x, sum_xx=about.sum_xx, about=parameters.means)
 
 
 def shared_quadratic(parameters: Parameters, precision: Precision, total: TotalMoments) -> float:
@@ -246,10 +246,10 @@ def _stacked(kind: str, moments: Sequence[Moments]) -> Moments:
     shared = kind == "tied" and moments[0].sum_xx.ndim == 2
     sum_xx = moments[0].sum_xx if shared else torch.cat([m.sum_xx for m in moments])
     return Moments(
-        torch.cat([m.nk for m in moments]),
-        torch.cat([m.sum_x for m in moments]),
-        sum_xx,
-        torch.cat([m.about for m in moments]),
+        nk=torch.cat([m.nk for m in moments]),
+        sum_x=torch.cat([m.sum_x for m in moments]),
+        sum_xx=sum_xx,
+        about=torch.cat([m.about for m in moments]),
     )
 
 

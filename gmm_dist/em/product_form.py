@@ -32,7 +32,7 @@ class _Bucket:
         return self.size * len(self.lanes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
     """Buffers for one chunk length: logits and responsibilities (K, n), and per bucket."""
 
@@ -122,11 +122,11 @@ class ProductForm:
         self._carry()
         squares = self._squares if self._is_weighted else self._sums[self._constant]
         return SufficientStatistics(
-            self._sums[:, self._places].cpu(),
-            self._in_order(self._log_likelihood).cpu(),
-            self._in_order(self._entropy).cpu(),
-            float32_error,
-            squares[self._places].cpu(),
+            moments=self._sums[:, self._places].cpu(),
+            log_likelihood=self._in_order(self._log_likelihood).cpu(),
+            entropy=self._in_order(self._entropy).cpu(),
+            float32_error=float32_error,
+            squares=squares[self._places].cpu(),
         )
 
     def _carry(self) -> None:
@@ -170,7 +170,7 @@ class ProductForm:
                 shape = (len(bucket.lanes), bucket.size, n)
                 buckets.append((logits[part].view(shape), resp[part].view(shape)))
                 first = part.stop
-            self._work[n] = _Work(logits, resp, resp.T, buckets)
+            self._work[n] = _Work(logits=logits, resp=resp, resp_t=resp.T, buckets=buckets)
         return self._work[n]
 
 

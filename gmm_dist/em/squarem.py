@@ -21,7 +21,7 @@ _GROW = 4.0  # of the bound on the step: up when a step reaches it, down when a 
 _DEAD = 1e-8  # a mixing weight below it says nothing of where to leap
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Squarem:
     """One lane's extrapolation: what it remembers between two passes.
 
@@ -131,4 +131,9 @@ def parameters_at(
         factors = below.view(-1, d, d).tril(-1) + torch.diag_embed(diagonals.view(-1, d).exp())
         factors = factors * scale[:, None]
         covariances = (factors @ factors.mT).view_as(like.covariances)
-    return Parameters(torch.softmax(weights, 0), means.view(k, d) * scale, covariances, kind)
+    return Parameters(
+        weights=torch.softmax(weights, 0),
+        means=means.view(k, d) * scale,
+        covariances=covariances,
+        covariance_type=kind,
+    )

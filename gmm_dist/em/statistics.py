@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -15,7 +16,7 @@ CONSTANT = 1e-13
 """Of a feature's second moment: a variance below it is rounding, the feature has one value."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class SufficientStatistics:
     """All that the M-step needs to know about a set of rows, for a stack of lanes.
 
@@ -41,22 +42,22 @@ class SufficientStatistics:
 
     def __add__(self, other: SufficientStatistics) -> SufficientStatistics:
         return SufficientStatistics(
-            self.moments + other.moments,
-            self.log_likelihood + other.log_likelihood,
-            self.entropy + other.entropy,
-            self.float32_error + other.float32_error,
-            self.squares + other.squares,
+            moments=self.moments + other.moments,
+            log_likelihood=self.log_likelihood + other.log_likelihood,
+            entropy=self.entropy + other.entropy,
+            float32_error=self.float32_error + other.float32_error,
+            squares=self.squares + other.squares,
         )
 
-    def __reduce__(self) -> tuple[Callable[..., SufficientStatistics], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., SufficientStatistics], tuple[dict[str, Any]]]:
         # As arrays, which travel without a copy where the pickler takes buffers out of band
         # (Ray does): a tensor would be written out byte by byte, 69 MB at K = 1024, d = 128.
-        parts = (self.moments, self.log_likelihood, self.entropy, self.float32_error, self.squares)
-        return _revived, tuple(part.numpy() for part in parts)
+        arrays = {field.name: getattr(self, field.name).numpy() for field in fields(self)}
+        return _revived, (arrays,)
 
 
-def _revived(*arrays: object) -> SufficientStatistics:
-    return SufficientStatistics(*(torch.tensor(array) for array in arrays))
+def _revived(arrays: Mapping[str, object]) -> SufficientStatistics:
+    return SufficientStatistics(**{name: torch.tensor(array) for name, array in arrays.items()})
 
 
 def effective_rows(
@@ -99,7 +100,7 @@ class Spike:
     share: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TotalMoments:
     """Moments of all rows together, about the shared centre: a constant of the data.
 
@@ -120,12 +121,12 @@ class TotalMoments:
 
     def __add__(self, other: TotalMoments) -> TotalMoments:
         return TotalMoments(
-            self.n_samples + other.n_samples,
-            self.n_rows + other.n_rows,
-            self.sum_x + other.sum_x,
-            self.sum_xx + other.sum_xx,
-            self.sum_ww + other.sum_ww,
-            max(self.max_weight, other.max_weight),
+            n_samples=self.n_samples + other.n_samples,
+            n_rows=self.n_rows + other.n_rows,
+            sum_x=self.sum_x + other.sum_x,
+            sum_xx=self.sum_xx + other.sum_xx,
+            sum_ww=self.sum_ww + other.sum_ww,
+            max_weight=max(self.max_weight, other.max_weight),
         )
 
     @property

@@ -77,7 +77,9 @@ def maximised(
 ) -> Parameters:
     """Return the maximum-likelihood parameters of one mixture, as scikit-learn floors them."""
     empty = _EMPTY * mean_weight
-    floored = Moments(moments.nk + empty, moments.sum_x, moments.sum_xx, moments.about)
+    floored = Moments(
+        nk=moments.nk + empty, sum_x=moments.sum_x, sum_xx=moments.sum_xx, about=moments.about
+    )
     reg = torch.full_like(moments.sum_x, reg_covar)
     return maximise(kind, floored, (len(reg),), reg).lanes()[0]
 
@@ -114,7 +116,9 @@ def moments_of_shares(
     if kind == "spherical":
         sum_xx = sum_xx.sum(1)
     # What is left of Σ r (x - mean) is rounding.
-    return Moments(nk.cpu(), torch.zeros_like(sum_x).cpu(), sum_xx.cpu(), means.cpu())
+    return Moments(
+        nk=nk.cpu(), sum_x=torch.zeros_like(sum_x).cpu(), sum_xx=sum_xx.cpu(), about=means.cpu()
+    )
 
 
 def _tied_moments(
@@ -129,7 +133,7 @@ def _tied_moments(
     left_n, left_x = total.n_samples - nk.sum(), total.sum_x - sum_x.sum(0)
     across = centre[:, None] * left_x
     apart = left_n * centre[:, None] * centre + across + across.T
-    return Moments(nk, sum_x, total.sum_xx + apart, torch.zeros_like(sum_x))
+    return Moments(nk=nk, sum_x=sum_x, sum_xx=total.sum_xx + apart, about=torch.zeros_like(sum_x))
 
 
 class SingularCovarianceError(ValueError):
@@ -149,7 +153,7 @@ class Rules:
         return Precision.FLOAT64 if self.precision == "float64" else Precision.FLOAT32
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Trial:
     """One start and what came of it: the `model` after `n_iter` M-steps.
 
@@ -209,11 +213,17 @@ def run(
             sizes = [trial.parameters.n_components for trial in group]
             moments = sums.moments.split(sizes, dim=1) if len(group) > 1 else (sums.moments,)
             for i, trial in enumerate(group):
-                found = _Pass(sums, i, moments[i], whole.n_samples, whole.n_checked)
+                found = _Pass(
+                    sums=sums,
+                    lane=i,
+                    moments=moments[i],
+                    n_samples=whole.n_samples,
+                    n_checked=whole.n_checked,
+                )
                 _advance(trial, found, total, rules, watch)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Pass:
     """What a pass found of one trial, the `lane`-th of its group."""
 

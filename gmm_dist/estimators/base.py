@@ -254,9 +254,9 @@ class BaseMixture(FittedMixture):
     def _best_trial(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Trial:
         if self.warm_start and hasattr(self, "converged_"):
             self._require_warm(rows.shape[1])
-            trials = [Trial(self._fitted_model(resident), last_bound=self.lower_bound_)]
+            trials = [Trial(model=self._fitted_model(resident), last_bound=self.lower_bound_)]
         else:
-            trials = [Trial(model) for model in self._models(rows, weight, resident)]
+            trials = [Trial(model=model) for model in self._models(rows, weight, resident)]
             # Where none is iterated, scikit-learn keeps the last.
             trials = trials if self.max_iter > 0 else trials[-1:]
         # The first goes alone, in the very arithmetic of a fit of one start: so more starts never

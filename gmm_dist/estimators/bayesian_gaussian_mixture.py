@@ -206,7 +206,7 @@ class BayesianGaussianMixture(BaseMixture):
             rows = _LakeRows(centre, shards, shards.run(SumMoments(plan.n_features)))
             require_rows(candidates, rows.total.n_rows)
             best = self._best_of([self._lake_trials(rows)], rows)
-        self._publish(best.model, rows, Space(torch.float64))
+        self._publish(best.model, rows, Space(dtype=torch.float64))
         self._name_features(plan.n_features, plan.feature_names)
         self._conclude(best, rows.total.n_samples)
 
@@ -217,7 +217,7 @@ class BayesianGaussianMixture(BaseMixture):
         that ends: mixtures of k components are hardly ever the best start for a posterior of k.
         """
         if self.warm_start and hasattr(self, "converged_"):
-            return [Trial(self._fitted_model(rows), last_bound=self.lower_bound_)]
+            return [Trial(model=self._fitted_model(rows), last_bound=self.lower_bound_)]
         prior, k, n = self._prior(rows), self.n_components, rows.total.n_samples
         pairs = [(size, self.covariance_type) for size in _sizes(k)]
         # The search's tol is of the mean over rows, unlike our own.
@@ -226,7 +226,7 @@ class BayesianGaussianMixture(BaseMixture):
         found = find_starts(rows.shards, pairs, config, start, rows.total, n_threads=threads)
         # The largest first: it is the one that is left where no pass is asked for.
         mixtures = [_filled(best, k) for (best,) in reversed(found)]
-        trials = [Trial(updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]
+        trials = [Trial(model=updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]
         self._iterate(trials, rows, min(_FIRST, self.max_iter))
         return ranked(trials)[:_KEPT]
 
@@ -257,13 +257,13 @@ class BayesianGaussianMixture(BaseMixture):
 
     def _parameters(self) -> Parameters:
         prior = Prior(
-            self.covariance_type,
-            self.weight_concentration_prior_type,
-            self.weight_concentration_prior_,
-            self.mean_precision_prior_,
-            tensor_of(self.mean_prior_),
-            float(self.degrees_of_freedom_prior_),
-            tensor_of(self.covariance_prior_),
+            covariance_type=self.covariance_type,
+            weight_prior=self.weight_concentration_prior_type,
+            weight_concentration=self.weight_concentration_prior_,
+            mean_precision=self.mean_precision_prior_,
+            mean=tensor_of(self.mean_prior_),
+            degrees_of_freedom=float(self.degrees_of_freedom_prior_),
+            covariance=tensor_of(self.covariance_prior_),
         )
         return self._posterior(prior).parameters
 
@@ -275,12 +275,12 @@ class BayesianGaussianMixture(BaseMixture):
         else:
             weight_concentration = tensor_of(concentration)
         return Posterior(
-            prior,
-            weight_concentration,
-            tensor_of(self.mean_precision_),
-            tensor_of(self.means_),
-            tensor_of(self.degrees_of_freedom_),
-            self._covariances(),
+            prior=prior,
+            weight_concentration=weight_concentration,
+            mean_precision=tensor_of(self.mean_precision_),
+            means=tensor_of(self.means_),
+            degrees_of_freedom=tensor_of(self.degrees_of_freedom_),
+            covariances=self._covariances(),
         )
 
     def _prior(self, rows: CentredRows) -> Prior:
@@ -289,14 +289,16 @@ class BayesianGaussianMixture(BaseMixture):
         mean, covariance = self._given_mean(d), self._given_covariance(d)
         precision, nu = self.mean_precision_prior, self.degrees_of_freedom_prior
         return Prior(
-            self.covariance_type,
-            self.weight_concentration_prior_type,
-            1.0 / self.n_components if concentration is None else float(concentration),
-            1.0 if precision is None else float(precision),
-            rows.total.mean if mean is None else mean - rows.centre,
-            float(d if nu is None else nu),
-            self._covariance_of(rows) if covariance is None else covariance,
-            float(self.reg_covar),
+            covariance_type=self.covariance_type,
+            weight_prior=self.weight_concentration_prior_type,
+            weight_concentration=1.0 / self.n_components
+            if concentration is None
+            else float(concentration),
+            mean_precision=1.0 if precision is None else float(precision),
+            mean=rows.total.mean if mean is None else mean - rows.centre,
+            degrees_of_freedom=float(d if nu is None else nu),
+            covariance=self._covariance_of(rows) if covariance is None else covariance,
+            reg_covar=float(self.reg_covar),
         )
 
     def _covariance_of(self, rows: CentredRows) -> Tensor:

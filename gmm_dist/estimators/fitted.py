@@ -120,17 +120,20 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         # What is published: of a posterior, the plain mixture of its expectations.
         found = FittedMixture._parameters(self)
         return Mixture(
-            copied(found),
-            tuple(str(name) for name in getattr(self, "feature_names_in_", ())),
-            getattr(self, "_n_samples", math.nan),
-            getattr(self, "_log_likelihood", math.nan),
+            parameters=copied(found),
+            feature_names=tuple(str(name) for name in getattr(self, "feature_names_in_", ())),
+            n_samples=getattr(self, "_n_samples", math.nan),
+            log_likelihood=getattr(self, "_log_likelihood", math.nan),
         )
 
     def _parameters(self) -> Parameters:
         """Return the learned mixture, of which densities are taken."""
         means = tensor_of(self.means_)
         return Parameters(
-            tensor_of(self.weights_), means, self._covariances(), self.covariance_type
+            weights=tensor_of(self.weights_),
+            means=means,
+            covariances=self._covariances(),
+            covariance_type=self.covariance_type,
         )
 
     def _require_sound(self) -> None:
@@ -173,7 +176,9 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         require_cluster(cluster)
         names = tuple(str(name) for name in getattr(self, "feature_names_in_", ()))
-        return scores_of_lake(lake, Mixture(self._parameters(), names), cluster=cluster)
+        return scores_of_lake(
+            lake, Mixture(parameters=self._parameters(), feature_names=names), cluster=cluster
+        )
 
     def _of_rows(self, X: Any, verb: Callable[[Parameters, Rows], Tensor]) -> Any:
         check_is_fitted(self)

@@ -182,7 +182,7 @@ class GaussianMixture(BaseMixture):
         if (what := flaw(learned)) is not None:
             raise UserError(f"the mixture's numbers are none: {what}; fit anew")
         made = cls(mixture.n_components, covariance_type=mixture.covariance_type)
-        publish(made, copied(learned), Space(torch.float64))
+        publish(made, copied(learned), Space(dtype=torch.float64))
         made._name_features(mixture.n_features, mixture.feature_names)
         made._n_samples, made._log_likelihood = mixture.n_samples, mixture.log_likelihood
         mean = mixture.log_likelihood / mixture.n_samples if mixture.n_samples else math.nan
@@ -277,12 +277,18 @@ class GaussianMixture(BaseMixture):
         given = self._given_start()
         candidate = Candidate(self.n_components, self.covariance_type)
         precision = self.precision or "auto"
-        config = EMConfig(self.tol, self.max_iter, self.reg_covar, precision, reg_unit=ABSOLUTE)
+        config = EMConfig(
+            tol=self.tol,
+            max_iter=self.max_iter,
+            reg_covar=self.reg_covar,
+            precision=precision,
+            reg_unit=ABSOLUTE,
+        )
         with one_thread():
             found = sweep_lake(
                 lake, [candidate], config, start_of(self), cluster=cluster, given=given
             )
-        fit, space = found.result.scored[0].fit, Space(torch.float64)
+        fit, space = found.result.scored[0].fit, Space(dtype=torch.float64)
         adopt(self, fit, found.centre, found.feature_names, space)
         names, total = found.feature_names, found.result.total
         _warn_if_drowned(fit.parameters, total, self.reg_covar, names, stacklevel=4)
@@ -301,7 +307,12 @@ class GaussianMixture(BaseMixture):
             )
         means = tensor_of(self.means_init)
         covariances = self._covariances_init(means.shape[1])
-        return Parameters(tensor_of(self.weights_init), means, covariances, self.covariance_type)
+        return Parameters(
+            weights=tensor_of(self.weights_init),
+            means=means,
+            covariances=covariances,
+            covariance_type=self.covariance_type,
+        )
 
     def _publish(self, model: MaximumLikelihood, rows: CentredRows, space: Space) -> None:
         publish(self, model.parameters.shifted(rows.centre), space)

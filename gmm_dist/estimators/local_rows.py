@@ -15,7 +15,7 @@ from gmm_dist.shards.local import LocalShards
 _SHARD_ROWS, _MOST_SHARDS = 16_384, 64
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Resident:
     """Rows about `centre` (d,), float64: `X` (n, d) and the same in shards; their moments.
 
@@ -51,4 +51,10 @@ class Resident:
         n_threads = 0 if wanted == 1 else min(wanted, os.cpu_count() or 1)
         shards = LocalShards.of(columns.T, sample_weight, n_shards=wanted, n_threads=n_threads)
         total = shards.run(SumMoments(X.shape[1], whole))
-        return cls(columns.T, sample_weight, centre.cpu(), shards, total)
+        return cls(
+            X=columns.T,
+            sample_weight=sample_weight,
+            centre=centre.cpu(),
+            shards=shards,
+            total=total,
+        )

@@ -16,7 +16,7 @@ from gmm_dist.errors import UserError, renaming
 from gmm_dist.model.arrays import array_of, is_foreign
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs.commit import MODEL, Result, claim
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.json_files import FileEntry
 from gmm_dist.runs.model_folder import (
     CARD,
@@ -143,7 +143,7 @@ def _plain(value: Any) -> Any:
 
 def _holds(url: Url, files: Mapping[str, bytes]) -> bool:
     """Say whether these very files, and no others, are committed there."""
-    place = Place.of(url)
-    with explained(place.url):
-        result = Result.find(place)
+    folder = Folder.of(url)
+    with explained(folder.url):
+        result = Result.find(folder)
     return result is not None and result.files == {n: FileEntry.of(d) for n, d in files.items()}

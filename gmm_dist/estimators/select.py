@@ -35,7 +35,7 @@ _COLUMNS = ("rank", "k", "covariance_type", "bic", "aic", "icl", "log_likelihood
 _PER_ROW = "mean log-likelihood, nats per row"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Selection:
     """What `select` found: prints as a table, the best first; `best` is fitted.
 
@@ -178,8 +178,8 @@ def select(
         covariance_type=candidates[0].covariance_type,
     )
     best._validate_params()
-    config = EMConfig(tol, max_iter, reg_covar, precision)
-    start = StartConfig(n_init, init_params, random_state=seed)
+    config = EMConfig(tol=tol, max_iter=max_iter, reg_covar=reg_covar, precision=precision)
+    start = StartConfig(n_init=n_init, init=init_params, random_state=seed)
     require_rows_or_lake(X)
     with one_thread():
         if isinstance(X, Lake):
@@ -190,7 +190,7 @@ def select(
             found = sweep_lake(
                 X, candidates, config, start, cluster=cluster or Cluster(), criterion=criterion
             )
-            space = Space(torch.float64)
+            space = Space(dtype=torch.float64)
             return _selected(
                 best, found.result, found.centre, found.feature_names, space, is_lake=True
             )
@@ -290,7 +290,9 @@ def _selected(
     candidate = result.best.candidate
     best.set_params(n_components=candidate.k, covariance_type=candidate.covariance_type)
     adopt(best, result.best.fit, centre, names, space)
-    return Selection(result, best, names, is_lake, left_out)
+    return Selection(
+        result=result, best=best, feature_names=names, is_lake=is_lake, left_out=left_out
+    )
 
 
 _LABELS = {"bic": "BIC", "aic": "AIC", "icl": "ICL", "holdout": "held-out log-likelihood per row"}

@@ -56,8 +56,8 @@ def require_no_cluster(cluster: Any) -> None:
 def start_of(estimator: BaseMixture) -> StartConfig:
     """Return how a search on a sample is to look for an estimator's starts."""
     return StartConfig(
-        estimator.n_init if estimator.n_init > 1 else StartConfig().n_init,
-        estimator.init_params,
+        n_init=estimator.n_init if estimator.n_init > 1 else StartConfig().n_init,
+        init=estimator.init_params,
         random_state=seed_of(estimator.random_state),
     )
 

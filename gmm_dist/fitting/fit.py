@@ -39,7 +39,7 @@ from gmm_dist.shards.ray_shards import connected
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class FitOutcome:
     """What came of a fit that has committed, or could rank nothing.
 
@@ -83,7 +83,7 @@ def fit_lake(
     # Sums have the same bits whatever the cores of this machine, whose setting is not ours.
     with one_thread(), claim.claim(options.output, resume=options.resume) as run:
         if run.committed:
-            return FitOutcome(options.output, None, [])
+            return FitOutcome(output=options.output, result=None, warnings=[])
         given = None if options.start is None else load.load(options.start)
         job = Job.of(options, given=given, progress=progress)
         fitted = job.fit(run)
@@ -92,13 +92,15 @@ def fit_lake(
         warnings = [*(spelt(words, spelling) for words in fitted.incomplete), *found]
         if result.best is None:
             run.forget()
-            return FitOutcome(options.output, result, warnings)
+            return FitOutcome(output=options.output, result=result, warnings=warnings)
         more = {"warnings": warnings, "seconds": time.monotonic() - began}
         has_report = results.write(run.attempt, fitted, job.loader, job.settings, more, draw=draw)
         logger.info("committing")
         finish()
         run.attempt.commit()
-    return FitOutcome(options.output, result, warnings, has_report)
+    return FitOutcome(
+        output=options.output, result=result, warnings=warnings, has_report=has_report
+    )
 
 
 def none_ranked(n_candidates: int) -> Words:
@@ -115,7 +117,7 @@ def none_ranked(n_candidates: int) -> Words:
 Look = Callable[[Shards, SweepResult], None]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Job:
     """What is fitted, to which rows, and how; `given` and `warm` are about the rows' centre."""
 
@@ -153,12 +155,12 @@ class Job:
             None if model is None else [about_centre(model, loader)] for model in (given, warm)
         )
         return cls(
-            options,
-            candidates,
-            loader,
-            starts,
-            guests or [],
-            progress or Silent(),
+            options=options,
+            candidates=candidates,
+            loader=loader,
+            given=starts,
+            warm=guests or [],
+            progress=progress or Silent(),
         )
 
     @property
@@ -182,7 +184,12 @@ class Job:
         }
         if self.warm:
             settings["warm_start"] = _digest(self.warm)
-        return RunIdentity(self.plan.hash, self.plan.versions, settings, environment())
+        return RunIdentity(
+            plan_hash=self.plan.hash,
+            files=self.plan.versions,
+            settings=settings,
+            environment=environment(),
+        )
 
     def fit(self, run: Run, look: Look = lambda shards, result: None) -> Fitted:
         """Load the rows and fit, from the last checkpoint where there is one.
@@ -212,7 +219,7 @@ class Job:
                 quantiles = training_quantiles(shards, result.best.fit.parameters)
             sample = sample_of(shards, result, self.options.random_state)
             look(shards, result)
-        return Fitted(result, counted, quantiles, sample)
+        return Fitted(result=result, counted=counted, quantiles=quantiles, sample=sample)
 
     @contextmanager
     def resident(self, progress: FitProgress) -> Iterator[tuple[Shards, Counted]]:

@@ -64,10 +64,10 @@ def scores_of_lake(
     Raises UserError as `plan_lake` and `connected` do, for other features than the mixture's, and
     where no row is left.
     """
-    mixture = model if isinstance(model, Mixture) else Mixture(model)
+    mixture = model if isinstance(model, Mixture) else Mixture(parameters=model)
     plan = _plan(lake, mixture)
     where = (cluster or Cluster()).at_most(plan.n_shards)
-    loader = LakeLoader(plan, np.zeros(plan.n_features), torch.float64)
+    loader = LakeLoader(plan=plan, centre=np.zeros(plan.n_features), dtype=torch.float64)
     with connected(where), closing(_StreamedShards(loader, where)) as shards:
         if plan.missing == "mean":
             shards.loader = replace(loader, fill=column_means(shards, loader))
@@ -122,7 +122,9 @@ class _Reduced(Generic[S]):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         rows = self.loader(shard).to(device)
         # Rows without features: they take no memory, and are counted like any others.
-        return ShardRows(shard, [Block(torch.empty(0, rows.n_rows))], self.task(rows))
+        return ShardRows(
+            shard=shard, blocks=[Block(torch.empty(0, rows.n_rows))], counts=self.task(rows)
+        )
 
 
 def _summary(rows: ShardRows) -> Any:

@@ -130,12 +130,18 @@ class FitOptions:
     @property
     def em(self) -> EMConfig:
         """The settings of the EM loop."""
-        return EMConfig(self.tol, self.max_iter, self.reg_covar, self.precision, self.accelerate)
+        return EMConfig(
+            tol=self.tol,
+            max_iter=self.max_iter,
+            reg_covar=self.reg_covar,
+            precision=self.precision,
+            accelerate=self.accelerate,
+        )
 
     @property
     def search(self) -> StartConfig:
         """The settings of the search for starts."""
-        return StartConfig(self.n_init, self.init, random_state=self.random_state)
+        return StartConfig(n_init=self.n_init, init=self.init, random_state=self.random_state)
 
     @property
     def faults(self) -> FailureConfig:

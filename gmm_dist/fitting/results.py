@@ -44,7 +44,7 @@ def no_report(
     return False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Fitted:
     """What came of a fit.
 
@@ -123,12 +123,12 @@ def mixture_of(fitted: Fitted, loader: LakeLoader, ids: tuple[int, ...] | None =
     assert fitted.result.best is not None
     fit = fitted.result.best.fit
     return Mixture(
-        fit.parameters.shifted(torch.from_numpy(loader.centre)),
-        loader.plan.feature_names,
-        fit.n_samples,
-        fit.log_likelihood,
-        fitted.quantiles,
-        ids,
+        parameters=fit.parameters.shifted(torch.from_numpy(loader.centre)),
+        feature_names=loader.plan.feature_names,
+        n_samples=fit.n_samples,
+        log_likelihood=fit.log_likelihood,
+        log_density_quantiles=fitted.quantiles,
+        ids=ids,
     )
 
 

@@ -12,7 +12,7 @@ _MIN_ROWS_PER_SHARD = 16_384
 _MAX_ROWS_PER_SHARD = 2**20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowRange:
     """Name rows [start, stop) of one row group; `file` is an index into `Plan.files`."""
 

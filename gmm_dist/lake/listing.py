@@ -29,7 +29,7 @@ _INFOS_AT_ONCE = 32
 _SHOWN = 3  # names in a message
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LakeFile:
     """Name one Parquet file and the version that was planned.
 
@@ -207,7 +207,9 @@ def _listed(fs: AbstractFileSystem, root: Url, name: str, info: Mapping[str, Any
     # A web server's index spells names as URLs do.
     partition = _partition(unquote(name) if storage.is_http(fs) else name)
     version, identity = storage.version(fs, info), storage.identity(fs, info)
-    return LakeFile(name, size, version, (), partition, identity)
+    return LakeFile(
+        path=name, size=size, version=version, rows=(), partition=partition, identity=identity
+    )
 
 
 def _refuse_links(root: str, found: Mapping[str, Mapping[str, Any]]) -> None:

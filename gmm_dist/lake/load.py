@@ -21,7 +21,7 @@ _SMALL_BYTES = 1 << 30  # up to here float64 rows are kept as they are: it costs
 _WINDOW = 0.05  # the share of rows that a cluster worth keeping exact holds
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class LakeLoader:
     """Make a shard's rows from the lake: the same bits on every machine and every time.
 
@@ -48,7 +48,9 @@ class LakeLoader:
                 held = torch.from_numpy(rows.held_out)
                 fitted.add(*_those(~held, X, weight))
                 held_out.add(*_those(held, X, weight))
-        return ShardRows(shard, fitted.blocks(), counts, held_out.blocks())
+        return ShardRows(
+            shard=shard, blocks=fitted.blocks(), counts=counts, held_out=held_out.blocks()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ def loader_for(plan: Plan) -> LakeLoader:
     small = 8 * plan.n_rows * plan.n_features <= _SMALL_BYTES
     matters = small or _rounding_matters(np.abs(probe - centre), probe)
     exact = plan.float64_source and matters
-    return LakeLoader(plan, centre, torch.float64 if exact else torch.float32)
+    return LakeLoader(plan=plan, centre=centre, dtype=torch.float64 if exact else torch.float32)
 
 
 def _rounding_matters(distance: npt.NDArray[np.float64], probe: npt.NDArray[np.float64]) -> bool:

@@ -49,7 +49,7 @@ _LOOKS_LIKE_A_DATE = re.compile(r"\d{1,4}[-/._ ]\d{1,2}[-/._ ]\d{1,4}|\d{6,}")
 _PARTS = (("year", "yyyy", "yr", "y"), ("month", "mm", "mon", "m"), ("day", "dd", "d"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NightKey:
     """What tells the night of a row: one column or hive key, or three; and how it is spelt.
 
@@ -180,9 +180,9 @@ def _three(found: Listing, names: Sequence[str], columns: pa.Schema) -> NightKey
     if is_path:
         days = [_dated(file, "", names)[-1][1] for file in found.files]
         if any(days):
-            return NightKey(tuple(names), is_path=True)
+            return NightKey(names=tuple(names), is_path=True)
     elif all(pa.types.is_integer(columns.field(name).type) for name in names):
-        return NightKey(tuple(names))
+        return NightKey(names=tuple(names))
     raise UserError(
         f"{' '.join(names)}: no numbers of a year, a month and a day, in this order, all in the "
         "path or all integer columns; " + UNDERSTOOD,
@@ -194,7 +194,7 @@ def _single(found: Listing, name: str, type_: pa.DataType) -> NightKey:
     if pa.types.is_dictionary(type_):
         type_ = type_.value_type
     if pa.types.is_date(type_) or pa.types.is_timestamp(type_):
-        return NightKey((name,))
+        return NightKey(names=(name,))
     is_integer = pa.types.is_integer(type_)
     views = (
         pa.types.is_string,
@@ -206,7 +206,7 @@ def _single(found: Listing, name: str, type_: pa.DataType) -> NightKey:
         raise _not_understood(name, f"its type is {type_}")
     values = sorted(map(str, _values(found, name)))
     if not values:
-        return NightKey((name,), digits=8 if is_integer else None)
+        return NightKey(names=(name,), digits=8 if is_integer else None)
     spelt = {value: _separator(value) for value in values}
     separators = {separator for separator in spelt.values() if separator is not None}
     odd = [value for value, separator in spelt.items() if separator is None]
@@ -223,7 +223,9 @@ def _single(found: Listing, name: str, type_: pa.DataType) -> NightKey:
             len(odd),
             odd[0],
         )
-    return NightKey((name,), separators.pop(), min(lengths) if is_integer else None)
+    return NightKey(
+        names=(name,), separator=separators.pop(), digits=min(lengths) if is_integer else None
+    )
 
 
 def _separator(value: str) -> str | None:

@@ -41,7 +41,7 @@ from gmm_dist.urls import Url
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Say which rows and columns a job reads, and how they are dealt to shards.
 
@@ -182,7 +182,14 @@ def plan_lake(
     names = _columns_of(columns)
     if names is not None:
         names = {*names, *keep, *(tested.columns if tested else ()), *filter(None, [weight_column])}
-    questions = Questions(names, tested, found.keys, no_nulls, _CHUNKS_ASKED // len(files), keep)
+    questions = Questions(
+        names=names,
+        tested=tested,
+        keys=found.keys,
+        no_nulls=no_nulls,
+        chunks=_CHUNKS_ASKED // len(files),
+        keep=keep,
+    )
     told = read_footers(found.root, files, questions)
     if not any(sum(footer.file.rows) for footer in told):
         n_files = counted(len(told), "Parquet file")

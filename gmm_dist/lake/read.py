@@ -34,7 +34,7 @@ _MIN_BATCH = 256
 _CACHED_BYTES = 2**30
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowCounts:
     """Count what happened to rows: read = filtered + dropped + absent + held_out + to be fitted.
 
@@ -52,16 +52,16 @@ class RowCounts:
 
     def __add__(self, other: RowCounts) -> RowCounts:
         return RowCounts(
-            self.read + other.read,
-            self.filtered + other.filtered,
-            self.dropped + other.dropped,
-            self.imputed + other.imputed,
-            self.held_out + other.held_out,
-            self.absent + other.absent,
+            read=self.read + other.read,
+            filtered=self.filtered + other.filtered,
+            dropped=self.dropped + other.dropped,
+            imputed=self.imputed + other.imputed,
+            held_out=self.held_out + other.held_out,
+            absent=self.absent + other.absent,
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Rows:
     """Hold the rows of one row range.
 
@@ -377,7 +377,7 @@ class _Extract:
             held_out=0 if held_out is None else int(np.count_nonzero(held_out)),
             absent=absent,
         )
-        return Rows(columns.T, weight, counts, held_out)
+        return Rows(X=columns.T, sample_weight=weight, counts=counts, held_out=held_out)
 
     def _weight(
         self, table: pa.Table, positions: npt.NDArray[np.intp] | None

@@ -32,7 +32,7 @@ NAME_COLUMNS = "name the feature columns with " + _COLUMNS
 _SHOWN = 12  # columns of a line that says which are used
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
     """Hold the columns that a plan reads.
 
@@ -63,7 +63,7 @@ class Chosen:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
     """Hold the lake's columns by name, over all files.
 
@@ -113,7 +113,9 @@ class Columns:
                         f"{name_of(root, file)}: column {name!r} {_differs(type_, known)} in "
                         f"{name_of(root, first.get(name, file))}"
                     )
-        return cls(root, types, stored, problems, keys, indices)
+        return cls(
+            root=root, types=types, stored=stored, problems=problems, keys=keys, indices=indices
+        )
 
     def choose(
         self,
@@ -153,8 +155,21 @@ class Columns:
         schema = pa.schema([(name, self.types[name]) for name in names])
         float64_source = self._is_float64_source(features)
         if not is_embedding(self.types[features[0]]):
-            return Chosen(features, features, schema, float64_source, kept)
-        chosen = Chosen(features, (), schema, float64_source, kept, features[0])
+            return Chosen(
+                columns=features,
+                feature_names=features,
+                schema=schema,
+                float64_source=float64_source,
+                kept=kept,
+            )
+        chosen = Chosen(
+            columns=features,
+            feature_names=(),
+            schema=schema,
+            float64_source=float64_source,
+            kept=kept,
+            unmeasured=features[0],
+        )
         return chosen if length is None else chosen.measured(length)
 
     def described(self, chosen: Chosen, weight: str | None) -> str:

@@ -22,7 +22,7 @@ Loaded = Callable[[int, int], None]
 """Told of the shards and the rows that have been loaded."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowsNeed:
     """What rows need of memory, by numbers that a plan knows.
 
@@ -128,7 +128,7 @@ def load_rows(
         )
     if plan.missing == "mean":
         fill = column_means(shards, loader)
-        shards.replace(LakeLoader(plan, loader.centre, loader.dtype, fill))
+        shards.replace(LakeLoader(plan=plan, centre=loader.centre, dtype=loader.dtype, fill=fill))
         shards.load(watch)
     counted = shards.run(count_rows)
     if counted.counts.dropped:
@@ -142,9 +142,9 @@ def _rows_need(plan: Plan, loader: LakeLoader) -> RowsNeed:
     n_values = plan.n_features + len(plan.read_columns) - len(plan.columns)
     largest = max(plan.files[p.file].rows[p.row_group] for shard in plan.shards for p in shard)
     return RowsNeed(
-        plan.n_rows,
-        plan.n_features,
-        plan.n_shards,
+        n_rows=plan.n_rows,
+        n_features=plan.n_features,
+        n_shards=plan.n_shards,
         itemsize=loader.dtype.itemsize,
         row_bytes=8 if plan.weight_column else 0,
         decoded=largest * n_values * source,

@@ -62,7 +62,9 @@ def stream(
             start = 0
             while (batch := batches.after(group, start)) is not None:
                 stop = start + batch.num_rows
-                table, X = read.passed(plan, RowRange(index, group, start, stop), batch)
+                table, X = read.passed(
+                    plan, RowRange(file=index, row_group=group, start=start, stop=stop), batch
+                )
                 yield _kept(table, types, f"{name}, row group {group}"), X
                 start = stop
 

@@ -38,7 +38,7 @@ _LISTS_AT_ONCE = 256
 _PAGES_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Footer:
     """Hold what planning needs of one file's footer.
 
@@ -56,7 +56,7 @@ class Footer:
     old_timestamps: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Questions:
     """Say what is asked of footers: the filter by row, columns that may have no null or are kept.
 
@@ -79,13 +79,13 @@ class Questions:
         groups = self._groups(file, metadata, bare)
         read = {*self.keep, *(self.tested.columns if self.tested else ())}
         return Footer(
-            replace(file, rows=rows),
-            bare,
-            footers.index_columns(schema),
-            groups,
-            footers.nulls(metadata, bare, groups, self.no_nulls, most=self.chunks),
-            footers.extents(metadata, bare, groups, self.keep),
-            footers.old_timestamps(metadata, bare) & read if read else frozenset(),
+            file=replace(file, rows=rows),
+            schema=bare,
+            indices=footers.index_columns(schema),
+            groups=groups,
+            nulls=footers.nulls(metadata, bare, groups, self.no_nulls, most=self.chunks),
+            extents=footers.extents(metadata, bare, groups, self.keep),
+            old_timestamps=footers.old_timestamps(metadata, bare) & read if read else frozenset(),
         )
 
     def _groups(
@@ -164,7 +164,7 @@ def unpruned(told: list[Footer], tested: Filter | None, types: pa.Schema) -> lis
 def matching_row_groups(root: str, told: list[Footer], condition: Filter | None) -> list[RowRange]:
     """Return the row groups that may hold a matching row, whole; `condition` is tested by row."""
     groups = [
-        RowRange(index, group, 0, footer.file.rows[group])
+        RowRange(file=index, row_group=group, start=0, stop=footer.file.rows[group])
         for index, footer in enumerate(told)
         for group in footer.groups
         if footer.file.rows[group] > 0

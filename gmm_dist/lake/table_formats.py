@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _LOOKS_AT_ONCE = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Format:
     """Name a table format and its mark: a folder that a table has, and the files in it.
 
@@ -39,29 +39,36 @@ class _Format:
 
 
 _FORMATS = (
-    _Format("a Delta table", re.compile(r"(^|/)_delta_log/"), "_delta_log"),
+    _Format(kind="a Delta table", mark=re.compile(r"(^|/)_delta_log/"), folder="_delta_log"),
     _Format(
-        "an Iceberg table",
-        re.compile(r"(^|/)metadata/[^/]*\.metadata\.json(\.gz)?$"),
-        "metadata",
-        re.compile(r"\.metadata\.json(\.gz)?$"),
+        kind="an Iceberg table",
+        mark=re.compile(r"(^|/)metadata/[^/]*\.metadata\.json(\.gz)?$"),
+        folder="metadata",
+        file=re.compile(r"\.metadata\.json(\.gz)?$"),
     ),
-    _Format("a Hudi table", re.compile(r"(^|/)\.hoodie/"), ".hoodie"),
-    _Format("a Hudi table", re.compile(r"(^|/)\.hoodie_partition_metadata(\.\w+)?$")),
-    _Format("a Spark sink", re.compile(r"(^|/)_spark_metadata/"), "_spark_metadata"),
+    _Format(kind="a Hudi table", mark=re.compile(r"(^|/)\.hoodie/"), folder=".hoodie"),
+    _Format(kind="a Hudi table", mark=re.compile(r"(^|/)\.hoodie_partition_metadata(\.\w+)?$")),
     _Format(
-        "a Paimon table",
-        re.compile(r"(^|/)manifest/manifest-list-[^/]*$"),
-        "manifest",
-        re.compile(r"^manifest-list-"),
+        kind="a Spark sink", mark=re.compile(r"(^|/)_spark_metadata/"), folder="_spark_metadata"
+    ),
+    _Format(
+        kind="a Paimon table",
+        mark=re.compile(r"(^|/)manifest/manifest-list-[^/]*$"),
+        folder="manifest",
+        file=re.compile(r"^manifest-list-"),
     ),
     # Whose catalogue is elsewhere; and a folder of data that was copied without the table's.
-    _Format("a DuckLake table", re.compile(r"(^|/)ducklake-[0-9a-f-]{36}(-delete)?\.parquet$")),
-    _Format("an Iceberg table", re.compile(r"(^|/)\d{5}-\d+-[0-9a-f-]{36}-\d+-deletes\.parquet$")),
+    _Format(
+        kind="a DuckLake table", mark=re.compile(r"(^|/)ducklake-[0-9a-f-]{36}(-delete)?\.parquet$")
+    ),
+    _Format(
+        kind="an Iceberg table",
+        mark=re.compile(r"(^|/)\d{5}-\d+-[0-9a-f-]{36}-\d+-deletes\.parquet$"),
+    ),
     # Of seven digits: a date has eight.
     _Format(
-        "a transactional Hive table",
-        re.compile(r"(^|/)(base_\d{7}|(delete_)?delta_\d{7}_\d{7}(_\d{4})?)(_v\d+)?/"),
+        kind="a transactional Hive table",
+        mark=re.compile(r"(^|/)(base_\d{7}|(delete_)?delta_\d{7}_\d{7}(_\d{4})?)(_v\d+)?/"),
     ),
 )
 

@@ -29,7 +29,7 @@ _TIME = re.compile(r"[<>=]?(date|time|duration|[mM]8)", re.IGNORECASE)
 _Loaded: type[BaseEstimator] = type("Mixture", (BaseEstimator,), {})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
     """Where results belong: NumPy (`device` None), torch on a device, or another namespace.
 
@@ -128,10 +128,15 @@ def space_of(X: Any, rows: Rows) -> Space:
     """Return the kind of X, of which `rows` were made."""
     if isinstance(rows, Tensor):
         if isinstance(X, Tensor):
-            return Space(rows.dtype, rows.device)
+            return Space(dtype=rows.dtype, device=rows.device)
         elsewhere = getattr(X, "device", None)
-        return Space(rows.dtype, rows.device, X.__array_namespace__(), elsewhere)
-    return Space(torch.float32 if rows.dtype == np.float32 else torch.float64)
+        return Space(
+            dtype=rows.dtype,
+            device=rows.device,
+            namespace=X.__array_namespace__(),
+            elsewhere=elsewhere,
+        )
+    return Space(dtype=torch.float32 if rows.dtype == np.float32 else torch.float64)
 
 
 def tensor_of(value: Any) -> Tensor:

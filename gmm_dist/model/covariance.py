@@ -40,7 +40,7 @@ PRODUCT_BLOCK = 4
 _TINY = torch.finfo(torch.float64).tiny
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Moments:
     """Sums over the rows for one stack of K components, taken about `about` (K, d).
 
@@ -187,7 +187,7 @@ class Full:
         nk, sum_x, about = _linear_moments(sums, d, 0)
         # Rows of `sums` are gathered: many times faster than to scatter single elements.
         sum_xx = sums[1 + d :].index_select(0, _second_moment_rows(d))
-        return Moments(nk, sum_x, sum_xx.T.reshape(-1, d, d), about)
+        return Moments(nk=nk, sum_x=sum_x, sum_xx=sum_xx.T.reshape(-1, d, d), about=about)
 
     def covariances(self, moments: Moments, lane: Tensor) -> Tensor:
         shift, nk = moments.shift, moments.nk.clamp_min(_TINY)
@@ -250,7 +250,7 @@ class Tied(Full):
 
     def moments(self, sums: Tensor, scatter: Tensor) -> Moments:
         nk, sum_x, about = _linear_moments(sums, len(scatter), 0)
-        return Moments(nk, sum_x, scatter, about)
+        return Moments(nk=nk, sum_x=sum_x, sum_xx=scatter, about=about)
 
     def covariances(self, moments: Moments, lane: Tensor) -> Tensor:
         shift, nk = moments.shift, moments.nk
@@ -285,7 +285,7 @@ class Diag:
     def moments(self, sums: Tensor, scatter: Tensor) -> Moments:
         d = len(scatter)
         nk, sum_x, about = _linear_moments(sums, d, 0)
-        return Moments(nk, sum_x, sums[1 + d :].T, about)
+        return Moments(nk=nk, sum_x=sum_x, sum_xx=sums[1 + d :].T, about=about)
 
     def covariances(self, moments: Moments, lane: Tensor) -> Tensor:
         return moments.sum_xx / moments.nk.clamp_min(_TINY)[:, None] - moments.shift.square()
@@ -336,7 +336,7 @@ class Spherical:
 
     def moments(self, sums: Tensor, scatter: Tensor) -> Moments:
         nk, sum_x, about = _linear_moments(sums, len(scatter), 1)
-        return Moments(nk, sum_x, sums[0], about)
+        return Moments(nk=nk, sum_x=sum_x, sum_xx=sums[0], about=about)
 
     def covariances(self, moments: Moments, lane: Tensor) -> Tensor:
         within = moments.sum_xx / moments.nk.clamp_min(_TINY) - moments.shift.square().sum(-1)
@@ -422,9 +422,9 @@ def maximise(
     family.regularise(covariances, reg)
     total = moments.nk.new_zeros(len(sizes)).index_add(0, lane, moments.nk)
     return ParameterStack(
-        moments.nk / total[lane],
-        moments.about + moments.shift,
-        covariances,
-        covariance_type,
-        sizes,
+        weights=moments.nk / total[lane],
+        means=moments.about + moments.shift,
+        covariances=covariances,
+        covariance_type=covariance_type,
+        sizes=sizes,
     )

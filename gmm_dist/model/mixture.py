@@ -24,7 +24,7 @@ _CHUNK_ELEMENTS = 1 << 22  # of log-densities at a time
 _MOST_NAMES, _LONGEST_NAME = 4, 60  # of features, in a repr
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Mixture:
     """Score rows under a mixture; arrays in, arrays out, tensors in, tensors out.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Parameters:
     """Hold the parameters of one Gaussian mixture.
 
@@ -66,7 +66,7 @@ def lane_numbers(sizes: tuple[int, ...]) -> Int64[Tensor, " K"]:
     return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ParameterStack:
     """Hold the parameters of L mixtures of one covariance type, component after component.
 
@@ -92,12 +92,12 @@ class ParameterStack:
         given = [lane.log_weights for lane in lanes if lane.log_weights is not None]
         assert len(given) in (0, len(lanes)), "lanes with and without log_weights"
         return cls(
-            torch.cat([lane.weights for lane in lanes]),
-            torch.cat([lane.means for lane in lanes]),
-            join([lane.covariances for lane in lanes]),
-            covariance_type,
-            tuple(lane.n_components for lane in lanes),
-            torch.cat(given) if given else None,
+            weights=torch.cat([lane.weights for lane in lanes]),
+            means=torch.cat([lane.means for lane in lanes]),
+            covariances=join([lane.covariances for lane in lanes]),
+            covariance_type=covariance_type,
+            sizes=tuple(lane.n_components for lane in lanes),
+            log_weights=torch.cat(given) if given else None,
         )
 
     @classmethod
@@ -106,7 +106,14 @@ class ParameterStack:
         kind, covariances = lane.covariance_type, lane.covariances
         covariances = covariances[None] if kind == "tied" else covariances
         sizes = (lane.n_components,)
-        return cls(lane.weights, lane.means, covariances, kind, sizes, lane.log_weights)
+        return cls(
+            weights=lane.weights,
+            means=lane.means,
+            covariances=covariances,
+            covariance_type=kind,
+            sizes=sizes,
+            log_weights=lane.log_weights,
+        )
 
     @property
     def lane_of_component(self) -> Int64[Tensor, " K"]:
@@ -123,10 +130,27 @@ class ParameterStack:
         if len(sizes) == 1:
             only = self.covariances[0] if tied else self.covariances
             kind, given = self.covariance_type, self.log_weights
-            return [Parameters(self.weights, self.means, only, kind, given)]
+            return [
+                Parameters(
+                    weights=self.weights,
+                    means=self.means,
+                    covariances=only,
+                    covariance_type=kind,
+                    log_weights=given,
+                )
+            ]
         covariances = self.covariances.unbind() if tied else self.covariances.split(sizes)
         logs = [None] * len(sizes) if self.log_weights is None else self.log_weights.split(sizes)
         parts = zip(
             self.weights.split(sizes), self.means.split(sizes), covariances, logs, strict=True
         )
-        return [Parameters(w, m, c, self.covariance_type, log) for w, m, c, log in parts]
+        return [
+            Parameters(
+                weights=w,
+                means=m,
+                covariances=c,
+                covariance_type=self.covariance_type,
+                log_weights=log,
+            )
+            for w, m, c, log in parts
+        ]

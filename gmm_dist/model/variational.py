@@ -34,7 +34,7 @@ from gmm_dist.model.parameters import Parameters
 WEIGHT_PRIORS = ("dirichlet_process", "dirichlet_distribution")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Prior:
     """Hold what is believed of a mixture before its rows are seen.
 
@@ -61,7 +61,7 @@ class Prior:
         return replace(self, mean=self.mean + offset)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Posterior:
     """Hold what is believed of a mixture of k components once its rows are seen.
 
@@ -102,7 +102,13 @@ class Posterior:
             - d / self.mean_precision
         )
         log_weights = self._expected_log_weights() + 0.5 * shrinkage
-        return Parameters(self.weights, self.means, self.covariances, kind, log_weights)
+        return Parameters(
+            weights=self.weights,
+            means=self.means,
+            covariances=self.covariances,
+            covariance_type=kind,
+            log_weights=log_weights,
+        )
 
     def step(self, moments: Moments) -> Posterior:
         """Return the posterior that the statistics of these responsibilities lead to."""
@@ -180,12 +186,12 @@ def updated(prior: Prior, nk: Float64[Tensor, " k"], rows: Parameters) -> Poster
     degrees_of_freedom = prior.degrees_of_freedom + nk_each
     scatter = scatter + prior.covariance + _spread(nk_each, rows.covariances) * rows.covariances
     return Posterior(
-        prior,
-        _weight_concentration(prior, nk),
-        mean_precision,
-        means / mean_precision[:, None],
-        degrees_of_freedom,
-        scatter / _spread(degrees_of_freedom, scatter),
+        prior=prior,
+        weight_concentration=_weight_concentration(prior, nk),
+        mean_precision=mean_precision,
+        means=means / mean_precision[:, None],
+        degrees_of_freedom=degrees_of_freedom,
+        covariances=scatter / _spread(degrees_of_freedom, scatter),
     )
 
 

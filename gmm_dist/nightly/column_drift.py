@@ -47,7 +47,7 @@ _SLIGHT = 0.02  # nats per row that chance explains, and that a simpler sentence
 _MOST_ROWS, _FEWEST_ROWS, _WORK = 4096, 256, 2**30
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnDrift:
     """What changes of whole columns explain of the difference to last night's model.
 
@@ -70,7 +70,7 @@ def sample_size(mixture: Parameters) -> int:
     return max(_FEWEST_ROWS, min(_MOST_ROWS, _WORK // (k * squares)))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Change:
     """Columns that were mapped: tonight's x is `scales` times last night's, plus `shifts`.
 
@@ -118,7 +118,12 @@ def column_drift(
         sample_weight: How many rows each of them stands for (n,).
         feature_names: Names of the features.
     """
-    measure = _Measure(Mixture(before), Mixture(tonight).score_samples(X), X, sample_weight)
+    measure = _Measure(
+        before=Mixture(parameters=before),
+        log_tonight=Mixture(parameters=tonight).score_samples(X),
+        X=X,
+        sample_weight=sample_weight,
+    )
     ratios = measure.ratios(X)
     divergence = measure.mean(ratios)
     strangers = measure.mean((ratios > _STRANGE).double())
@@ -126,9 +131,17 @@ def column_drift(
     explained = max(divergence - left, 0.0)
     drift = divergence if strangers > 0.5 else explained
     if explained <= _SLIGHT:
-        return ColumnDrift(drift, divergence, strangers, (), "")
+        return ColumnDrift(
+            drift=drift, divergence=divergence, strangers=strangers, columns=(), change=""
+        )
     columns = tuple(feature_names[j] for j in found.columns)
-    return ColumnDrift(drift, divergence, strangers, columns, found.spelt(feature_names))
+    return ColumnDrift(
+        drift=drift,
+        divergence=divergence,
+        strangers=strangers,
+        columns=columns,
+        change=found.spelt(feature_names),
+    )
 
 
 def _best(measure: _Measure, before: Parameters, tonight: Parameters) -> tuple[float, _Change]:
@@ -141,7 +154,7 @@ def _best(measure: _Measure, before: Parameters, tonight: Parameters) -> tuple[f
     return alone if alone[0] < left + _SLIGHT else (left, found)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Measure:
     """Computes divergences: of last night's mixture, whatever was done to the columns."""
 
@@ -186,9 +199,14 @@ def _changes(before: Parameters, tonight: Parameters) -> Iterator[_Change]:
     for columns in (*([j] for j in first), *together):
         at = tuple(columns)
         for scales, shifts in maps:
-            yield _Change(at, at, scales[columns], shifts[columns])
+            yield _Change(columns=at, sources=at, scales=scales[columns], shifts=shifts[columns])
     for one, other in itertools.combinations(first, 2):
-        yield _Change((one, other), (other, one), none[:2], torch.zeros_like(none[:2]))
+        yield _Change(
+            columns=(one, other),
+            sources=(other, one),
+            scales=none[:2],
+            shifts=torch.zeros_like(none[:2]),
+        )
 
 
 def _refined(measure: _Measure, change: _Change, before: Parameters) -> _Change:
@@ -199,7 +217,7 @@ def _refined(measure: _Measure, change: _Change, before: Parameters) -> _Change:
     def at(point: list[float]) -> _Change:
         scales = change.scales.new_tensor([scale * math.exp(max(-50.0, min(50.0, point[0])))])
         shifts = change.shifts.new_tensor([shift + spread * point[1]])
-        return _Change(change.columns, change.sources, scales, shifts)
+        return _Change(columns=change.columns, sources=change.sources, scales=scales, shifts=shifts)
 
     start = [[0.0, 0.0], [0.1, 0.0], [0.0, 0.2]]
     options = {"maxfev": _REFINEMENTS, "initial_simplex": start}

@@ -20,7 +20,7 @@ _TAIL = 0.001  # of the rows lie beyond either end of the histogram's bins
 _APART = 0.01  # an overlap below which two components have nothing to do with each other
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentDrift:
     """How one component has changed; standard deviations and covariances are last night's.
 
@@ -46,7 +46,7 @@ class ComponentDrift:
     overlap: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unmatched:
     """A component of one night alone, its `mean` (d,) in feature units.
 
@@ -75,8 +75,8 @@ class DensityHistogram:
     tonight: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Densities:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DensityChange:
     """Tonight's rows under last night's model (`before`) against tonight's, in nats per row.
 
     `mean_*` are mean log-densities of the rows that tonight's model was fitted to, `held_out_*`
@@ -90,7 +90,7 @@ class Densities:
     histogram: DensityHistogram
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
     """What has changed from one night's model to another's; plain values, made for JSON."""
 
@@ -100,7 +100,7 @@ class Drift:
     components: tuple[ComponentDrift, ...]
     born: tuple[Unmatched, ...]
     dead: tuple[Unmatched, ...]
-    densities: Densities
+    densities: DensityChange
     columns: ColumnDrift | None = None
 
 
@@ -117,7 +117,7 @@ def drift(
     before: Numbered,
     after: Numbered,
     matching: Matching,
-    densities: Densities,
+    densities: DensityChange,
     feature_names: tuple[str, ...],
     columns: ColumnDrift | None = None,
 ) -> Drift:
@@ -202,7 +202,7 @@ def _unmatched(
     )
 
 
-def compare_densities(shards: Shards, before: Parameters, tonight: Parameters) -> Densities:
+def compare_densities(shards: Shards, before: Parameters, tonight: Parameters) -> DensityChange:
     """Score tonight's rows under both mixtures, which are about the rows' shared centre.
 
     Takes one pass over the rows that were fitted, and one over those held out.
@@ -210,7 +210,13 @@ def compare_densities(shards: Shards, before: Parameters, tonight: Parameters) -
     found = shards.run(Tally((before, tonight)))
     held_before, held_tonight = mean_log_likelihoods(shards, [before, tonight])
     means = found.means.tolist()
-    return Densities(means[0], means[1], held_before, held_tonight, _histogram(found))
+    return DensityChange(
+        mean_before=means[0],
+        mean_tonight=means[1],
+        held_out_before=held_before,
+        held_out_tonight=held_tonight,
+        histogram=_histogram(found),
+    )
 
 
 def _histogram(found: Histograms) -> DensityHistogram:

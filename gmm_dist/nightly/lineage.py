@@ -15,7 +15,7 @@ from gmm_dist.runs.json_files import FORMAT_VERSION, whole
 LINEAGE, DRIFT, GATE = "lineage.json", "drift.json", "gate.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Lineage:
     """Say who a night's components are, as lineage.json beside the model does.
 

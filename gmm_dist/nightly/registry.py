@@ -38,7 +38,7 @@ from gmm_dist.nightly.lineage import DRIFT, LINEAGE, Lineage, Published, _shown,
 from gmm_dist.runs import compare_and_swap
 from gmm_dist.runs.checkpoint import checkpoint_names
 from gmm_dist.runs.commit import ATTEMPTS, LEASE, MANIFEST, MODEL
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.json_files import FORMAT_VERSION, parse, to_json, whole
 from gmm_dist.runs.lease import Lease, Terms, acquire, await_end
 from gmm_dist.runs.lease_cells import SECONDS, cell_at
@@ -66,7 +66,7 @@ class Registry:
     """The registry at `url`, a folder on a local disk or S3. Nights are dates, YYYY-MM-DD."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._place = Url(url), Place.of(url)
+        self._url, self._folder = Url(url), Folder.of(url)
 
     def model_url(self, night: str) -> str:
         """Where a night's model is published: the output of its run."""
@@ -93,8 +93,8 @@ class Registry:
         return [n for n, is_there in zip(nights, found, strict=True) if is_there]
 
     def _has_manifest(self, night: str) -> bool:
-        with explained(self._place.url):
-            return self._place.read(MODELS, night, MANIFEST) is not None
+        with explained(self._folder.url):
+            return self._folder.read(MODELS, night, MANIFEST) is not None
 
     def newest_before(self, night: str) -> Published | None:
         """Return the newest night published before another, None for none."""
@@ -141,10 +141,12 @@ class Registry:
                 continue
             if self._has_manifest(earlier):
                 return
-            if LEASE not in self._place.below(MODELS, earlier, ATTEMPTS).names():
+            if LEASE not in self._folder.below(MODELS, earlier, ATTEMPTS).names():
                 continue
-            logger.info("%s: waits for %s, a run is at work on it", self._place.url, earlier)
-            await_end(cell_at(self._place.below(MODELS, earlier, ATTEMPTS, LEASE)), self._place.url)
+            logger.info("%s: waits for %s, a run is at work on it", self._folder.url, earlier)
+            await_end(
+                cell_at(self._folder.below(MODELS, earlier, ATTEMPTS, LEASE)), self._folder.url
+            )
             if self._has_manifest(earlier):
                 return
 
@@ -155,9 +157,9 @@ class Registry:
         A holder that no longer renews its lease is waited out. Ask `Lease.check` before what
         cannot be undone.
         """
-        with explained(self._place.url):
-            terms = Terms(self._place.url, seconds, patience=math.inf)
-            cell = cell_at(self._place.below(TURN), seconds)
+        with explained(self._folder.url):
+            terms = Terms(url=self._folder.url, seconds=seconds, patience=math.inf)
+            cell = cell_at(self._folder.below(TURN), seconds)
             lease = acquire(cell, secrets.token_hex(8), terms, finish=lambda attempt: None)
         assert lease is not None, "nobody decides anything by this lease"
         try:
@@ -186,7 +188,7 @@ class Registry:
             if seen is not None and first > self._next_id(seen, COUNTER):
                 logger.warning(
                     "%s: %s is older than the nights, which have ids up to %d: goes on above them",
-                    *(self._place.url, COUNTER, first - 1),
+                    *(self._folder.url, COUNTER, first - 1),
                 )
             if count == 0 or self._swap(COUNTER, seen, {"next_id": first + count}):
                 return first
@@ -209,7 +211,7 @@ class Registry:
         return (*lineage.ids, *lineage.dead)
 
     def _ids_kept_back(self, candidate: tuple[str, str]) -> list[int]:
-        data = self._place.read(CANDIDATES, *candidate, DRIFT)
+        data = self._folder.read(CANDIDATES, *candidate, DRIFT)
         try:
             found = json.loads(data or b"{}")
             told = [c["id"] for key in ("components", "born", "dead") for c in found.get(key, ())]
@@ -218,12 +220,12 @@ class Registry:
             return []  # for people to look at; whatever was given is told elsewhere
 
     def _candidates(self) -> list[tuple[str, str]]:
-        place = self._place.below(CANDIDATES)
-        nights = sorted(filter(is_night, place.names()))
-        return [(n, a) for n in nights for a in sorted(place.below(n).names())]
+        folder = self._folder.below(CANDIDATES)
+        nights = sorted(filter(is_night, folder.names()))
+        return [(n, a) for n in nights for a in sorted(folder.below(n).names())]
 
     def _next_id(self, seen: compare_and_swap.Version, name: str) -> int:
-        return _whole_number(parse(seen.data, name, self._place.url), name, self._place.url)
+        return _whole_number(parse(seen.data, name, self._folder.url), name, self._folder.url)
 
     def point_to(self, night: str) -> bool:
         """Move the pointer to a published night, never back; say whether it names it now.
@@ -238,17 +240,17 @@ class Registry:
                     logger.warning(
                         "%s: %s names %s, a night ahead of the calendar, and stays there until "
                         "then: remove the pointer and that night's model if it is a mistake",
-                        *(self._place.url, LATEST, now),
+                        *(self._folder.url, LATEST, now),
                     )
                 return now == night
             if not self.is_published(night):
                 return False
             if self._swap(LATEST, seen, {"night": night, "model": f"{MODELS}/{night}"}):
-                logger.info("%s: %s points to %s", self._place.url, LATEST, night)
+                logger.info("%s: %s points to %s", self._folder.url, LATEST, night)
 
     def forget_candidates(self, night: str, *, but: str) -> None:
         """Remove what earlier attempts at a night left for the gate to keep back."""
-        folder = self._place.below(CANDIDATES, night)
+        folder = self._folder.below(CANDIDATES, night)
         for name in sorted(folder.names() - {but}):
             folder.remove(name)
 
@@ -274,9 +276,9 @@ class Registry:
             if old in pruned or self._is_rest(old):
                 self._remove(old)
         oldest = min((n for n in nights if n in kept), default="")
-        for name in sorted(self._place.below(CANDIDATES).names()):
+        for name in sorted(self._folder.below(CANDIDATES).names()):
             if is_night(name) and name < oldest:
-                self._place.remove(CANDIDATES, name)
+                self._folder.remove(CANDIDATES, name)
         return gone
 
     def _bury(self, nights: Collection[str]) -> frozenset[str]:
@@ -295,9 +297,9 @@ class Registry:
     def _pruned(self, seen: compare_and_swap.Version | None) -> _Pruned:
         if seen is None:
             return _Pruned(frozenset(), 0)
-        content = parse(seen.data, PRUNED, self._place.url)
-        next_id = _whole_number(content, PRUNED, self._place.url)
-        with whole(PRUNED, self._place.url):
+        content = parse(seen.data, PRUNED, self._folder.url)
+        next_id = _whole_number(content, PRUNED, self._folder.url)
+        with whole(PRUNED, self._folder.url):
             nights = content["nights"]
             if not isinstance(nights, list) or not all(map(is_night, nights)):
                 raise ValueError("nights are no list of dates")
@@ -306,49 +308,49 @@ class Registry:
     def _remove(self, night: str) -> None:
         # The manifest first: a reader finds a whole model or none.
         for parts in ((MANIFEST,), (ATTEMPTS,), ()):
-            self._place.remove(MODELS, night, *parts)
-        logger.info("%s: removed the model of %s", self._place.url, night)
+            self._folder.remove(MODELS, night, *parts)
+        logger.info("%s: removed the model of %s", self._folder.url, night)
 
     def _is_at_work(self, night: str) -> bool:
-        folder = self._place.below(MODELS, night)
+        folder = self._folder.below(MODELS, night)
         if MANIFEST in folder.names():
             return False
         return LEASE in folder.below(ATTEMPTS).names() or bool(checkpoint_names(folder))
 
     def _is_rest(self, night: str) -> bool:
         """Say whether a removal was cut off: copies without a manifest, and nobody at work."""
-        folder = self._place.below(MODELS, night)
+        folder = self._folder.below(MODELS, night)
         names = folder.names()
         return (
             MANIFEST not in names and MODEL in names and LEASE not in folder.below(ATTEMPTS).names()
         )
 
     def _folders(self) -> list[str]:
-        with explained(self._place.url):
-            names = self._place.below(MODELS).names()
+        with explained(self._folder.url):
+            names = self._folder.below(MODELS).names()
         return sorted(name for name in names if is_night(name))
 
     def _seen(self, name: str) -> compare_and_swap.Version | None:
-        with explained(self._place.url):
-            return compare_and_swap.read(self._place, name)
+        with explained(self._folder.url):
+            return compare_and_swap.read(self._folder, name)
 
     def _swap(self, name: str, seen: compare_and_swap.Version | None, content: object) -> bool:
         assert isinstance(content, dict)
-        with explained(self._place.url):
+        with explained(self._folder.url):
             data = to_json({"format_version": FORMAT_VERSION, **content})
-            return compare_and_swap.swap(self._place, name, seen, data)
+            return compare_and_swap.swap(self._folder, name, seen, data)
 
     def _pointed_to(self, seen: compare_and_swap.Version | None) -> str | None:
         if seen is None:
             return None
-        with whole(LATEST, self._place.url):
-            content = parse(seen.data, LATEST, self._place.url)
+        with whole(LATEST, self._folder.url):
+            content = parse(seen.data, LATEST, self._folder.url)
             night, model = content["night"], content["model"]
         if is_night(night) and model == f"{MODELS}/{night}" and self.is_published(night):
             return str(night)
         logger.warning(
             "%s: %s names %r in %r, which is no published night: the next night replaces it",
-            *(self._place.url, LATEST, night, model),
+            *(self._folder.url, LATEST, night, model),
         )
         return None
 

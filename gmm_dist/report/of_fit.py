@@ -67,12 +67,12 @@ def _rendered(
         return page.render(content, nightly=nightly)
     parameters, known = mixture.parameters, numbers or mixture.component_ids
     clusters = Clusters(
-        parameters.weights.numpy(),
-        parameters.means.numpy(),
-        parameters.covariances.numpy(),
-        parameters.covariance_type,
-        tuple(mixture.feature_names),
-        tuple("new" if number is None else str(number) for number in known),
+        weights=parameters.weights.numpy(),
+        means=parameters.means.numpy(),
+        covariances=parameters.covariances.numpy(),
+        covariance_type=parameters.covariance_type,
+        feature_names=tuple(mixture.feature_names),
+        numbers=tuple("new" if number is None else str(number) for number in known),
     )
     rows = None
     if sample is not None:

@@ -14,7 +14,7 @@ _DEPENDENT = 1e-8  # of an eigenvalue of the correlations: below it the directio
 _MOST_FEATURES = 256  # of a plane: its eigenvectors cost d³
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Clusters:
     """A mixture as arrays, in data units, float64.
 
@@ -108,7 +108,7 @@ class Clusters:
         return np.asarray(np.diag(self.weights @ self.variances))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Plane:
     """Two directions `axes` (d, 2) in which to look at rows, about `centre` (d,).
 
@@ -138,7 +138,7 @@ def plane(clusters: Clusters) -> Plane:
     d = clusters.means.shape[1]
     if d == 2:
         x, y = clusters.feature_names
-        return Plane(np.eye(2), np.zeros(2), "the two features", (x, y))
+        return Plane(axes=np.eye(2), centre=np.zeros(2), kind="the two features", labels=(x, y))
     places = clusters.telling(_MOST_FEATURES)
     kept = clusters.narrowed(places)
     scale = kept.scale
@@ -158,7 +158,7 @@ def plane(clusters: Clusters) -> Plane:
     )
     axes = np.zeros((d, 2))
     axes[places] = found * signs / scale[:, None]
-    return Plane(axes, clusters.centre, kind, labels, made_of)
+    return Plane(axes=axes, centre=clusters.centre, kind=kind, labels=labels, made_of=made_of)
 
 
 _KINDS = {

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gmm_dist.errors import Option, UserError
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.json_files import FORMAT_VERSION, require_readable
 from gmm_dist.runs.model_folder import library_versions
 from gmm_dist.storage import line_of
@@ -52,7 +52,7 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunIdentity:
     """Say what decides a run's bits: the plan, and `settings` as plain JSON values.
 
@@ -143,9 +143,9 @@ def _processor() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def checkpoint_names(place: Place) -> list[str]:
+def checkpoint_names(folder: Folder) -> list[str]:
     """Return the names of the checkpoints in a run's output, the oldest first."""
-    return _sorted(place.below(CHECKPOINTS).names())
+    return _sorted(folder.below(CHECKPOINTS).names())
 
 
 def _sorted(names: set[str]) -> list[str]:
@@ -164,14 +164,14 @@ class CheckpointStore:
 
     def __init__(
         self,
-        output: Place,
+        output: Folder,
         identity: RunIdentity,
         *,
         keep: int = 2,
         seconds: float = 0.0,
         guard: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._place = output.below(CHECKPOINTS)
+        self._folder = output.below(CHECKPOINTS)
         self._identity, self._keep, self._seconds, self._guard = identity, keep, seconds, guard
         self._key = identity.key
         self._taken: float | None = None
@@ -187,21 +187,21 @@ class CheckpointStore:
             UserError: it is that of another run: other files, columns or settings; or a newer
                 gmm_dist wrote it.
         """
-        for name in reversed(_sorted(self._place.names())):
-            data = self._place.read(name)
+        for name in reversed(_sorted(self._folder.names())):
+            data = self._folder.read(name)
             content = None if data is None else _whole(name, data)
             if data is None or content is None:
-                logger.warning("%s: %s/%s is torn: ignored", self._place.url, CHECKPOINTS, name)
+                logger.warning("%s: %s/%s is torn: ignored", self._folder.url, CHECKPOINTS, name)
                 continue
             self._refuse_other(name, content)
             return Checkpoint(content["number"], safetensors.torch.load(data), content["state"])
         return None
 
     def _refuse_other(self, name: str, content: Mapping[str, Any]) -> None:
-        url = self._place.url
+        url = self._folder.url
         require_readable(content["format_version"], name, url)
         if content["key"] != self._key:
-            saved = self._place.read(_IDENTITY)
+            saved = self._folder.read(_IDENTITY)
             raise UserError(
                 f"{url}: cannot resume from checkpoint {content['number']}: "
                 f"{self._identity.difference(saved, content['key'])}",
@@ -257,12 +257,12 @@ class CheckpointStore:
         if self._thread is not None:
             self._thread.join(timeout if in_time else 0.0)
             if self._thread.is_alive():
-                logger.warning("%s: a checkpoint is still being written", self._place.url)
+                logger.warning("%s: a checkpoint is still being written", self._folder.url)
 
     def clear(self) -> None:
         """End the thread and remove all checkpoints: the run has committed."""
         self.close(flush=False)
-        self._place.remove()
+        self._folder.remove()
 
     def _write_all(self) -> None:
         while True:
@@ -280,13 +280,13 @@ class CheckpointStore:
             except Exception as error:
                 logger.warning(
                     "%s: checkpoint %d was not written, the run goes on: %s",
-                    *(self._place.url, checkpoint.number, line_of(error)),
+                    *(self._folder.url, checkpoint.number, line_of(error)),
                 )
 
     def _write(self, checkpoint: Checkpoint) -> None:
         if not self._identified:
-            logger.info("writing checkpoints to %s", self._place.url)
-            self._place.write(self._identity.canonical, _IDENTITY, durable=True)
+            logger.info("writing checkpoints to %s", self._folder.url)
+            self._folder.write(self._identity.canonical, _IDENTITY, durable=True)
             self._identified = True
         content = {
             "format_version": FORMAT_VERSION,
@@ -299,14 +299,14 @@ class CheckpointStore:
             dict(checkpoint.tensors), metadata={"checkpoint": json.dumps(content)}
         )
         name = f"{checkpoint.number:08d}-{hashlib.sha256(data).hexdigest()}.safetensors"
-        self._place.write(data, name, durable=True)
+        self._folder.write(data, name, durable=True)
         self._prune()
 
     def _prune(self) -> None:
-        names = self._place.names()
+        names = self._folder.names()
         torn = {name for name in names if name.endswith(".part")}
         for name in [*_sorted(names)[: -self._keep], *sorted(torn)]:
-            self._place.remove(name)
+            self._folder.remove(name)
 
 
 def _whole(name: str, data: bytes) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from gmm_dist.errors import UserError
 from gmm_dist.runs import commit
 from gmm_dist.runs.checkpoint import CHECKPOINTS, CheckpointStore, RunIdentity, checkpoint_names
 from gmm_dist.runs.commit import ATTEMPTS, LEASE, MANIFEST, MODEL, Attempt, Result
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.lease import Lease, Terms, acquire
 from gmm_dist.runs.lease_cells import SECONDS, Cell, cell_at
 from gmm_dist.storage import explained, line_of
@@ -26,8 +26,8 @@ class Run:
     `attempt`. Made by `claim`.
     """
 
-    def __init__(self, place: Place, attempt: Attempt | None, lease: Lease | None) -> None:
-        self._place, self._attempt, self._lease = place, attempt, lease
+    def __init__(self, folder: Folder, attempt: Attempt | None, lease: Lease | None) -> None:
+        self._folder, self._attempt, self._lease = folder, attempt, lease
         self._checkpoints: CheckpointStore | None = None
 
     @property
@@ -51,7 +51,7 @@ class Run:
         assert self._lease is not None, "the run has been committed before"
         lease = self._lease
         self._checkpoints = CheckpointStore(
-            self._place, identity, keep=keep, seconds=seconds, guard=lambda: lease.is_current
+            self._folder, identity, keep=keep, seconds=seconds, guard=lambda: lease.is_current
         )
         return self._checkpoints
 
@@ -67,7 +67,7 @@ class Run:
         if self._checkpoints is not None:
             self._checkpoints.close(flush=not (self._attempt.committed or self._lease.is_lost))
         if self._attempt.committed:
-            _tidy(self._place, self._attempt.id)
+            _tidy(self._folder, self._attempt.id)
         # An open decision stays for whoever comes next to complete.
         self._lease.release(keep=self._attempt.is_undecided)
         if not self._attempt.committed:
@@ -87,77 +87,77 @@ def claim(url: str, *, resume: bool = False, lease_seconds: float = SECONDS) -> 
             without `resume`, it holds a result or an unfinished run's checkpoints.
         LeaseLost: at the commit or in `Run.check`, another driver has taken the run over.
     """
-    place = Place.of(url)
-    with explained(place.url):
-        run = _opened(place, resume, lease_seconds)
+    folder = Folder.of(url)
+    with explained(folder.url):
+        run = _opened(folder, resume, lease_seconds)
     try:
         yield run
     finally:
         run.end()
 
 
-def _opened(place: Place, resume: bool, seconds: float) -> Run:
-    cell = cell_at(place.below(ATTEMPTS, LEASE), seconds)
-    if (winner := _winner(place, resume)) is None:
-        attempt = Attempt(place)
-        lease = _acquired(place, attempt, cell, resume, seconds)
+def _opened(folder: Folder, resume: bool, seconds: float) -> Run:
+    cell = cell_at(folder.below(ATTEMPTS, LEASE), seconds)
+    if (winner := _winner(folder, resume)) is None:
+        attempt = Attempt(folder)
+        lease = _acquired(folder, attempt, cell, resume, seconds)
         if lease is not None:
             attempt.lease = lease
-            run = Run(place, attempt, lease)
+            run = Run(folder, attempt, lease)
             try:
                 # Somebody may have committed while we waited.
-                winner = _winner(place, resume)
+                winner = _winner(folder, resume)
                 if winner is None:
                     attempt.begin(leased=True)
-                    commit.remove_superseded(place, attempt.id)
+                    commit.remove_superseded(folder, attempt.id)
                     return run
             except BaseException:
                 run.end()
                 raise
             lease.release()
         else:
-            winner = Result.at(place).attempt
-            _winner(place, resume)  # refuses it without `resume`
-    logger.info("%s: committed before by %s", place.url, commit.who(place, winner))
-    commit.copy_for_people(place)
-    _tidy(place, winner, cell)
-    return Run(place, None, None)
+            winner = Result.at(folder).attempt
+            _winner(folder, resume)  # refuses it without `resume`
+    logger.info("%s: committed before by %s", folder.url, commit.who(folder, winner))
+    commit.copy_for_people(folder)
+    _tidy(folder, winner, cell)
+    return Run(folder, None, None)
 
 
 def _acquired(
-    place: Place, attempt: Attempt, cell: Cell, resume: bool, seconds: float
+    folder: Folder, attempt: Attempt, cell: Cell, resume: bool, seconds: float
 ) -> Lease | None:
-    terms = Terms(place.url, seconds, resume, partial(commit.who, place))
+    terms = Terms(url=folder.url, seconds=seconds, wait=resume, who=partial(commit.who, folder))
     try:
-        with commit.can_hold_results(place):
-            return acquire(cell, attempt.id, terms, finish=partial(commit.finish, place))
+        with commit.can_hold_results(folder):
+            return acquire(cell, attempt.id, terms, finish=partial(commit.finish, folder))
     except BaseException:
         attempt.abandon()
         raise
 
 
-def _winner(place: Place, resume: bool) -> str | None:
+def _winner(folder: Folder, resume: bool) -> str | None:
     """Return the attempt that has committed, if any; refuse what leaves no room for this run."""
-    names = place.names()
+    names = folder.names()
     if resume and MANIFEST in names:
-        return Result.at(place).attempt
-    commit.refuse_taken(place, names - {ATTEMPTS, CHECKPOINTS})
-    if not resume and CHECKPOINTS in names and checkpoint_names(place):
+        return Result.at(folder).attempt
+    commit.refuse_taken(folder, names - {ATTEMPTS, CHECKPOINTS})
+    if not resume and CHECKPOINTS in names and checkpoint_names(folder):
         raise UserError(
-            f"{place.url} holds the checkpoints of an unfinished run",
+            f"{folder.url} holds the checkpoints of an unfinished run",
             remedy=commit.RESUME_OR_OTHER,
         )
     return None
 
 
-def _tidy(place: Place, winner: str, cell: Cell | None = None) -> None:
+def _tidy(folder: Folder, winner: str, cell: Cell | None = None) -> None:
     """Remove what is of no more use once `winner` has committed."""
     try:
-        place.remove(CHECKPOINTS)
-        commit.remove_superseded(place, winner)
-        for folder in (place, place.below(MODEL)):
-            folder.remove_abandoned_parts()
+        folder.remove(CHECKPOINTS)
+        commit.remove_superseded(folder, winner)
+        for each in (folder, folder.below(MODEL)):
+            each.remove_abandoned_parts()
         if cell is not None and (stale := cell.read()) is not None:
             cell.remove(stale)
     except Exception as error:
-        logger.warning("%s: not all that is left over was removed: %s", place.url, line_of(error))
+        logger.warning("%s: not all that is left over was removed: %s", folder.url, line_of(error))

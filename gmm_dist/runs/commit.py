@@ -31,7 +31,7 @@ from pathlib import Path
 from gmm_dist.errors import Option, UserError, Words
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs import model_folder
-from gmm_dist.runs.folder import Place, sync
+from gmm_dist.runs.folder import Folder, sync
 from gmm_dist.runs.json_files import (
     FORMAT_VERSION,
     FileEntry,
@@ -71,10 +71,10 @@ def claim(url: str) -> Iterator[Attempt]:
         UserError: the place holds a result or other files already, cannot be written to, or
             cannot create a file only if there is none.
     """
-    place = Place.of(url)
-    attempt = Attempt(place)
-    with explained(place.url):
-        refuse_taken(place, place.names() - {ATTEMPTS})
+    folder = Folder.of(url)
+    attempt = Attempt(folder)
+    with explained(folder.url):
+        refuse_taken(folder, folder.names() - {ATTEMPTS})
     try:
         attempt.begin()
         yield attempt
@@ -83,7 +83,7 @@ def claim(url: str) -> Iterator[Attempt]:
             attempt.abandon()
 
 
-def refuse_taken(place: Place, names: set[str]) -> None:
+def refuse_taken(folder: Folder, names: set[str]) -> None:
     """Raise UserError when `names`, which are in the folder, leave no room for a result."""
     if names == {""}:
         what = "is a file, and results need a folder"
@@ -93,11 +93,11 @@ def refuse_taken(place: Place, names: set[str]) -> None:
         what = f"is not empty ({len(names)} entries, first {min(names)!r})"
     else:
         return
-    raise UserError(f"{place.url} {what}", remedy=OTHER_OUTPUT + ", or delete it first")
+    raise UserError(f"{folder.url} {what}", remedy=OTHER_OUTPUT + ", or delete it first")
 
 
 @contextmanager
-def can_hold_results(place: Place) -> Iterator[None]:
+def can_hold_results(folder: Folder) -> Iterator[None]:
     """Turn a failure to write the first file into a UserError.
 
     Read-only disks, file systems without hard links, stores without conditions fail so.
@@ -107,7 +107,7 @@ def can_hold_results(place: Place) -> Iterator[None]:
     except OSError as error:
         reason = line_of(error)
         raise UserError(
-            f"{place.url} cannot hold results ({reason})", remedy=OTHER_OUTPUT
+            f"{folder.url} cannot hold results ({reason})", remedy=OTHER_OUTPUT
         ) from error
 
 
@@ -118,17 +118,17 @@ class Attempt:
     `begin`, fences the commit. Made by `claim`, or by `runs.claim`.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
         self.committed = False
         self.lease: Lease | None = None
-        self._place = place
-        self._home = place.below(ATTEMPTS, self.id)
+        self._folder = folder
+        self._home = folder.below(ATTEMPTS, self.id)
         self._files: dict[str, FileEntry] = {}
         home = Path(self._home.path)
         self._made = (
             [folder for folder in (home, *home.parents) if not folder.exists()]
-            if place.is_local
+            if folder.is_local
             else []
         )
         self._undecided = False
@@ -149,7 +149,7 @@ class Attempt:
             UserError: the place cannot be written to, or cannot create a file only if there is
                 none.
         """
-        with can_hold_results(self._place), explained(self._place.url):
+        with can_hold_results(self._folder), explained(self._folder.url):
             self._begin(leased)
 
     def _begin(self, leased: bool) -> None:
@@ -164,14 +164,14 @@ class Attempt:
         except FileExistsError:
             return
         raise UserError(
-            f"{self._place.url} overwrites files where create-if-absent was asked for, so two runs "
-            "could destroy each other's results",
+            f"{self._folder.url} overwrites files where create-if-absent was asked for, so two "
+            "runs could destroy each other's results",
             remedy=OTHER_OUTPUT + ", on S3 or a local disk",
         )
 
     def write(self, name: str, data: bytes) -> None:
         """Write one file of the result; `name` is its path below the output."""
-        with explained(self._place.url):
+        with explained(self._folder.url):
             self._home.write(data, name)
         self._files[name] = FileEntry.of(data)
 
@@ -198,7 +198,7 @@ class Attempt:
                 "files": {name: asdict(entry) for name, entry in self._files.items()},
             }
         )
-        with explained(self._place.url):
+        with explained(self._folder.url):
             if self.lease is not None:
                 self._home.write(manifest, MANIFEST)
             self._sync_files()
@@ -207,13 +207,13 @@ class Attempt:
             self._undecided = False
             if winner != self.id:
                 raise UserError(
-                    f"{self._place.url}: another run committed its result (attempt {winner}) while "
-                    f"this one (attempt {self.id}) was at work",
+                    f"{self._folder.url}: another run committed its result (attempt {winner}) "
+                    f"while this one (attempt {self.id}) was at work",
                     remedy="use that result, or " + OTHER_OUTPUT,
                 )
             self.committed = True
             self._sync_folders()
-        copy_for_people(self._place)
+        copy_for_people(self._folder)
 
     def _decide(self) -> None:
         if self.lease is None:
@@ -229,14 +229,14 @@ class Attempt:
         """Create the manifest if there is none, and return the attempt that it names."""
         decided, self._undecided = self._undecided, True
         try:
-            self._place.create(manifest, MANIFEST, scratch=self._home.at("scratch"))
+            self._folder.create(manifest, MANIFEST, scratch=self._home.at("scratch"))
         except FileExistsError:
             pass  # Our own, if the answer to an earlier try was lost.
         except Exception:
             # A disk has answered; a request to a store may still be under way.
-            self._undecided = decided or not self._place.is_local
+            self._undecided = decided or not self._folder.is_local
             raise
-        return Result.at(self._place).attempt
+        return Result.at(self._folder).attempt
 
     def _sync_files(self) -> None:
         """Push the attempt's files to the disk: a manifest must not outlive what it names."""
@@ -247,8 +247,8 @@ class Attempt:
 
     def _sync_folders(self) -> None:
         """Push the manifest's name, and those of the folders that were made, to the disk."""
-        if self._place.is_local:
-            for path in {Path(self._place.path), *(folder.parent for folder in self._made)}:
+        if self._folder.is_local:
+            for path in {Path(self._folder.path), *(folder.parent for folder in self._made)}:
                 sync(path)
 
     def abandon(self) -> None:
@@ -257,7 +257,7 @@ class Attempt:
             # To remove files that a manifest may name would destroy a committed result.
             logger.warning(
                 "%s: unknown whether attempt %s was committed; its files stay in %s",
-                *(self._place.url, self.id, self._home.path),
+                *(self._folder.url, self.id, self._home.path),
             )
             return
         try:
@@ -265,55 +265,55 @@ class Attempt:
         except Exception as error:
             # Never in place of the error that ended the run.
             logger.warning(
-                "%s: %s was not removed: %s", self._place.url, self._home.path, line_of(error)
+                "%s: %s was not removed: %s", self._folder.url, self._home.path, line_of(error)
             )
         for folder in self._made:
             with suppress(OSError):
                 folder.rmdir()
 
 
-def finish(place: Place, attempt: str) -> None:
+def finish(folder: Folder, attempt: str) -> None:
     """Complete the commit of an attempt that had decided to; any number may do so at once.
 
     Raises:
         UserError: the attempt's manifest is gone.
     """
-    manifest = place.read(ATTEMPTS, attempt, MANIFEST)
+    manifest = folder.read(ATTEMPTS, attempt, MANIFEST)
     if manifest is None:
         raise UserError(
-            f"{place.url}: attempt {attempt} had decided to commit, and its {MANIFEST} is gone",
+            f"{folder.url}: attempt {attempt} had decided to commit, and its {MANIFEST} is gone",
             remedy="delete the output and run again, or " + OTHER_OUTPUT,
         )
     with suppress(FileExistsError):
-        scratch = place.at(ATTEMPTS, attempt, f"scratch-{secrets.token_hex(4)}")
-        place.create(manifest, MANIFEST, scratch=scratch)
-    if place.is_local:
-        sync(Path(place.path))
-    logger.info("%s: completed the commit of attempt %s", place.url, attempt)
+        scratch = folder.at(ATTEMPTS, attempt, f"scratch-{secrets.token_hex(4)}")
+        folder.create(manifest, MANIFEST, scratch=scratch)
+    if folder.is_local:
+        sync(Path(folder.path))
+    logger.info("%s: completed the commit of attempt %s", folder.url, attempt)
 
 
-def who(place: Place, attempt: str) -> str:
+def who(folder: Folder, attempt: str) -> str:
     """Describe an attempt in messages: host, process and since when."""
     try:
-        facts = parse_plain(place.read(ATTEMPTS, attempt, WHO) or b"{}", WHO, place.url)
+        facts = parse_plain(folder.read(ATTEMPTS, attempt, WHO) or b"{}", WHO, folder.url)
         return f"attempt {attempt}, process {facts['pid']} on {facts['host']}, {facts['began']}"
     except (OSError, ValueError, KeyError):
         return f"attempt {attempt}"
 
 
-def remove_superseded(place: Place, winner: str) -> None:
+def remove_superseded(folder: Folder, winner: str) -> None:
     """Remove what earlier holders of the lease left, all of whose commits have become impossible.
 
     Attempts without a lease are left alone: they may be at work.
     """
-    for name in sorted(place.below(ATTEMPTS).names() - {winner, LEASE}):
-        data = place.read(ATTEMPTS, name, WHO)
+    for name in sorted(folder.below(ATTEMPTS).names() - {winner, LEASE}):
+        data = folder.read(ATTEMPTS, name, WHO)
         if data is None:  # begun a moment ago, or by a process that was killed in that moment
-            place.remove_abandoned(ATTEMPTS, name)
+            folder.remove_abandoned(ATTEMPTS, name)
             continue
         with suppress(ValueError):
-            if parse_plain(data, WHO, place.url).get("leased"):
-                place.remove(ATTEMPTS, name)
+            if parse_plain(data, WHO, folder.url).get("leased"):
+                folder.remove(ATTEMPTS, name)
 
 
 def repair(url: str) -> tuple[str, ...]:
@@ -325,27 +325,27 @@ def repair(url: str) -> tuple[str, ...]:
     Raises:
         UserError: nothing is committed at `url`, or a committed file is missing or damaged.
     """
-    place = Place.of(url)
-    with explained(place.url):
-        return _make_copies(Result.at(place))
+    folder = Folder.of(url)
+    with explained(folder.url):
+        return _make_copies(Result.at(folder))
 
 
-def copy_for_people(place: Place) -> None:
+def copy_for_people(folder: Folder) -> None:
     """Make the copies of a committed result, or warn: our readers need none."""
     try:
-        _make_copies(Result.at(place))
+        _make_copies(Result.at(folder))
     except Exception as error:
-        logger.warning("%s: no copies for people were made: %s", place.url, line_of(error))
+        logger.warning("%s: no copies for people were made: %s", folder.url, line_of(error))
 
 
 def _make_copies(result: Result) -> tuple[str, ...]:
     for name in result.files:
-        _refuse_link(result.place, name)
+        _refuse_link(result.folder, name)
     stale = [
-        name for name, entry in result.files.items() if not entry.fits(result.place.read(name))
+        name for name, entry in result.files.items() if not entry.fits(result.folder.read(name))
     ]
     for name in stale:
-        result.place.write(result.read(name), name)
+        result.folder.write(result.read(name), name)
     return tuple(stale)
 
 
@@ -357,10 +357,10 @@ def _of_result(name: str, url: str) -> str:
     return name
 
 
-def _refuse_link(place: Place, *parts: str) -> None:
-    if place.leads_out(*parts):
+def _refuse_link(folder: Folder, *parts: str) -> None:
+    if folder.leads_out(*parts):
         raise UserError(
-            f"{place.url}: {'/'.join(parts)} leads out of the folder by a link, where a manifest "
+            f"{folder.url}: {'/'.join(parts)} leads out of the folder by a link, where a manifest "
             "has no say: put the files themselves in its place"
         )
 
@@ -369,62 +369,62 @@ def _refuse_link(place: Place, *parts: str) -> None:
 class Result:
     """What a manifest says: the attempt that committed, and its files."""
 
-    place: Place
+    folder: Folder
     attempt: str
     files: Mapping[str, FileEntry]
 
     @classmethod
-    def at(cls, place: Place) -> Result:
-        result = cls.find(place)
+    def at(cls, folder: Folder) -> Result:
+        result = cls.find(folder)
         if result is None:
-            raise UserError(nothing_at(place))
+            raise UserError(nothing_at(folder))
         return result
 
     @classmethod
-    def find(cls, place: Place) -> Result | None:
-        data = place.read(MANIFEST)
+    def find(cls, folder: Folder) -> Result | None:
+        data = folder.read(MANIFEST)
         if data is None:
             return None
-        content = parse(data, MANIFEST, place.url)
-        with whole(MANIFEST, place.url):
+        content = parse(data, MANIFEST, folder.url)
+        with whole(MANIFEST, folder.url):
             files = {
-                _of_result(name, place.url): FileEntry(**entry)
+                _of_result(name, folder.url): FileEntry(**entry)
                 for name, entry in content["files"].items()
             }
-            attempt = name_within(content["attempt"], MANIFEST, place.url)
+            attempt = name_within(content["attempt"], MANIFEST, folder.url)
             if "/" in attempt:
                 raise ValueError(f"the attempt {attempt}")
-            return cls(place, attempt, files)
+            return cls(folder, attempt, files)
 
     def read(self, name: str) -> bytes:
         """Return a file's verified bytes, the attempt's own or else those of its copy."""
         if name not in self.files:
             raise UserError(
-                f"{self.place.url}: {MANIFEST} lists no {name!r} but {', '.join(self.files)}: pass "
-                "the output of a run that wrote one"
+                f"{self.folder.url}: {MANIFEST} lists no {name!r} but {', '.join(self.files)}: "
+                "pass the output of a run that wrote one"
             )
         # People tidy away folders whose names begin with an underscore: equal bytes will do.
         for parts in ((ATTEMPTS, self.attempt, name), (name,)):
-            _refuse_link(self.place, *parts)
-            data = self.place.read(*parts)
+            _refuse_link(self.folder, *parts)
+            data = self.folder.read(*parts)
             if data is not None and self.files[name].fits(data):
                 return data
         raise UserError(
-            f"{self.place.url}: {name} is missing or damaged (no copy fits {MANIFEST}'s sha256)",
+            f"{self.folder.url}: {name} is missing or damaged (no copy fits {MANIFEST}'s sha256)",
             remedy=f"restore {ATTEMPTS}/{self.attempt}/{name}, or run again with another "
             + Option("output"),
         )
 
 
-def nothing_at(place: Place) -> Words:
+def nothing_at(folder: Folder) -> Words:
     """Say why nothing can be read from a place without a manifest."""
-    if ATTEMPTS in place.names():
+    if ATTEMPTS in folder.names():
         return (
-            f"{place.url} holds unfinished attempts and no {MANIFEST}: the run is at work, or died "
-            "before its commit; wait for it, or run it again"
+            f"{folder.url} holds unfinished attempts and no {MANIFEST}: the run is at work, or "
+            "died before its commit; wait for it, or run it again"
         )
     return (
-        f"{place.url} holds no result, neither {MANIFEST} nor {model_folder.CARD}: pass the "
+        f"{folder.url} holds no result, neither {MANIFEST} nor {model_folder.CARD}: pass the "
         + Option("output")
         + " of a run that has finished, or its model folder"
     )

@@ -20,7 +20,7 @@ from typing import Any
 from fsspec import AbstractFileSystem, asyn
 
 from gmm_dist.errors import RunFailed
-from gmm_dist.runs.folder import Place, answer, is_s3
+from gmm_dist.runs.folder import Folder, answer, is_s3
 from gmm_dist.storage import patiently
 
 _TIMEOUT = 30.0  # of one request, and of waiting for another's lock (seconds)
@@ -67,16 +67,16 @@ class S3Object:
         return result
 
 
-def read(place: Place, name: str) -> Version | None:
+def read(folder: Folder, name: str) -> Version | None:
     """Return the file as it is, None where there is none."""
-    if is_s3(place.fs):
-        found = patiently(lambda: _object(place, name).call("get_object"), place.url)
+    if is_s3(folder.fs):
+        found = patiently(lambda: _object(folder, name).call("get_object"), folder.url)
         return None if found is None else Version(found["Body"], found["ETag"])
-    data = place.read(name)
+    data = folder.read(name)
     return None if data is None else _version(data)
 
 
-def swap(place: Place, name: str, old: Version | None, new: bytes) -> bool:
+def swap(folder: Folder, name: str, old: Version | None, new: bytes) -> bool:
     """Write `new` if the file is still `old` (None: absent), and say whether it was.
 
     After False, or an error, read again: an answer may have been lost, and `new` be there.
@@ -84,21 +84,21 @@ def swap(place: Place, name: str, old: Version | None, new: bytes) -> bool:
     Raises:
         RunFailed: another process has held the lock on a local disk for half a minute.
     """
-    if is_s3(place.fs):
+    if is_s3(folder.fs):
         condition = {"IfNoneMatch": "*"} if old is None else {"IfMatch": old.tag}
         put = patiently(
-            lambda: _object(place, name).call("put_object", Body=new, **condition), place.url
+            lambda: _object(folder, name).call("put_object", Body=new, **condition), folder.url
         )
         return put is not None
-    with _locked(place, name):
-        if read(place, name) != old:
+    with _locked(folder, name):
+        if read(folder, name) != old:
             return False
-        place.write(new, name, durable=True)
+        folder.write(new, name, durable=True)
     return True
 
 
-def _object(place: Place, name: str) -> S3Object:
-    return S3Object(place.fs, place.at(name), _TIMEOUT)
+def _object(folder: Folder, name: str) -> S3Object:
+    return S3Object(folder.fs, folder.at(name), _TIMEOUT)
 
 
 def _version(data: bytes) -> Version:
@@ -109,13 +109,13 @@ _ours = threading.Lock()
 
 
 @contextmanager
-def _locked(place: Place, name: str) -> Iterator[None]:
+def _locked(folder: Folder, name: str) -> Iterator[None]:
     """Hold the file's lock: this process's own, and on a local disk that of all processes."""
     with _ours:
-        if not place.is_local:
+        if not folder.is_local:
             yield
             return
-        lock = Path(place.at(f".{name}.lock"))
+        lock = Path(folder.at(f".{name}.lock"))
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("wb") as file:
             _wait_for(file.fileno(), lock)

@@ -29,7 +29,7 @@ _ABANDONED = 300.0  # seconds after which a step that takes milliseconds is not 
 
 
 @dataclass(frozen=True)
-class Place:
+class Folder:
     """A folder to write to or read from; `url` prints itself without credentials.
 
     Stores that are out of order are waited for, see `storage.patiently`.
@@ -40,7 +40,7 @@ class Place:
     url: Url
 
     @classmethod
-    def of(cls, url: str) -> Place:
+    def of(cls, url: str) -> Folder:
         """Open `url`; nothing is asked of the store yet."""
         fs, path = open_url(url)
         if is_s3(fs) and "?versionId=" in path:  # s3fs would leave out the rest of any name
@@ -54,9 +54,9 @@ class Place:
     def at(self, *parts: str) -> str:
         return join(self.path, *parts)
 
-    def below(self, *parts: str) -> Place:
+    def below(self, *parts: str) -> Folder:
         """Return a folder within, whose `url` stays that of the whole."""
-        return Place(self.fs, self.at(*parts), self.url)
+        return Folder(self.fs, self.at(*parts), self.url)
 
     def leads_out(self, *parts: str) -> bool:
         """Say whether links on a local disk make a name in the folder one outside of it."""
@@ -125,7 +125,7 @@ class Place:
             self.remove_abandoned(part.name)
 
     @contextmanager
-    def writing(self, *parts: str, scratch: Place) -> Iterator[Path]:
+    def writing(self, *parts: str, scratch: Folder) -> Iterator[Path]:
         """Give a path on this machine for a large file; leaving the block puts it in its place.
 
         Readers see it whole or not at all. On a local disk it grows in the folder `scratch`, of

@@ -38,7 +38,7 @@ class LeaseLost(RunFailed):
 # ---------------------------------------------------------------------------- waiting for it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Terms:
     """Say how a lease is asked for.
 
@@ -107,7 +107,10 @@ def acquire(
         found = watch.read(cell, terms)
         stored = None
         if found is None:
-            stored = patiently(partial(cell.create, Held(attempt, 0, terms.seconds)), terms.url)
+            stored = patiently(
+                partial(cell.create, Held(attempt=attempt, count=0, seconds=terms.seconds)),
+                terms.url,
+            )
             if stored is not None:
                 _require_conditions(cell, stored, terms)
         elif found.held.attempt == attempt:
@@ -120,7 +123,7 @@ def acquire(
             cell.remove(found)
             return None
         else:
-            ours = Held(attempt, found.held.count + 1, terms.seconds)
+            ours = Held(attempt=attempt, count=found.held.count + 1, seconds=terms.seconds)
             stored = patiently(partial(cell.replace, found, ours), terms.url)
             if stored is not None:
                 logger.info("%s: goes on after %s", terms.url, terms.who(found.held.attempt))
@@ -131,7 +134,7 @@ def acquire(
 def await_end(cell: Cell, url: str) -> None:
     """Wait until nobody holds the lease in `cell`, or its holder no longer renews it."""
     watch = _Watch()
-    while (found := watch.read(cell, Terms(url))) is not None:
+    while (found := watch.read(cell, Terms(url=url))) is not None:
         if watch.idle >= found.held.seconds:
             return
         time.sleep(min(found.held.seconds / 20, 1.0))

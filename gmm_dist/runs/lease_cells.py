@@ -18,7 +18,7 @@ from fsspec import AbstractFileSystem
 
 from gmm_dist.errors import UserError
 from gmm_dist.runs.compare_and_swap import S3Object
-from gmm_dist.runs.folder import Place, is_foreign, is_s3, remove_local
+from gmm_dist.runs.folder import Folder, is_foreign, is_s3, remove_local
 
 SECONDS = 15.0
 
@@ -29,7 +29,7 @@ _HELD = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Held:
     """Say who holds a lease: an attempt, for `seconds` after each change.
 
@@ -57,7 +57,7 @@ class Held:
         if match is None or not 0 < float(match[3]) <= _LONGEST:
             raise ValueError(text)
         state: Literal["held", "decided"] = "decided" if match[4] == "decided" else "held"
-        return cls(match[1], int(match[2]), float(match[3]), state)
+        return cls(attempt=match[1], count=int(match[2]), seconds=float(match[3]), state=state)
 
 
 @dataclass(frozen=True)
@@ -175,17 +175,17 @@ class _SharedCell:
 
     _lock = threading.Lock()
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, folder: Folder) -> None:
+        self._cell_file = folder
 
     def read(self) -> Stored | None:
-        data = self._place.read()
-        return None if data is None else _stored(data, at=self._place.path)
+        data = self._cell_file.read()
+        return None if data is None else _stored(data, at=self._cell_file.path)
 
     def create(self, held: Held) -> Stored | None:
         with self._lock:
             try:
-                self._place.create(held.text.encode(), scratch="")
+                self._cell_file.create(held.text.encode(), scratch="")
             except FileExistsError:
                 return None
         return _stored(held.text)
@@ -194,13 +194,13 @@ class _SharedCell:
         with self._lock:
             if self.read() != old:
                 return None
-            self._place.write(new.text.encode())
+            self._cell_file.write(new.text.encode())
         return _stored(new.text)
 
     def remove(self, old: Stored) -> None:
         with self._lock:
             if self.read() == old:
-                self._place.remove()
+                self._cell_file.remove()
 
 
 def _stored(value: str | bytes, tag: str | None = None, *, at: str = "") -> Stored:
@@ -214,15 +214,15 @@ def _stored(value: str | bytes, tag: str | None = None, *, at: str = "") -> Stor
         ) from error
 
 
-def cell_at(place: Place, seconds: float = SECONDS) -> Cell:
+def cell_at(folder: Folder, seconds: float = SECONDS) -> Cell:
     """Return the cell at `place`, by the means of its store.
 
     Compare-and-swap is exact on local disks and on S3 (and stores that honour its If-Match);
     on others it is exact within a process, and the manifest alone keeps two runs apart.
     """
-    if place.is_local:
-        return _LocalCell(place.path)
-    if is_s3(place.fs):
+    if folder.is_local:
+        return _LocalCell(folder.path)
+    if is_s3(folder.fs):
         # A renewal that hangs must leave time for another.
-        return _S3Cell(place.fs, place.path, timeout=max(seconds / 3, 3.0))
-    return _SharedCell(place)
+        return _S3Cell(folder.fs, folder.path, timeout=max(seconds / 3, 3.0))
+    return _SharedCell(folder)

@@ -14,7 +14,7 @@ from gmm_dist.runs.commit import ATTEMPTS, MODEL, Result, nothing_at
 from gmm_dist.runs.commit import Attempt as Attempt
 from gmm_dist.runs.commit import claim as claim
 from gmm_dist.runs.commit import repair as repair
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.json_files import name_within, parse, parse_plain, whole
 from gmm_dist.runs.model_folder import CARD, TENSORS, parse_model
 from gmm_dist.runs.model_folder import Provenance as Provenance
@@ -35,11 +35,11 @@ def load(url: str | os.PathLike[str]) -> Mixture:
         UserError: there is no committed model, it is damaged, or a newer gmm_dist wrote it; `url`
             is no path or URL.
     """
-    place = Place.of(config.url("url", url))
-    with explained(place.url):
-        read = _model_reader(place)
+    folder = Folder.of(config.url("url", url))
+    with explained(folder.url):
+        read = _model_reader(folder)
         card = read(CARD)
-        return parse_model(card, read(TENSORS), place.url)
+        return parse_model(card, read(TENSORS), folder.url)
 
 
 def read_report(url: str, name: str = REPORT) -> dict[str, Any]:
@@ -48,41 +48,41 @@ def read_report(url: str, name: str = REPORT) -> dict[str, Any]:
     Raises:
         UserError: nothing is committed at `url`, it has no such file, or the file is damaged.
     """
-    place = Place.of(url)
-    with explained(place.url):
-        return parse_plain(Result.at(place).read(name), name, place.url)
+    folder = Folder.of(url)
+    with explained(folder.url):
+        return parse_plain(Result.at(folder).read(name), name, folder.url)
 
 
-def _model_reader(place: Place, *, follow: bool = True) -> Callable[[str], bytes]:
+def _model_reader(folder: Folder, *, follow: bool = True) -> Callable[[str], bytes]:
     """Return what reads a model's files by name, through the manifest if there is one.
 
     `follow` the pointer of a registry, which leads to a model and no further.
     """
-    if ATTEMPTS in place.path.split("/"):
+    if ATTEMPTS in folder.path.split("/"):
         raise UserError(
-            f"{place.url} lies inside {ATTEMPTS}, where nothing is committed",
+            f"{folder.url} lies inside {ATTEMPTS}, where nothing is committed",
             remedy="pass the " + Option("output") + " of the run",
         )
-    if (result := Result.find(place)) is not None:
+    if (result := Result.find(folder)) is not None:
         return lambda name: result.read(f"{MODEL}/{name}")
-    head, query = split_query(place.path)
-    parent, _, folder = head.rpartition("/")
-    above = Result.find(replace(place, path=parent + query)) if parent else None
-    if above is not None and f"{folder}/{CARD}" in above.files:
-        return lambda name: above.read(f"{folder}/{name}")
-    if follow and (latest := place.read(LATEST)) is not None:
-        with whole(LATEST, place.url):
-            name = name_within(parse(latest, LATEST, place.url)["model"], LATEST, place.url)
-        if place.leads_out(name):
-            raise UserError(f"{place.url}: {name}, which {LATEST} names, is a link out of there")
-        return _model_reader(place.below(name), follow=False)
-    return lambda name: _read_alone(place, name)
+    head, query = split_query(folder.path)
+    parent, _, name = head.rpartition("/")
+    above = Result.find(replace(folder, path=parent + query)) if parent else None
+    if above is not None and f"{name}/{CARD}" in above.files:
+        return lambda file: above.read(f"{name}/{file}")
+    if follow and (latest := folder.read(LATEST)) is not None:
+        with whole(LATEST, folder.url):
+            name = name_within(parse(latest, LATEST, folder.url)["model"], LATEST, folder.url)
+        if folder.leads_out(name):
+            raise UserError(f"{folder.url}: {name}, which {LATEST} names, is a link out of there")
+        return _model_reader(folder.below(name), follow=False)
+    return lambda name: _read_alone(folder, name)
 
 
-def _read_alone(place: Place, name: str) -> bytes:
-    data = place.read(name)
+def _read_alone(folder: Folder, name: str) -> bytes:
+    data = folder.read(name)
     if data is not None:
         return data
     if name == CARD:
-        raise UserError(nothing_at(place))
-    raise UserError(f"{place.url}: {name} is missing beside {CARD}: copy the model folder again")
+        raise UserError(nothing_at(folder))
+    raise UserError(f"{folder.url}: {name} is missing beside {CARD}: copy the model folder again")

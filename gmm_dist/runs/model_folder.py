@@ -27,7 +27,7 @@ TENSORS = "model.safetensors"
 CARD = "model.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Say how a model came about: all of model.json that is not the mixture itself.
 

@@ -38,7 +38,7 @@ from gmm_dist.lake.plan import Plan
 from gmm_dist.lake.stream import row_groups, stream
 from gmm_dist.runs.checkpoint import CHECKPOINTS, RunIdentity
 from gmm_dist.runs.commit import ATTEMPTS
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.json_files import FORMAT_VERSION, to_json
 from gmm_dist.scoring.scorer import (
     COMPONENT,
@@ -60,7 +60,7 @@ _LONG_NAME = 240  # bytes; with what is added, the longest that file systems tak
 _GROUP_BYTES = 1 << 26  # of a row group that is written, in memory
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
     """Count the rows of scored files.
 
@@ -78,11 +78,11 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         components = zip(self.components, other.components, strict=True)
         return Counts(
-            self.rows + other.rows,
-            self.filtered + other.filtered,
-            self.missing + other.missing,
-            self.outliers + other.outliers,
-            tuple(map(sum, components)),
+            rows=self.rows + other.rows,
+            filtered=self.filtered + other.filtered,
+            missing=self.missing + other.missing,
+            outliers=self.outliers + other.outliers,
+            components=tuple(map(sum, components)),
         )
 
 
@@ -130,14 +130,14 @@ def collect(rows: ShardRows) -> Scored:
     return rows.counts
 
 
-def home_of(place: Place) -> Place:
+def home_of(folder: Folder) -> Folder:
     """Return the folder, within an output, of what tells of the run."""
-    return place.below(HOME)
+    return folder.below(HOME)
 
 
-def records_of(place: Place) -> Place:
+def records_of(folder: Folder) -> Folder:
     """Return the folder, within an output, of the records of finished files."""
-    return home_of(place).below(CHECKPOINTS, _RECORDS)
+    return home_of(folder).below(CHECKPOINTS, _RECORDS)
 
 
 class ScoreFiles:
@@ -160,35 +160,39 @@ class ScoreFiles:
     def __call__(self, shard: int) -> ShardRows:
         index = self._order[shard]
         path = self._plan.files[index].path
-        place = Place.of(self._output)
-        with explained(place.url):
-            file = self._recorded(place, path) or self._score(place, index)
+        folder = Folder.of(self._output)
+        with explained(folder.url):
+            file = self._recorded(folder, path) or self._score(folder, index)
         # Rows without features: they take no memory, and are counted like any others.
-        return ShardRows(shard, [Block(torch.empty(0, file.counts.rows))], Scored({path: file}))
+        return ShardRows(
+            shard=shard,
+            blocks=[Block(torch.empty(0, file.counts.rows))],
+            counts=Scored({path: file}),
+        )
 
-    def _recorded(self, place: Place, path: str) -> ScoredFile | None:
+    def _recorded(self, folder: Folder, path: str) -> ScoredFile | None:
         """Return the record of a file that this run has finished."""
-        data = records_of(place).read(_record_name(path))
+        data = records_of(folder).read(_record_name(path))
         with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             record = json.loads(data or b"")
             is_ours = (record["key"], record["device"]) == (self._key, device().type)
-            if is_ours and record["stamp"] and record["stamp"] == _stamp(place, path):
+            if is_ours and record["stamp"] and record["stamp"] == _stamp(folder, path):
                 return ScoredFile.parse(record["file"])
         return None
 
-    def _score(self, place: Place, index: int) -> ScoredFile:
+    def _score(self, folder: Folder, index: int) -> ScoredFile:
         path = self._plan.files[index].path
-        scratch = home_of(place).below(ATTEMPTS, self._attempt, SCRATCH)
-        with place.writing(path, scratch=scratch) as growing:
+        scratch = home_of(folder).below(ATTEMPTS, self._attempt, SCRATCH)
+        with folder.writing(path, scratch=scratch) as growing:
             file = self._write(growing, index)
         record = {
             "format_version": FORMAT_VERSION,
             "key": self._key,
             "device": device().type,
-            "stamp": [file.size, file.sha256] if place.is_local else _stamp(place, path),
+            "stamp": [file.size, file.sha256] if folder.is_local else _stamp(folder, path),
             "file": file.entry,
         }
-        records_of(place).write(to_json(record), _record_name(path), durable=True)
+        records_of(folder).write(to_json(record), _record_name(path), durable=True)
         return file
 
     def _write(self, path: Path, index: int) -> ScoredFile:
@@ -218,11 +222,11 @@ class ScoreFiles:
             _sha256(path),
             path.stat().st_size,
             Counts(
-                counts.rows,
-                n_read - counts.rows,
-                counts.missing,
-                counts.outliers,
-                tuple(counts.components.tolist()),
+                rows=counts.rows,
+                filtered=n_read - counts.rows,
+                missing=counts.missing,
+                outliers=counts.outliers,
+                components=tuple(counts.components.tolist()),
             ),
         )
 
@@ -255,11 +259,11 @@ def _record_name(path: str) -> str:
     return f"{folder}{slash}{name}.json"
 
 
-def _stamp(place: Place, path: str) -> list[object] | None:
+def _stamp(folder: Folder, path: str) -> list[object] | None:
     """Return a file's size and sha256 or, in a store that would have to send it, its ETag."""
-    if not place.is_local:
-        return place.stamp(path)
-    whole = Path(place.at(path))
+    if not folder.is_local:
+        return folder.stamp(path)
+    whole = Path(folder.at(path))
     return [whole.stat().st_size, _sha256(whole)] if whole.is_file() else None
 
 

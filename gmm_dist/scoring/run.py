@@ -15,7 +15,7 @@ from gmm_dist.runs import claim as runs
 from gmm_dist.runs.checkpoint import CHECKPOINTS, RunIdentity
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.commit import ATTEMPTS, OTHER_OUTPUT, RESUME_OR_OTHER, Result, refuse_taken
-from gmm_dist.runs.folder import Place, lies_within, sync
+from gmm_dist.runs.folder import Folder, lies_within, sync
 from gmm_dist.runs.json_files import FORMAT_VERSION
 from gmm_dist.runs.lease import LeaseLost
 from gmm_dist.scoring.files import HOME, SCRATCH, Scored, home_of
@@ -37,35 +37,35 @@ def claim(url: str, plan: Plan, identity: RunIdentity, *, resume: bool = False) 
         UserError: the output lies within the lake, or holds other files, the scores of another
             run, or without `resume` those of an unfinished one; another driver is at work.
     """
-    place = Place.of(url)
+    folder = Folder.of(url)
     if lies_inside(plan, url):
         raise UserError(
-            f"{place.url} lies inside the lake, whose rows would double",
+            f"{folder.url} lies inside the lake, whose rows would double",
             remedy="give " + Option("output") + f" outside {redacted(plan.url)}",
         )
-    with explained(place.url):
-        committed = _refuse_other(place, identity, resume)
+    with explained(folder.url):
+        committed = _refuse_other(folder, identity, resume)
     with runs.claim(join(absolute(url), HOME), resume=resume or committed) as run:
-        with explained(place.url):
-            _refuse_other(place, identity, resume)  # who may have been at work while we waited
+        with explained(folder.url):
+            _refuse_other(folder, identity, resume)  # who may have been at work while we waited
             if not run.committed:
-                home_of(place).write(identity.canonical, CHECKPOINTS, _RUN, durable=True)
+                home_of(folder).write(identity.canonical, CHECKPOINTS, _RUN, durable=True)
         try:
             yield run
         except LeaseLost:
             raise
         except BaseException:
             if not run.committed:
-                _forget_unbegun(place, run)
+                _forget_unbegun(folder, run)
             raise
 
 
-def _forget_unbegun(place: Place, run: Run) -> None:
+def _forget_unbegun(folder: Folder, run: Run) -> None:
     """Remove what tells of a run that has written no file, if it still is this driver's."""
     with suppress(OSError, UserError, RunFailed):  # never in place of the error that ended the run
         run.check()
-        if place.names() <= {HOME}:
-            home_of(place).remove(CHECKPOINTS)
+        if folder.names() <= {HOME}:
+            home_of(folder).remove(CHECKPOINTS)
 
 
 def lies_inside(plan: Plan, url: str) -> bool:
@@ -74,23 +74,23 @@ def lies_inside(plan: Plan, url: str) -> bool:
     return lies_within(url, plan.url, parts=sorted(folders))
 
 
-def _refuse_other(place: Place, identity: RunIdentity, resume: bool) -> bool:
+def _refuse_other(folder: Folder, identity: RunIdentity, resume: bool) -> bool:
     """Say whether this very run has committed; refuse an output that holds anything else."""
-    home = home_of(place)
+    home = home_of(folder)
     result = Result.find(home)
     saved = home.read(CHECKPOINTS, _RUN) if result is None else result.read(_RUN)
     if saved is None:
-        refuse_taken(place, place.names() - {HOME})
+        refuse_taken(folder, folder.names() - {HOME})
         return False
     key = hashlib.sha256(saved).hexdigest()
     if key != identity.key:
         what = "an unfinished run" if result is None else "another run"
         difference = identity.difference(saved, key)
-        told = f"{place.url} holds the scores of {what}: {difference}"
+        told = f"{folder.url} holds the scores of {what}: {difference}"
         raise UserError(told, remedy=_REMEDY)
     if result is None and not resume:
         raise UserError(
-            f"{place.url} holds the scores of an unfinished run", remedy=RESUME_OR_OTHER
+            f"{folder.url} holds the scores of an unfinished run", remedy=RESUME_OR_OTHER
         )
     return result is not None
 
@@ -111,10 +111,10 @@ def commit(
         UserError: a file is not where it was written.
         LeaseLost: another driver has taken the run over.
     """
-    place = Place.of(url)
-    with explained(place.url):
-        _require_files(place, scored)
-        home_of(place).remove(ATTEMPTS, run.attempt.id, SCRATCH)
+    folder = Folder.of(url)
+    with explained(folder.url):
+        _require_files(folder, scored)
+        home_of(folder).remove(ATTEMPTS, run.attempt.id, SCRATCH)
     files = {path: file.entry for path, file in sorted(scored.files.items())}
     report = {"format_version": FORMAT_VERSION, **asdict(scored.counts), **more, "files": files}
     run.attempt.write(_RUN, identity.canonical)
@@ -122,15 +122,15 @@ def commit(
     run.attempt.commit()
 
 
-def _require_files(place: Place, scored: Scored) -> None:
-    found = place.sizes()
+def _require_files(folder: Folder, scored: Scored) -> None:
+    found = folder.sizes()
     for path, file in scored.files.items():
         if found.get(path) != file.size:
             raise UserError(
-                f"{place.at(path)} has {found.get(path, 'no')} bytes where a worker wrote "
+                f"{folder.at(path)} has {found.get(path, 'no')} bytes where a worker wrote "
                 f"{file.size}",
                 remedy=OTHER_OUTPUT + ", one that all machines share, such as on S3",
             )
-    if place.is_local:
-        for folder in {Path(place.at(path)).parent for path in scored.files}:
-            sync(folder)
+    if folder.is_local:
+        for parent in {Path(folder.at(path)).parent for path in scored.files}:
+            sync(parent)

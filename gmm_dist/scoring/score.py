@@ -82,7 +82,7 @@ def score_lake(
     return ScoreOutcome(options.output, scored, job.sentence(scored))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Job:
     """What is scored, and with what."""
 
@@ -120,8 +120,14 @@ class _Job:
                 what = "a hive key, which the path has; no column is written"
                 logger.info("%s %s: %s", Option("keep"), key, what)
         kept = pa.schema([plan.schema.field(name) for name in plan.kept])
-        scoring = Scoring(mixture.parameters, kept, options.probabilities, threshold, mixture.ids)
-        return cls(options, progress, mixture, plan, scoring)
+        scoring = Scoring(
+            mixture=mixture.parameters,
+            kept=kept,
+            probabilities=options.probabilities,
+            threshold=threshold,
+            ids=mixture.ids,
+        )
+        return cls(options=options, progress=progress, mixture=mixture, plan=plan, scoring=scoring)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -139,7 +145,12 @@ class _Job:
     @property
     def identity(self) -> RunIdentity:
         """All that decides the files' bytes."""
-        return RunIdentity(self.plan.hash, self.plan.versions, self._settings, environment())
+        return RunIdentity(
+            plan_hash=self.plan.hash,
+            files=self.plan.versions,
+            settings=self._settings,
+            environment=environment(),
+        )
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _CHUNK, _CUDA_CHUNK = 2048, 1 << 16  # rows
 _LEAST = -1e300  # of a log-density, nats: no -inf, from which nothing can be subtracted
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Scoring:
     """Say what rows are scored with, and what is written beside the columns `kept`.
 
@@ -72,7 +72,7 @@ def _plain(field: pa.Field) -> pa.Field:
     return pa.field(field.name, type_)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Scores:
     """What a mixture says of n rows: float64 and nats; NaN, and component 0, for missing rows.
 
@@ -129,7 +129,12 @@ class Scorer:
         """Return what the mixture says of rows `X` (d, n)."""
         parts = [self._chunk(x) for x in self._cut(X)]
         joined = [torch.cat(own).cpu().numpy() for own in zip(*parts, strict=True)]
-        return Scores(joined[0], joined[1], joined[2], joined[3] if len(joined) > 3 else None)
+        return Scores(
+            components=joined[0],
+            probabilities=joined[1],
+            log_densities=joined[2],
+            resp=joined[3] if len(joined) > 3 else None,
+        )
 
     def _cut(self, X: npt.NDArray[np.float64]) -> Iterator[Tensor]:
         step = _CUDA_CHUNK if self._device.type == "cuda" else _CHUNK

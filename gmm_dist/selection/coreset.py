@@ -110,7 +110,7 @@ class Coreset:
         return Coreset(torch.cat([self.X, other.X]), weight)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class DrawCoreset:
     """The task that draws a lightweight coreset of about `size` rows, at most on average.
 
@@ -132,7 +132,12 @@ class DrawCoreset:
 
     @classmethod
     def of(cls, total: TotalMoments, size: int, random_state: int) -> DrawCoreset:
-        return cls(size, random_state, total.n_samples, whitening(total))
+        return cls(
+            size=size,
+            random_state=random_state,
+            n_samples=total.n_samples,
+            whitening=whitening(total),
+        )
 
     def __call__(self, rows: ShardRows) -> Coreset:
         generator = keyed_generator(self.random_state, _CORESET, rows.shard)

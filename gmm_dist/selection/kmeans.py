@@ -137,7 +137,7 @@ def nearest(Z: Float64[Tensor, "m r"], centres: Float64[Tensor, "k r"]) -> Int64
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Pooled:
     """What starts of one kind on the same rows have in common.
 
@@ -155,7 +155,9 @@ class Pooled:
         """Compute it of the rows; `start_of` of each start would else do so again."""
         mean = (weight @ X) / weight.sum()
         spread = _scatter(kind)(X - mean, weight) / weight.sum()
-        return cls(mean, (weight > 0).double(), spread, _floor(X, weight, mean))
+        return cls(
+            mean=mean, counted=(weight > 0).double(), spread=spread, floor=_floor(X, weight, mean)
+        )
 
 
 def _scatter(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -232,7 +234,7 @@ def _floor(X: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
 
 def _about_means(nk: Tensor, means: Tensor, within: Tensor, kind: str) -> Parameters:
     sum_xx = within.sum(-1) if kind == "spherical" else within
-    moments = Moments(nk, torch.zeros_like(means), sum_xx, means)
+    moments = Moments(nk=nk, sum_x=torch.zeros_like(means), sum_xx=sum_xx, about=means)
     return maximise(kind, moments, (len(nk),), torch.zeros_like(means)).lanes()[0]
 
 
@@ -259,7 +261,13 @@ def k_means_parallel(
     whiten = whitening(total)
     candidates = shards.run(_DrawOne(random_state, len(total.sum_x))).X
     for round in range(1, rounds + 1):
-        task = _DrawFar(whiten, whiten(candidates), _OVERSAMPLING * k, random_state, round)
+        task = _DrawFar(
+            whitening=whiten,
+            centres=whiten(candidates),
+            oversampling=_OVERSAMPLING * k,
+            random_state=random_state,
+            round=round,
+        )
         candidates = torch.cat([candidates, shards.run(task).X])
     return candidates, shards.run(_CountNearest(whiten, whiten(candidates))).weight
 
@@ -317,7 +325,7 @@ class _Far:
         return _Far(cost, threshold[kept], torch.cat([self.X, other.X])[kept])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _DrawFar:
     """The task of a round of k-means||; `centres` (m, r) are in whitened coordinates."""
 

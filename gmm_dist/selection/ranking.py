@@ -37,7 +37,7 @@ class Candidate:
     covariance_type: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class BestFit:
     """The best of a candidate's fits on all rows; `seconds` from the start to its end.
 
@@ -54,7 +54,9 @@ class BestFit:
     @classmethod
     def of(cls, fit: FitResult, seconds: float) -> BestFit:
         dropped = int(fit.status is Status.DROPPED)
-        return cls(fit, seconds, 1, dropped, fit.passes_saved)
+        return cls(
+            fit=fit, seconds=seconds, n_starts=1, n_dropped=dropped, passes_saved=fit.passes_saved
+        )
 
     def counted(self, n_samples: float) -> BestFit:
         """Return the outcome of the same rows, whose weights sum to `n_samples`."""
@@ -67,15 +69,15 @@ class BestFit:
         if (second.is_ranked, second.log_likelihood) > (first.is_ranked, first.log_likelihood):
             better = second
         return BestFit(
-            better,
-            max(self.seconds, other.seconds),
-            self.n_starts + other.n_starts,
-            self.n_dropped + other.n_dropped,
-            self.passes_saved + other.passes_saved,
+            fit=better,
+            seconds=max(self.seconds, other.seconds),
+            n_starts=self.n_starts + other.n_starts,
+            n_dropped=self.n_dropped + other.n_dropped,
+            passes_saved=self.passes_saved + other.passes_saved,
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class RankedCandidate:
     """A candidate with what came of it, and its criteria.
 
@@ -130,7 +132,7 @@ def _rerun_with(k: str) -> Words:
     return "run again with " + _K + f" {k}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class SweepResult:
     """All candidates in the order asked for; `ranked` has the best first, failures last.
 

@@ -26,7 +26,7 @@ _MOST = 3  # spikes of one feature
 _REPEATS = 10  # rows for each different value: a rounded column
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rounded:
     """A feature of few different values: `value`, about the centre, has most rows."""
 
@@ -48,7 +48,7 @@ class Dwarfed:
     farthest: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """What a sample tells of the features; `vanishing` ones have squares too small for float64."""
 
@@ -111,10 +111,17 @@ def profile_of(X: Float64[Tensor, "m d"], reg: Float64[Tensor, " d"]) -> Profile
         if not found and _REPEATS * len(values) <= m:
             top = int(counts.argmax())
             share = float(counts[top]) / m
-            rounded.append(Rounded(j, len(values), float(values[top]), share))
+            rounded.append(
+                Rounded(feature=j, n_values=len(values), value=float(values[top]), share=share)
+            )
     told = {spike.feature for spike in spikes}
     dwarfed = [found for found in _dwarfed(ordered, reg) if found.feature not in told]
-    return Profile(tuple(spikes), tuple(rounded), tuple(dwarfed), _vanishing(X))
+    return Profile(
+        spikes=tuple(spikes),
+        rounded=tuple(rounded),
+        dwarfed=tuple(dwarfed),
+        vanishing=_vanishing(X),
+    )
 
 
 def _spikes(feature: int, values: Tensor, counts: Tensor, many: int) -> list[Spike]:

@@ -224,7 +224,12 @@ def apply(
     covariances = parameters.covariances
     if parameters.covariance_type != "tied":
         covariances = torch.cat([covariances[keep], *(part.covariance[None] for part in add)])
-    return Parameters(weights / weights.sum(), means, covariances, parameters.covariance_type)
+    return Parameters(
+        weights=weights / weights.sum(),
+        means=means,
+        covariances=covariances,
+        covariance_type=parameters.covariance_type,
+    )
 
 
 def split_and_merge(
@@ -298,7 +303,12 @@ def _narrowed(parameters: Parameters, component: int, shift: float) -> tuple[Ten
 def _alone(parameters: Parameters, part: Part) -> Parameters:
     kind = parameters.covariance_type
     covariance = part.covariance if kind == "tied" else part.covariance[None]
-    return Parameters(part.weight[None], part.mean[None], covariance, kind)
+    return Parameters(
+        weights=part.weight[None],
+        means=part.mean[None],
+        covariances=covariance,
+        covariance_type=kind,
+    )
 
 
 def _variances(parameters: Parameters) -> Float64[Tensor, "c d"]:

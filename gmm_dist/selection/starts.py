@@ -155,7 +155,7 @@ def find_starts(
     Starts are about the rows' shared centre.
     """
     climb = _Climb(config, start, warm)
-    samples = _Samples(shards, start, total, n_threads)
+    samples = _Samples(shards=shards, start=start, total=total, n_threads=n_threads)
     trail: dict[str, Parameters] = {}
     found: dict[Pair, list[Parameters]] = {}
     for k, kind in _way(pairs):
@@ -190,7 +190,9 @@ def repair_degenerate(
         n_threads: Threads of this process that work on the sample; they change no bit.
     """
     # Nothing is seeded here.
-    samples = _Samples(shards, replace(start, init="k-means++"), total, n_threads)
+    samples = _Samples(
+        shards=shards, start=replace(start, init="k-means++"), total=total, n_threads=n_threads
+    )
     broken = [i for i, fit in enumerate(fits) if fit.status is loop.Status.DEGENERATE]
     found: list[list[Parameters]] = [[] for _ in fits]
     for i in sorted(broken, key=lambda i: fits[i].parameters.n_components):
@@ -218,7 +220,7 @@ class _Sample:
     large: _Rows
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class _Samples:
     """The samples of all sizes: each depends on the rows, the random state and its k alone.
 

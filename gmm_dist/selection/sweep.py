@@ -31,7 +31,7 @@ from gmm_dist.shards.reweighted import ReweightedShards, unit_of
 _SLACK = 1e-7  # nats per row by which a fit may end below a smaller one: rounding
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """Where a candidate stands after a pass, for progress."""
 
@@ -134,13 +134,13 @@ def sweep(
         )
     ]
     return SweepResult(
-        tuple(scored),
-        criterion,
-        as_given(total, scale),
-        race.n_passes,
-        seen,
-        centre,
-        given_weight(total, scale),
+        scored=tuple(scored),
+        criterion=criterion,
+        total=as_given(total, scale),
+        n_passes=race.n_passes,
+        profile=seen,
+        centre=centre,
+        weight=given_weight(total, scale),
     )
 
 
@@ -270,7 +270,13 @@ class _Race:
         lead = max(range(len(lanes)), key=lambda j: (not math.isnan(bounds[j]), bounds[j]))
         running = any(lane.outcome is Outcome.RUNNING for lane in lanes)
         lane, precision = lanes[lead], lanes[lead].precision.name.lower()
-        return Standing(self._candidates[i], running, lane.n_iter, bounds[lead], precision)
+        return Standing(
+            candidate=self._candidates[i],
+            is_running=running,
+            n_iter=lane.n_iter,
+            lower_bound=bounds[lead],
+            precision=precision,
+        )
 
 
 def require_rows(candidates: Sequence[Candidate], n_rows: int) -> None:

@@ -163,7 +163,7 @@ class Dispatcher:
         ticket = self._ticket(shards)
         method = worker.actor.load if is_load else worker.actor.run
         ref = method.remote(Request(ticket, forget).packed(), self._asked)
-        worker.call = Call(ref, ticket, is_load, now)
+        worker.call = Call(ref=ref, ticket=ticket, is_load=is_load, sent=now)
         worker.heard = now
 
     def _spare(self, worker: Worker) -> tuple[int, ...]:
@@ -177,7 +177,13 @@ class Dispatcher:
     def _ticket(self, shards: Sequence[int]) -> Ticket:
         assert self._source is not None
         attempt = next(self._attempts)
-        return Ticket(self._run, attempt, self._iteration, self._source.number, tuple(shards))
+        return Ticket(
+            run=self._run,
+            attempt=attempt,
+            iteration=self._iteration,
+            source=self._source.number,
+            shards=tuple(shards),
+        )
 
     # Listening.
 

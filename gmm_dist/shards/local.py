@@ -46,7 +46,10 @@ class LocalShards:
         blocks = [
             Block(X[p].T.contiguous(), weight) for p, weight in zip(parts, weights, strict=True)
         ]
-        return cls([ShardRows(i, [block]) for i, block in enumerate(blocks)], n_threads=n_threads)
+        return cls(
+            [ShardRows(shard=i, blocks=[block]) for i, block in enumerate(blocks)],
+            n_threads=n_threads,
+        )
 
     @property
     def n_shards(self) -> int:
@@ -58,7 +61,7 @@ class LocalShards:
             map(task, self._shards) if self._pool is None else self._pool.map(task, self._shards)
         )
         for rows, summary in zip(self._shards, summaries, strict=True):
-            tree.push(Partial(0, rows.shard, rows.n_rows, summary))
+            tree.push(Partial(level=0, index=rows.shard, n_rows=rows.n_rows, summary=summary))
         return tree.total(self._n_rows)
 
 

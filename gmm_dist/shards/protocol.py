@@ -44,7 +44,7 @@ class Block:
         return Block(self.X.to(device), weight)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ShardRows:
     """One shard as a task sees it: its number, and its rows as an iterable of blocks.
 
@@ -64,10 +64,10 @@ class ShardRows:
 
     def to(self, device: torch.device) -> ShardRows:
         return ShardRows(
-            self.shard,
-            [block.to(device) for block in self.blocks],
-            self.counts,
-            [block.to(device) for block in self.held_out],
+            shard=self.shard,
+            blocks=[block.to(device) for block in self.blocks],
+            counts=self.counts,
+            held_out=[block.to(device) for block in self.held_out],
         )
 
 
@@ -85,7 +85,7 @@ class HeldOut(Generic[S]):
 
     def __call__(self, rows: ShardRows) -> S:
         # Whoever runs the task counts the shard's own rows: that each shard was seen once.
-        return self.task(ShardRows(rows.shard, rows.held_out))
+        return self.task(ShardRows(shard=rows.shard, blocks=rows.held_out))
 
 
 Loader = Callable[[int], ShardRows]

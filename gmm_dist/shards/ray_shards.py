@@ -347,7 +347,7 @@ class RayShards:
         homes = ranges(n_shards, _n_workers(n_shards, cluster.num_workers, self._resource))
         now = time.monotonic()
         self._workers = [
-            Worker(i, _starter(make, n_shards, f"gmm_dist {run} worker {i}"), now)
+            Worker(index=i, start=_starter(make, n_shards, f"gmm_dist {run} worker {i}"), since=now)
             for i in range(len(homes))
         ]
         config = FailureConfig() if faults is None else faults

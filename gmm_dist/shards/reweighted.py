@@ -28,7 +28,9 @@ class Reweighted(Generic[S]):
             [_scaled(block, self.scale) for block in blocks]
             for blocks in (rows.blocks, rows.held_out)
         )
-        return self.task(ShardRows(rows.shard, fitted, rows.counts, held))
+        return self.task(
+            ShardRows(shard=rows.shard, blocks=fitted, counts=rows.counts, held_out=held)
+        )
 
 
 def _scaled(block: Block, scale: float) -> Block:

@@ -10,7 +10,7 @@ from typing import Generic
 from gmm_dist.shards.protocol import S, ShardRows, Task
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Partial(Generic[S]):
     """The sum over one complete subtree: leaves index·2^level up to (index + 1)·2^level."""
 
@@ -69,15 +69,15 @@ class TreeSum(Generic[S]):
 def _parent(child: Partial[S], sibling: Partial[S] | None) -> Partial[S]:
     level, index = child.level + 1, child.index // 2
     if sibling is None:
-        return Partial(level, index, child.n_rows, child.summary)
+        return Partial(level=level, index=index, n_rows=child.n_rows, summary=child.summary)
     left, right = (child, sibling) if child.index % 2 == 0 else (sibling, child)
     n_rows = left.n_rows + right.n_rows
-    return Partial(level, index, n_rows, left.summary + right.summary)
+    return Partial(level=level, index=index, n_rows=n_rows, summary=left.summary + right.summary)
 
 
 def run_on(task: Task[S], shards: Iterable[ShardRows], n_shards: int) -> list[Partial[S]]:
     """Apply a task to some of the shards and return the sums of the complete subtrees."""
     tree: TreeSum[S] = TreeSum(n_shards)
     for rows in shards:
-        tree.push(Partial(0, rows.shard, rows.n_rows, task(rows)))
+        tree.push(Partial(level=0, index=rows.shard, n_rows=rows.n_rows, summary=task(rows)))
     return tree.partials

@@ -31,7 +31,7 @@ class Source:
         return loader(shard)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
     """Name a call, so that its reply is counted for what was asked: once, and not later.
 
@@ -157,7 +157,7 @@ def _n_bytes(rows: ShardRows) -> int:
     return weights + sum(block.X.nbytes for block in rows.blocks)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """A call under way, and when it was sent."""
 
@@ -175,7 +175,7 @@ class State(enum.Enum):
     UP = "up"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Worker:
     """The driver's view of a worker: a place that one actor after another may fill.
 

@@ -15,7 +15,7 @@ from test_jobs import lake
 
 import gmm_dist
 from gmm_dist.commands import cli, fit, sweep
-from gmm_dist.commands.options import Again, asks_for_json, program
+from gmm_dist.commands.options import CommandLine, asks_for_json, program
 
 
 def test_it_knows_its_version_and_its_jobs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,9 +63,11 @@ def test_an_option_cut_short_is_that_option(words: list[str], expected: bool) ->
 
 
 def test_commands_that_go_on_heed_names_cut_short_and_the_end_of_options() -> None:
-    again = Again(("gmm-dist", "sweep"), ["--k=2", "--res", "--out", "O", "--", "--resume"])
-    assert again.to_resume() == "gmm-dist sweep --k=2 --out O --resume -- --resume"
-    assert again.for_k("2..4") == "gmm-dist sweep --k=2..4 --out O-k2-4 -- --resume"
+    command_line = CommandLine(
+        ("gmm-dist", "sweep"), ["--k=2", "--res", "--out", "O", "--", "--resume"]
+    )
+    assert command_line.to_resume() == "gmm-dist sweep --k=2 --out O --resume -- --resume"
+    assert command_line.for_k("2..4") == "gmm-dist sweep --k=2..4 --out O-k2-4 -- --resume"
 
 
 @pytest.mark.parametrize("job", cli.JOBS)

@@ -13,17 +13,17 @@ import ray.exceptions
 from test_jobs import Errors
 
 from gmm_dist.commands.ending import run, said_how_to_resume
-from gmm_dist.commands.options import Again
+from gmm_dist.commands.options import CommandLine
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.runs.lease import LeaseLost
 
-AGAIN = Again(("gmm-dist", "fit"), ["D", "--k", "2", "--output", "O"])
-GO_ON = f"; go on with: {AGAIN.to_resume()}"
+COMMAND_LINE = CommandLine(("gmm-dist", "fit"), ["D", "--k", "2", "--output", "O"])
+GO_ON = f"; go on with: {COMMAND_LINE.to_resume()}"
 
 
 def ended_by(error: BaseException, capfd: Errors) -> tuple[int, str]:
     def job(argv: Sequence[str]) -> None:
-        with said_how_to_resume(AGAIN):
+        with said_how_to_resume(COMMAND_LINE):
             raise error
 
     status = run(job, [])
@@ -103,5 +103,5 @@ def test_help_ends_with_0(capfd: Errors) -> None:
 
 def test_the_command_that_goes_on_is_printable_and_means_the_same() -> None:
     name = "a'\x1b\nb" + os.fsdecode(b"\xff")
-    words = Again(("gmm-dist", "fit"), [name, "--k", "2"]).to_resume()
+    words = CommandLine(("gmm-dist", "fit"), [name, "--k", "2"]).to_resume()
     assert words == r"gmm-dist fit $'a\x27\x1b\x0ab\xff' --k 2 --resume"

@@ -26,7 +26,7 @@ from gmm_dist.commands import fit as fit_job
 from gmm_dist.commands import nightly as nightly_job
 from gmm_dist.commands import score as score_job
 from gmm_dist.commands import sweep as sweep_job
-from gmm_dist.commands.options import Again, parse_k
+from gmm_dist.commands.options import CommandLine, parse_k
 from gmm_dist.fitting import fit
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.lake.read import read
@@ -194,12 +194,12 @@ def test_the_next_command_runs_as_it_is_printed(
     said = capsys.readouterr().out
     warned = re.search(r"warning: the best k is the largest tried: next run: (.*)", said)
     assert warned is not None
-    program, job, *again = shlex.split(warned[1])
+    program, job, *command_line = shlex.split(warned[1])
     assert (program, job) == ("gmm-dist", "sweep")
     new = [*argv]
     new[4], new[6] = "--k=2..4", str(tmp_path / "my out-k2-4")
-    assert again == new
-    assert sweep_job.main(again) == 0
+    assert command_line == new
+    assert sweep_job.main(command_line) == 0
     assert gmm_dist.load(str(tmp_path / "my out-k2-4")).n_components == 3
 
 
@@ -217,10 +217,10 @@ LEFT_OUT = " (with the credentials, which are left out here)"
     ],
 )
 def test_the_next_command_differs_in_k_and_output_alone(argv: str, expected: str) -> None:
-    command = Again(("gmm-dist", "sweep"), argv.split()).for_k("4..8")
+    command = CommandLine(("gmm-dist", "sweep"), argv.split()).for_k("4..8")
     assert command == f"gmm-dist sweep {expected}"
     assert (
-        Again(("gmm-dist", "sweep"), ["--k", "1", "--o", "O"]).for_k("2,4,9")
+        CommandLine(("gmm-dist", "sweep"), ["--k", "1", "--o", "O"]).for_k("2,4,9")
         == "gmm-dist sweep --k 2,4,9 --o O-k2-9"
     )
 

@@ -256,7 +256,7 @@ def test_a_night_on_a_cluster_with_the_registry_on_s3(
 
 def test_scored_rows_carry_the_ids() -> None:
     model = mixtures.parameters("full", 3, 2, spread=30)
-    scoring = Scoring(model, pa.schema([]), ids=(7, 2, 11))
+    scoring = Scoring(mixture=model, kept=pa.schema([]), ids=(7, 2, 11))
     X = model.means.numpy()[[2, 0, 1, 0]].T.copy()
     X[0, 3] = np.nan
     table = Scorer(scoring).table(pa.table({"n": range(4)}).select([]), X)
@@ -535,10 +535,10 @@ def test_a_night_that_another_one_came_before_while_it_was_fitted_is_fitted_anew
     assert f"warm start from {night(1)}" in caplog.text
     assert local.registry.latest() == night(2)
     # As if the nights had come one after the other.
-    again = Nights(local.lake, f"{local.url}-again", *local.common)
-    assert [again.run(day, *one) for day in (1, 2)] == [0, 0]
-    assert again.lineage(2) == local.lineage(2)
-    assert again.drift(2) == local.drift(2)
+    command_line = Nights(local.lake, f"{local.url}-again", *local.common)
+    assert [command_line.run(day, *one) for day in (1, 2)] == [0, 0]
+    assert command_line.lineage(2) == local.lineage(2)
+    assert command_line.drift(2) == local.drift(2)
 
 
 def test_a_night_before_all_others_takes_its_numbers_from_the_one_after_it(local: Nights) -> None:
@@ -849,7 +849,7 @@ def test_help_tells_this_jobs_own_default(capsys: Errors) -> None:
 
 
 def test_the_filter_is_a_half_open_range_beside_the_users() -> None:
-    key = NightKey(("the day",))
+    key = NightKey(names=("the day",))
     options = NightlyOptions(
         data="lake",
         registry="models",

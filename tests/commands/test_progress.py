@@ -18,9 +18,27 @@ from gmm_dist.selection.sweep import Standing, sweep
 from gmm_dist.shards.local import LocalShards
 
 STANDINGS = [
-    Standing(Candidate(2, "full"), True, 7, -12.5, "float32"),
-    Standing(Candidate(3, "diag"), False, 4, -11.25, "float64"),
-    Standing(Candidate(4, "full"), True, 0, float("nan"), "float64"),
+    Standing(
+        candidate=Candidate(2, "full"),
+        is_running=True,
+        n_iter=7,
+        lower_bound=-12.5,
+        precision="float32",
+    ),
+    Standing(
+        candidate=Candidate(3, "diag"),
+        is_running=False,
+        n_iter=4,
+        lower_bound=-11.25,
+        precision="float64",
+    ),
+    Standing(
+        candidate=Candidate(4, "full"),
+        is_running=True,
+        n_iter=0,
+        lower_bound=float("nan"),
+        precision="float64",
+    ),
 ]
 
 

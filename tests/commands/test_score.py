@@ -48,7 +48,13 @@ pytestmark = pytest.mark.unchecked  # whole jobs
 def model_at(url: str, **changes: object) -> str:
     """Commit a model of the features x and y, and return where."""
     quantiles = training_quantiles(LocalShards.of(TRAINING), MIXTURE)
-    model = Mixture(MIXTURE, ("x", "y"), 2e4, -5e4, quantiles)
+    model = Mixture(
+        parameters=MIXTURE,
+        feature_names=("x", "y"),
+        n_samples=2e4,
+        log_likelihood=-5e4,
+        log_density_quantiles=quantiles,
+    )
     with load.claim(url) as attempt:
         attempt.write_model(replace(model, **changes), PROVENANCE)
         attempt.commit()
@@ -146,7 +152,10 @@ def test_a_filter_is_told_of_only_where_it_left_rows_out(filtered: int, said: st
     # A night's own filter is one that the user did not give.
     options = SimpleNamespace(where="ds == '2026-11-21'", outliers=None, output="out/")
     job = SimpleNamespace(options=options, mixture=SimpleNamespace(n_components=4))
-    scored = SimpleNamespace(files={"a": None}, counts=Counts(600, filtered, 0, 0, (600,)))
+    scored = SimpleNamespace(
+        files={"a": None},
+        counts=Counts(rows=600, filtered=filtered, missing=0, outliers=0, components=(600,)),
+    )
     line = _Job.sentence(job, scored)
     assert line == f"scored 600 rows of 1 file by k=4{said}; in out"
 

@@ -17,10 +17,10 @@ from test_resume import data  # noqa: F401 - a lake large enough to be at work o
 
 from gmm_dist.commands import early, ending, stopping, talking
 from gmm_dist.commands.ending import run, said_how_to_resume
-from gmm_dist.commands.options import Again
+from gmm_dist.commands.options import CommandLine
 from gmm_dist.errors import UserError
 
-AGAIN = Again(("gmm-dist", "sweep"), ["D", "--k", "2", "--output", "O"])
+COMMAND_LINE = CommandLine(("gmm-dist", "sweep"), ["D", "--k", "2", "--output", "O"])
 STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
@@ -43,7 +43,7 @@ def test_a_signal_ends_the_job_with_its_status_and_the_command_that_goes_on(
     tidied = []
 
     def job(argv: Sequence[str]) -> None:
-        with said_how_to_resume(AGAIN):
+        with said_how_to_resume(COMMAND_LINE):
             try:
                 os.kill(os.getpid(), number)
                 time.sleep(30)

@@ -28,9 +28,16 @@ def group(lanes: list[Parameters], precision: Precision) -> LaneBatch:
     """Put lanes of one covariance type into a pass."""
     stack = ParameterStack.of(lanes)
     if precision is Precision.CENTRED:
-        return LaneBatch(stack.covariance_type, precision, stack.sizes, stack=stack)
+        return LaneBatch(
+            covariance_type=stack.covariance_type,
+            precision=precision,
+            sizes=stack.sizes,
+            stack=stack,
+        )
     theta = natural(stack).theta
-    return LaneBatch(stack.covariance_type, precision, stack.sizes, theta=theta)
+    return LaneBatch(
+        covariance_type=stack.covariance_type, precision=precision, sizes=stack.sizes, theta=theta
+    )
 
 
 def run(X, groups, sample_weight=None, *, edges=()):
@@ -47,7 +54,12 @@ def moments_of(lanes, precision, sums, total) -> Moments:
         return TYPE_OF[kind].moments(sums, total.sum_xx)
     layout = TYPE_OF["full" if kind == "tied" else kind]
     own = layout.moments(sums, total.sum_xx)
-    return Moments(own.nk, own.sum_x, own.sum_xx, torch.cat([lane.means for lane in lanes]))
+    return Moments(
+        nk=own.nk,
+        sum_x=own.sum_x,
+        sum_xx=own.sum_xx,
+        about=torch.cat([lane.means for lane in lanes]),
+    )
 
 
 def assert_naive(X, lanes, precision, whole, total, i, sample_weight=None, *, rtol=1e-8):
@@ -142,7 +154,13 @@ def test_any_split_gives_the_same_statistics(kind, precision, cuts, cuts_of_bloc
     task = EStep((group(lanes, precision),), 2)
     whole = mixtures.shards(X, [], weight).run(task)
     pieces = mixtures.blocks(X, cuts_of_blocks, weight)
-    in_blocks = LocalShards([ShardRows(0, []), ShardRows(1, pieces), ShardRows(2, [])]).run(task)
+    in_blocks = LocalShards(
+        [
+            ShardRows(shard=0, blocks=[]),
+            ShardRows(shard=1, blocks=pieces),
+            ShardRows(shard=2, blocks=[]),
+        ]
+    ).run(task)
     in_shards = mixtures.shards(X, cuts, weight).run(task)
     rtol = 1e-5 if precision is Precision.FLOAT32 else 1e-12
     for other in (in_shards, in_blocks):
@@ -222,7 +240,9 @@ def test_far_components_leave_no_nan(kind, precision):
     """Responsibilities underflow to zero, a row far from everything still has a density."""
     near = mixtures.parameters(kind, 3, 2)
     far = torch.tensor([[0.0, 0.0], [1e4, 0.0], [0.0, -3e4]], dtype=torch.float64)
-    lane = Parameters(near.weights, far, near.covariances, kind)
+    lane = Parameters(
+        weights=near.weights, means=far, covariances=near.covariances, covariance_type=kind
+    )
     X = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1e4, 0.0], [0.0, -3e4], [1e5, 1e5]])
     whole, total = run(X.double(), [group([lane], precision)])
     sums = whole.groups[0]
@@ -240,7 +260,12 @@ def test_far_components_leave_no_nan(kind, precision):
 @exact_forms
 def test_a_component_without_weight_gets_no_rows(kind, precision):
     mixture = mixtures.parameters(kind, 2, 2)
-    empty = Parameters(torch.tensor([1.0, 0.0]).double(), mixture.means, mixture.covariances, kind)
+    empty = Parameters(
+        weights=torch.tensor([1.0, 0.0]).double(),
+        means=mixture.means,
+        covariances=mixture.covariances,
+        covariance_type=kind,
+    )
     X = mixtures.normal_rows(30, 2)
     whole, total = run(X, [group([empty], precision)])
     moments = moments_of([empty], precision, whole.groups[0].moments, total)
@@ -267,7 +292,7 @@ def test_a_lanes_company_does_not_change_it(precision):
 def test_the_rows_are_not_changed():
     X = mixtures.normal_rows(50, 2)
     block = Block(X.T.contiguous(), mixtures.row_weights(50))
-    shards = LocalShards([ShardRows(0, [block])])
+    shards = LocalShards([ShardRows(shard=0, blocks=[block])])
     before = block.X.clone(), block.sample_weight.clone()
     pairs = itertools.product(COVARIANCE_TYPES, Precision)
     groups = [group([mixtures.parameters(kind, 2, 2)], precision) for kind, precision in pairs]
@@ -309,7 +334,7 @@ def test_memory_does_not_grow_with_the_rows(precision):
     for n in (40_000, 80_000):
         X = torch.zeros(d, n)
         # In a thread of its own: the pass switches denormal numbers off in its thread.
-        shards = LocalShards([ShardRows(0, [Block(X)])])
+        shards = LocalShards([ShardRows(shard=0, blocks=[Block(X)])])
 
         def watched(rows: ShardRows):
             with Largest() as mode:

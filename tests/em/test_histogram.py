@@ -41,7 +41,7 @@ def test_quantiles_are_those_of_the_sorted_log_densities(weight):
     found = counted(weight=weight).quantiles(ASKED)
     w = torch.ones(len(X), dtype=torch.float64) if weight is None else weight
     for lane, values in zip(LANES, found.tolist(), strict=True):
-        per_row = Mixture(lane).score_samples(X)
+        per_row = Mixture(parameters=lane).score_samples(X)
         kept = per_row[w > 0]
         assert values == pytest.approx(weighted_quantiles(kept, w[w > 0], ASKED), abs=0.03)
         assert [values[0], values[-1]] == [
@@ -53,7 +53,7 @@ def test_quantiles_are_those_of_the_sorted_log_densities(weight):
 def test_the_counts_are_exact_in_every_bin():
     found = counted()
     for lane, top, counts in zip(LANES, found.tops, found.counts, strict=True):
-        gaps = (top - Mixture(lane).score_samples(X)).numpy()
+        gaps = (top - Mixture(parameters=lane).score_samples(X)).numpy()
         edges = 16 * np.sinh(np.arange(len(counts)) / 1024)
         assert counts.tolist() == np.histogram(gaps, [*edges, np.inf])[0].tolist()
         assert counts.sum() == len(X)
@@ -61,7 +61,9 @@ def test_the_counts_are_exact_in_every_bin():
 
 def test_the_mean_is_exact():
     found = counted(weight=WEIGHT)
-    expected = [(WEIGHT * Mixture(lane).score_samples(X)).sum() / WEIGHT.sum() for lane in LANES]
+    expected = [
+        (WEIGHT * Mixture(parameters=lane).score_samples(X)).sum() / WEIGHT.sum() for lane in LANES
+    ]
     torch.testing.assert_close(found.means, torch.stack(expected), rtol=1e-12, atol=0)
 
 
@@ -92,7 +94,7 @@ def test_far_rows_and_tight_components_keep_their_places():
     )
     rows = torch.cat([tight.means[torch.arange(1000) % 2] + 1e-3 * X[:1000], X[:10]])
     found = counted(rows, [tight])
-    per_row = Mixture(tight).score_samples(rows).sort().values
+    per_row = Mixture(parameters=tight).score_samples(rows).sort().values
     assert float(per_row[0]) < -1e17  # beyond the grid: in the last bin
     assert found.counts[0, -1] == 10
     values = found.quantiles([0.0, 0.02, 0.5])[0].tolist()
@@ -115,14 +117,14 @@ def test_without_rows_there_are_none():
 
 
 def test_it_counts_held_out_rows_and_travels():
-    shards = LocalShards([ShardRows(0, [], held_out=mixtures.blocks(X, ()))])
+    shards = LocalShards([ShardRows(shard=0, blocks=[], held_out=mixtures.blocks(X, ()))])
     task, summary = pickle.loads(pickle.dumps((HeldOut(Tally(LANES)), counted(edges=()))))
     assert torch.equal(shards.run(task).counts, summary.counts)
 
 
 def test_a_model_keeps_a_table_with_fine_tails():
     table = training_quantiles(mixtures.shards(X, (9000,)), LANES[1])
-    per_row = np.sort(Mixture(LANES[1]).score_samples(X).numpy())
+    per_row = np.sort(Mixture(parameters=LANES[1]).score_samples(X).numpy())
     assert table.levels == LEVELS == tuple(sorted(set(LEVELS)))
     assert list(table.values) == sorted(table.values)
     for level in (0.001, 0.0125, 0.05, 0.123):

@@ -22,7 +22,9 @@ WEIGHT = mixtures.row_weights(5000)
 def held_out(X, weight=None, *, edges=()) -> LocalShards:
     """Return shards without rows to be fitted, all of them held out."""
     cut = mixtures.blocks(X, edges, weight)
-    return LocalShards([ShardRows(i, [], held_out=[block]) for i, block in enumerate(cut)])
+    return LocalShards(
+        [ShardRows(shard=i, blocks=[], held_out=[block]) for i, block in enumerate(cut)]
+    )
 
 
 def lanes():
@@ -31,13 +33,13 @@ def lanes():
 
 def test_the_mean_is_that_of_the_mixture():
     found = mean_log_likelihoods(held_out(X, edges=(7, 7, 4000)), lanes())
-    expected = [Mixture(lane).score(X) for lane in lanes()]
+    expected = [Mixture(parameters=lane).score(X) for lane in lanes()]
     assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_weights_count():
     found = mean_log_likelihoods(held_out(X, WEIGHT), lanes())
-    per_row = [Mixture(lane).score_samples(X) for lane in lanes()]
+    per_row = [Mixture(parameters=lane).score_samples(X) for lane in lanes()]
     expected = [float((WEIGHT * values).sum() / WEIGHT.sum()) for values in per_row]
     assert found == pytest.approx(expected, rel=1e-12)
     assert found != pytest.approx([float(values.mean()) for values in per_row], rel=1e-5)
@@ -56,14 +58,17 @@ def test_tight_and_far_components_lose_no_digits():
     )
     rows = tight.means[torch.arange(50) % 2] + 1e-3 * X[:50]
     (found,) = mean_log_likelihoods(held_out(rows), [tight])
-    assert found == pytest.approx(Mixture(tight).score(rows), rel=1e-12)
+    assert found == pytest.approx(Mixture(parameters=tight).score(rows), rel=1e-12)
 
 
 def test_a_singular_mixture_has_none_and_harms_no_other():
     broken = [replace(lane, covariances=0 * lane.covariances) for lane in lanes()]
     sound = mixtures.parameters("diag", 2, 3)
     found = mean_log_likelihoods(held_out(X), [*broken, sound])
-    assert found == [*[None] * len(broken), pytest.approx(Mixture(sound).score(X), rel=1e-12)]
+    assert found == [
+        *[None] * len(broken),
+        pytest.approx(Mixture(parameters=sound).score(X), rel=1e-12),
+    ]
     assert mean_log_likelihoods(held_out(X), broken) == [None] * len(broken)
 
 
@@ -73,12 +78,14 @@ def test_without_held_out_rows_there_is_none():
 
 
 def test_held_out_rows_are_in_no_other_pass():
-    one = ShardRows(0, mixtures.blocks(X[:4000], ()), held_out=mixtures.blocks(X[4000:], ()))
+    one = ShardRows(
+        shard=0, blocks=mixtures.blocks(X[:4000], ()), held_out=mixtures.blocks(X[4000:], ())
+    )
     shards = LocalShards([one])
     assert shards.run(SumMoments(3)).n_rows == 4000
     mixture = lanes()[0]
     score = Score((mixture,))
     assert shards.run(score).n_samples == 4000
     assert mean_log_likelihoods(shards, [mixture]) == pytest.approx(
-        [Mixture(mixture).score(X[4000:])], rel=1e-12
+        [Mixture(parameters=mixture).score(X[4000:])], rel=1e-12
     )

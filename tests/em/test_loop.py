@@ -82,8 +82,12 @@ def scikit_learn(X, start: Parameters, config: EMConfig, *, converges=False) -> 
 
 
 def parameters_of(model: GaussianMixture) -> Parameters:
-    values = (model.weights_, model.means_, model.covariances_)
-    return Parameters(*(torch.tensor(value) for value in values), model.covariance_type)
+    return Parameters(
+        weights=torch.tensor(model.weights_),
+        means=torch.tensor(model.means_),
+        covariances=torch.tensor(model.covariances_),
+        covariance_type=model.covariance_type,
+    )
 
 
 @every_type

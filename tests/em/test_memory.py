@@ -47,7 +47,7 @@ def test_what_does_not_fit_is_one_line_with_the_numbers_and_a_remedy() -> None:
 
 
 # 2^30 rows of 64 float32 and a float64 weight are 264 GiB, 4.125 GiB in each of 64 shards.
-NEED = RowsNeed(2**30, 64, n_shards=64, itemsize=4, row_bytes=8, decoded=2**30)
+NEED = RowsNeed(n_rows=2**30, n_features=64, n_shards=64, itemsize=4, row_bytes=8, decoded=2**30)
 
 
 def test_rows_that_fit_pass_to_the_last_byte() -> None:
@@ -86,8 +86,15 @@ def test_a_thousand_components_of_128_features_are_a_lane_like_any_other() -> No
     means = torch.randn(k, d, generator=generator, dtype=torch.float64)
     eye = torch.eye(d, dtype=torch.float64).expand(k, d, d)
     weights = torch.full((k,), 1 / k, dtype=torch.float64)
-    theta = natural(ParameterStack.of([Parameters(weights, means, eye, "full")])).theta
-    task = EStep((LaneBatch("full", Precision.FLOAT32, (k,), theta=theta),), d)
+    theta = natural(
+        ParameterStack.of(
+            [Parameters(weights=weights, means=means, covariances=eye, covariance_type="full")]
+        )
+    ).theta
+    task = EStep(
+        (LaneBatch(covariance_type="full", precision=Precision.FLOAT32, sizes=(k,), theta=theta),),
+        d,
+    )
     X = means[torch.arange(600) % k] + 0.01 * torch.randn(600, d, generator=generator)
     statistics = LocalShards.of(X.float(), n_shards=2).run(task).groups[0]
     assert statistics.moments.nbytes == 8 * k * (1 + d + d * (d + 1) // 2)  # 69 MB
@@ -102,12 +109,12 @@ def test_what_workers_send_follows_the_tree_not_the_number_of_shards() -> None:
         edges = [n_shards * i // n_workers for i in range(n_workers + 1)]
         root: TreeSum[Rows] = TreeSum(n_shards)
         for a, b in itertools.pairwise(edges):
-            shards = [ShardRows(i, [Block(torch.zeros(1, 2))]) for i in range(a, b)]
-            partials = run_on(lambda rows: Rows(rows.n_rows), shards, n_shards)
+            shards = [ShardRows(shard=i, blocks=[Block(torch.zeros(1, 2))]) for i in range(a, b)]
+            partials = run_on(lambda rows: Rows(X=rows.n_rows), shards, n_shards)
             assert len(partials) <= 2 * math.log2(n_shards)
             for partial in partials:
                 root.push(partial)
-        assert root.total(2 * n_shards) == Rows(2 * n_shards)
+        assert root.total(2 * n_shards) == Rows(X=2 * n_shards)
 
 
 @dataclass(frozen=True)
@@ -115,4 +122,4 @@ class Rows:
     n: int
 
     def __add__(self, other: Rows) -> Rows:
-        return Rows(self.n + other.n)
+        return Rows(X=self.n + other.n)

@@ -100,7 +100,7 @@ def test_case(case):
 def test_the_fitted_mixture_has_the_criteria_of_the_case(case):
     fit = fits(case["dataset"], case["weights"])[name(case)]
     X, _, _ = data(case["dataset"], None)
-    model = Mixture(fit.parameters)
+    model = Mixture(parameters=fit.parameters)
     assert model.bic(X) == pytest.approx(case["bic"], abs=1e-5)
     assert model.aic(X) == pytest.approx(case["aic"], abs=1e-5)
     assert model.icl(X) == pytest.approx(case["icl_soft"], rel=1e-7)

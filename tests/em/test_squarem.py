@@ -46,7 +46,7 @@ def test_any_vector_is_valid_parameters(kind):
 
 def test_a_leap_is_varadhan_and_rolands():
     first, second, third = (mixtures.parameters("full", 2, 3, seed=s) for s in (1, 2, 3))
-    squarem = Squarem(SCALE, max_step=1e9)
+    squarem = Squarem(scale=SCALE, max_step=1e9)
     assert squarem.follow(first, second) is second
     leap = squarem.follow(second, third)
     x0, x1, x2 = (coordinates(p, SCALE) for p in (first, second, third))
@@ -64,7 +64,7 @@ def test_the_step_is_bounded_and_the_bound_grows_when_reached():
     like = mixtures.parameters("full", 2, 3)
     # Steps that shrink by 1 % each: the geometric series ends 100 steps away.
     line = [parameters_at(x + 1e-2 * (1 - 0.99**i) / 0.01, like, SCALE) for i in range(3)]
-    squarem = Squarem(SCALE)
+    squarem = Squarem(scale=SCALE)
     squarem.follow(line[0], line[1])
     leap = squarem.follow(line[1], line[2])
     assert squarem.is_leaping

@@ -22,9 +22,19 @@ from gmm_dist.shards.protocol import ShardRows
 
 MIXTURE = mixtures.parameters("full", 3, 2)
 STACK = ParameterStack.of([MIXTURE])
-GROUP = LaneBatch("full", Precision.FLOAT64, STACK.sizes, theta=natural(STACK).theta)
+GROUP = LaneBatch(
+    covariance_type="full",
+    precision=Precision.FLOAT64,
+    sizes=STACK.sizes,
+    theta=natural(STACK).theta,
+)
 X = mixtures.rows(MIXTURE, 60)
-SINGLE = LaneBatch("full", Precision.FLOAT32, STACK.sizes, theta=natural(STACK).theta)
+SINGLE = LaneBatch(
+    covariance_type="full",
+    precision=Precision.FLOAT32,
+    sizes=STACK.sizes,
+    theta=natural(STACK).theta,
+)
 TASKS = {"pass": EStep((GROUP, SINGLE), 2), "moments": SumMoments(2)}
 
 
@@ -68,7 +78,7 @@ def test_an_empty_shard_is_the_identity_bit_for_bit(name):
     task = TASKS[name]
     (whole,) = parts(task, [])
     empty = mixtures.shards(X[:0]).run(task)
-    no_blocks = task(ShardRows(0, []))
+    no_blocks = task(ShardRows(shard=0, blocks=[]))
     for sum_ in (whole + empty, empty + whole, whole + no_blocks, no_blocks + whole):
         for mine, theirs in zip(_tensors(sum_), _tensors(whole), strict=True):
             assert torch.equal(mine, theirs)
@@ -95,7 +105,7 @@ def test_total_moments_give_the_mean_and_the_covariance():
 
 
 def test_statistics_travel_without_losing_a_bit():
-    sums = EStep((GROUP,), 2)(ShardRows(0, mixtures.blocks(X, [20]))).groups[0]
+    sums = EStep((GROUP,), 2)(ShardRows(shard=0, blocks=mixtures.blocks(X, [20]))).groups[0]
     back = pickle.loads(pickle.dumps(sums))
     for name in ("moments", "log_likelihood", "entropy", "float32_error"):
         assert torch.equal(getattr(back, name), getattr(sums, name))

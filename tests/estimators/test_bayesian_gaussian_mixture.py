@@ -289,7 +289,7 @@ def test_float32_rows_are_scored_as_scikit_learn_scores_them():
 
 
 def test_settings_that_it_cannot_take():
-    lake = Lake("nowhere")
+    lake = Lake(url="nowhere")
     for options, message in [
         ({"device": "cpu"}, "use_gpu="),
         ({"n_shards": 2}, "planned from its"),
@@ -350,7 +350,7 @@ def lake_of(folder, X, weight):
         lakes.write(folder / f"{part}.parquet", columns, rows_per_group=50)
     names = [f"x{j}" for j in range(X.shape[1])]
     return Lake(
-        str(folder),
+        url=str(folder),
         columns=names,
         weight_column="w",
         where="t > 0",
@@ -391,7 +391,7 @@ def test_from_the_same_start_a_lake_leads_where_memory_does(tmp_path, ray_addres
 def test_what_a_lake_does_not_take(tmp_path):
     columns = {"x": np.arange(9.0), "y": np.arange(9.0) ** 2}
     lakes.write(tmp_path / "lake" / "a.parquet", columns)
-    lake = Lake(str(tmp_path / "lake"))
+    lake = Lake(url=str(tmp_path / "lake"))
     with pytest.raises(ValueError, match="weight_column"):
         BayesianGaussianMixture().fit(lake, sample_weight=[1])
     with pytest.raises(ValueError, match=r"should have the shape of \(2,\), but got \(3,\)"):

@@ -328,7 +328,7 @@ def test_more_starts_never_end_below_one():
 
 def test_of_starts_that_rounding_alone_tells_apart_the_first_is_taken():
     def trial(bound: float) -> Trial:
-        return Trial(MaximumLikelihood(start_of(CASES[0]), 0.0), lower_bounds=[bound])
+        return Trial(model=MaximumLikelihood(start_of(CASES[0]), 0.0), lower_bounds=[bound])
 
     bounds = [-3.0, -2.0, -2.0 + 4e-16, math.nan, -2.0 - 1e-15, -1.999, -math.inf]
     trials = [trial(bound) for bound in bounds]
@@ -488,7 +488,7 @@ def test_a_lake_is_fitted_on_ray(tmp_path, ray_address):
     columns = {"a": X[:, 0], "b": X[:, 2], "w": np.ones(len(X)), "t": np.arange(len(X))}
     lakes.write(tmp_path / "lake" / "x.parquet", columns, rows_per_group=40)
     lake = Lake(
-        str(tmp_path / "lake"),
+        url=str(tmp_path / "lake"),
         columns=["a", "b"],
         weight_column="w",
         where=(pc.field("t") >= 20) & pc.field("a").is_valid(),
@@ -521,7 +521,7 @@ def test_a_cluster_is_for_a_lake_alone(kind):
         with pytest.raises(ValueError, match=r"^cluster is for a lake, .* leave it out$"):
             verb(blobs(), cluster=Cluster(num_workers=2))
         with pytest.raises(TypeError, match=r"^cluster is '10\.0\.0\.1:6379': give gmm_dist\.Clu"):
-            verb(Lake("nowhere"), cluster="10.0.0.1:6379")
+            verb(Lake(url="nowhere"), cluster="10.0.0.1:6379")
 
 
 def test_a_cluster_and_weights_are_routed_to_the_estimator():
@@ -537,7 +537,7 @@ def test_a_cluster_and_weights_are_routed_to_the_estimator():
 
 
 def test_what_a_lake_does_not_take():
-    lake = Lake("nowhere")
+    lake = Lake(url="nowhere")
     with pytest.raises(ValueError, match="weight_column"):
         GaussianMixture().fit(lake, sample_weight=[1])
     with pytest.raises(TypeError, match="`gmm-dist score` writes"):
@@ -646,14 +646,14 @@ def test_a_lake_takes_no_settings_of_rows_in_memory():
         ({"n_shards": 2}, "planned from its"),
     ]:
         with pytest.raises(ValueError, match=message):
-            GaussianMixture(**options).fit(Lake("nowhere"))
+            GaussianMixture(**options).fit(Lake(url="nowhere"))
 
 
 def test_of_a_lake_too_messages_name_arguments(tmp_path):
     model = GaussianMixture(2, random_state=0, warm_start=True).fit(blobs())
     lakes.write(tmp_path / "lake" / "a.parquet", {"x": np.arange(9.0), "y": np.arange(9.0) ** 2})
     with pytest.raises(ValueError, match=r"start has 3 features, but .* has 2 \(x, y\)"):
-        model.fit(Lake(str(tmp_path / "lake")))
+        model.fit(Lake(url=str(tmp_path / "lake")))
 
 
 def test_rows_that_lie_in_order_are_not_copied_whole():
@@ -727,7 +727,7 @@ def test_the_unit_of_weights_does_not_matter(kind, init_params):
 def test_starts_take_no_copy_of_the_rows_for_each_component():
     X, k = torch.zeros(200_000, 2, dtype=torch.float64), 40
     share = torch.full((len(X), k), 1 / k, dtype=torch.float64)
-    total = TotalMoments(float(len(X)), len(X), X.sum(0), X.T @ X)
+    total = TotalMoments(n_samples=float(len(X)), n_rows=len(X), sum_x=X.sum(0), sum_xx=X.T @ X)
     with torch.profiler.profile(profile_memory=True) as profile:
         moments_of_shares("full", X, share, total, torch.zeros(2, dtype=torch.float64))
     held = most = 0
@@ -776,7 +776,7 @@ def test_a_reg_covar_below_every_variance_is_not_told(kind):
 
 def test_a_reg_covar_beyond_a_lakes_variance_is_told(tmp_path, ray_address):
     lakes.write(tmp_path / "a.parquet", {"x": blobs()[:, 0] * 1e-4, "y": blobs()[:, 1]})
-    lake, cluster = Lake(tmp_path), Cluster(ray_address, num_workers=1)
+    lake, cluster = Lake(url=tmp_path), Cluster(ray_address, num_workers=1)
     model = GaussianMixture(2, covariance_type="diag", n_init=1, random_state=0)
     with pytest.warns(UserWarning, match="more than the variance of feature 'x'") as caught:
         model.fit(lake, cluster=cluster)

@@ -40,7 +40,11 @@ def assert_same_bits(one: Parameters, other: Parameters) -> None:
 @every_type
 def test_a_mixture_loads_as_it_was_saved(kind, tmp_path):
     mixture = Mixture(
-        mixtures.parameters(kind, 4, 3), ("a", "b", "c"), 300.0, -7.5, ids=(3, 1, 0, 9)
+        parameters=mixtures.parameters(kind, 4, 3),
+        feature_names=("a", "b", "c"),
+        n_samples=300.0,
+        log_likelihood=-7.5,
+        ids=(3, 1, 0, 9),
     )
     url = save(mixture, tmp_path / "out")
     assert url == str(tmp_path / "out")
@@ -94,7 +98,9 @@ def test_what_is_not_known_of_a_fit_is_not_made_up(tmp_path):
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
-    one, other = (Mixture(mixtures.parameters("diag", 2, 2, seed=seed)) for seed in (0, 1))
+    one, other = (
+        Mixture(parameters=mixtures.parameters("diag", 2, 2, seed=seed)) for seed in (0, 1)
+    )
     url = str(tmp_path / "out")
     save(one, url)
     before = {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
@@ -114,7 +120,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
 
 
 def test_a_model_is_saved_on_s3(s3_lake):
-    mixture = Mixture(mixtures.parameters("tied", 3, 2), ("x", "y"))
+    mixture = Mixture(parameters=mixtures.parameters("tied", 3, 2), feature_names=("x", "y"))
     url = save(mixture, f"{s3_lake.url}/out")
     assert_same_bits(load(url).parameters, mixture.parameters)
     with pytest.raises(UserError, match="already holds a committed result"):
@@ -134,7 +140,7 @@ def test_a_model_is_saved_on_s3(s3_lake):
     ],
 )
 def test_what_would_not_load_is_not_saved(changes, message, tmp_path):
-    mixture = Mixture(mixtures.parameters("diag", 2, 2))
+    mixture = Mixture(parameters=mixtures.parameters("diag", 2, 2))
     numbers = {name: changes.pop(name).double() for name in PARTS if name in changes}
     wrong = replace(mixture, parameters=replace(mixture.parameters, **numbers), **changes)
     with pytest.raises(UserError, match=f"^the model cannot be saved, .*{message}[^\\n]*anew$"):
@@ -165,7 +171,12 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path):
 @every_type
 def test_an_estimator_of_a_mixture_has_its_bits_and_goes_on_from_it(kind):
     X = rows()
-    mixture = Mixture(mixtures.parameters(kind, 3, 3), ("a", "b", "c"), 300.0, -900.0)
+    mixture = Mixture(
+        parameters=mixtures.parameters(kind, 3, 3),
+        feature_names=("a", "b", "c"),
+        n_samples=300.0,
+        log_likelihood=-900.0,
+    )
     model = GaussianMixture.from_mixture(mixture)
     frame = pd.DataFrame(X, columns=list("abc"))
     np.testing.assert_array_equal(model.score_samples(frame), mixture.score_samples(frame))
@@ -189,7 +200,7 @@ def test_an_estimator_of_a_mixture_has_its_bits_and_goes_on_from_it(kind):
 
 
 def test_a_mixture_without_names_makes_an_estimator_without():
-    model = GaussianMixture.from_mixture(Mixture(mixtures.parameters("full", 2, 3)))
+    model = GaussianMixture.from_mixture(Mixture(parameters=mixtures.parameters("full", 2, 3)))
     assert not hasattr(model, "feature_names_in_")
     assert model.n_features_in_ == 3
     assert model.lower_bound_ == -math.inf
@@ -204,9 +215,11 @@ def test_what_makes_no_estimator():
     ):
         GaussianMixture.from_mixture(good)
     with pytest.raises(UserError, match=r"^the mixture's numbers are none: the weights sum to"):
-        GaussianMixture.from_mixture(Mixture(replace(good, weights=good.weights / 2)))
+        GaussianMixture.from_mixture(Mixture(parameters=replace(good, weights=good.weights / 2)))
     with pytest.raises(UserError, match=r"^the mixture is a posterior's"):
-        GaussianMixture.from_mixture(Mixture(replace(good, log_weights=good.weights.log())))
+        GaussianMixture.from_mixture(
+            Mixture(parameters=replace(good, log_weights=good.weights.log()))
+        )
     assert not hasattr(BayesianGaussianMixture, "from_mixture")
 
 
@@ -236,7 +249,7 @@ assert not set({missing!r}) & set(sys.modules)
 
 def test_a_loaded_model_needs_neither_ray_nor_s3(tmp_path):
     """What remains: torch, safetensors, fsspec for the files, scikit-learn to check the rows."""
-    X, mixture = rows(), Mixture(mixtures.parameters("full", 2, 3))
+    X, mixture = rows(), Mixture(parameters=mixtures.parameters("full", 2, 3))
     np.save(tmp_path / "X.npy", X)
     url, out = save(mixture, tmp_path / "out"), str(tmp_path / "found.npz")
     missing = ("aiohttp", "boto3", "botocore", "grpc", "jinja2", "matplotlib", "pyarrow", "ray")

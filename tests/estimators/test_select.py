@@ -177,7 +177,7 @@ def test_settings_are_checked_as_the_estimators(X):
 )
 def test_a_lake_takes_no_settings_of_rows_in_memory(options, message):
     with pytest.raises(ValueError, match=message):
-        select(Lake("nowhere"), **options)
+        select(Lake(url="nowhere"), **options)
 
 
 def test_numpys_numbers_and_scikit_learns_seeds(X):

@@ -62,7 +62,7 @@ def here(monkeypatch):
     def dealt(lake: Lake) -> Plan:
         plan = plan_of(lake)
         parts = [part for shard in plan.shards for part in shard]
-        groups = [RowRange(p.file, p.row_group, 0, p.stop) for p in parts]
+        groups = [RowRange(file=p.file, row_group=p.row_group, start=0, stop=p.stop) for p in parts]
         return replace(plan, shards=deal(groups, 3))
 
     monkeypatch.setattr(lake_scores, "plan_of", dealt)
@@ -86,7 +86,7 @@ def written(folder: Path, frame: pd.DataFrame) -> str:
 @pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 def test_a_lakes_scores_are_those_of_its_rows(kind, dtype, tmp_path, here):
     frame = table().astype(dict.fromkeys(NAMES, dtype))
-    lake = Lake(written(tmp_path / "lake", frame), columns=NAMES)
+    lake = Lake(url=written(tmp_path / "lake", frame), columns=NAMES)
     X = frame[NAMES].astype(np.float64)
     model = GaussianMixture(2, covariance_type=kind, random_state=0, reg_covar=1e-3).fit(X)
     for name in ("score", "bic", "aic", "icl"):
@@ -101,7 +101,7 @@ def test_weights_are_honoured_in_any_unit(unit, tmp_path, here):
     """An integer weight is a row repeated; weights that do not count rows are taken as Kish's."""
     frame = table()
     given = frame.assign(w=frame["w"] * unit)
-    lake = Lake(written(tmp_path / "lake", given), columns=NAMES, weight_column="w")
+    lake = Lake(url=written(tmp_path / "lake", given), columns=NAMES, weight_column="w")
     model = GaussianMixture(2, random_state=0).fit(frame[NAMES])
     rows = frame.loc[frame.index.repeat(frame["w"]), NAMES]
     found = scores_of_lake(lake, model.to_mixture())
@@ -126,44 +126,46 @@ def test_filters_holes_and_held_out_rows(tmp_path, here):
     model = GaussianMixture(2, random_state=0).fit(frame[NAMES])
     some = frame["t"] >= 100
     kept = holes[some & holes["b"].notna()][NAMES]
-    lake = Lake(url, columns=NAMES, where="t >= 100", missing="drop")
+    lake = Lake(url=url, columns=NAMES, where="t >= 100", missing="drop")
     assert model.score(lake) == pytest.approx(model.score(kept), rel=1e-12)
     filled = holes[NAMES].fillna({"b": holes["b"].mean()})
-    assert model.score(Lake(url, missing="mean")) == pytest.approx(model.score(filled), rel=1e-12)
+    assert model.score(Lake(url=url, missing="mean")) == pytest.approx(
+        model.score(filled), rel=1e-12
+    )
     with pytest.raises(UserError, match=r"column 'b' is NaN; pass missing=.drop."):
-        model.score(Lake(url))
-    share = scores_of_lake(Lake(url, missing="drop", holdout=0.5), model.to_mixture())
+        model.score(Lake(url=url))
+    share = scores_of_lake(Lake(url=url, missing="drop", holdout=0.5), model.to_mixture())
     assert 0.3 * N < share.n_rows < 0.7 * N
     with pytest.raises(UserError, match=r"no rows are left of 140 to .* loosen where"):
-        model.score(Lake(url, columns=NAMES, where="t >= 100 and t < 100", missing="drop"))
+        model.score(Lake(url=url, columns=NAMES, where="t >= 100 and t < 100", missing="drop"))
 
 
 def test_the_features_are_found_by_name_or_refused(tmp_path, here):
     frame = table()
     url = written(tmp_path / "lake", frame.assign(z=1.0))
     model = GaussianMixture(2, random_state=0).fit(frame[["c", "a"]])
-    assert model.score(Lake(url)) == pytest.approx(model.score(frame[["c", "a"]]), rel=1e-12)
+    assert model.score(Lake(url=url)) == pytest.approx(model.score(frame[["c", "a"]]), rel=1e-12)
     with pytest.raises(UserError, match=r"has 2 features \(a, c\), the .* 2 .*\(c, a\): leave"):
-        model.score(Lake(url, columns=["a", "c"]))
+        model.score(Lake(url=url, columns=["a", "c"]))
     plain = GaussianMixture(2, random_state=0).fit(frame[["c", "a"]].to_numpy())
-    named = Lake(url, columns=["c", "a"])
+    named = Lake(url=url, columns=["c", "a"])
     assert plain.score(named) == pytest.approx(model.score(named), rel=1e-12)
     with pytest.raises(UserError, match=r"has 4 features \(a, b, c, z\), the mixture 2 .*: name"):
-        plain.score(Lake(url))
+        plain.score(Lake(url=url))
     with pytest.raises(UserError, match="'c'"):
-        model.score(Lake(written(tmp_path / "other", frame[["a", "b"]])))
+        model.score(Lake(url=written(tmp_path / "other", frame[["a", "b"]])))
 
 
 def test_a_posterior_scores_a_lake_as_it_scores_rows(tmp_path, here):
     frame = table()
-    lake = Lake(written(tmp_path / "lake", frame), columns=NAMES)
+    lake = Lake(url=written(tmp_path / "lake", frame), columns=NAMES)
     model = gmm_dist.BayesianGaussianMixture(n_components=2, random_state=0, tol=1.0)
     model.fit(frame[NAMES])
     assert model.score(lake) == pytest.approx(model.score(frame[NAMES]), rel=1e-12)
 
 
 def test_what_a_lake_is_not_asked():
-    X, lake, cluster = table()[NAMES], Lake("s3://lake/points"), Cluster(num_workers=2)
+    X, lake, cluster = table()[NAMES], Lake(url="s3://lake/points"), Cluster(num_workers=2)
     model = GaussianMixture(2, random_state=0).fit(X)
     for estimator in (model, model.to_mixture()):
         for verb in ("predict", "predict_proba", "score_samples"):
@@ -187,7 +189,9 @@ def test_sums_are_the_same_however_rows_are_dealt_and_whatever_their_units():
     weight[: N // 2] *= 2.0**-600
     whole = LocalShards.of(X, weight).run(SumScores(mixture))
     parts = [LocalShards.of(X[p], weight[p]).run(SumScores(mixture)) for p in halves(N, 5)]
-    empty = ScoreSums(0.0, 0.0, 0.0, 0.0, 0, 1.0)
+    empty = ScoreSums(
+        log_likelihood=0.0, entropy=0.0, n_samples=0.0, sum_ww=0.0, n_rows=0, unit=1.0
+    )
     for order in itertools.permutations([*parts, empty], 3):
         left = [part for part in [*parts, empty] if not any(part is own for own in order)]
         found = order[0] + order[1] + order[2]
@@ -207,9 +211,9 @@ def test_on_ray(tmp_path, ray_address):
     frame = table()
     holes = frame.copy()
     holes.loc[::7, "b"] = np.nan
-    lake = Lake(written(tmp_path / "lake", holes), missing="mean", weight_column="w")
+    lake = Lake(url=written(tmp_path / "lake", holes), missing="mean", weight_column="w")
     filled = holes[NAMES].fillna({"b": holes.loc[holes["w"] > 0, "b"].mean()})
-    mixture = Mixture(mixtures.parameters("full", 2, D), tuple(NAMES))
+    mixture = Mixture(parameters=mixtures.parameters("full", 2, D), feature_names=tuple(NAMES))
     model = GaussianMixture.from_mixture(mixture)
     rows = filled.loc[frame.index.repeat(frame["w"])]
     found = model.icl(lake, cluster=Cluster(ray_address, num_workers=2))

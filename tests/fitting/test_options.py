@@ -15,7 +15,7 @@ import torch
 
 from gmm_dist.commands.night_options import NightlyOptions
 from gmm_dist.commands.nightly import run_night
-from gmm_dist.commands.options import Again
+from gmm_dist.commands.options import CommandLine
 from gmm_dist.errors import UserError
 from gmm_dist.fitting.fit import fit_lake
 from gmm_dist.fitting.options import FitOptions
@@ -161,7 +161,7 @@ def test_torch_has_the_threads_that_it_had(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 3
         given = {**NIGHT, "registry": tmp_path / "reg", "data": tmp_path / "no"}
         with pytest.raises(UserError, match="no such file"):
-            run_night(NightlyOptions(**given), Again((), ()))
+            run_night(NightlyOptions(**given), CommandLine((), ()))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)

@@ -191,9 +191,9 @@ def test_a_plan_and_a_lake_with_an_expression_are_values(table):
     assert again == plan(table, pc.field("n") > 1)
     assert again.hash == first.hash != other.hash
     assert [rows.X.tolist() for rows in read(again, 0)] == [[[1.0]], [[2.0]]]
-    lake = Lake("x", where=pc.field("n") > 1)
-    assert pickle.loads(pickle.dumps(lake)) == lake == Lake("x", where=pc.field("n") > 1)
-    assert lake != Lake("x", where=pc.field("n") > 2)
+    lake = Lake(url="x", where=pc.field("n") > 1)
+    assert pickle.loads(pickle.dumps(lake)) == lake == Lake(url="x", where=pc.field("n") > 1)
+    assert lake != Lake(url="x", where=pc.field("n") > 2)
     assert "where=<(n > 1)>" in repr(lake)
     with pytest.raises(UserError, match="name columns by"):
-        Lake("x", where=pc.field(0) > 1)
+        Lake(url="x", where=pc.field(0) > 1)

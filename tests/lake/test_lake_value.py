@@ -19,16 +19,16 @@ from gmm_dist.urls import Url, reveal
 
 
 def test_lakes_of_the_same_rows_are_equal_and_hash_alike():
-    one = Lake("s3://lake/x", columns=["a", "b"], where="c > 1", holdout=0.1)
-    same = Lake(Url("s3://lake/x"), columns=("a", "b"), where="c > 1", holdout=0.1)
+    one = Lake(url="s3://lake/x", columns=["a", "b"], where="c > 1", holdout=0.1)
+    same = Lake(url=Url("s3://lake/x"), columns=("a", "b"), where="c > 1", holdout=0.1)
     assert one == same
     assert {one: 1}[same] == 1
     assert one != dataclasses.replace(one, missing="drop")
     assert pickle.loads(pickle.dumps(one)) == one
-    some = [Lake("x", where=(pc.field("a") > 1) & pc.field("b").is_valid()) for _ in range(2)]
+    some = [Lake(url="x", where=(pc.field("a") > 1) & pc.field("b").is_valid()) for _ in range(2)]
     assert len({*some, pickle.loads(pickle.dumps(some[0]))}) == 1
-    assert some[0] != Lake("x", where=pc.field("a") > 1)
-    assert Lake(Path("a") / "b") == Lake("a/b")
+    assert some[0] != Lake(url="x", where=pc.field("a") > 1)
+    assert Lake(url=Path("a") / "b") == Lake(url="a/b")
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.url = "s3://other"  # type: ignore[misc]
 
@@ -36,13 +36,13 @@ def test_lakes_of_the_same_rows_are_equal_and_hash_alike():
 def test_columns_are_names_of_any_collection_in_order():
     names = pd.DataFrame({"y": [0.0], "x": [1.0]}).columns
     for columns in (["y", "x"], ("y", "x"), names, np.array(["y", "x"]), iter(["y", "x"])):
-        lake = Lake("x", columns=columns)
+        lake = Lake(url="x", columns=columns)
         assert lake.columns == ("y", "x")
         assert [type(name) for name in lake.columns] == [str, str]
 
 
 def test_a_lake_that_travels_keeps_its_credentials_and_shows_none():
-    lake = pickle.loads(pickle.dumps(Lake("https://me:hidden@host/x?sig=hidden")))
+    lake = pickle.loads(pickle.dumps(Lake(url="https://me:hidden@host/x?sig=hidden")))
     assert "hidden" not in f"{lake} {lake!r} {lake.url}"
     assert reveal(lake.url) == "https://me:hidden@host/x?sig=hidden"
     assert reveal(dataclasses.replace(lake, missing="drop").url) == reveal(lake.url)

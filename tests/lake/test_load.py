@@ -28,7 +28,7 @@ def local(loader: LakeLoader) -> LocalShards:
 def test_rows_are_centred_in_float64_before_they_are_cast(tmp_path: Path) -> None:
     x = 1e9 + np.random.default_rng(0).normal(size=200)
     plan = write(tmp_path, x=x)
-    loader = LakeLoader(plan, np.array([1e9]), torch.float32)
+    loader = LakeLoader(plan=plan, centre=np.array([1e9]), dtype=torch.float32)
     held = torch.cat([loader(shard).blocks[0].X[0] for shard in range(3)])
     assert held.dtype == torch.float32
     np.testing.assert_array_equal(held.numpy(), (x - 1e9).astype(np.float32))
@@ -66,7 +66,7 @@ def test_missing_values_become_the_mean_of_all_rows_that_have_one(tmp_path: Path
     loader = loader_for(write(tmp_path, x=x, y=y))
     means = column_means(local(loader), loader)
     np.testing.assert_allclose(means, [np.nanmean(x), np.nanmean(y)], rtol=1e-12)
-    filled = LakeLoader(loader.plan, loader.centre, loader.dtype, means)
+    filled = LakeLoader(plan=loader.plan, centre=loader.centre, dtype=loader.dtype, fill=means)
     rows = torch.cat([filled(shard).blocks[0].X for shard in range(3)], dim=1)
     assert rows[0, 150].item() + loader.centre[0] == pytest.approx(np.nanmean(x), rel=1e-12)
     counted = local(filled).run(count_rows)
@@ -83,7 +83,9 @@ def test_a_column_without_any_value_has_a_mean_of_its_centre(tmp_path: Path) -> 
 def test_an_empty_shard_has_no_rows(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": np.arange(2.0)}), tmp_path / "a.parquet")
     plan = plan_lake(str(tmp_path), n_shards=5)
-    loaded = [LakeLoader(plan, np.zeros(1), torch.float32)(shard) for shard in range(5)]
+    loaded = [
+        LakeLoader(plan=plan, centre=np.zeros(1), dtype=torch.float32)(shard) for shard in range(5)
+    ]
     assert sum(rows.n_rows for rows in loaded) == 2
     assert LocalShards(loaded).run(count_rows).n_rows == 2
 
@@ -101,7 +103,7 @@ def test_held_out_rows_lie_beside_the_others_with_their_weights(tmp_path: Path) 
     x = np.arange(200.0)
     pq.write_table(pa.table({"x": x, "w": 2 * x + 1}), tmp_path / "a.parquet", row_group_size=70)
     plan = plan_lake(str(tmp_path), weight_column="w", columns=["x"], n_shards=3, holdout=0.25)
-    loader = LakeLoader(plan, np.array([100.0]), torch.float64)
+    loader = LakeLoader(plan=plan, centre=np.array([100.0]), dtype=torch.float64)
     fitted, held, weight = parts(loader)
     assert 30 < held.shape[1] < 70
     assert torch.equal(torch.cat([fitted, held], 1).sort()[0][0] + 100, torch.from_numpy(x))
@@ -109,7 +111,12 @@ def test_held_out_rows_lie_beside_the_others_with_their_weights(tmp_path: Path) 
     counted = local(loader).run(count_rows)
     assert counted.n_rows == fitted.shape[1] == 200 - held.shape[1]
     assert counted.counts == RowCounts(read=200, held_out=held.shape[1])
-    assert LakeLoader(plan_lake(str(tmp_path)), loader.centre, loader.dtype)(0).held_out == []
+    assert (
+        LakeLoader(plan=plan_lake(str(tmp_path)), centre=loader.centre, dtype=loader.dtype)(
+            0
+        ).held_out
+        == []
+    )
 
 
 def test_held_out_rows_are_filled_with_the_means_of_the_others(tmp_path: Path) -> None:
@@ -126,6 +133,8 @@ def test_held_out_rows_are_filled_with_the_means_of_the_others(tmp_path: Path) -
     assert not held[missing].all()
     assert means[0] == pytest.approx(np.nanmean(x[~held]), rel=1e-12)
     assert abs(means[0] - np.nanmean(x)) > 1e-3
-    _, rows, number = parts(LakeLoader(plan, loader.centre, loader.dtype, means))
+    _, rows, number = parts(
+        LakeLoader(plan=plan, centre=loader.centre, dtype=loader.dtype, fill=means)
+    )
     filled = rows[0, np.isnan(x[number.long().numpy()])] + loader.centre[0]
     np.testing.assert_allclose(filled, means[0], rtol=1e-12)

@@ -11,7 +11,7 @@ from test_commit import PROVENANCE, mixture
 
 from gmm_dist.errors import UserError
 from gmm_dist.runs import claim, load
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 
 ROOT = Path(__file__).parents[2]
 ODD = [
@@ -39,31 +39,31 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def files(place: Place) -> set[str]:
+def files(place: Folder) -> set[str]:
     """Return the files that hold something: SeaweedFS lists emptied folders too."""
     return {name for name, size in place.sizes().items() if size}
 
 
 def test_a_run_in_a_folder_of_an_odd_name_touches_no_other(root: str) -> None:
     for name in NEIGHBOURS:
-        Place.of(f"{root}/{name}").write(b"theirs", "_checkpoints", "file")
-        Place.of(f"{root}/{name}").write(b"theirs", "_attempts", "file")
+        Folder.of(f"{root}/{name}").write(b"theirs", "_checkpoints", "file")
+        Folder.of(f"{root}/{name}").write(b"theirs", "_attempts", "file")
     for name in ODD:
         url = f"{root}/{name}"
         with claim.claim(url) as run:
             run.attempt.write_model(mixture(), PROVENANCE)
             run.attempt.commit()
         assert load.load(url).n_components == mixture().n_components
-        assert Place.of(url).names() == {"_attempts", "manifest.json", "model"}
+        assert Folder.of(url).names() == {"_attempts", "manifest.json", "model"}
     for name in NEIGHBOURS:
         for folder in ("_checkpoints", "_attempts"):
-            assert Place.of(f"{root}/{name}").read(folder, "file") == b"theirs"
-    Place.of(root).remove(ODD[0])
-    assert {name.split("/")[0] for name in files(Place.of(root))} == {*NEIGHBOURS, *ODD[1:]}
+            assert Folder.of(f"{root}/{name}").read(folder, "file") == b"theirs"
+    Folder.of(root).remove(ODD[0])
+    assert {name.split("/")[0] for name in files(Folder.of(root))} == {*NEIGHBOURS, *ODD[1:]}
 
 
 def test_removing_takes_a_folder_its_files_and_no_more(root: str) -> None:
-    place = Place.of(root)
+    place = Folder.of(root)
     for name in ("a[b]", "ab", "a"):
         place.write(b"1", name, "x*", "y?")
         place.write(b"1", name, "xz", "y1")
@@ -84,7 +84,7 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "link").symlink_to(tmp_path / "theirs")
     (tmp_path / "out" / "dangling").symlink_to(tmp_path / "nowhere")
-    place = Place.of(str(tmp_path / "out"))
+    place = Folder.of(str(tmp_path / "out"))
     place.remove("link")
     place.remove("dangling")
     place.remove("file", "below")
@@ -96,7 +96,7 @@ def test_more_files_than_one_request_takes_are_removed(
     s3_lake: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gmm_dist.runs.folder._KEYS_AT_ONCE", 7)
-    place, fs = Place.of(f"{s3_lake.url}/many"), s3_lake.file_system()
+    place, fs = Folder.of(f"{s3_lake.url}/many"), s3_lake.file_system()
     bucket_path = place.path
     fs.pipe_file(f"{bucket_path}/sub/", b"")  # the marker of a folder
     for number in range(30):
@@ -117,7 +117,7 @@ def test_a_bucket_that_cannot_be_is_refused_in_one_line(s3_lake: S3Server, url: 
 
 def test_a_version_of_an_object_is_no_folder(s3_lake: S3Server) -> None:
     with pytest.raises(UserError, match="versionId"):
-        Place.of(f"{s3_lake.url}/out?versionId=1")
+        Folder.of(f"{s3_lake.url}/out?versionId=1")
 
 
 # Methods of fsspec that take one name for one name; the others (rm, get, put, cat, pipe, copy, mv,

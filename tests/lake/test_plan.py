@@ -87,12 +87,15 @@ def test_any_number_of_shards_reads_the_rows_that_arrow_reads(tmp_path, groups, 
     ],
 )
 def test_the_number_of_shards_depends_on_the_rows_alone(n_rows, expected):
-    assert len(deal([RowRange(0, 0, 0, n_rows)], None)) == expected
+    assert len(deal([RowRange(file=0, row_group=0, start=0, stop=n_rows)], None)) == expected
 
 
 def test_a_shard_may_begin_and_end_within_a_row_group(two_files):
     plan = plan_lake(str(two_files), n_shards=8)
-    assert plan.shards[1] == (RowRange(0, 0, 6, 7), RowRange(0, 1, 0, 5))
+    assert plan.shards[1] == (
+        RowRange(file=0, row_group=0, start=6, stop=7),
+        RowRange(file=0, row_group=1, start=0, stop=5),
+    )
     assert [len(shard) for shard in plan_lake(str(two_files), n_shards=60).shards].count(0) == 10
 
 
@@ -334,9 +337,20 @@ def test_rows_are_drawn_by_splitmix64_seeded_by_the_path():
 
 
 def test_plans_without_held_out_rows_keep_their_hash():
-    file = listing.LakeFile("a.parquet", 10, "v1", (5,), ())
-    shards = ((RowRange(0, 0, 0, 5),),)
-    plan = Plan("/lake", (file,), pa.schema([]), ("x",), ("x",), None, None, "error", shards, False)
+    file = listing.LakeFile(path="a.parquet", size=10, version="v1", rows=(5,), partition=())
+    shards = ((RowRange(file=0, row_group=0, start=0, stop=5),),)
+    plan = Plan(
+        url="/lake",
+        files=(file,),
+        schema=pa.schema([]),
+        columns=("x",),
+        feature_names=("x",),
+        weight_column=None,
+        where=None,
+        missing="error",
+        shards=shards,
+        float64_source=False,
+    )
     # As computed by the version before there was a holdout.
     assert plan.hash == "bf596b7d507356ea2348ce8d5e9f02b556eea55fc3e1035184efd359472295e4"
     assert replace(plan, holdout=0.1).hash != replace(plan, holdout=0.2).hash != plan.hash

@@ -18,9 +18,15 @@ NAN = float("nan")
 EYES = torch.eye(2, dtype=torch.float64).repeat(2, 1, 1)
 MEANS = torch.tensor([[0.0, 9.0], [9.0, 0.0]], dtype=torch.float64)
 MODEL = Mixture(
-    Parameters(torch.full((2,), 0.5, dtype=torch.float64), MEANS, EYES, "full"), ("x", "y")
+    parameters=Parameters(
+        weights=torch.full((2,), 0.5, dtype=torch.float64),
+        means=MEANS,
+        covariances=EYES,
+        covariance_type="full",
+    ),
+    feature_names=("x", "y"),
 )
-BARE = Mixture(MODEL.parameters)
+BARE = Mixture(parameters=MODEL.parameters)
 ROWS = [[0.0, 9.0], [9.0, 0.0]]
 
 
@@ -191,7 +197,7 @@ NO_ROWS = {
     "nothing": (None, "scalar"),
     "a mapping": ({"x": [0.0]}, "not 'dict'"),
     "a path": ("s3://lake/points", "a place and no rows"),
-    "a lake": (Lake("s3://lake/points"), "`gmm-dist score` writes the label"),
+    "a lake": (Lake(url="s3://lake/points"), "`gmm-dist score` writes the label"),
 }
 
 

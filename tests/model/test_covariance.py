@@ -176,7 +176,9 @@ def test_moments_about_the_means_give_the_same_covariances(kind):
     scatter = torch.einsum("nk,kni,knj->kij", resp, centred, centred)
     squares = scatter.diagonal(dim1=-2, dim2=-1)
     sum_xx = {"diag": squares, "spherical": squares.sum(-1)}.get(kind, scatter)
-    moments = Moments(resp.sum(0), torch.einsum("nk,kni->ki", resp, centred), sum_xx, about)
+    moments = Moments(
+        nk=resp.sum(0), sum_x=torch.einsum("nk,kni->ki", resp, centred), sum_xx=sum_xx, about=about
+    )
     (fitted,) = maximise(kind, moments, (k,), torch.zeros_like(about)).lanes()
     mixtures.assert_same(fitted, naive.m_step(X, resp.numpy(), kind), rtol=1e-10)
 
@@ -206,7 +208,12 @@ def test_a_covariance_that_is_not_positive_definite_is_marked_and_alone(kind, ba
 @every_type
 def test_a_component_without_rows_has_a_finite_density(kind):
     mixture = mixtures.parameters(kind, 2, 2)
-    empty = Parameters(torch.tensor([1.0, 0.0]).double(), mixture.means, mixture.covariances, kind)
+    empty = Parameters(
+        weights=torch.tensor([1.0, 0.0]).double(),
+        means=mixture.means,
+        covariances=mixture.covariances,
+        covariance_type=kind,
+    )
     theta = natural(ParameterStack.of([empty])).theta
     assert torch.isfinite(theta).all()
     assert torch.isfinite(theta.float()).all()
@@ -219,7 +226,12 @@ def test_condition_says_how_much_rounding_of_second_moments_is_amplified(kind):
     """A component `far` standard deviations from the centre loses the digits of far²."""
     for far in (1.0, 1e3, 1e6):
         near = mixtures.parameters(kind, 1, 2)
-        mixture = Parameters(near.weights, torch.full((1, 2), far).double(), near.covariances, kind)
+        mixture = Parameters(
+            weights=near.weights,
+            means=torch.full((1, 2), far).double(),
+            covariances=near.covariances,
+            covariance_type=kind,
+        )
         condition = float(natural(ParameterStack.of([mixture])).condition)
         assert 0.1 * far**2 <= condition <= 100 * (far**2 + 1)
 

@@ -53,7 +53,7 @@ def example(kind):
 def test_equals_scikit_learn(kind, form):
     parameters, X = example(kind)
     rows = FORMS[form](X)
-    ours, theirs = Mixture(parameters), scikit_learns(parameters)
+    ours, theirs = Mixture(parameters=parameters), scikit_learns(parameters)
     # scikit-learn computes in the rows' precision; ours is float64 of the same values.
     exact = np.asarray(rows).astype(np.float64)
     for verb in ("predict", "predict_proba", "score_samples"):
@@ -70,7 +70,7 @@ def test_results_are_float64_and_labels_int64():
         (X.float(), torch.int64, torch.float64),
         (X.float().numpy(), np.int64, np.float64),
     ):
-        model = Mixture(parameters)
+        model = Mixture(parameters=parameters)
         assert model.predict(rows).dtype == whole
         assert model.predict_proba(rows).dtype == real
         assert model.score_samples(rows).dtype == real
@@ -81,14 +81,14 @@ def test_rows_that_cannot_be_written_to_are_read():
     parameters, X = example("full")
     rows = X.numpy().copy()
     rows.flags.writeable = False
-    expected = Mixture(parameters).score_samples(X.numpy())
-    np.testing.assert_array_equal(Mixture(parameters).score_samples(rows), expected)
+    expected = Mixture(parameters=parameters).score_samples(X.numpy())
+    np.testing.assert_array_equal(Mixture(parameters=parameters).score_samples(rows), expected)
 
 
 @every_type
 def test_chunks_do_not_show(kind, monkeypatch):
     parameters, X = example(kind)
-    model = Mixture(parameters)
+    model = Mixture(parameters=parameters)
     whole = model.predict_proba(X), model.score_samples(X), model.predict(X)
     monkeypatch.setattr(mixture, "_CHUNK_ELEMENTS", 7 * 33)
     pieces = model.predict_proba(X), model.score_samples(X), model.predict(X)
@@ -102,12 +102,20 @@ def test_far_from_the_origin_and_far_from_everything(kind):
     offset = torch.full((4,), 2.0**30, dtype=torch.float64)
     X = (X * 2**20).round() / 2**20
     means = (parameters.means * 2**20).round() / 2**20
-    here = Parameters(parameters.weights, means, parameters.covariances, kind)
-    there = Mixture(here.shifted(offset))
-    torch.testing.assert_close(
-        there.score_samples(X + offset), Mixture(here).score_samples(X), rtol=1e-12, atol=0
+    here = Parameters(
+        weights=parameters.weights,
+        means=means,
+        covariances=parameters.covariances,
+        covariance_type=kind,
     )
-    far = Mixture(here).predict_proba(X + offset)
+    there = Mixture(parameters=here.shifted(offset))
+    torch.testing.assert_close(
+        there.score_samples(X + offset),
+        Mixture(parameters=here).score_samples(X),
+        rtol=1e-12,
+        atol=0,
+    )
+    far = Mixture(parameters=here).predict_proba(X + offset)
     assert torch.isfinite(far).all()
     torch.testing.assert_close(far.sum(1), torch.ones(len(X), dtype=torch.float64))
 
@@ -115,7 +123,7 @@ def test_far_from_the_origin_and_far_from_everything(kind):
 @every_type
 def test_icl_adds_twice_the_soft_entropy(kind):
     parameters, X = example(kind)
-    model, entropy = Mixture(parameters), naive.e_step(X, parameters).entropy
+    model, entropy = Mixture(parameters=parameters), naive.e_step(X, parameters).entropy
     assert model.icl(X.numpy()) == pytest.approx(model.bic(X) + 2 * entropy, rel=1e-12)
 
 
@@ -132,7 +140,7 @@ def test_criteria_are_those_of_the_reference():
 @pytest.mark.parametrize("make", [np.zeros, torch.zeros])
 def test_rows_of_another_width_are_refused(shape, make):
     parameters, _ = example("diag")
-    model = Mixture(parameters, feature_names=("a", "b", "c", "d"))
+    model = Mixture(parameters=parameters, feature_names=("a", "b", "c", "d"))
     with pytest.raises(UserError) as error:
         model.predict(make(shape))
     assert str(error.value).endswith(
@@ -144,7 +152,7 @@ def test_rows_of_another_width_are_refused(shape, make):
 @pytest.mark.parametrize("make", [np.zeros, torch.zeros])
 def test_no_rows_have_no_labels_and_no_criteria(make):
     parameters, _ = example("diag")
-    model, none = Mixture(parameters), make((0, 4))
+    model, none = Mixture(parameters=parameters), make((0, 4))
     assert model.predict(none).shape == (0,)
     assert model.predict_proba(none).shape == (0, 3)
     assert model.score_samples(none).shape == (0,)
@@ -155,7 +163,7 @@ def test_no_rows_have_no_labels_and_no_criteria(make):
 
 def test_a_mixture_says_what_it_is():
     for kind in COVARIANCE_TYPES:
-        model = Mixture(mixtures.parameters(kind, 3, 4))
+        model = Mixture(parameters=mixtures.parameters(kind, 3, 4))
         assert (model.n_components, model.n_features) == (3, 4)
         assert model.covariance_type == kind
         assert model.n_parameters == scikit_learns(model.parameters)._n_parameters()
@@ -164,8 +172,13 @@ def test_a_mixture_says_what_it_is():
 def test_a_component_without_weight_gets_no_rows():
     parameters, X = example("full")
     weights = torch.tensor([0.25, 0.0, 0.75], dtype=torch.float64)
-    empty = Parameters(weights, parameters.means, parameters.covariances, "full")
-    resp = Mixture(empty).predict_proba(X)
+    empty = Parameters(
+        weights=weights,
+        means=parameters.means,
+        covariances=parameters.covariances,
+        covariance_type="full",
+    )
+    resp = Mixture(parameters=empty).predict_proba(X)
     assert not resp[:, 1].any()
     torch.testing.assert_close(resp.sum(1), torch.ones(len(X), dtype=torch.float64))
 
@@ -173,9 +186,15 @@ def test_a_component_without_weight_gets_no_rows():
 def test_its_repr_is_one_short_line():
     parameters, _ = example("full")
     said = "Mixture(n_components=3, n_features=4, covariance_type='full', feature_names="
-    assert repr(Mixture(parameters)) == f"{said}())"
-    assert repr(Mixture(parameters, ("a", "b\n", "c", "d"))) == f"{said}('a', 'b\\n', 'c', 'd'))"
-    wide = Mixture(mixtures.parameters("diag", 2, 300), tuple(f"{j}" * 300 for j in range(300)))
+    assert repr(Mixture(parameters=parameters)) == f"{said}())"
+    assert (
+        repr(Mixture(parameters=parameters, feature_names=("a", "b\n", "c", "d")))
+        == f"{said}('a', 'b\\n', 'c', 'd'))"
+    )
+    wide = Mixture(
+        parameters=mixtures.parameters("diag", 2, 300),
+        feature_names=tuple(f"{j}" * 300 for j in range(300)),
+    )
     assert repr(wide).count("\n") == 0
     assert len(repr(wide)) < 500
 
@@ -184,7 +203,7 @@ def test_its_repr_is_one_short_line():
 @pytest.mark.parametrize("far", [1e20, 1e160, -1.7e308])
 def test_rows_beyond_every_component_have_one_component(kind, far):
     """Distances that overflow, or have no digits left for what sets components apart."""
-    mixture = Mixture(mixtures.parameters(kind, 3, 2, seed=2))
+    mixture = Mixture(parameters=mixtures.parameters(kind, 3, 2, seed=2))
     X = torch.full((2, 2), far, dtype=torch.float64)
     X[1] = 0.0
     resp = mixture.predict_proba(X)

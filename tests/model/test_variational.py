@@ -52,7 +52,9 @@ def prior_of(X, kind, weight_prior, *, k=4, reg_covar=0.0, **others) -> Prior:
             "spherical": covariance.diagonal().mean(),
         }.get(kind, covariance),
     }
-    return Prior(kind, weight_prior, **{**values, **others}, reg_covar=reg_covar)
+    return Prior(
+        covariance_type=kind, weight_prior=weight_prior, **{**values, **others}, reg_covar=reg_covar
+    )
 
 
 def moments_of(X, resp, kind) -> Moments:
@@ -66,7 +68,7 @@ def fitted(X, posteriors, *, tol=0.0, max_iter=30, edges=(), sample_weight=None,
     """Run variational EM from posteriors, all in the same passes; rows are centred on the way."""
     centre = X.mean(0) if centre is None else centre
     shards = mixtures.shards(X - centre, edges, sample_weight)
-    trials = [Trial(posterior.shifted(-centre)) for posterior in posteriors]
+    trials = [Trial(model=posterior.shifted(-centre)) for posterior in posteriors]
     run(shards, trials, Rules(tol, max_iter), shards.run(SumMoments(X.shape[1])))
     return [(trial, trial.model.shifted(centre)) for trial in trials]
 
@@ -210,7 +212,9 @@ def test_the_densities_are_the_expected_ones(weight_prior):
     posterior = m_step(prior, moments_of(X, resp, "full"))
     log_rho = Textbook(X, resp, prior).log_rho()
     np.testing.assert_allclose(
-        Densities(ParameterStack.of([posterior.parameters]), CPU)(X.T).T, log_rho, rtol=1e-10
+        Densities(ParameterStack.of([posterior.parameters]), CPU)(X.T).T,
+        log_rho,
+        rtol=1e-10,
     )
     features = Features(3, 40, {"full"}, torch.float64, CPU)
     features.fill(X.T.contiguous())
@@ -291,7 +295,7 @@ def test_a_fit_equals_scikit_learns(kind, weight_prior):
     # Theirs has an axis of length one where covariances are tied.
     bounds = np.ravel([np.diag(np.atleast_2d(b))[0] for b in theirs.lower_bounds_])
     np.testing.assert_allclose(trial.lower_bounds, bounds, rtol=1e-9)
-    mixture = Mixture(posterior.parameters)
+    mixture = Mixture(parameters=posterior.parameters)
     rows = X.numpy()
     np.testing.assert_allclose(mixture.score_samples(rows), theirs.score_samples(rows), rtol=1e-8)
     np.testing.assert_allclose(mixture.predict_proba(rows), theirs.predict_proba(rows), atol=1e-8)
@@ -426,7 +430,7 @@ def test_a_component_nobody_believes_in_still_takes_the_row_nobody_else_does():
     posterior = m_step(prior, moments_of(X, resp, "spherical"))
     assert posterior.parameters.log_weights[1] < -9e4
     rows = np.array([[0.0, 0.0], [1e3, 0.0]])
-    assert Mixture(posterior.parameters).predict(rows).tolist() == [0, 1]
+    assert Mixture(parameters=posterior.parameters).predict(rows).tolist() == [0, 1]
 
 
 def test_a_stack_keeps_log_weights_of_its_lanes():

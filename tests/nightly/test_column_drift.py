@@ -30,7 +30,12 @@ def mapped(mixture: Parameters, scale: list[float], shift: list[float]) -> Param
     """The mixture of rows x → scale x + shift, column by column."""
     s = tensor(scale)
     covariances = mixture.covariance_matrices() * s[:, None] * s
-    return Parameters(mixture.weights, mixture.means * s + tensor(shift), covariances, "full")
+    return Parameters(
+        weights=mixture.weights,
+        means=mixture.means * s + tensor(shift),
+        covariances=covariances,
+        covariance_type="full",
+    )
 
 
 def measured(before: Parameters, tonight: Parameters, n: int = 2000) -> ColumnDrift:
@@ -41,7 +46,12 @@ def measured(before: Parameters, tonight: Parameters, n: int = 2000) -> ColumnDr
 def clusters(*means: tuple[float, float, float], spread: float = 1.0) -> Parameters:
     k = len(means)
     covariances = torch.eye(3, dtype=torch.float64).expand(k, 3, 3) * spread**2
-    return Parameters(tensor([1 / k] * k), tensor(means), covariances, "full")
+    return Parameters(
+        weights=tensor([1 / k] * k),
+        means=tensor(means),
+        covariances=covariances,
+        covariance_type="full",
+    )
 
 
 FOUR = clusters((0, 0, 5), (12, 0, 9), (0, 12, 1), (9, 9, 9))
@@ -81,7 +91,12 @@ def test_a_column_in_another_unit_is_found_and_named(
 def test_swapped_columns_are_found_and_named() -> None:
     order = [1, 0, 2]
     base = clusters((0, 40, 5), (3, 47, 9), (1, 52, 1))
-    swapped = Parameters(base.weights, base.means[:, order], base.covariances, "full")
+    swapped = Parameters(
+        weights=base.weights,
+        means=base.means[:, order],
+        covariances=base.covariances,
+        covariance_type="full",
+    )
     found = measured(base, swapped)
     assert found.drift > 5 * MAX
     assert set(found.columns) == {"x", "y"}
@@ -170,9 +185,9 @@ def test_families_may_differ_and_one_feature_is_enough() -> None:
     tonight = parameters("diag", 3, 1, seed=4, spread=9)
     X = 9 * torch.randn(500, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     found = column_drift(one, tonight, X, torch.ones(500, dtype=torch.float64), ("x",))
-    ratio = Mixture(tonight).score_samples(X) - torch.logaddexp(
-        Mixture(one).score_samples(X) + math.log(0.99),
-        Mixture(tonight).score_samples(X) + math.log(0.01),
+    ratio = Mixture(parameters=tonight).score_samples(X) - torch.logaddexp(
+        Mixture(parameters=one).score_samples(X) + math.log(0.99),
+        Mixture(parameters=tonight).score_samples(X) + math.log(0.01),
     )
     assert found.divergence == pytest.approx(float(ratio.mean()), rel=1e-9)
 
@@ -182,5 +197,10 @@ def test_wide_mixtures_are_measured_on_fewer_rows() -> None:
     assert sample_size(parameters("diag", 8, 384)) == 4096
     d = 1000
     means, eye = torch.zeros(2, d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)
-    wide = Parameters(tensor([0.5, 0.5]), means, eye.expand(2, d, d), "full")
+    wide = Parameters(
+        weights=tensor([0.5, 0.5]),
+        means=means,
+        covariances=eye.expand(2, d, d),
+        covariance_type="full",
+    )
     assert sample_size(wide) == 2**30 // (2 * d * d)

@@ -16,7 +16,7 @@ from mixtures import FIXED, parameters, rows, shards
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.nightly.drift import (
-    Densities,
+    DensityChange,
     DensityHistogram,
     Drift,
     Numbered,
@@ -29,7 +29,13 @@ from gmm_dist.runs.json_files import to_json
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 
-DENSITIES = Densities(-1.0, -0.5, None, None, DensityHistogram((0.0, 1.0), (1.0,), (1.0,)))
+DENSITIES = DensityChange(
+    mean_before=-1.0,
+    mean_tonight=-0.5,
+    held_out_before=None,
+    held_out_tonight=None,
+    histogram=DensityHistogram((0.0, 1.0), (1.0,), (1.0,)),
+)
 
 
 def tensor(values: object) -> torch.Tensor:
@@ -39,7 +45,12 @@ def tensor(values: object) -> torch.Tensor:
 def two(
     means: list[list[float]], covariances: list[list[list[float]]], *weights: float
 ) -> Parameters:
-    return Parameters(tensor(weights), tensor(means), tensor(covariances), "full")
+    return Parameters(
+        weights=tensor(weights),
+        means=tensor(means),
+        covariances=tensor(covariances),
+        covariance_type="full",
+    )
 
 
 def between(before: Parameters, after: Parameters) -> Drift:
@@ -120,12 +131,17 @@ def test_rows_under_both_models_have_the_means_and_the_histogram_of_their_densit
     parts = [X[:1500], X[1500:]]
     local = LocalShards(
         [
-            ShardRows(i, [Block(part.T.contiguous())], None, [Block(held[i::2].T.contiguous())])
+            ShardRows(
+                shard=i,
+                blocks=[Block(part.T.contiguous())],
+                counts=None,
+                held_out=[Block(held[i::2].T.contiguous())],
+            )
             for i, part in enumerate(parts)
         ]
     )
     found = compare_densities(local, before, tonight)
-    old, new = Mixture(before), Mixture(tonight)
+    old, new = Mixture(parameters=before), Mixture(parameters=tonight)
     assert found.mean_before == pytest.approx(old.score(X), rel=1e-12)
     assert found.mean_tonight == pytest.approx(new.score(X), rel=1e-12)
     assert found.held_out_before == pytest.approx(old.score(held), rel=1e-12)

@@ -27,10 +27,10 @@ MIXTURES = {
 def mixture(means: list[list[float]], variances: list[list[float]]) -> Parameters:
     k = len(means)
     return Parameters(
-        torch.full((k,), 1 / k, dtype=torch.float64),
-        torch.tensor(means, dtype=torch.float64),
-        torch.tensor(variances, dtype=torch.float64),
-        "diag",
+        weights=torch.full((k,), 1 / k, dtype=torch.float64),
+        means=torch.tensor(means, dtype=torch.float64),
+        covariances=torch.tensor(variances, dtype=torch.float64),
+        covariance_type="diag",
     )
 
 

@@ -26,7 +26,7 @@ from gmm_dist.nightly.lineage import LINEAGE, Lineage, night_of
 from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import claim, commit, compare_and_swap
 from gmm_dist.runs.checkpoint import CHECKPOINTS
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.lease_cells import Held, cell_at
 from gmm_dist.storage import open_url
 
@@ -42,7 +42,15 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def lineage(night: str, ids: tuple[int, ...] = (0, 1), dead: tuple[int, ...] = ()) -> Lineage:
-    return Lineage(night, None, ids, ids, dead, 1000, {"y": "floating", "x": "integer"})
+    return Lineage(
+        night=night,
+        night_before=None,
+        ids=ids,
+        born=ids,
+        dead=dead,
+        n_rows=1000,
+        columns={"y": "floating", "x": "integer"},
+    )
 
 
 def publish(url: str, night: str, number: int = 1, who: Lineage | None = None) -> None:
@@ -120,7 +128,7 @@ def test_pruning_leaves_what_is_no_candidate_of_ours(tmp_path: Path) -> None:
 
 
 def test_a_file_is_replaced_only_if_it_is_what_it_was(url: str) -> None:
-    place = Place.of(url)
+    place = Folder.of(url)
     assert compare_and_swap.read(place, "p.json") is None
     assert compare_and_swap.swap(place, "p.json", None, b"one")
     assert not compare_and_swap.swap(place, "p.json", None, b"two")
@@ -171,12 +179,12 @@ def test_a_lost_counter_goes_on_above_all_nights_and_those_that_were_pruned(url:
     assert place.new_ids(0) == 41
     assert place.prune(1, night=NIGHTS[1]) == [NIGHTS[0]]
     assert place.new_ids(0) == 41
-    Place.of(url).remove("pruned.json")
+    Folder.of(url).remove("pruned.json")
     assert place.new_ids(0) == 8
     place.new_ids(60)
     publish(url, NIGHTS[2])
     place.prune(1, night=NIGHTS[2])
-    Place.of(url).remove("ids.json")
+    Folder.of(url).remove("ids.json")
     assert place.new_ids(1) == 68  # what a late night took and nobody published, too
 
 
@@ -189,9 +197,9 @@ def test_a_counter_of_a_backup_goes_on_above_all_that_was_given(
     publish(url, NIGHTS[0], who=lineage(NIGHTS[0], (7, 8)))
     publish(url, NIGHTS[1], who=lineage(NIGHTS[1], (0, 5), dead=(6,)))
     place.prune(1, night=NIGHTS[1])
-    Place.of(url).remove("ids.json")
+    Folder.of(url).remove("ids.json")
     if rolled_back is not None:
-        Place.of(url).write(rolled_back.encode(), "ids.json")
+        Folder.of(url).write(rolled_back.encode(), "ids.json")
     assert place.new_ids(2) == 9
     assert place.new_ids(1) == 11
 
@@ -249,7 +257,7 @@ def test_the_pointer_never_moves_back(url: str) -> None:
     assert not place.point_to(NIGHTS[2])
     assert place.point_to(NIGHTS[3])
     assert place.latest() == NIGHTS[3]
-    pointer = json.loads(Place.of(url).read("latest.json") or b"")
+    pointer = json.loads(Folder.of(url).read("latest.json") or b"")
     assert gmm_dist.load(url).parameters.means.equal(race_model(4).parameters.means)
     assert pointer == {"format_version": 1, "night": NIGHTS[3], "model": f"models/{NIGHTS[3]}"}
 
@@ -355,8 +363,8 @@ def test_a_dead_run_of_an_earlier_night_is_not_waited_for_longer_than_its_lease(
     tmp_path: Path,
 ) -> None:
     place = Registry(str(tmp_path))
-    cell = cell_at(Place.of(place.model_url(NIGHTS[0])).below("_attempts", "lease"))
-    assert cell.create(Held("dead", 3, 0.3)) is not None
+    cell = cell_at(Folder.of(place.model_url(NIGHTS[0])).below("_attempts", "lease"))
+    assert cell.create(Held(attempt="dead", count=3, seconds=0.3)) is not None
     began = time.monotonic()
     place.await_earlier(NIGHTS[1])
     assert time.monotonic() - began >= 0.3
@@ -391,8 +399,8 @@ def test_one_at_a_time_publishes_or_prunes(url: str) -> None:
 
 
 def test_a_dead_holder_of_the_registry_is_waited_out(tmp_path: Path) -> None:
-    cell = cell_at(Place.of(str(tmp_path)).below("_turn"))
-    assert cell.create(Held("dead", 7, 0.3)) is not None
+    cell = cell_at(Folder.of(str(tmp_path)).below("_turn"))
+    assert cell.create(Held(attempt="dead", count=7, seconds=0.3)) is not None
     with Registry(str(tmp_path)).turn(seconds=1) as turn:
         turn.check()
     assert cell.read() is None
@@ -462,7 +470,7 @@ def test_pruning_spares_what_a_night_can_be_resumed_from(tmp_path: Path) -> None
     place = Registry(url)
     for night in (NIGHTS[0], NIGHTS[1], NIGHTS[3], NIGHTS[4]):
         publish(url, night)
-    saved = Place.of(url).below("models", NIGHTS[2], CHECKPOINTS)
+    saved = Folder.of(url).below("models", NIGHTS[2], CHECKPOINTS)
     saved.write(b"{}", f"00000001-{'0' * 64}.safetensors")
     assert place.prune(1, night=NIGHTS[4]) == [NIGHTS[0], NIGHTS[3]]
     saved.remove()
@@ -486,7 +494,7 @@ def test_a_removal_that_was_cut_off_is_made_complete(url: str) -> None:
     publish(url, NIGHTS[0])
     publish(url, NIGHTS[1])
     place.point_to(NIGHTS[1])
-    Place.of(url).remove("models", NIGHTS[0], "manifest.json")
+    Folder.of(url).remove("models", NIGHTS[0], "manifest.json")
     assert place.nights() == [NIGHTS[1]]
     place.prune(5, night=NIGHTS[1])
     assert not [name for name in everything(url) if NIGHTS[0] in name]

@@ -130,12 +130,12 @@ def test_discriminants_find_the_direction_that_parts_the_means():
     covariance = np.diag([1.0, 1.0, 1e6])
     means = np.array([[0.0, 0, 0], [6, 6, 0], [0, 12, 0]])
     one = Clusters(
-        np.full(3, 1 / 3),
-        means,
-        np.stack([covariance] * 3),
-        "full",
-        ("x", "y", "z"),
-        ("0", "1", "2"),
+        weights=np.full(3, 1 / 3),
+        means=means,
+        covariances=np.stack([covariance] * 3),
+        covariance_type="full",
+        feature_names=("x", "y", "z"),
+        numbers=("0", "1", "2"),
     )
     seen = plane(one)
     assert seen.kind == "the discriminant plane"

@@ -19,7 +19,7 @@ from gmm_dist.selection.ranking import SweepResult
 from gmm_dist.shards.local import LocalShards
 
 CONTENT = pages.content([pages.candidate(3, 1)], 2, data="s3://user:secret@lake/points")
-MIXTURE = Mixture(mixtures.parameters("full", 3, 2), ("x", "y"))
+MIXTURE = Mixture(parameters=mixtures.parameters("full", 3, 2), feature_names=("x", "y"))
 
 
 class Best(SweepResult):

@@ -156,12 +156,12 @@ def fitted(X: np.ndarray, labels: np.ndarray, reg: float = 1e-12) -> tuple[Clust
     groups = [X[labels == c] for c in range(k)]
     apart = [g - g[0] - (g - g[0]).mean(0) for g in groups]
     made = Clusters(
-        np.array([len(g) / len(X) for g in groups]),
-        np.stack([g[0] + (g - g[0]).mean(0) for g in groups]),
-        np.stack([a.T @ a / len(a) + reg * np.eye(d) for a in apart]),
-        "full",
-        tuple(f"x{j}" for j in range(d)),
-        tuple(str(c) for c in range(k)),
+        weights=np.array([len(g) / len(X) for g in groups]),
+        means=np.stack([g[0] + (g - g[0]).mean(0) for g in groups]),
+        covariances=np.stack([a.T @ a / len(a) + reg * np.eye(d) for a in apart]),
+        covariance_type="full",
+        feature_names=tuple(f"x{j}" for j in range(d)),
+        numbers=tuple(str(c) for c in range(k)),
     )
     return made, Sample(X, labels)
 

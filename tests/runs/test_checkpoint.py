@@ -23,7 +23,7 @@ from gmm_dist.runs.checkpoint import (
     checkpoint_names,
     environment,
 )
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 
 IDENTITY = RunIdentity(
     plan_hash="c0ffee",
@@ -34,24 +34,24 @@ IDENTITY = RunIdentity(
 
 
 @pytest.fixture(params=["local", "s3", "memory"])
-def out(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def out(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     if request.param == "s3":
-        return Place.of(f"{request.getfixturevalue('s3_lake').url}/out")
+        return Folder.of(f"{request.getfixturevalue('s3_lake').url}/out")
     if request.param == "memory":
-        return Place.of(f"memory://checkpoints/{tmp_path.name}")
-    return Place.of(str(tmp_path / "out"))
+        return Folder.of(f"memory://checkpoints/{tmp_path.name}")
+    return Folder.of(str(tmp_path / "out"))
 
 
 @pytest.fixture
-def local(tmp_path: Path) -> Place:
-    return Place.of(str(tmp_path / "out"))
+def local(tmp_path: Path) -> Folder:
+    return Folder.of(str(tmp_path / "out"))
 
 
 def checkpoint(number: int) -> Checkpoint:
     return Checkpoint(number, {"means": torch.full((3, 2), float(number))}, {"number": number})
 
 
-def write(place: Place, *numbers: int, identity: RunIdentity = IDENTITY, keep: int = 2) -> None:
+def write(place: Folder, *numbers: int, identity: RunIdentity = IDENTITY, keep: int = 2) -> None:
     store = CheckpointStore(place, identity, keep=keep)
     for number in numbers:
         store.put(checkpoint(number))
@@ -59,19 +59,19 @@ def write(place: Place, *numbers: int, identity: RunIdentity = IDENTITY, keep: i
     store.close()
 
 
-def latest(place: Place, identity: RunIdentity = IDENTITY) -> Checkpoint | None:
+def latest(place: Folder, identity: RunIdentity = IDENTITY) -> Checkpoint | None:
     return CheckpointStore(place, identity).latest()
 
 
-def numbers(place: Place) -> list[int]:
+def numbers(place: Folder) -> list[int]:
     return [int(name.split("-")[0]) for name in checkpoint_names(place)]
 
 
-def folder(place: Place) -> Path:
+def folder(place: Folder) -> Path:
     return Path(place.path) / "_checkpoints"
 
 
-def test_a_checkpoint_comes_back_bit_for_bit(out: Place) -> None:
+def test_a_checkpoint_comes_back_bit_for_bit(out: Folder) -> None:
     assert latest(out) is None
     draw = torch.Generator().manual_seed(0)
     square = torch.randn(3, 3, generator=draw, dtype=torch.float64)
@@ -102,7 +102,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(out: Place) -> None:
         assert back.numpy().tobytes() == tensor.contiguous().numpy().tobytes(), name
 
 
-def test_what_was_taken_is_a_copy(local: Place) -> None:
+def test_what_was_taken_is_a_copy(local: Folder) -> None:
     store = CheckpointStore(local, IDENTITY)
     means = torch.zeros(4)
     store.put(Checkpoint(1, {"means": means}, {}))
@@ -113,7 +113,7 @@ def test_what_was_taken_is_a_copy(local: Place) -> None:
     assert torch.equal(found.tensors["means"], torch.zeros(4))
 
 
-def test_old_checkpoints_are_removed(out: Place) -> None:
+def test_old_checkpoints_are_removed(out: Folder) -> None:
     write(out, 1, 2, 3, 4)
     assert numbers(out) == [3, 4]
     write(out, 99_999_999, 100_000_000, keep=3)
@@ -123,7 +123,7 @@ def test_old_checkpoints_are_removed(out: Place) -> None:
     assert found.number == 100_000_000
 
 
-def test_all_are_removed_at_the_end(out: Place) -> None:
+def test_all_are_removed_at_the_end(out: Folder) -> None:
     store = CheckpointStore(out, IDENTITY)
     store.put(checkpoint(1))
     store.flush()
@@ -134,7 +134,7 @@ def test_all_are_removed_at_the_end(out: Place) -> None:
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1])
 def test_a_torn_checkpoint_is_passed_over(
-    out: Place, size: int, caplog: pytest.LogCaptureFixture
+    out: Folder, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(out, 1, 2)
     name = checkpoint_names(out)[-1]
@@ -147,7 +147,7 @@ def test_a_torn_checkpoint_is_passed_over(
     assert f"_checkpoints/{name} is torn: ignored" in caplog.text
 
 
-def test_a_changed_byte_is_noticed(local: Place) -> None:
+def test_a_changed_byte_is_noticed(local: Folder) -> None:
     write(local, 1)
     (name,) = checkpoint_names(local)
     data = bytearray(local.read("_checkpoints", name) or b"")
@@ -156,7 +156,7 @@ def test_a_changed_byte_is_noticed(local: Place) -> None:
     assert latest(local) is None
 
 
-def test_files_of_a_dead_writer_are_ignored_and_removed(local: Place) -> None:
+def test_files_of_a_dead_writer_are_ignored_and_removed(local: Folder) -> None:
     write(local, 1)
     left = folder(local) / ".00000009-aa.safetensors.0123abcd.part"
     left.write_bytes(b"half")
@@ -193,7 +193,7 @@ def test_files_of_a_dead_writer_are_ignored_and_removed(local: Place) -> None:
     ],
 )
 def test_another_runs_checkpoint_is_refused(
-    local: Place, changes: dict[str, Any], message: str
+    local: Folder, changes: dict[str, Any], message: str
 ) -> None:
     write(local, 5)
     with pytest.raises(UserError, match=rf"cannot resume from checkpoint 5: .*{message}") as raised:
@@ -201,14 +201,14 @@ def test_another_runs_checkpoint_is_refused(
     assert "\n" not in str(raised.value)
 
 
-def test_a_difference_that_cannot_be_named(local: Place) -> None:
+def test_a_difference_that_cannot_be_named(local: Folder) -> None:
     write(local, 5)
     (folder(local) / "run.json").unlink()
     with pytest.raises(UserError, match="the lake's files, the columns or the settings differ"):
         latest(local, replace(IDENTITY, plan_hash="x"))
 
 
-def test_a_newer_format_is_refused(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_format_is_refused(local: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
         newer.setattr("gmm_dist.runs.checkpoint.FORMAT_VERSION", 2)
         write(local, 5)
@@ -216,7 +216,7 @@ def test_a_newer_format_is_refused(local: Place, monkeypatch: pytest.MonkeyPatch
         latest(local)
 
 
-def test_another_environment_is_only_said(local: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_environment_is_only_said(local: Folder, caplog: pytest.LogCaptureFixture) -> None:
     write(local, 5)
     caplog.clear()
     assert latest(local) is not None
@@ -258,16 +258,16 @@ class Gated(MemoryFileSystem):
 
 
 @pytest.fixture
-def gated(monkeypatch: pytest.MonkeyPatch) -> Place:
+def gated(monkeypatch: pytest.MonkeyPatch) -> Folder:
     fsspec.register_implementation("gated", Gated, clobber=True)
     Gated.store.clear()
     for name in ("gate", "begun"):
         monkeypatch.setattr(Gated, name, threading.Event())
     monkeypatch.setattr(Gated, "failing", False)
-    return Place.of("gated://out")
+    return Folder.of("gated://out")
 
 
-def test_the_newest_wins_while_one_is_written(gated: Place) -> None:
+def test_the_newest_wins_while_one_is_written(gated: Folder) -> None:
     store = CheckpointStore(gated, IDENTITY, keep=9)
     store.put(checkpoint(1))
     assert Gated.begun.wait(30)
@@ -280,7 +280,7 @@ def test_the_newest_wins_while_one_is_written(gated: Place) -> None:
 
 
 def test_failing_storage_does_not_end_the_run(
-    gated: Place, caplog: pytest.LogCaptureFixture
+    gated: Folder, caplog: pytest.LogCaptureFixture
 ) -> None:
     Gated.gate.set()
     store = CheckpointStore(gated, IDENTITY)
@@ -297,7 +297,7 @@ def test_failing_storage_does_not_end_the_run(
     assert numbers(gated) == [2]
 
 
-def test_at_most_one_in_an_interval(local: Place) -> None:
+def test_at_most_one_in_an_interval(local: Folder) -> None:
     store = CheckpointStore(local, IDENTITY, seconds=3600)
     assert store.is_due
     store.put(checkpoint(1))
@@ -307,7 +307,7 @@ def test_at_most_one_in_an_interval(local: Place) -> None:
     assert numbers(local) == [1]
 
 
-def test_a_guarded_store_writes_nothing(local: Place) -> None:
+def test_a_guarded_store_writes_nothing(local: Folder) -> None:
     may = [True, False]
     store = CheckpointStore(local, IDENTITY, guard=lambda: may.pop(0))
     for number in (1, 2):

@@ -31,7 +31,7 @@ from gmm_dist.storage import open_url
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 1.5
-IDENTITY = RunIdentity("c0ffee", (("a.parquet", 1, "v"),), {"tol": 1e-3})
+IDENTITY = RunIdentity(plan_hash="c0ffee", files=(("a.parquet", 1, "v"),), settings={"tol": 1e-3})
 FILES = {"manifest.json", "model/model.safetensors", "model/model.json", "sweep.json"}
 
 pytestmark = pytest.mark.faults  # leases of a second: not beside other work

@@ -27,7 +27,7 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.runs import load as artifacts
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.json_files import FileEntry
 from gmm_dist.runs.load import Attempt, Provenance, claim, load, read_report, repair
 from gmm_dist.storage import Patience, open_url
@@ -50,8 +50,8 @@ def mixture(covariance_type: str = "full", seed: int = 0) -> Mixture:
     means = torch.randn(3, 2, generator=draw, dtype=torch.float64)
     parameters = mixtures.parameters(covariance_type, 3, 2, seed=seed)
     return Mixture(
-        replace(parameters, means=means),
-        ("delay", "größe"),
+        parameters=replace(parameters, means=means),
+        feature_names=("delay", "größe"),
         n_samples=1e6 / 3,
         log_likelihood=-1e5 / 7,
     )
@@ -176,17 +176,25 @@ def test_equal_models_are_equal_bytes(tmp_path: Path) -> None:
     part = model.parameters
     # The same numbers, once as views into a larger tensor.
     views = Parameters(
-        part.weights, part.means.T.clone().T, torch.stack([part.covariances] * 2)[1], "full"
+        weights=part.weights,
+        means=part.means.T.clone().T,
+        covariances=torch.stack([part.covariances] * 2)[1],
+        covariance_type="full",
     )
     commit(str(tmp_path / "a"), model)
-    commit(str(tmp_path / "b"), Mixture(views, model.feature_names, 1.0, -1.0))
+    commit(
+        str(tmp_path / "b"),
+        Mixture(
+            parameters=views, feature_names=model.feature_names, n_samples=1.0, log_likelihood=-1.0
+        ),
+    )
     names = [tmp_path / run / "model" / "model.safetensors" for run in "ab"]
     assert names[0].read_bytes() == names[1].read_bytes()
     assert b"__metadata__" not in names[0].read_bytes()
 
 
 def test_unknown_likelihood_comes_back_as_nan(local: str) -> None:
-    commit(local, Mixture(mixture().parameters))
+    commit(local, Mixture(parameters=mixture().parameters))
     assert math.isnan(load(local).log_likelihood)
     assert math.isnan(load(local).n_samples)
 
@@ -451,7 +459,7 @@ def test_copies_are_repaired(out: str) -> None:
 
 def test_equal_copies_stand_in_for_a_removed_attempt(out: str) -> None:
     commit(out)
-    Place.of(out).remove("_attempts")
+    Folder.of(out).remove("_attempts")
     assert same(load(out), mixture())
     assert read_report(out)["criterion"] == "bic"
 
@@ -724,9 +732,13 @@ def race_model(number: int) -> Mixture:
     """A model all of whose parts tell whose it is."""
     value = torch.full((2, 64), float(number), dtype=torch.float64)
     weights = torch.full((2,), 0.5, dtype=torch.float64)
-    parameters = Parameters(weights, value, value + 1, "diag")
+    parameters = Parameters(
+        weights=weights, means=value, covariances=value + 1, covariance_type="diag"
+    )
     names = tuple(f"x{j}" for j in range(64))
-    return Mixture(parameters, names, log_likelihood=float(number), n_samples=1.0)
+    return Mixture(
+        parameters=parameters, feature_names=names, log_likelihood=float(number), n_samples=1.0
+    )
 
 
 def number_of(model: Mixture) -> int:

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 
 
 @pytest.fixture(params=["local", "s3", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     if request.param == "s3":
-        return Place.of(f"{request.getfixturevalue('s3_lake').url}/out/")
+        return Folder.of(f"{request.getfixturevalue('s3_lake').url}/out/")
     if request.param == "memory":
-        return Place.of(f"memory://places/{tmp_path.name}")
-    return Place.of(str(tmp_path / "out"))
+        return Folder.of(f"memory://places/{tmp_path.name}")
+    return Folder.of(str(tmp_path / "out"))
 
 
-def test_files_and_folders(place: Place) -> None:
+def test_files_and_folders(place: Folder) -> None:
     assert place.names() == set()
     assert place.read("a", "b") is None
     place.remove("a")
@@ -39,7 +39,7 @@ def test_files_and_folders(place: Place) -> None:
 
 
 def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
-    place = Place.of(str(tmp_path))
+    place = Folder.of(str(tmp_path))
     place.write(bytes(2**20), "file")
     done = threading.Event()
 
@@ -62,7 +62,7 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Place.of(str(tmp_path))
+    place = Folder.of(str(tmp_path))
     place.write(b"old", "file")
     with monkeypatch.context() as broken:
 
@@ -78,7 +78,7 @@ def test_a_failed_write_leaves_the_old_file_alone(
 
 # SeaweedFS lets those that compete for a key wait for whole seconds.
 @pytest.mark.parametrize(("place", "turns"), [("local", 25), ("s3", 2)], indirect=["place"])
-def test_of_twenty_creations_at_once_one_wins(place: Place, turns: int) -> None:
+def test_of_twenty_creations_at_once_one_wins(place: Folder, turns: int) -> None:
     start = threading.Barrier(20)
 
     def create(number: int, name: str) -> int | None:

@@ -11,7 +11,7 @@ from test_commit import commit
 from gmm_dist.errors import UserError
 from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs.checkpoint import RunIdentity
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.json_files import name_within, parse, to_json
 from gmm_dist.runs.load import load, read_report, repair
 
@@ -90,7 +90,7 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_a_manifest_names_nothing_outside_of_its_folder(out: str) -> None:
     commit(out)
-    place, above = Place.of(out), Place.of(out.rpartition("/")[0])
+    place, above = Folder.of(out), Folder.of(out.rpartition("/")[0])
     manifest = json.loads(place.read("manifest.json") or b"")
     entry = manifest["files"]["sweep.json"]
     above.write(b"theirs", "file")
@@ -112,7 +112,7 @@ def test_a_manifest_names_nothing_outside_of_its_folder(out: str) -> None:
     load(out)
 
 
-def _replace(place: Place, manifest: dict[str, object]) -> None:
+def _replace(place: Folder, manifest: dict[str, object]) -> None:
     place.write(json.dumps(manifest).encode(), "manifest.json")
 
 
@@ -163,7 +163,7 @@ def test_a_pointer_leads_out_by_no_link(tmp_path: Path) -> None:
 def test_a_broken_identity_is_one_that_differs(data: bytes) -> None:
     import hashlib
 
-    identity = RunIdentity("hash", (), {})
+    identity = RunIdentity(plan_hash="hash", files=(), settings={})
     told = identity.difference(data, hashlib.sha256(data).hexdigest())
     assert "damaged" in told or "differ" in told
 

@@ -16,7 +16,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gmm_dist.errors import UserError
-from gmm_dist.runs.folder import Place
+from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.lease import Lease, LeaseLost, Terms, acquire
 from gmm_dist.runs.lease_cells import Cell, Held, Stored, cell_at
 
@@ -36,7 +36,7 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def cell(out: str) -> Cell:
-    return cell_at(Place.of(out), SHORT)
+    return cell_at(Folder.of(out), SHORT)
 
 
 def never(attempt: str) -> None:
@@ -47,7 +47,7 @@ def never(attempt: str) -> None:
 def held(
     cell: Cell, attempt: str, *, wait: bool = False, seconds: float = SHORT
 ) -> Iterator[Lease]:
-    lease = acquire(cell, attempt, Terms("OUT", seconds, wait), finish=never)
+    lease = acquire(cell, attempt, Terms(url="OUT", seconds=seconds, wait=wait), finish=never)
     assert lease is not None
     try:
         yield lease
@@ -79,37 +79,39 @@ def at_once(change: Callable[[int], Stored | None], count: int = 20) -> list[Sto
 
 def test_a_cell_changes_only_on_condition_of_what_it_was(cell: Cell) -> None:
     assert cell.read() is None
-    first = cell.create(Held("a", 0, 1.5))
+    first = cell.create(Held(attempt="a", count=0, seconds=1.5))
     assert first is not None
     assert cell.read() == first
-    assert cell.create(Held("b", 0, 1.5)) is None
-    second = cell.replace(first, Held("a", 1, 1.5, "decided"))
+    assert cell.create(Held(attempt="b", count=0, seconds=1.5)) is None
+    second = cell.replace(first, Held(attempt="a", count=1, seconds=1.5, state="decided"))
     assert second is not None
-    assert cell.replace(first, Held("b", 1, 1.5)) is None
+    assert cell.replace(first, Held(attempt="b", count=1, seconds=1.5)) is None
     cell.remove(first)
     assert cell.read() == second
-    assert second.held == Held("a", 1, 1.5, "decided")
+    assert second.held == Held(attempt="a", count=1, seconds=1.5, state="decided")
     cell.remove(second)
     assert cell.read() is None
-    assert cell.replace(second, Held("a", 2, 1.5)) is None
-    assert cell.create(Held("b", 0, 1.5)) is not None
+    assert cell.replace(second, Held(attempt="a", count=2, seconds=1.5)) is None
+    assert cell.create(Held(attempt="b", count=0, seconds=1.5)) is not None
 
 
 # SeaweedFS lets those that compete for a key wait for whole seconds.
 @pytest.mark.parametrize(("out", "turns"), [("local", 25), ("s3", 2)], indirect=["out"])
 def test_of_many_at_once_one_succeeds(out: str, turns: int) -> None:
-    cell = cell_at(Place.of(out), 60)
+    cell = cell_at(Folder.of(out), 60)
     for turn in range(turns):
-        (created,) = at_once(lambda i: cell.create(Held(f"new-{i}", 0, 1)))
+        (created,) = at_once(lambda i: cell.create(Held(attempt=f"new-{i}", count=0, seconds=1)))
         assert cell.read() == created
-        (taken,) = at_once(lambda i, old=created: cell.replace(old, Held(f"next-{i}", 1, 1)))
+        (taken,) = at_once(
+            lambda i, old=created: cell.replace(old, Held(attempt=f"next-{i}", count=1, seconds=1))
+        )
         assert cell.read() == taken, turn
         cell.remove(taken)
 
 
 def test_a_local_cell_leaves_no_file_behind(tmp_path: Path) -> None:
-    cell = cell_at(Place.of(str(tmp_path / "lease")))
-    (created,) = at_once(lambda i: cell.create(Held(f"{i}", 0, 1)))
+    cell = cell_at(Folder.of(str(tmp_path / "lease")))
+    (created,) = at_once(lambda i: cell.create(Held(attempt=f"{i}", count=0, seconds=1)))
     assert [path.name for path in tmp_path.rglob("*")] == ["lease", created.tag]
     cell.remove(created)
     assert list(tmp_path.iterdir()) == []
@@ -120,7 +122,7 @@ def test_a_local_cell_leaves_no_file_behind(tmp_path: Path) -> None:
 
 def test_a_dead_holder_is_waited_out(cell: Cell, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "gmm_dist.runs.lease")
-    cell.create(Held("dead", 41, SHORT))
+    cell.create(Held(attempt="dead", count=41, seconds=SHORT))
     began = time.monotonic()
     with held(cell, "next") as lease:
         assert time.monotonic() - began >= SHORT
@@ -166,7 +168,7 @@ def test_who_waits_gets_it_when_the_holder_ends(cell: Cell) -> None:
 
 @pytest.mark.parametrize("out", ["local", "s3"], indirect=True)
 def test_of_many_that_wait_one_takes_over(cell: Cell) -> None:
-    cell.create(Held("dead", 0, SHORT))
+    cell.create(Held(attempt="dead", count=0, seconds=SHORT))
     at_work, most = 0, 0
     lock = threading.Lock()
 
@@ -192,9 +194,9 @@ def test_of_many_that_wait_one_takes_over(cell: Cell) -> None:
 
 
 def test_a_dead_holders_decision_is_completed(cell: Cell) -> None:
-    cell.create(Held("decided", 7, SHORT, "decided"))
+    cell.create(Held(attempt="decided", count=7, seconds=SHORT, state="decided"))
     completed: list[str] = []
-    assert acquire(cell, "next", Terms("OUT", SHORT), finish=completed.append) is None
+    assert acquire(cell, "next", Terms(url="OUT", seconds=SHORT), finish=completed.append) is None
     assert completed == ["decided"]
     assert cell.read() is None
 
@@ -241,7 +243,9 @@ def test_a_lease_that_was_taken_over_is_lost(cell: Cell, caplog: pytest.LogCaptu
         while taken is None:
             found = cell.read()
             assert found is not None
-            taken = cell.replace(found, Held("next", found.held.count + 1, 60))
+            taken = cell.replace(
+                found, Held(attempt="next", count=found.held.count + 1, seconds=60)
+            )
         until(lambda: lease.is_lost)
         assert not lease.is_current
         with pytest.raises(LeaseLost, match=r"\(attempt zombie\) has passed to .* \(next\)"):
@@ -268,7 +272,7 @@ def test_a_decision_needs_the_lease(cell: Cell) -> None:
     with held(cell, "zombie", seconds=60) as lease:
         found = cell.read()
         assert found is not None
-        taken = cell.replace(found, Held("next", found.held.count + 1, 60))
+        taken = cell.replace(found, Held(attempt="next", count=found.held.count + 1, seconds=60))
         # Its clock says that the lease is good; the store knows better.
         assert lease.is_current
         with pytest.raises(LeaseLost):
@@ -298,7 +302,7 @@ class Stumbling(MemoryFileSystem):
 def test_a_failed_renewal_is_no_end(when: str, caplog: pytest.LogCaptureFixture) -> None:
     fsspec.register_implementation("stumbling", Stumbling, clobber=True)
     Stumbling.store.clear()
-    cell = cell_at(Place.of("stumbling://lease"), SHORT)
+    cell = cell_at(Folder.of("stumbling://lease"), SHORT)
     with held(cell, "holder") as lease:
         setattr(Stumbling, when, 1)
         until(lambda: f"OUT: the lease was not renewed: stumbled {when}" in caplog.text)
@@ -314,7 +318,7 @@ def test_a_lease_that_ran_out_unseen_is_still_ours(caplog: pytest.LogCaptureFixt
     """A store may fail for longer than a lease lasts: nobody could take it over either."""
     fsspec.register_implementation("stumbling", Stumbling, clobber=True)
     Stumbling.store.clear()
-    cell = cell_at(Place.of("stumbling://lease"), SHORT)
+    cell = cell_at(Folder.of("stumbling://lease"), SHORT)
     with held(cell, "holder") as lease:
         Stumbling.before = 1_000_000
         until(lambda: not lease.is_current)

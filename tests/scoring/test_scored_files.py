@@ -44,8 +44,14 @@ def loader_of(
     data: object, output: object, *, where: str | None = None, key: str = "", attempt: str = "one"
 ) -> ScoreFiles:
     plan = plan_lake(str(data), columns=["x", "y"], missing="mean", keep=["id"], where=where)
-    scoring = Scoring(MIXTURE, pa.schema([("id", pa.int64())]), threshold=-6.0)
-    return ScoreFiles(plan, scoring, str(output), RunIdentity(plan.hash, (), {"k": key}), attempt)
+    scoring = Scoring(mixture=MIXTURE, kept=pa.schema([("id", pa.int64())]), threshold=-6.0)
+    return ScoreFiles(
+        plan,
+        scoring,
+        str(output),
+        RunIdentity(plan_hash=plan.hash, files=(), settings={"k": key}),
+        attempt,
+    )
 
 
 def score(loader: ScoreFiles, n: int = 3) -> Scored:
@@ -68,12 +74,12 @@ def test_every_file_has_its_rows_in_its_place(tmp_path: Path) -> None:
         assert after["id"].equals(before["id"])
         X = np.stack([before["x"], before["y"]], axis=1)
         whole = ~np.isnan(X).any(1)
-        expected = Mixture(MIXTURE).score_samples(X[whole])
+        expected = Mixture(parameters=MIXTURE).score_samples(X[whole])
         np.testing.assert_allclose(after["log_density"].drop_null(), expected, rtol=1e-12)
         assert file.counts.rows == after.num_rows == before.num_rows
         assert file.counts.missing == after["component"].null_count
         assert file.counts.outliers == (expected < -6).sum() > 0
-        counts = np.bincount(Mixture(MIXTURE).predict(X[whole]), minlength=3)
+        counts = np.bincount(Mixture(parameters=MIXTURE).predict(X[whole]), minlength=3)
         assert file.counts.components == tuple(counts)
     assert sum(found.counts.components) == 897
     assert found.counts.filtered == 0

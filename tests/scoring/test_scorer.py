@@ -29,7 +29,7 @@ def reference(mixture: Parameters) -> GaussianMixture:
 
 def scored(X, mixture: Parameters, kept: pa.Table | None = None, **options) -> pa.Table:
     kept = pa.table({}) if kept is None else kept
-    scorer = Scorer(Scoring(mixture, kept.schema, **options))
+    scorer = Scorer(Scoring(mixture=mixture, kept=kept.schema, **options))
     return scorer.table(kept, np.ascontiguousarray(np.asarray(X, dtype=np.float64).T))
 
 
@@ -90,9 +90,9 @@ def test_kept_columns_come_first_and_dictionaries_are_spelt_out():
 def test_the_name_of_a_written_column_cannot_be_kept():
     kept = pa.schema([("outlier", pa.bool_())])
     mixture = mixtures.parameters("full", 2, D)
-    assert Scoring(mixture, kept).schema.names[0] == "outlier"
+    assert Scoring(mixture=mixture, kept=kept).schema.names[0] == "outlier"
     with pytest.raises(UserError, match="keep outlier would stand beside the column of that nam"):
-        Scoring(mixture, kept, threshold=0.0)
+        Scoring(mixture=mixture, kept=kept, threshold=0.0)
 
 
 def test_rows_beyond_all_distances_have_finite_scores():

@@ -24,7 +24,7 @@ RUN = "_scored/_checkpoints/run.json"
 @contextmanager
 def claimed(data: Path, out: Path, key: str = "", *, resume: bool = False) -> Iterator[Run]:
     plan = plan_lake(str(data), columns=["x", "y"], missing="mean", keep=["id"])
-    identity = RunIdentity(plan.hash, (), {"k": key})
+    identity = RunIdentity(plan_hash=plan.hash, files=(), settings={"k": key})
     with score_runs.claim(str(out), plan, identity, resume=resume) as run:
         yield run
 
@@ -89,7 +89,7 @@ def test_what_came_while_the_lease_was_waited_for_is_not_overwritten(
         waiting.start()
         assert begun.wait(20)
         (out / RUN).parent.mkdir(parents=True)
-        theirs = RunIdentity("p", (), {"k": "theirs"}).canonical
+        theirs = RunIdentity(plan_hash="p", files=(), settings={"k": "theirs"}).canonical
         (out / RUN).write_bytes(theirs)
         (out / "a.parquet").write_bytes(b"rows")
     waiting.join(60)

@@ -155,7 +155,7 @@ def test_the_weight_of_the_coreset_is_unbiased_for_that_of_any_row():
 def test_the_coreset_does_not_depend_on_who_holds_which_shard(n_workers, seed):
     X = mixtures.normal_rows(100, 2)
     cut = mixtures.blocks(X, [10, 10, 35, 60, 61, 90])
-    shards = [ShardRows(i, [block]) for i, block in enumerate(cut)]
+    shards = [ShardRows(shard=i, blocks=[block]) for i, block in enumerate(cut)]
     order, tree = random.Random(seed), TreeSum(len(shards))
     task = task_of(X, 30)
     workers = [[] for _ in range(n_workers)]
@@ -174,8 +174,8 @@ def test_chunks_and_blocks_do_not_change_which_rows_are_drawn():
     """The rows of a shard use its random numbers one after the other."""
     X = mixtures.normal_rows(9000, 2)
     task = task_of(X, 500)
-    whole = task(ShardRows(3, [Block(X.T.contiguous())]))
-    parts = task(ShardRows(3, mixtures.blocks(X, [1, 4000, 4000, 4003])))
+    whole = task(ShardRows(shard=3, blocks=[Block(X.T.contiguous())]))
+    parts = task(ShardRows(shard=3, blocks=mixtures.blocks(X, [1, 4000, 4000, 4003])))
     assert 400 < len(whole.X) < 600
     assert torch.equal(whole.X, parts.X)
 
@@ -183,10 +183,10 @@ def test_chunks_and_blocks_do_not_change_which_rows_are_drawn():
 def test_the_random_state_and_the_shard_decide():
     X = mixtures.normal_rows(200, 2)
     task, other = task_of(X, 50, seed=1), task_of(X, 50, seed=2)
-    shard = ShardRows(0, [Block(X.T.contiguous())])
+    shard = ShardRows(shard=0, blocks=[Block(X.T.contiguous())])
     assert torch.equal(task(shard).X, task(shard).X)
     assert task(shard).X.tolist() != other(shard).X.tolist()
-    assert task(shard).X.tolist() != task(ShardRows(1, shard.blocks)).X.tolist()
+    assert task(shard).X.tolist() != task(ShardRows(shard=1, blocks=shard.blocks)).X.tolist()
 
 
 def test_a_size_that_all_rows_reach_keeps_all_with_their_weights():
@@ -221,7 +221,7 @@ def test_an_outlier_is_drawn_and_the_others_still_stand_for_all(dtype):
 
 def test_a_shard_without_blocks_gives_nothing():
     task = task_of(mixtures.normal_rows(20, 3), 5)
-    found = task(ShardRows(0, []))
+    found = task(ShardRows(shard=0, blocks=[]))
     assert found.X.shape == (0, 3)
     assert found.sample_weight.shape == (0,)
 

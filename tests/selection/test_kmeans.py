@@ -136,7 +136,7 @@ class Scattered:
 def test_candidates_do_not_depend_on_who_holds_which_shard(n_workers):
     X, weight = mixtures.normal_rows(400, 3), mixtures.row_weights(400)
     cut = mixtures.blocks(X, [10, 10, 90, 100, 200, 210, 300, 330], weight)
-    shards = [ShardRows(i, [block]) for i, block in enumerate(cut)]
+    shards = [ShardRows(shard=i, blocks=[block]) for i, block in enumerate(cut)]
     total = LocalShards(shards).run(SumMoments(3))
     expected = k_means_parallel(LocalShards(shards), total, 4, random_state=5)
     for seed in range(5):

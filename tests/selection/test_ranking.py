@@ -20,7 +20,7 @@ X = mixtures.normal_rows(300, 2)
 def total(n: int = 300) -> TotalMoments:
     """Return the moments of n rows, spread like X."""
     share = n / len(X)
-    return TotalMoments(n, n, share * X.sum(0), share * X.T @ X)
+    return TotalMoments(n_samples=n, n_rows=n, sum_x=share * X.sum(0), sum_xx=share * X.T @ X)
 
 
 TOTAL = total()
@@ -50,7 +50,7 @@ def test_ties_go_to_fewer_parameters_then_to_smaller_k(example):
         made(example, 1, "full", 10.0, 8),
         made(example, 9, "full", 9.0, 99),
     )
-    ranked = SweepResult(table, "bic", TOTAL).ranked
+    ranked = SweepResult(scored=table, criterion="bic", total=TOTAL).ranked
     assert [scored.candidate.k for scored in ranked] == [9, 2, 3, 1, 4]
 
 
@@ -66,7 +66,7 @@ def test_a_failed_candidate_comes_last_however_good_it_looks(example):
             made(example, 2, "full", 10.0, 9),
             made(example, 3, "full", 11.0, 9, Status.MAX_ITER),
         )
-        result = SweepResult(table, "bic", TOTAL)
+        result = SweepResult(scored=table, criterion="bic", total=TOTAL)
         assert [scored.candidate.k for scored in result.ranked] == [2, 3, 5]
         assert result.best is table[1]
         (warning,) = result.warnings(["x", "y"])
@@ -75,7 +75,7 @@ def test_a_failed_candidate_comes_last_however_good_it_looks(example):
 
 def test_when_all_fail_there_is_no_best(example):
     table = tuple(made(example, k, "full", 1.0, 9, Status.DEGENERATE) for k in (2, 3))
-    result = SweepResult(table, "bic", TOTAL)
+    result = SweepResult(scored=table, criterion="bic", total=TOTAL)
     assert result.best is None
     assert result.warnings(["x", "y"]) == []
 
@@ -92,13 +92,15 @@ def test_when_all_fail_there_is_no_best(example):
 )
 def test_a_best_k_at_the_edge_of_the_grid_is_a_warning(example, ks, best, edge):
     table = tuple(made(example, k, "full", float(k != best), k) for k in ks)
-    assert SweepResult(table, "bic", TOTAL).warnings(["x", "y"]) == edge
+    assert SweepResult(scored=table, criterion="bic", total=TOTAL).warnings(["x", "y"]) == edge
 
 
 def test_the_next_grid_never_has_more_components_than_rows_nor_too_many(example):
     def next_grid(k, n):
         table = tuple(made(example, i, "full", -float(i), i) for i in (2, k))
-        told = SweepResult(table, "bic", total(n)).warnings(["x", "y"], "{}".format)
+        told = SweepResult(scored=table, criterion="bic", total=total(n)).warnings(
+            ["x", "y"], "{}".format
+        )
         return [line.removeprefix("the best k is the largest tried: ") for line in told]
 
     assert next_grid(20, 300) == ["20..40"]
@@ -109,7 +111,9 @@ def test_the_next_grid_never_has_more_components_than_rows_nor_too_many(example)
 
 def test_the_caller_spells_what_to_do_about_the_next_grid(example):
     table = tuple(made(example, k, "full", -float(k), k) for k in (2, 3))
-    (line,) = SweepResult(table, "bic", TOTAL).warnings(["x", "y"], "sweep.py --k {}".format)
+    (line,) = SweepResult(scored=table, criterion="bic", total=TOTAL).warnings(
+        ["x", "y"], "sweep.py --k {}".format
+    )
     assert line == "the best k is the largest tried: sweep.py --k 3..6"
 
 
@@ -117,7 +121,7 @@ def test_the_caller_spells_what_to_do_about_the_next_grid(example):
 def test_the_criteria_are_those_of_the_mixture(kind):
     (fit,) = mixtures.fit(X, [mixtures.parameters(kind, 2, 2)], EMConfig(precision="float64"))
     scored = RankedCandidate.of(Candidate(2, kind), BestFit.of(fit, 1.5), -3.25)
-    mixture = Mixture(fit.parameters)
+    mixture = Mixture(parameters=fit.parameters)
     for criterion in ("bic", "aic", "icl"):
         expected = getattr(mixture, criterion)(X)
         assert scored.value(criterion) == getattr(scored, criterion)
@@ -132,7 +136,7 @@ def test_held_out_likelihood_ranks_highest_first_and_ties_as_the_others_do(examp
     table = tuple(
         replace(made(example, k, "full", 0.0, p), holdout=holdout) for k, holdout, p in figures
     )
-    ranked = SweepResult(table, "holdout", TOTAL).ranked
+    ranked = SweepResult(scored=table, criterion="holdout", total=TOTAL).ranked
     assert [scored.candidate.k for scored in ranked] == [3, 4, 5, 2]
 
 
@@ -163,7 +167,9 @@ MANY = 1_000_000
 
 
 def note_of(table, criterion="bic", **options) -> str:
-    edge, note = SweepResult(table, criterion, total(MANY)).warnings(["x", "y"], **options)
+    edge, note = SweepResult(scored=table, criterion=criterion, total=total(MANY)).warnings(
+        ["x", "y"], **options
+    )
     assert edge.startswith("the best k is the largest tried")
     return note
 
@@ -233,14 +239,16 @@ def test_what_another_criterion_chooses_is_asked_of_all_families_and_of_ranked_f
     ],
 )
 def test_elsewhere_there_is_no_such_note(example, criterion, n, values):
-    told = SweepResult(falling(example, n, values), criterion, total(n)).warnings(["x", "y"])
+    told = SweepResult(
+        scored=falling(example, n, values), criterion=criterion, total=total(n)
+    ).warnings(["x", "y"])
     assert not any("falls" in line for line in told)
 
 
 def test_the_next_grid_ends_where_the_rows_do(example):
     def next_grid(kind: str, n_rows: int) -> list[str]:
         table = (made(example, 3, kind, 20.0, 9), made(example, 4, kind, 10.0, 9))
-        return SweepResult(table, "bic", total(n_rows)).warnings(["x", "y"])
+        return SweepResult(scored=table, criterion="bic", total=total(n_rows)).warnings(["x", "y"])
 
     # Of two features: 3 rows for each full covariance, 2 for each diagonal one.
     assert next_grid("full", 17) == [
@@ -255,7 +263,7 @@ def test_the_next_grid_ends_where_the_rows_do(example):
 def test_a_best_k_below_one_that_failed_is_not_at_the_edge(example):
     *table, last = falling(example, MANY, [*CURVE, -5.7])
     failed = replace(last, outcome=BestFit.of(replace(last.fit, status=Status.DEGENERATE), 0.0))
-    result = SweepResult((*table, failed), "bic", total(MANY))
+    result = SweepResult(scored=(*table, failed), criterion="bic", total=total(MANY))
     assert result.best is table[-1]
     assert result.warnings(["x", "y"]) == []
 

@@ -77,7 +77,12 @@ def assert_same_finalists(one: Finalists, other: Finalists) -> None:
 def by_weight(mixture: Parameters) -> Parameters:
     order, kind = mixture.weights.argsort(), mixture.covariance_type
     covariances = mixture.covariances if kind == "tied" else mixture.covariances[order]
-    return Parameters(mixture.weights[order], mixture.means[order], covariances, kind)
+    return Parameters(
+        weights=mixture.weights[order],
+        means=mixture.means[order],
+        covariances=covariances,
+        covariance_type=kind,
+    )
 
 
 def assert_positive_definite(start: Parameters) -> None:
@@ -193,7 +198,9 @@ def test_mending_puts_useless_components_elsewhere():
     start = start_of(X, ones(len(X)), labels.remainder(5), 6, "full")
     far = start.means.clone()
     far[5] = 1000.0
-    lone = Parameters(start.weights, far, start.covariances, "full")
+    lone = Parameters(
+        weights=start.weights, means=far, covariances=start.covariances, covariance_type="full"
+    )
     shards = mixtures.shards(X)
     (fit,) = loop.fit(shards, [lone], EMConfig(max_iter=2), shards.run(SumMoments(3)))
     assert fit.degenerate.tolist() == [False] * 5 + [True]
@@ -264,7 +271,7 @@ def test_who_holds_which_shard_changes_no_bit(init):
     X, weight = mixtures.rows(mixtures.parameters("full", 3, 2), 500), mixtures.row_weights(500)
     X = X - (weight @ X) / weight.sum()
     cut = mixtures.blocks(X, [10, 10, 90, 100, 200, 210, 300, 330], weight)
-    shards = [ShardRows(i, [block]) for i, block in enumerate(cut)]
+    shards = [ShardRows(shard=i, blocks=[block]) for i, block in enumerate(cut)]
     total = LocalShards(shards).run(SumMoments(2))
     start = StartConfig(n_init=2, init=init, n_sample=120, moves=1)
     pairs = [(3, "full"), (2, "diag")]

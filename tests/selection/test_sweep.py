@@ -138,7 +138,9 @@ def partly_held_out(X, held) -> LocalShards:
     parts = zip(X.chunk(3), held.chunk(3), strict=True)
     return LocalShards(
         [
-            ShardRows(i, [Block(x[~h].T.contiguous())], held_out=[Block(x[h].T.contiguous())])
+            ShardRows(
+                shard=i, blocks=[Block(x[~h].T.contiguous())], held_out=[Block(x[h].T.contiguous())]
+            )
             for i, (x, h) in enumerate(parts)
         ]
     )
@@ -157,7 +159,7 @@ def test_held_out_rows_rank_and_nothing_is_fitted_to_them():
     assert fitted != [scored.fit.log_likelihood for scored in alone.scored]
     assert [scored.holdout for scored in alone.scored] == [None, None, None]
     for scored in result.scored:
-        mean = Mixture(scored.fit.parameters).score(X[held])
+        mean = Mixture(parameters=scored.fit.parameters).score(X[held])
         assert scored.holdout == pytest.approx(mean, rel=1e-12)
     assert result.best is max(result.scored, key=lambda scored: scored.holdout)
     assert result.best.candidate.k == 3
@@ -277,7 +279,14 @@ def badly(monkeypatch, k: int, scale: float) -> None:
                 one = mixtures.parameters(kind, k, 2, spread=0.0)
                 same = one.means[:1].expand(k, 2) * 0
                 wide = one.covariances * 0 + torch.eye(2, dtype=torch.float64) * scale
-                found[i] = [Parameters(torch.full((k,), 1 / k).double(), same, wide, kind)]
+                found[i] = [
+                    Parameters(
+                        weights=torch.full((k,), 1 / k).double(),
+                        means=same,
+                        covariances=wide,
+                        covariance_type=kind,
+                    )
+                ]
         return found
 
     monkeypatch.setattr(sweep_module, "find_starts", search)

@@ -53,7 +53,9 @@ def odd_sum(rows: ShardRows) -> Value:
 
 def rows_of(shard: int) -> ShardRows:
     generator = torch.Generator().manual_seed(shard)
-    return ShardRows(shard, [Block(torch.randn(D, 30 + 5 * shard, generator=generator))])
+    return ShardRows(
+        shard=shard, blocks=[Block(torch.randn(D, 30 + 5 * shard, generator=generator))]
+    )
 
 
 def first_time(folder: Path, name: str) -> bool:

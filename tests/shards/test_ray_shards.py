@@ -35,7 +35,7 @@ def load(shard: int) -> ShardRows:
     generator = torch.Generator().manual_seed(shard)
     X = torch.randn(D, 300 + 50 * shard, generator=generator)
     X[:, ::2] += 6
-    return ShardRows(shard, [Block(X)])
+    return ShardRows(shard=shard, blocks=[Block(X)])
 
 
 def fail_to_load(shard: int) -> ShardRows:
@@ -147,7 +147,7 @@ def test_replaced_rows_are_the_ones_that_tasks_see(ray_address: str) -> None:
 
 
 def load_shifted(shard: int) -> ShardRows:
-    return ShardRows(shard, [Block(load(shard).blocks[0].X + 1)])
+    return ShardRows(shard=shard, blocks=[Block(load(shard).blocks[0].X + 1)])
 
 
 def test_a_users_error_in_a_worker_arrives_as_it_was_raised(ray_address: str) -> None:

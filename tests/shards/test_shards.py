@@ -49,7 +49,7 @@ def name_of(rows: ShardRows) -> Words:
 
 
 def shard(i: int) -> ShardRows:
-    return ShardRows(i, [Block(torch.zeros(1, i % 3))])
+    return ShardRows(shard=i, blocks=[Block(torch.zeros(1, i % 3))])
 
 
 def n_rows(n_shards: int) -> int:
@@ -109,17 +109,20 @@ def test_a_shard_counted_twice_is_our_mistake(n_shards):
     for again in range(n_shards):
         tree = TreeSum(n_shards)
         for i in range(n_shards):
-            tree.push(Partial(0, i, 1, Number(1.0)))
+            tree.push(Partial(level=0, index=i, n_rows=1, summary=Number(1.0)))
         with pytest.raises(AssertionError, match="counted twice"):
-            tree.push(Partial(0, again, 1, Number(1.0)))
+            tree.push(Partial(level=0, index=again, n_rows=1, summary=Number(1.0)))
 
 
 def test_a_subtree_that_overlaps_a_shard_is_our_mistake():
     tree = TreeSum(4)
-    for partial in (Partial(0, 1, 1, Number(1.0)), Partial(1, 1, 2, Number(2.0))):
+    for partial in (
+        Partial(level=0, index=1, n_rows=1, summary=Number(1.0)),
+        Partial(level=1, index=1, n_rows=2, summary=Number(2.0)),
+    ):
         tree.push(partial)
     with pytest.raises(AssertionError, match="counted twice"):
-        _push_and_total(tree, Partial(1, 0, 2, Number(2.0)))
+        _push_and_total(tree, Partial(level=1, index=0, n_rows=2, summary=Number(2.0)))
 
 
 def _push_and_total(tree, partial):
@@ -129,8 +132,8 @@ def _push_and_total(tree, partial):
 
 def test_a_shard_that_is_missing_is_our_mistake():
     tree = TreeSum(3)
-    tree.push(Partial(0, 0, 1, Number(1.0)))
-    tree.push(Partial(0, 2, 1, Number(1.0)))
+    tree.push(Partial(level=0, index=0, n_rows=1, summary=Number(1.0)))
+    tree.push(Partial(level=0, index=2, n_rows=1, summary=Number(1.0)))
     with pytest.raises(AssertionError, match="a shard has not been counted"):
         tree.total()
 
@@ -138,7 +141,7 @@ def test_a_shard_that_is_missing_is_our_mistake():
 def test_rows_that_are_missing_are_our_mistake():
     tree = TreeSum(2)
     for i in range(2):
-        tree.push(Partial(0, i, 5, Number(1.0)))
+        tree.push(Partial(level=0, index=i, n_rows=5, summary=Number(1.0)))
     with pytest.raises(AssertionError, match="10 rows, not 11"):
         tree.total(11)
 
@@ -168,7 +171,7 @@ def test_rows_are_dealt_once_in_order(n, n_shards):
     X, weight = torch.arange(2.0 * n).view(n, 2), torch.arange(float(n))
     shards = LocalShards.of(X, weight, n_shards=n_shards)
     assert shards.n_shards == n_shards
-    got = shards.run(lambda rows: Rows(tuple(rows.blocks)))
+    got = shards.run(lambda rows: Rows(X=tuple(rows.blocks)))
     assert torch.equal(torch.cat([block.X for block in got.blocks], 1), X.T)
     assert torch.equal(torch.cat([block.sample_weight for block in got.blocks]), weight)
     assert all(block.X.is_contiguous() for block in got.blocks)
@@ -179,23 +182,28 @@ class Rows:
     blocks: tuple[Block, ...]
 
     def __add__(self, other: Rows) -> Rows:
-        return Rows(self.blocks + other.blocks)
+        return Rows(X=self.blocks + other.blocks)
 
 
 def rows_of(rows: ShardRows) -> Rows:
-    return Rows(tuple(rows.blocks))
+    return Rows(X=tuple(rows.blocks))
 
 
 def test_a_task_sees_held_out_rows_through_their_wrapper_alone():
     fitted, held = Block(torch.ones(2, 5)), Block(torch.zeros(2, 3), torch.ones(3))
-    shards = LocalShards([ShardRows(0, [fitted]), ShardRows(1, [], held_out=[held])])
+    shards = LocalShards(
+        [ShardRows(shard=0, blocks=[fitted]), ShardRows(shard=1, blocks=[], held_out=[held])]
+    )
     assert [block.X.shape[1] for block in shards.run(rows_of).blocks] == [5]
     assert [block.X.shape[1] for block in shards.run(HeldOut(rows_of)).blocks] == [3]
     assert shards.run(HeldOut(name_of)) == Words("(0 1)")  # a shard keeps its number
 
 
 def test_the_wrapped_task_counts_shards_once_as_others_do():
-    rows = [ShardRows(i, shard(i).blocks, held_out=[Block(torch.zeros(1, 7))]) for i in range(5)]
+    rows = [
+        ShardRows(shard=i, blocks=shard(i).blocks, held_out=[Block(torch.zeros(1, 7))])
+        for i in range(5)
+    ]
     task = pickle.loads(pickle.dumps(HeldOut(name_of)))
     for sent in (run_on(task, rows, 5), run_on(name_of, rows, 5)):
         tree = TreeSum(5)
@@ -206,7 +214,9 @@ def test_the_wrapped_task_counts_shards_once_as_others_do():
 
 def test_held_out_rows_move_to_a_device_with_the_others():
     block = Block(torch.zeros(1, 4), torch.ones(4))
-    moved = ShardRows(3, [block], "counts", [block]).to(torch.device("meta"))
+    moved = ShardRows(shard=3, blocks=[block], counts="counts", held_out=[block]).to(
+        torch.device("meta")
+    )
     assert (moved.shard, moved.counts) == (3, "counts")
     for (only,) in (moved.blocks, moved.held_out):
         assert {only.X.device.type, only.sample_weight.device.type} == {"meta"}

@@ -40,7 +40,12 @@ def parameters(
         "diag": variances.clone(),
         "spherical": variances.mean(-1),
     }[covariance_type]
-    return Parameters(weights, spread * normal(k, d), covariances, covariance_type)
+    return Parameters(
+        weights=weights,
+        means=spread * normal(k, d),
+        covariances=covariances,
+        covariance_type=covariance_type,
+    )
 
 
 def rows(mixture: Parameters, n: int, *, seed: int = 0) -> Tensor:
@@ -78,7 +83,7 @@ def shards(
 ) -> LocalShards:
     """Deal rows to one shard per piece between `edges`."""
     cut = blocks(X, edges, sample_weight)
-    return LocalShards([ShardRows(i, [block]) for i, block in enumerate(cut)])
+    return LocalShards([ShardRows(shard=i, blocks=[block]) for i, block in enumerate(cut)])
 
 
 def fit(

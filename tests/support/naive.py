@@ -76,7 +76,9 @@ def e_step(
             r = resp[n, k] = math.exp(value - log_norm[n])
             entropy -= row_weights[n] * r * math.log(r) if r > 0 else 0.0
         log_likelihood += row_weights[n] * log_norm[n]
-    return Scores(resp, log_norm, log_likelihood, entropy)
+    return Scores(
+        components=resp, probabilities=log_norm, log_densities=log_likelihood, resp=entropy
+    )
 
 
 def m_step(
@@ -100,8 +102,12 @@ def m_step(
         for i in range(n):
             scatter[j] += mass[i, j] * np.outer(rows[i] - means[j], rows[i] - means[j])
     covariances = _covariances(scatter, nk, covariance_type, reg_covar)
-    weights, *others = (torch.tensor(a) for a in (nk / nk.sum(), means, covariances))
-    return Parameters(weights, *others, covariance_type)
+    return Parameters(
+        weights=torch.tensor(nk / nk.sum()),
+        means=torch.tensor(means),
+        covariances=torch.tensor(covariances),
+        covariance_type=covariance_type,
+    )
 
 
 def _covariances(scatter: Array, nk: Array, covariance_type: str, reg_covar: float) -> Array:

@@ -61,12 +61,12 @@ def clusters(k: int, d: int, covariance_type: str = "full", *, seed: int = 0) ->
     """Return a random mixture whose features have units of very different size."""
     made = mixtures.parameters(covariance_type, k, d, seed=seed, spread=4.0)
     return Clusters(
-        made.weights.numpy(),
-        made.means.numpy(),
-        made.covariances.numpy(),
-        covariance_type,
-        tuple(f"feature {j}" for j in range(d)),
-        tuple(str(c) for c in range(k)),
+        weights=made.weights.numpy(),
+        means=made.means.numpy(),
+        covariances=made.covariances.numpy(),
+        covariance_type=covariance_type,
+        feature_names=tuple(f"feature {j}" for j in range(d)),
+        numbers=tuple(str(c) for c in range(k)),
     )
 
 
@@ -74,7 +74,7 @@ def sample(k: int, d: int, n: int = 2000, *, seed: int = 0) -> Sample:
     """Return rows of `clusters(k, d)`."""
     made = mixtures.parameters("full", k, d, seed=seed, spread=4.0)
     X = mixtures.rows(made, n).numpy()
-    return Sample(X, Mixture(made).predict(X))
+    return Sample(X, Mixture(parameters=made).predict(X))
 
 
 def candidate(k: int, rank: int | None, **other: Any) -> dict[str, Any]:

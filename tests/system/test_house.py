@@ -103,7 +103,10 @@ def test_a_wrong_shape_is_an_error() -> None:
 
     with pytest.raises(Exception, match=r"(?i)type-check"):
         Parameters(
-            torch.ones(2) / 2, torch.zeros(3, 2), torch.ones(2, 2), "diag"
+            weights=torch.ones(2) / 2,
+            means=torch.zeros(3, 2),
+            covariances=torch.ones(2, 2),
+            covariance_type="diag",
         )  # weights of two components, means of three
     with pytest.raises(Exception, match=r"(?i)type-check"):
         n_parameters("full", "two", 3)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import claim, load
 from gmm_dist.runs import folder as places
 from gmm_dist.runs.checkpoint import checkpoint_names
-from gmm_dist.runs.folder import Place, is_foreign, lies_within
+from gmm_dist.runs.folder import Folder, is_foreign, lies_within
 from gmm_dist.runs.lease_cells import Held
 from gmm_dist.scoring import run as score_runs
 from gmm_dist.scoring.files import Scored, ScoreFiles, collect
@@ -61,7 +61,7 @@ def test_a_lease_is_taken_where_others_left_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for name in ("_attempts", "_attempts/lease", "_checkpoints"):
         litter(out / name)
-    assert checkpoint_names(Place.of(str(out))) == []
+    assert checkpoint_names(Folder.of(str(out))) == []
     with claim.claim(str(out)) as run:
         litter(out / "_attempts" / "lease")
         run.check()
@@ -97,7 +97,7 @@ def test_what_is_ours_or_a_users_is_not_foreign(name: str) -> None:
 
 def test_a_folder_marker_of_s3_is_no_file(s3_lake: S3Server) -> None:
     fs, url = s3_lake.file_system(), f"{s3_lake.url}/out"
-    path = Place.of(url).path
+    path = Folder.of(url).path
     for marker in ("/", "/_attempts/", "/_checkpoints/", "_$folder$", "/_attempts_$folder$"):
         fs.pipe_file(f"{path}{marker}", b"")
     with claim.claim(url) as run:

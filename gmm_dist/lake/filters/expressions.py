@@ -59,7 +59,7 @@ def filter_of(where: str | pc.Expression | Filter | None) -> Filter | None:
     )
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class ArrowFilter:
     """Hold an expression as bytes, which can be hashed and travel to workers.
 
@@ -94,7 +94,7 @@ class ArrowFilter:
             raise _refused(expression, reason, "use pyarrow's own functions")
         if not columns:
             raise _refused(expression, "it names no column", "name one by pc.field('name')")
-        return cls(packed, columns)
+        return cls(packed=packed, columns=columns)
 
     def __repr__(self) -> str:
         return f"<{self.shown}>"

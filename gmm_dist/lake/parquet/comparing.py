@@ -40,7 +40,7 @@ class DoesNotFit(ValueError):  # noqa: N818 - it says what is wrong
     """Report a literal that is no value of a type, nor can be compared with one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Passing:
     """Say which values of a column of type `type` pass: those of a range, but for a few.
 
@@ -67,7 +67,7 @@ class Passing:
             DoesNotFit: a literal is nothing to compare the column with; its argument.
         """
         type_ = value_type(type_)
-        passing = cls(type_)
+        passing = cls(type=type_)
         excluded: set[Key] = set()
         asked = list(comparisons)
         for operator, operand in asked:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Missing = Literal["error", "drop", "mean"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Lake:
     """Rows of a Parquet file or folder, by name: what `fit` and `select` take in place of rows.
 

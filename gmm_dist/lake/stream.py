@@ -202,8 +202,10 @@ def _value_bytes(rows: int, chunks: Sequence[_Chunk], field: pa.Field) -> int:
     """Return about how many bytes a column's value takes when it is decoded."""
     stored: int = sum(chunk.total_uncompressed_size for _, chunk in chunks) // max(rows, 1)
     # A dictionary stores once what is decoded many times: then the type or the extremes tell.
-    told = [statistics(chunk, type_) for type_, chunk in chunks if type_ == "BYTE_ARRAY"]
-    texts = [found for found in told if found is not None and found.has_min_max]
-    longest = sum(max(len(found.min_raw), len(found.max_raw)) for found in texts)
+    chunk_statistics = [
+        statistics(chunk, type_) for type_, chunk in chunks if type_ == "BYTE_ARRAY"
+    ]
+    texts = [stats for stats in chunk_statistics if stats is not None and stats.has_min_max]
+    longest = sum(max(len(stats.min_raw), len(stats.max_raw)) for stats in texts)
     fixed = field.type.bit_width // 8 if pa.types.is_primitive(field.type) else 0
     return max(stored, longest, fixed)

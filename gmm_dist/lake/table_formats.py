@@ -86,7 +86,7 @@ _TID = re.compile(r"(?P<folder>(?:.*/)?)[^/]*-tid-(?P<id>\d+)-[^/]*")
 
 
 def refuse_uncommitted(
-    fs: AbstractFileSystem, root: str, found: Mapping[str, Mapping[str, Any]]
+    fs: AbstractFileSystem, root: str, files: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Raise a UserError for files of a write of Databricks that was not committed, or undone.
 
@@ -94,11 +94,11 @@ def refuse_uncommitted(
     was added and what, though there, is removed.
 
     Raises:
-        UserError: `found` are a folder's files, by name, and there are such among them.
+        UserError: there are such among `files`, those of a folder by name.
     """
-    marks = [(name, mark) for name in sorted(found) if (mark := _MARK.fullmatch(name))]
+    marks = [(name, mark) for name in sorted(files) if (mark := _MARK.fullmatch(name))]
     steps = {(mark["folder"], mark["id"], mark["step"]) for _, mark in marks}
-    for name in sorted(found) if marks else ():
+    for name in sorted(files) if marks else ():
         part = _TID.fullmatch(name)
         if part is None:
             continue
@@ -110,8 +110,8 @@ def refuse_uncommitted(
             raise _uncommitted(root, name, f"was never committed ({started})")
     for name, mark in marks:
         if mark["step"] == "committed":
-            for removed in _removed(fs, found[name]["name"]):
-                if mark["folder"] + removed in found:
+            for removed in _removed(fs, files[name]["name"]):
+                if mark["folder"] + removed in files:
                     raise _uncommitted(root, mark["folder"] + removed, f"was removed ({name})")
 
 
@@ -161,9 +161,9 @@ def _refusal(root: str, known: _Format, mark: str) -> UserError:
 def _folders_up(fs: AbstractFileSystem, folder: str) -> Iterator[str]:
     """Yield a folder and those above it; of a link, those above its target too."""
     if isinstance(fs, LocalFileSystem):
-        given, target = Path(folder), Path(folder).resolve()
+        local_path, target = Path(folder), Path(folder).resolve()
         yield from dict.fromkeys(
-            path.as_posix() for path in (given, *given.parents, target, *target.parents)
+            path.as_posix() for path in (local_path, *local_path.parents, target, *target.parents)
         )
         return
     scheme, separator, path = folder.partition("?")[0].rpartition("://")
@@ -176,7 +176,7 @@ def _mark_in(fs: AbstractFileSystem, path: str, known: _Format) -> str | None:
     """Return the mark of a table format that lies in a folder, None where there is none."""
     folder = storage.join(path, known.folder or "")
     try:
-        return storage.patiently(lambda: _found(fs, path, folder, known), folder)
+        return storage.patiently(lambda: _look_for_mark(fs, path, folder, known), folder)
     except Exception as error:
         # Whoever may read a folder need not be allowed to see those above.
         if not (isinstance(error, OSError) or storage.is_http(fs)):
@@ -185,7 +185,7 @@ def _mark_in(fs: AbstractFileSystem, path: str, known: _Format) -> str | None:
         return None
 
 
-def _found(fs: AbstractFileSystem, path: str, folder: str, known: _Format) -> str | None:
+def _look_for_mark(fs: AbstractFileSystem, path: str, folder: str, known: _Format) -> str | None:
     if storage.is_http(fs):
         # Some servers answer every address with a page: only what an index names is there.
         listed = fs.ls(f"{path}/", detail=False)

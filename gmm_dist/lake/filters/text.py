@@ -65,8 +65,8 @@ def parse(text: str) -> Where:
         raise UserError(f"{what}; {_syntax_remedy(source)}") from error
     _refuse_rounded(tree, text)
     try:
-        found = _Reader(text, source).condition(tree, negated=False)
-        is_deep = _depth(found) > _DEEPEST
+        where = _Reader(text, source).condition(tree, negated=False)
+        is_deep = _depth(where) > _DEEPEST
     except RecursionError:
         is_deep = True
     if is_deep:
@@ -74,7 +74,7 @@ def parse(text: str) -> Where:
             f"filter {_quoted(text)}: 'and' and 'or' within each other more than {_DEEPEST} deep; "
             "write it with fewer parentheses"
         )
-    return found
+    return where
 
 
 @dataclass(frozen=True, slots=True)

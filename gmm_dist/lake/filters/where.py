@@ -90,10 +90,10 @@ class Either:
 
     def known(self, truth: Callable[[Clause], bool | None]) -> Where | bool:
         """Return what is left where some comparisons are known to be true, or not to be."""
-        found = [where.known(truth) for where in self.alternatives]
-        if any(where is True for where in found):
+        simplified = [where.known(truth) for where in self.alternatives]
+        if any(where is True for where in simplified):
             return True
-        left = [where for where in found if isinstance(where, Where)]
+        left = [where for where in simplified if isinstance(where, Where)]
         return Where.any_of(left) if left else False
 
 
@@ -117,8 +117,8 @@ class Where:
     def any_of(cls, alternatives: Iterable[Where]) -> Where:
         """Return the filter that passes where one of these does."""
         flat = dict.fromkeys(one for where in alternatives for one in where._alternatives)
-        found = sorted(_merged(flat), key=lambda where: where.text)
-        return found[0] if len(found) == 1 else cls((Either(tuple(found)),))
+        merged = sorted(_merged(flat), key=lambda where: where.text)
+        return merged[0] if len(merged) == 1 else cls((Either(tuple(merged)),))
 
     @property
     def _alternatives(self) -> tuple[Where, ...]:
@@ -163,8 +163,8 @@ class Where:
         All rows that pass the filter pass it: what is compared of others may be true.
         """
         among = frozenset(columns)
-        found = self.known(lambda clause: None if clause[0] in among else True)
-        return found if isinstance(found, Where) else None
+        simplified = self.known(lambda clause: None if clause[0] in among else True)
+        return simplified if isinstance(simplified, Where) else None
 
     def by_row(self, keys: Collection[str]) -> Where | None:
         """Return what hive `keys` alone do not decide, None where they decide it all."""
@@ -185,8 +185,10 @@ class Where:
 
         `schema` returns the columns of some file, which this kind of filter can do without.
         """
-        asked = self.restricted(keys.column_names)
-        return np.ones(keys.num_rows, dtype=np.bool_) if asked is None else asked.mask(keys)
+        key_filter = self.restricted(keys.column_names)
+        return (
+            np.ones(keys.num_rows, dtype=np.bool_) if key_filter is None else key_filter.mask(keys)
+        )
 
     def in_file(self, keys: pa.Table, schema: pa.Schema, names: Collection[str]) -> Where | bool:
         """Return what is left to test of a file that has columns of such names.
@@ -194,8 +196,8 @@ class Where:
         `keys` is a row of the hive keys that its path tells. Columns that it lacks are null.
         """
 
-        asked = set(self.columns)
-        if asked.issubset(names) and asked.isdisjoint(keys.column_names):
+        columns = set(self.columns)
+        if columns.issubset(names) and columns.isdisjoint(keys.column_names):
             return self
 
         def truth(clause: Clause) -> bool | None:
@@ -226,8 +228,10 @@ class Where:
         """
         self.tests(schema)
         for types in stored:
-            own = tuple(clause for clause in self.comparisons if clause[0] in types)
-            Where(own).tests(pa.schema([(name, types[name]) for name in {c[0] for c in own}]))
+            clauses = tuple(clause for clause in self.comparisons if clause[0] in types)
+            Where(clauses).tests(
+                pa.schema([(name, types[name]) for name in {c[0] for c in clauses}])
+            )
 
     def tests(self, schema: pa.Schema) -> PassingRows:
         """Return what passes, for rows of `schema`.
@@ -242,7 +246,9 @@ class Where:
                 several.append(tuple(where.tests(schema) for where in clause.alternatives))
             else:
                 compared.setdefault(clause[0], []).append(clause[1:])
-        columns = tuple((name, _passing(schema, name, found)) for name, found in compared.items())
+        columns = tuple(
+            (name, _passing(schema, name, comparisons)) for name, comparisons in compared.items()
+        )
         return PassingRows(columns, tuple(several))
 
     def matching_groups(self, metadata: pq.FileMetaData, schema: pa.Schema) -> list[int]:
@@ -267,8 +273,8 @@ class Where:
 
 def one_of(column: str, literals: Iterable[Literal]) -> Clause:
     """Return the clause that passes where a column is one of some literals."""
-    found = tuple(sorted({repr(literal): literal for literal in literals}.values(), key=repr))
-    return (column, "==", found[0]) if len(found) == 1 else (column, "in", found)
+    distinct = tuple(sorted({repr(literal): literal for literal in literals}.values(), key=repr))
+    return (column, "==", distinct[0]) if len(distinct) == 1 else (column, "in", distinct)
 
 
 def _merged(alternatives: Iterable[Where]) -> list[Where]:

@@ -105,7 +105,7 @@ def loses(stored: pa.DataType, common: pa.DataType) -> bool:
 
 def _join_lists(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     inner = join(a.value_type, b.value_type)
-    widths = {found for found in (width(a), width(b)) if found is not None}
+    widths = {length for length in (width(a), width(b)) if length is not None}
     if inner is None or len(widths) > 1:
         return None
     if width(a) is not None and width(b) is not None:

@@ -41,8 +41,8 @@ def looked_at(metadata: pq.FileMetaData, names: Collection[str] | None) -> list[
     every = range(metadata.num_columns)
     if names is None:
         return list(every)
-    found = set(itertools.chain.from_iterable(stored_in(metadata, names).values()))
-    return sorted(found if _flat(metadata, found) else {*found, *_flat(metadata, every)[:1]})
+    wanted = set(itertools.chain.from_iterable(stored_in(metadata, names).values()))
+    return sorted(wanted if _flat(metadata, wanted) else {*wanted, *_flat(metadata, every)[:1]})
 
 
 def _flat(metadata: pq.FileMetaData, leaves: Iterable[int]) -> list[int]:
@@ -78,9 +78,9 @@ def index_columns(schema: pa.Schema) -> frozenset[str]:
     if not isinstance(listed, list):
         listed = []
     # A range is kept as its bounds, and has no column.
-    told = {name for name in listed if isinstance(name, str)}
+    index_names = {name for name in listed if isinstance(name, str)}
     # Others copy the columns of such a file, and not what pandas said of them.
-    return frozenset(name for name in schema.names if name in told or _is_index_name(name))
+    return frozenset(name for name in schema.names if name in index_names or _is_index_name(name))
 
 
 def _is_index_name(name: str) -> bool:
@@ -111,7 +111,7 @@ def matching_groups(metadata: pq.FileMetaData, schema: pa.Schema, tests: Passing
     return [group for group in range(metadata.num_row_groups) if may_hold(group)]
 
 
-def _told(metadata: pq.FileMetaData, group: int, leaf: int) -> pq.Statistics | None:
+def _leaf_statistics(metadata: pq.FileMetaData, group: int, leaf: int) -> pq.Statistics | None:
     return statistics(
         metadata.row_group(group).column(leaf), metadata.schema.column(leaf).physical_type
     )
@@ -125,9 +125,9 @@ def extremes_and_nulls(
     type_ = schema.field(column).type
     if pa.types.is_nested(value_type(type_)):
         return None, None
-    found = _told(metadata, group, leaves(schema)[column].start)
-    nulls = found.null_count if found is not None and found.has_null_count else None
-    return extremes(found, type_), nulls
+    stats = _leaf_statistics(metadata, group, leaves(schema)[column].start)
+    nulls = stats.null_count if stats is not None and stats.has_null_count else None
+    return extremes(stats, type_), nulls
 
 
 def _may_pass(
@@ -137,17 +137,17 @@ def _may_pass(
         return False
     if pa.types.is_nested(value_type(type_)):
         return True  # what is told of is what the lists hold
-    found, rows = _told(metadata, group, leaf), metadata.row_group(group).num_rows
-    if found is not None and found.has_null_count and found.null_count == rows > 0:
+    stats, rows = _leaf_statistics(metadata, group, leaf), metadata.row_group(group).num_rows
+    if stats is not None and stats.has_null_count and stats.null_count == rows > 0:
         # Extremes of nothing but nulls? Then neither is to be trusted.
-        return passing.missing or bool(found.has_min_max)
+        return passing.missing or bool(stats.has_min_max)
     if passing.missing:  # no footer tells of NaN
-        if found is None or not found.has_null_count or pa.types.is_floating(value_type(type_)):
+        if stats is None or not stats.has_null_count or pa.types.is_floating(value_type(type_)):
             return True
-        return bool(found.null_count > 0)
+        return bool(stats.null_count > 0)
     if type_ != passing.type or (pa.types.is_decimal(type_) and type_.bit_width < 128):
         return True  # plans that were made before have read such row groups
-    bounds = extremes(found, type_)
+    bounds = extremes(stats, type_)
     return bounds is None or passing.may_hold(*bounds)
 
 
@@ -177,16 +177,16 @@ def nulls(
         for name, place, type_ in zip(schema.names, leaves(schema), schema.types, strict=True)
         if (among is None or name in among) and _could_be_feature(type_)
     ]
-    found: dict[str, tuple[int, int]] = {}
+    first_nulls: dict[str, tuple[int, int]] = {}
     for group in groups:
         if (most := most - len(wanted)) < 0:
             break
         row_group = metadata.row_group(group)
         for name, leaf, physical_type in wanted:
-            told = statistics(row_group.column(leaf), physical_type)
-            if told is not None and told.has_null_count and told.null_count > 0:
-                found.setdefault(name, (group, told.null_count))
-    return found
+            stats = statistics(row_group.column(leaf), physical_type)
+            if stats is not None and stats.has_null_count and stats.null_count > 0:
+                first_nulls.setdefault(name, (group, stats.null_count))
+    return first_nulls
 
 
 def _could_be_feature(type_: pa.DataType) -> bool:
@@ -198,17 +198,20 @@ def extents(
 ) -> Mapping[str, Extent]:
     """Return the least and the largest key of columns, where the footer tells of any row group."""
     places = leaves(schema)
-    found: dict[str, Extent] = {}
+    extent_of: dict[str, Extent] = {}
     for name in names:
         column = schema.get_field_index(name)
         if column < 0:
             continue
         leaf, type_ = places[column].start, schema.field(column).type
-        bounds = [extremes(_told(metadata, group, leaf), type_) for group in groups]
-        told = [bound for bound in bounds if bound is not None]
-        if told:
-            found[name] = min(low for low, _ in told), max(high for _, high in told)
-    return found
+        bounds = [extremes(_leaf_statistics(metadata, group, leaf), type_) for group in groups]
+        known_bounds = [bound for bound in bounds if bound is not None]
+        if known_bounds:
+            extent_of[name] = (
+                min(low for low, _ in known_bounds),
+                max(high for _, high in known_bounds),
+            )
+    return extent_of
 
 
 def stored_in(metadata: pq.FileMetaData, names: Collection[str]) -> dict[str, list[int]]:
@@ -216,12 +219,12 @@ def stored_in(metadata: pq.FileMetaData, names: Collection[str]) -> dict[str, li
 
     A name may have dots, and nested columns add more.
     """
-    found: dict[str, list[int]] = {name: [] for name in names}
+    leaf_numbers: dict[str, list[int]] = {name: [] for name in names}
     for i in range(metadata.num_columns):
         for name in itertools.accumulate(metadata.schema.column(i).path.split("."), "{}.{}".format):
-            if name in found:
-                found[name].append(i)
-    return found
+            if name in leaf_numbers:
+                leaf_numbers[name].append(i)
+    return leaf_numbers
 
 
 def require_sound(metadata: pq.FileMetaData, size: int, leaves: Sequence[int]) -> None:

@@ -262,11 +262,11 @@ def identity(fs: AbstractFileSystem, info: Mapping[str, Any]) -> tuple[str, ...]
     """
     if not isinstance(fs, LocalFileSystem):
         return ()
-    found = os.stat(info["name"])  # noqa: PTH116 - of a link's target
+    stat = os.stat(info["name"])  # noqa: PTH116 - of a link's target
     # Network and user-space file systems (no device of their own: major 0) may number a file anew
     # while it stays the same.
-    inode = found.st_ino if os.major(found.st_dev) else 0
-    return (f"{_boot_id()} {found.st_dev}", f"{found.st_ctime_ns} {inode}")
+    inode = stat.st_ino if os.major(stat.st_dev) else 0
+    return (f"{_boot_id()} {stat.st_dev}", f"{stat.st_ctime_ns} {inode}")
 
 
 def is_replaced(then: tuple[str, ...], now: tuple[str, ...]) -> bool:
@@ -313,8 +313,8 @@ def _is_outage(error: BaseException) -> bool:
 
 def http_status(error: BaseException) -> int | None:
     """Return the status with which a web server refused, None when it is not about that."""
-    found = (getattr(cause, "status", None) for cause in _causes(error))
-    return next((status for status in found if isinstance(status, int)), None)
+    statuses = (getattr(cause, "status", None) for cause in _causes(error))
+    return next((status for status in statuses if isinstance(status, int)), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

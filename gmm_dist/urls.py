@@ -134,8 +134,8 @@ def split_query(url: str) -> tuple[str, str]:
     after = url.index("://", start) + 3
     password = _PASSWORD.match(url, after)
     after = after if password is None else password.end()
-    found = _earlier(re.compile(r"[?#]").search(url, after), _SECRET_QUERY.search(url, after))
-    return (url, "") if found is None else (url[: found.start()], url[found.start() :])
+    query = _earlier(re.compile(r"[?#]").search(url, after), _SECRET_QUERY.search(url, after))
+    return (url, "") if query is None else (url[: query.start()], url[query.start() :])
 
 
 def links_of(url: str) -> list[str]:
@@ -161,27 +161,29 @@ def _link(url: str) -> tuple[str, list[str]]:
         return url, []
     scheme, rest = match["scheme"], match["rest"]
     secrets: list[str] = []
-    if found := _PASSWORD.match(rest):
-        user, _, password = found[1].partition(":")
-        secrets += [found[1], password, *([user] if len(user) >= 16 else [])]
-        rest = rest[found.end() :]
+    if password_match := _PASSWORD.match(rest):
+        user, _, password = password_match[1].partition(":")
+        secrets += [password_match[1], password, *([user] if len(user) >= 16 else [])]
+        rest = rest[password_match.end() :]
     # A password that holds `@` itself leaves some of it.
-    while scheme.lower() not in _NAMED and (found := _USER.match(rest)):
+    while scheme.lower() not in _NAMED and (user_match := _USER.match(rest)):
         # A short one is more likely a user's name, which may be any word of a text.
-        secrets += [found[1]] if len(found[1]) >= 16 else []
-        rest = rest[found.end() :]
+        secrets += [user_match[1]] if len(user_match[1]) >= 16 else []
+        rest = rest[user_match.end() :]
     is_http = scheme.lower() in ("http", "https")
-    found = _earlier(re.search(r"[?#]", rest) if is_http else None, _SECRET_QUERY.search(rest))
-    if found is not None:
-        query = rest[found.start() :]
+    query_match = _earlier(
+        re.search(r"[?#]", rest) if is_http else None, _SECRET_QUERY.search(rest)
+    )
+    if query_match is not None:
+        query = rest[query_match.start() :]
         secrets += [query[1:], *(pair["value"] for pair in _PAIR.finditer(query))]
-        rest = rest[: found.start()]
+        rest = rest[: query_match.start()]
     return f"{scheme}://{rest}", secrets
 
 
 def _earlier(one: re.Match[str] | None, other: re.Match[str] | None) -> re.Match[str] | None:
-    found = [match for match in (one, other) if match is not None]
-    return min(found, key=lambda match: match.start(), default=None)
+    matches = [match for match in (one, other) if match is not None]
+    return min(matches, key=lambda match: match.start(), default=None)
 
 
 def _spellings(secret: str) -> set[str]:

@@ -26,14 +26,14 @@ class WebFolders(HTTPFileSystem):  # type: ignore[misc]
             self._raise_not_found_for_status(answer, url)
             kind = answer.headers.get("Content-Type", "text/html").partition(";")[0]
             page = await answer.text(errors="ignore") if kind.strip() == "text/html" else ""
-        found = sorted(named(page, url))
-        if not found and url.endswith("/"):
+        entries = sorted(named(page, url))
+        if not entries and url.endswith("/"):
             return list(await self._ls_real(url.rstrip("/"), detail))
         if not detail:
-            return found
+            return entries
         return [
             {"name": name, "size": None, "type": "directory" if name.endswith("/") else "file"}
-            for name in found
+            for name in entries
         ]
 
 
@@ -42,7 +42,7 @@ def named(page: str, url: str) -> set[str]:
     links = _Links()
     links.feed(page)
     base = f"{url.rstrip('/')}/"
-    below = (_below(link.strip().partition("#")[0], base) for link in links.found)
+    below = (_below(link.strip().partition("#")[0], base) for link in links.targets)
     return {base + name for name in below if name}
 
 
@@ -68,7 +68,7 @@ class _Links(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.targets: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found += [value for name, value in attrs if (tag, name) == ("a", "href") and value]
+        self.targets += [value for name, value in attrs if (tag, name) == ("a", "href") and value]

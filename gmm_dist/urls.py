@@ -25,21 +25,21 @@ _SECRET_QUERY = re.compile(
     rf"(?:\?|;|%3f|%3b)(?:[^/?#]*?(?:[&;]|%26|%3b))?{_SECRET_NAME}(?:=|%3d)", re.IGNORECASE
 )
 _PAIR = re.compile(rf"(?:^|[?#&;]|%26|%3f){_SECRET_NAME}(?:=|%3d)(?P<value>[^&;#]+)", re.IGNORECASE)
-# What calls the word after it a secret: `password='`, `"token": "`, `sig%3D`.
+# What marks the word after it as a secret: `password='`, `"token": "`, `sig%3D`.
 _NAMING = rf"""{_SECRET_WORD}['"]?\s*(?:=|:|%3d|%3a)\s*[bu]?['"]?"""
 _IN_TEXT = re.compile(r"""(?:\w+::)*[A-Za-z][\w+.-]*://[^\s'"<>|]+""")
 _ENDS = ".,;:!)]}"  # of a sentence rather than of a URL
 _WORD = re.compile(r"[^\W\d_]+|\d+")
-_FEW, _MANY = 6, 16  # characters of a secret that may be part of other words, and that is none
+_FEW, _MANY = 6, 16  # characters: a shorter secret may be any word, one so long is none
 
 
 @dataclass(slots=True)
 class _Secrets:
-    """What was part of a URL of this process, by where it is looked for in texts of others.
+    """The secrets in URLs of this process, by where in other texts they are masked.
 
-    A password may be any word, such as `data`, or `2026`: those, and short ones, are left out
-    only after what calls them a secret (`password='data'`). What is no word of any language is
-    left out wherever it stands by itself, and what is long even within other words.
+    A password may be any word, such as `data` or `2026`. `named` has such words and short
+    secrets, masked only after a name such as `password=`. `apart` has those that are no word,
+    masked where they stand by themselves; `anywhere` long ones, masked even within other words.
     """
 
     anywhere: set[str] = field(default_factory=set)
@@ -76,13 +76,13 @@ _known = _Secrets()
 
 
 class Url(str):
-    """A path or URL whose text is without credentials; `reveal` gives the whole to who opens it.
+    """A path or URL whose text has no credentials; `reveal` returns the whole, to open it.
 
-    Whatever is made of the text (messages, JSON, names, reprs, parts of it) holds none either:
-    user and password, http's query and fragment, and what follows `?token=` and its like
-    elsewhere. Equal are URLs of one text: a signature that was made anew names the same file. It
-    pickles as a whole, to be opened by workers. `storage.join` and `storage.absolute` keep what
-    is not shown; other operations of strings give the text alone.
+    Messages, JSON, names, reprs and parts made of the text have none either. They leave
+    out user and password, http's query and fragment, and what follows `?token=` and its like.
+    URLs of the same text are equal: one with a new signature names the same file. A pickle holds
+    the whole, for workers to open. `storage.join` and `storage.absolute` keep what is not shown;
+    other operations of strings return the text alone.
     """
 
     _whole: str
@@ -102,7 +102,7 @@ class Url(str):
 
     @property
     def is_secret(self) -> bool:
-        """Say whether something is not shown."""
+        """Say whether the URL has parts that its text does not show."""
         return self._whole != str(self)
 
 
@@ -117,20 +117,20 @@ def redacted(url: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text of somebody else's (a library's error, a command line) without credentials.
+    """Return a text from elsewhere (a library's error, a command line) without credentials.
 
-    URLs in it are redacted, and what was part of a `Url` of this process is left out where it
-    stands by itself; of ordinary words that is so where the text calls them a secret.
+    URLs in it are redacted. Secrets of every `Url` of this process are masked where they stand by
+    themselves; ordinary words only where the text calls them a secret.
     """
     return _known.without(_IN_TEXT.sub(_shown, text))
 
 
 def split_query(url: str) -> tuple[str, str]:
-    """Return what stands before http's query or fragment, and these; ("...", "") without."""
+    """Split an http URL before its query or fragment; without one the second part is ""."""
     *_, start = (0, *(match.end() for match in _CHAIN.finditer(url)))
     if not re.match("https?://", url[start:], re.IGNORECASE):
         return url, ""
-    # A question mark in a password is none of the query's.
+    # A question mark in a password does not begin the query.
     after = url.index("://", start) + 3
     password = _PASSWORD.match(url, after)
     after = after if password is None else password.end()
@@ -150,7 +150,7 @@ def _shown(match: re.Match[str]) -> str:
 
 
 def _parted(url: str) -> tuple[str, list[str]]:
-    """Return what may be shown of a URL (of each in a chain), and what may not."""
+    """Return the text of a URL, or of a chain, without secrets, and the secrets."""
     links = [_link(link) for link in links_of(url)]
     return "::".join(shown for shown, _ in links), [s for _, secrets in links for s in secrets]
 

@@ -1,7 +1,7 @@
 """Folders behind a web server: what their index pages name, and nothing else.
 
-fsspec's own reading of such a page passes over names that begin with `http`, and takes `./a`,
-`&amp;` and `javascript:` for parts of names.
+fsspec's own parser of such pages skips names that begin with `http`, and takes `./a`, `&amp;` and
+`javascript:` for parts of names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _WHOLE = re.compile(r"https?://", re.IGNORECASE)
 
 
 class WebFolders(HTTPFileSystem):  # type: ignore[misc]
-    """fsspec's web file system, but for how it reads an index page."""
+    """fsspec's web file system with another parser of index pages."""
 
     async def _ls_real(self, url: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         session = await self.set_session()
@@ -38,7 +38,7 @@ class WebFolders(HTTPFileSystem):  # type: ignore[misc]
 
 
 def named(page: str, url: str) -> set[str]:
-    """Return the URLs of what an index page at `url` names below it, spelt as there."""
+    """Return the URLs below `url` to which its index page links, spelt as there."""
     links = _Links()
     links.feed(page)
     base = f"{url.rstrip('/')}/"
@@ -64,7 +64,7 @@ def _below(link: str, base: str) -> str:
 
 
 class _Links(HTMLParser):
-    """Collects what the anchors of a page lead to."""
+    """Collects the targets of the links in a page."""
 
     def __init__(self) -> None:
         super().__init__()

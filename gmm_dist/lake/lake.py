@@ -41,7 +41,7 @@ class Lake:
         missing: what becomes of nulls and NaN: "error", "drop" the row, or the column's "mean".
         holdout: the share of the rows, 0 <= share < 1, that nothing is fitted to.
 
-    Raises UserError for what can be told to be wrong without reading.
+    Raises UserError for what is wrong whatever the files hold.
     """
 
     not_in_memory: ClassVar[str] = (

@@ -66,7 +66,7 @@ def find(url: str) -> Listing:
 
     In a folder every `*.parquet`, `*.parq` and `*.pq` counts, at any depth, and every other file
     whose first or last bytes are Parquet's, but for empty files, path parts that begin with `_`
-    or `.`, and names of other things (`*.csv`, `*.bak`). What is passed over is said in one line.
+    or `.`, and names of other things (`*.csv`, `*.bak`). Files that are passed over are logged.
     A hive key is int64 when each of its values is an integer, null when it has none, else string.
 
     Raises:
@@ -117,7 +117,7 @@ def _infos_by_path(fs: AbstractFileSystem, path: str, root: str) -> Mapping[str,
 def _data_files(
     fs: AbstractFileSystem, root: str, infos: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the Parquet files among all files of a folder, by name; say what is left out."""
+    """Return the Parquet files among all files of a folder, by name; log what is left out."""
     visible = {name: info for name, info in infos.items() if not data_files.is_hidden(name)}
     if storage.is_http(fs):
         visible = _with_details(
@@ -161,7 +161,7 @@ def _looks_like_rows(name: str) -> bool:
 def _with_details(
     fs: AbstractFileSystem, index_infos: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Mapping[str, Any]]:
-    """Return the details of what an index page names: it tells neither sizes nor versions."""
+    """Return the details of files of an index page, which has neither sizes nor versions."""
 
     def details(info: Mapping[str, Any]) -> Mapping[str, Any]:
         name = info["name"]
@@ -338,12 +338,12 @@ def _is_other(fs: AbstractFileSystem, info: Mapping[str, Any], file: LakeFile) -
 
 
 def _is_refused_as_other(error: Exception) -> bool:
-    """Say whether a web server answers that the file is gone, or not what was asked for."""
+    """Say whether a web server responds that the file is gone, or another version."""
     return storage.http_status(error) in (404, 410, 412)
 
 
 def _is_about_parts(fs: AbstractFileSystem, error: Exception) -> bool:
-    # fsspec's way to say that a web server sends whole files alone.
+    # fsspec's error for a web server that sends only whole files.
     is_arrows = isinstance(error, pa.ArrowInvalid)
     return storage.is_http(fs) and isinstance(error, ValueError) and not is_arrows
 
@@ -384,13 +384,13 @@ def _open_http(fs: AbstractFileSystem, path: str, cache_type: str) -> Any:
 
 
 class _NoParts(Exception):  # noqa: N818 - it says what is wrong
-    """Report that a web server refuses to send a part of a file: fsspec makes it no bytes."""
+    """Report that a web server refuses to send a part of a file: fsspec returns no bytes."""
 
 
 class _Exact(io.RawIOBase):
-    """A file that reads as many bytes as are asked for and there, or raises TornReadError.
+    """A file that reads all bytes requested, up to its end, or raises TornReadError.
 
-    Arrow would take what it gets, and blame the file.
+    Arrow would accept a short read, and call the file corrupt.
     """
 
     def __init__(self, source: Any, size: int, *, is_http: bool = False) -> None:

@@ -1,14 +1,14 @@
 """How a lake's columns or hive keys spell a night, and the filter for the rows of some nights.
 
-Understood are, with the rest of the day behind them or not,
+These spellings are understood, with or without a time of day behind them:
 
     2026-11-21, 2026/11/21, 2026.11.21, 2026_11_21    texts and hive keys: ds=2026-11-21T00:00:00
     20261121, 2026112105                              texts, hive keys and integers: dt=20261121
     dates and timestamps                              columns; UTC where they have a time zone
     year=2026/month=11/day=21                         three hive keys or integer columns
 
-All of them but the last are in the order of time, so that a half-open range finds the rows of any
-days. Three hive keys are told as one, `date(year, month, day)`, whose values are 2026-11-21.
+All of them but the last sort by time, so that a half-open range finds the rows of any days. Three
+hive keys become one, `date(year, month, day)`, with values such as 2026-11-21.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ _PARTS = (("year", "yyyy", "yr", "y"), ("month", "mm", "mon", "m"), ("day", "dd"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NightKey:
-    """What tells the night of a row: one column or hive key, or three; and how it is spelt.
+    """The columns or hive keys that hold a row's night, one or three, and its spelling.
 
-    `separator` stands between year, month and day. `digits` is the length of an integer that
-    tells them, None for text. `is_path` says that `names` are three hive keys.
+    `separator` stands between year, month and day. `digits` is the length of an integer date,
+    None for text. `is_path` says that `names` are three hive keys.
     """
 
     names: tuple[str, ...]
@@ -66,8 +66,8 @@ class NightKey:
         """Return the comparisons that keep the rows of the days from `first` to `last`.
 
         Raises:
-            UserError: they are of two months, and three columns, which are compared one by one,
-                tell the day.
+            UserError: the days are of several months, and the night is in three columns, which
+                are compared one by one.
         """
         until = last + timedelta(1)
         if len(self.names) == 1:
@@ -93,12 +93,12 @@ class NightKey:
 
 
 def find(url: str, names: Sequence[str]) -> NightKey:
-    """Look at the lake, and say how `names` (one, or those of year, month and day) tell a night.
+    """Return how columns `names` (one, or those of year, month and day) spell a night in a lake.
 
     One of three hive keys, such as `day`, stands for all three.
 
     Raises:
-        UserError: there is no such column, or its values are no nights that we understand.
+        UserError: there is no such column, or its values are no nights in a known spelling.
     """
     lake_listing = listing.find(url)
     columns = (
@@ -127,7 +127,7 @@ def find(url: str, names: Sequence[str]) -> NightKey:
 
 
 def with_dates(lake_listing: Listing, condition: Filter | None) -> Listing:
-    """Add the hive keys `date(year, month, day)` that a filter names, told by their three."""
+    """Add the hive keys `date(year, month, day)` that a filter names, made of those three."""
     for name in condition.columns if condition else ():
         parts = _parts(name)
         if (

@@ -93,11 +93,11 @@ class Plan:
 
     @property
     def row_filter(self) -> Filter | None:
-        """Return what is left of `where` to test row by row: files were chosen by hive keys."""
+        """Return the part of `where` to test row by row: hive keys have chosen the files."""
         return self.where.by_row(self._path_keys) if self.where else None
 
     def row_filter_of(self, file: int, names: Collection[str]) -> Filter | bool:
-        """Return what there is to test of the rows of a file, of which columns `names` are read.
+        """Return the filter of the rows of a file, of which columns `names` are read.
 
         True says that all rows pass, False that none does.
         """

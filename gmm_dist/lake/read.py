@@ -40,7 +40,7 @@ class RowCounts:
 
     `filtered`: rows that did not pass `where`; `dropped`: rows with a missing value under
     missing="drop"; `imputed`: *cells* (not rows) missing under missing="mean"; `absent`: rows of
-    weight 0; `held_out`: rows that are left of those that the plan holds out.
+    weight 0; `held_out`: rows that the plan holds out, less those counted above.
     """
 
     read: int = 0
@@ -82,7 +82,7 @@ def read(plan: Plan, shard: int, *, fill: npt.NDArray[np.float64] | None = None)
     The filter comes first, then missing values (null, NaN, a null list or list element): an
     error, or the row is dropped, or the cell becomes `fill[j]` (d,) and, without `fill`, stays
     NaN for a first pass that computes the means. Infinite values are always an error, and so are
-    lists of another length. Rows of weight 0 are left out last: they must not change as much as
+    lists of another length. Rows of weight 0 are left out last: they must not change even
     a rounding. Peak memory: one decoded row group (its read columns) and twice the row range's X.
 
     Raises:

@@ -51,7 +51,7 @@ class Chosen:
     unmeasured: str | None = None
 
     def measured(self, length: int) -> Chosen:
-        """Return the same, its lists being so long."""
+        """Return the same columns, with lists of this length."""
         assert self.unmeasured is not None
         at = self.schema.get_field_index(self.unmeasured)
         type_ = pa.list_(number_type(self.schema.field(at).type), length)
@@ -68,7 +68,7 @@ class Columns:
     """Hold the lake's columns by name, over all files.
 
     `types` are unified; `stored` has the types of each distinct schema, by name, and the first
-    file that has it; `problems` say why a column cannot be used, for those who want to use it;
+    file that has it; `problems` say why a column cannot be used;
     `indices` are columns that pandas wrote an index to.
     """
 
@@ -136,7 +136,7 @@ class Columns:
         Args:
             columns: Names of the feature columns; None for the default.
             weight: Name of the column of sample weights; None for none.
-            tested: What of the filter is to be tested row by row.
+            tested: The part of the filter that is tested row by row.
             keep: Columns to go along, which some files may lack.
             remedy: What helps when a feature is missing.
 
@@ -189,9 +189,9 @@ class Columns:
     def _features(
         self, columns: Sequence[str] | None, weight: str | None, remedy: Words
     ) -> tuple[tuple[str, ...], int | None]:
-        """Return the feature columns, asked for or by default, and the length of their lists.
+        """Return the feature columns, named or default, checked, and the length of their lists.
 
-        Each is fit for use. The length is None for numbers, and where types do not tell it.
+        The length is None for numbers, and where types do not give it.
         """
         if columns is None:
             names, length = self._default_features(weight), None
@@ -219,7 +219,7 @@ class Columns:
         return tuple(columns), None
 
     def _width(self, name: str) -> int | None:
-        """Return how long the lists of a column are, by any file's type."""
+        """Return the length of a column's lists, from the first file whose type gives it."""
         widths = (width(type_) for type_, _ in self._stored(name))
         return next((length for length in widths if length is not None), None)
 
@@ -247,14 +247,14 @@ class Columns:
         return kept
 
     def _check_exact(self, name: str) -> None:
-        """Raise where the common type of a kept column would round values and not say so."""
+        """Raise where the common type of a kept column would silently round values."""
         common = self.types[name]
         rounded = [(type_, file) for type_, file in self._stored(name) if loses(type_, common)]
         if rounded:
             raise self.no_common_type(name, rounded[0])
 
     def no_common_type(self, name: str, first: tuple[pa.DataType, LakeFile]) -> UserError:
-        """Return what is wrong with a kept column no type of which holds all files' values."""
+        """Return the error for a kept column: no type holds the values of all files."""
         type_, file = first
         others = [stored for stored in self._stored(name) if stored[0] != type_]
         numeric = [stored for stored in others if is_numeric(stored[0])]

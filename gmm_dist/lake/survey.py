@@ -42,8 +42,8 @@ _PAGES_BYTES = 1 << 20
 class Footer:
     """Hold what planning needs of one file's footer.
 
-    `groups` are the row groups that may hold a matching row; `nulls` says of columns with nulls
-    in which of them the first are, and how many; `extents` are of columns to be kept;
+    `groups` are the row groups that may hold a matching row; `nulls` has, of columns with
+    nulls, the first such row group and how many there; `extents` are of columns to be kept;
     `old_timestamps` are the columns of INT96 among those that are compared or kept.
     """
 
@@ -58,10 +58,11 @@ class Footer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Questions:
-    """Say what is asked of footers: the filter by row, columns that may have no null or are kept.
+    """Say what planning wants to know from footers.
 
-    `names` are the columns that may be read (None: all), `no_nulls` those of them to be asked for
-    nulls, `chunks` how many of a file's column chunks at most.
+    `names` are the columns that may be read (None: all), `tested` is the filter by row, `keys`
+    types the hive keys. `no_nulls` are the columns to look at for nulls (None: all), in at most
+    `chunks` column chunks of a file. `keep` are the columns to be kept.
     """
 
     names: Collection[str] | None
@@ -72,7 +73,7 @@ class Questions:
     keep: Sequence[str]
 
     def of(self, file: LakeFile, parquet: pq.ParquetFile) -> Footer:
-        """Return the answers of one file's footer."""
+        """Return what is wanted from one file's footer."""
         metadata, schema = parquet.metadata, parquet.schema_arrow
         rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         bare = schema.remove_metadata()
@@ -93,7 +94,7 @@ class Questions:
     ) -> Sequence[int]:
         if self.tested is None:
             return range(metadata.num_row_groups)
-        with suppress(UserError):  # told once it is known what other files have
+        with suppress(UserError):  # raised later, when all files' columns are known
             keys = listing.key_table([file], self.keys)
             left = self.tested.in_file(keys, schema, schema.names)
             if left is False:
@@ -142,8 +143,8 @@ def read_footers(root: str, files: Sequence[LakeFile], questions: Questions) -> 
 def unpruned(file_footers: list[Footer], tested: Filter | None, types: pa.Schema) -> list[Footer]:
     """Return the footers, with all row groups where an expression's columns have other types.
 
-    It is asked in the types over all files, in which it may mean something else: 7 / 2 is what
-    its type says, and so is `coalesce` of 7 and a column of nulls, or one that a file lacks.
+    It is evaluated in the types over all files, in which it may mean something else: 7 / 2 depends
+    on its type, and so does `coalesce` of 7 and a column of nulls, or one that a file lacks.
     """
     if not isinstance(tested, ArrowFilter):
         return file_footers
@@ -177,7 +178,7 @@ def matching_row_groups(
 
 
 def refuse_nulls(root: str, file_footers: Sequence[Footer], chosen: Chosen) -> None:
-    """Raise for the first null of a feature that a footer tells of."""
+    """Raise for the first null of a feature that a footer counts."""
     for footer in file_footers:
         for name in chosen.columns:
             if name not in footer.nulls:
@@ -194,7 +195,7 @@ def refuse_nulls(root: str, file_footers: Sequence[Footer], chosen: Chosen) -> N
 
 
 def refuse_rounding(known: Columns, chosen: Chosen, file_footers: Sequence[Footer]) -> None:
-    """Raise where a kept value, as footers tell, does not fit the common type of all files."""
+    """Raise where a kept value, by the footers, does not fit the common type of all files."""
     for name in chosen.kept:
         for footer in file_footers:
             bounds = footer.extents.get(name)
@@ -206,7 +207,7 @@ def refuse_rounding(known: Columns, chosen: Chosen, file_footers: Sequence[Foote
 
 
 def _fits(bounds: Extent, stored: pa.DataType, common: pa.DataType) -> bool:
-    """Say whether the least and the largest value of a column stand a cast to a common type."""
+    """Say whether the least and largest value of a column fit into a common type."""
     if stored == common or pa.types.is_decimal(stored):
         return True
     integers = pa.int64() if stored.bit_width == 64 else pa.int32()

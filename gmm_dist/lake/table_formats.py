@@ -29,7 +29,7 @@ class _Format:
     """Name a table format and its mark: a folder that a table has, and the files in it.
 
     `mark` is matched against the path of a file within the table; `file` against names in
-    `folder`, None where the folder alone tells.
+    `folder`, None where the folder alone is the mark.
     """
 
     kind: str
@@ -57,7 +57,7 @@ _FORMATS = (
         folder="manifest",
         file=re.compile(r"^manifest-list-"),
     ),
-    # Whose catalogue is elsewhere; and a folder of data that was copied without the table's.
+    # Their catalogue is elsewhere, or only the folder of data was copied.
     _Format(
         kind="a DuckLake table", mark=re.compile(r"(^|/)ducklake-[0-9a-f-]{36}(-delete)?\.parquet$")
     ),
@@ -65,7 +65,7 @@ _FORMATS = (
         kind="an Iceberg table",
         mark=re.compile(r"(^|/)\d{5}-\d+-[0-9a-f-]{36}-\d+-deletes\.parquet$"),
     ),
-    # Of seven digits: a date has eight.
+    # Seven digits: a date has eight.
     _Format(
         kind="a transactional Hive table",
         mark=re.compile(r"(^|/)(base_\d{7}|(delete_)?delta_\d{7}_\d{7}(_\d{4})?)(_v\d+)?/"),
@@ -88,10 +88,10 @@ _TID = re.compile(r"(?P<folder>(?:.*/)?)[^/]*-tid-(?P<id>\d+)-[^/]*")
 def refuse_uncommitted(
     fs: AbstractFileSystem, root: str, files: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Raise a UserError for files of a write of Databricks that was not committed, or undone.
+    """Raise a UserError for files of a Databricks write that was not committed, or was undone.
 
-    It writes `_started_7` and, when all files `*-tid-7-*` are there, `_committed_7`, a list of what
-    was added and what, though there, is removed.
+    Databricks writes `_started_7` and, when all files `*-tid-7-*` are there, `_committed_7`. That
+    lists the files that were added and those that were removed, which may still be there.
 
     Raises:
         UserError: there are such among `files`, those of a folder by name.
@@ -133,8 +133,8 @@ def _removed(fs: AbstractFileSystem, path: str) -> list[str]:
 def refuse_around(fs: AbstractFileSystem, folder: str, root: str) -> None:
     """Raise a UserError when `folder`, a path of `fs`, lies in such a table.
 
-    Looks at every folder from `folder` up to the top of the file system or bucket. A folder that
-    may not be looked at, or does not tell, is passed by.
+    Looks at every folder from `folder` up to the top of the file system or bucket. Skips
+    folders that it cannot look into.
     """
     above = list(_folders_up(fs, folder))
     refuse_within(root, (f"{path}/" for path in above))

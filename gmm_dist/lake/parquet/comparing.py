@@ -42,10 +42,10 @@ class DoesNotFit(ValueError):  # noqa: N818 - it says what is wrong
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passing:
-    """Say which values of a column of type `type` pass: those of a range, but for a few.
+    """Say which values of a column of type `type` pass: a range, less the `excluded` keys.
 
     `lower` and `upper` are a key and whether it is itself left out, `among` the only keys that
-    may pass, sorted (None: any). Null and NaN never pass; where `missing`, nothing else does.
+    may pass, sorted (None: any). Null and NaN never pass; where `missing`, only they do.
     """
 
     type: pa.DataType
@@ -64,7 +64,7 @@ class Passing:
         decides every comparison exactly: `x > 0.5` of whole numbers is `x > 0`.
 
         Raises:
-            DoesNotFit: a literal is nothing to compare the column with; its argument.
+            DoesNotFit: a literal, its argument, cannot be compared with the column.
         """
         type_ = value_type(type_)
         passing = cls(type=type_)
@@ -195,10 +195,10 @@ def value_type(type_: pa.DataType) -> pa.DataType:
 
 
 def extremes(statistics: pq.Statistics | None, type_: pa.DataType) -> tuple[Key, Key] | None:
-    """Return least and largest key of a column's values in a row group, if its footer tells.
+    """Return least and largest key of a column in a row group, None if its footer has none.
 
-    They are bounds: a writer may have cut long texts. Those of some writers are the wrong way
-    round, and tell nothing.
+    They are bounds: a writer may have cut long texts. Some writers have them the wrong way round;
+    these are ignored.
     """
     if statistics is None or not statistics.has_min_max:
         return None

@@ -1,6 +1,6 @@
-"""What the footer of a Parquet file tells of its rows, and of columns that no one has read yet.
+"""What the footer of a Parquet file says of its rows and columns, before they are read.
 
-A damaged one is refused before it is asked: Arrow would end the process.
+A damaged footer is refused before it is used: Arrow would end the process.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def _n_leaves(type_: pa.DataType) -> int:
 
 
 def looked_at(metadata: pq.FileMetaData, names: Collection[str] | None) -> list[int]:
-    """Return the Parquet columns to ask of when those of these names are wanted (None: all).
+    """Return the Parquet columns to look at for columns of these names (None: all).
 
-    One at least is without lists, where there is any: see `contradiction`.
+    At least one has no lists, where there is any: see `contradiction`.
     """
     every = range(metadata.num_columns)
     if names is None:
@@ -50,15 +50,15 @@ def _flat(metadata: pq.FileMetaData, leaves: Iterable[int]) -> list[int]:
 
 
 def contradiction(metadata: pq.FileMetaData, leaves: Iterable[int]) -> str | None:
-    """Say where a footer tells the number of rows in two ways; None where it does not.
+    """Say where a footer contradicts itself about the number of rows; None where it does not.
 
-    Only these Parquet columns are asked of.
+    Only the Parquet columns `leaves` are looked at.
     """
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     rows = sum(group.num_rows for group in groups)
     if rows != metadata.num_rows:
         return f"the footer promises {metadata.num_rows:,} rows, its row groups {rows:,}"
-    # A column without lists has a value for each row, if only a null: one such column will tell.
+    # A column without lists has a value for each row, if only a null: one such column is enough.
     flat = next(iter(_flat(metadata, leaves)), None)
     for number, group in enumerate(groups):
         values = group.num_rows if flat is None else group.column(flat).num_values
@@ -71,7 +71,7 @@ def contradiction(metadata: pq.FileMetaData, leaves: Iterable[int]) -> str | Non
 
 
 def index_columns(schema: pa.Schema) -> frozenset[str]:
-    """Return the columns that pandas wrote an index to, by its own account in the schema."""
+    """Return the columns that pandas wrote an index to, by its metadata in the schema."""
     listed: list[object] = []
     with suppress(ValueError, TypeError, KeyError):
         listed = json.loads((schema.metadata or {})[b"pandas"])["index_columns"]
@@ -79,7 +79,7 @@ def index_columns(schema: pa.Schema) -> frozenset[str]:
         listed = []
     # A range is kept as its bounds, and has no column.
     index_names = {name for name in listed if isinstance(name, str)}
-    # Others copy the columns of such a file, and not what pandas said of them.
+    # Other writers copy the columns of such a file, without the metadata of pandas.
     return frozenset(name for name in schema.names if name in index_names or _is_index_name(name))
 
 
@@ -120,7 +120,7 @@ def _leaf_statistics(metadata: pq.FileMetaData, group: int, leaf: int) -> pq.Sta
 def extremes_and_nulls(
     metadata: pq.FileMetaData, group: int, schema: pa.Schema, name: str
 ) -> tuple[Extent | None, int | None]:
-    """Return a column's extremes in a row group, and how many nulls; None for what is not told."""
+    """Return a column's extremes in a row group, and how many nulls; None if unknown."""
     column = schema.get_field_index(name)
     type_ = schema.field(column).type
     if pa.types.is_nested(value_type(type_)):
@@ -136,7 +136,7 @@ def _may_pass(
     if passing.never:
         return False
     if pa.types.is_nested(value_type(type_)):
-        return True  # what is told of is what the lists hold
+        return True  # the statistics are of what the lists hold
     stats, rows = _leaf_statistics(metadata, group, leaf), metadata.row_group(group).num_rows
     if stats is not None and stats.has_null_count and stats.null_count == rows > 0:
         # Extremes of nothing but nulls? Then neither is to be trusted.
@@ -159,7 +159,7 @@ def nulls(
     *,
     most: int,
 ) -> dict[str, tuple[int, int]]:
-    """Return the columns that have nulls: a row group, and how many; those that the footer tells.
+    """Return the columns that have nulls by the footer: the first row group, and how many there.
 
     Of lists both null lists and null elements count.
 
@@ -196,7 +196,7 @@ def _could_be_feature(type_: pa.DataType) -> bool:
 def extents(
     metadata: pq.FileMetaData, schema: pa.Schema, groups: Iterable[int], names: Collection[str]
 ) -> Mapping[str, Extent]:
-    """Return the least and the largest key of columns, where the footer tells of any row group."""
+    """Return the least and the largest key of columns, over the row groups that have them."""
     places = leaves(schema)
     extent_of: dict[str, Extent] = {}
     for name in names:
@@ -228,10 +228,10 @@ def stored_in(metadata: pq.FileMetaData, names: Collection[str]) -> dict[str, li
 
 
 def require_sound(metadata: pq.FileMetaData, size: int, leaves: Sequence[int]) -> None:
-    """Raise OSError where what a footer says of chunks of these Parquet columns makes no sense.
+    """Raise OSError where a footer makes no sense about the chunks of these Parquet columns.
 
-    So it is where they are encrypted. Arrow looks at all of it before it reads, and then raises;
-    hence it begins to read from a file of `size` bytes that yields nothing.
+    Also where they are encrypted. Arrow checks all of it before it reads, and then raises; so
+    this begins to read from a file of `size` bytes that yields nothing.
     """
     parquet = pq.ParquetFile(_Unreadable(size), metadata=metadata, pre_buffer=True)
     batches = parquet.iter_batches(
@@ -272,7 +272,7 @@ class _Unreadable(io.RawIOBase):
 
 
 def statistics(chunk: pq.ColumnChunkMetaData, physical_type: str) -> pq.Statistics | None:
-    """Return what a footer tells of the values of a column chunk, None where it does not.
+    """Return the statistics of a column chunk, None where the footer has none.
 
     `physical_type` is the column's, by the schema in the same footer. Raises OSError where they
     contradict each other.

@@ -22,6 +22,7 @@ from gmm_dist.urls import Url, redacted, without_secrets
 
 _EM, _START = EMConfig(), StartConfig()  # the defaults
 _MAX_K = 100_000
+_CLI = ("gmm_dist", "commands", "cli.py")  # what python -m gmm_dist.commands.cli runs
 
 
 class Parser(argparse.ArgumentParser):
@@ -249,7 +250,7 @@ def program(job: str) -> tuple[str, ...]:
     called = Path(sys.argv[0])
     if called.name == f"{job}.py":
         return "python", os.path.relpath(called)
-    if called.name == "__main__.py" and called.parent.name == "gmm_dist":
+    if called.parts[-2:] == ("gmm_dist", "__main__.py") or called.parts[-3:] == _CLI:
         return "python", "-m", "gmm_dist", job
     return "gmm-dist", job
 

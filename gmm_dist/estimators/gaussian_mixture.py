@@ -286,7 +286,7 @@ class GaussianMixture(BaseMixture):
         )
         with one_thread():
             found = sweep_lake(
-                lake, [candidate], config, start_of(self), cluster=cluster, given=given
+                lake, [candidate], config, start_of(self), cluster=cluster, initial_parameters=given
             )
         fit, space = found.result.scored[0].fit, Space(dtype=torch.float64)
         adopt(self, fit, found.centre, found.feature_names, space)

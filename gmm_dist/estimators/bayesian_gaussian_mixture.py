@@ -220,13 +220,15 @@ class BayesianGaussianMixture(BaseMixture):
         if self.warm_start and hasattr(self, "converged_"):
             return [Trial(model=self._fitted_model(rows), last_bound=self.lower_bound_)]
         prior, k, n = self._prior(rows), self.n_components, rows.total.n_samples
-        pairs = [(size, self.covariance_type) for size in _sizes(k)]
+        candidates = [Candidate(size, self.covariance_type) for size in _sizes(k)]
         # The search's tol is per row; ours is for the whole bound.
         config = EMConfig(reg_covar=float(self.reg_covar), reg_unit=ABSOLUTE)
-        start, threads = replace(start_of(self), finalists=1), os.cpu_count() or 1
-        found = find_starts(rows.shards, pairs, config, start, rows.total, n_threads=threads)
+        start, n_threads = replace(start_of(self), finalists=1), os.cpu_count() or 1
+        starts = find_starts(
+            rows.shards, candidates, config, start, rows.total, n_threads=n_threads
+        )
         # The largest first: it is the one kept where max_iter is 0.
-        mixtures = [_filled(best, k) for (best,) in reversed(found)]
+        mixtures = [_filled(best, k) for (best,) in reversed(starts)]
         trials = [Trial(model=updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]
         self._iterate(trials, rows, min(_FIRST, self.max_iter))
         return ranked(trials)[:_KEPT]

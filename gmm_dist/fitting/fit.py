@@ -247,7 +247,7 @@ class Job:
             centre=torch.from_numpy(self.loader.centre),
             criterion=self.options.criterion,
             holdout=self.plan.holdout > 0,
-            given=self.given,
+            initial=self.given,
             warm=self.warm,
             watch=watch,
             resume=resume,

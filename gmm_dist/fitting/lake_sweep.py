@@ -72,7 +72,7 @@ def sweep_lake(
             centre=centre,
             criterion=criterion,
             holdout=plan.holdout > 0,
-            given=None if given is None else [given.shifted(-centre)],
+            initial=None if given is None else [given.shifted(-centre)],
         )
     return LakeSweep(result, centre, plan.feature_names)
 

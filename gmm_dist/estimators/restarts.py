@@ -10,14 +10,14 @@ from gmm_dist.em.trials import (
     Trial,
 )
 
-_ROUNDING = 1e-10  # of a lower bound: what the iterations of a fit may have rounded away
+_ROUNDING = 1e-10  # relative, of a lower bound: the rounding that a fit's iterations accumulate
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials, of the largest lower bound first; NaN comes last.
 
-    Of those that rounding alone may have put above one another, the first comes first: which of
-    two starts that mirror each other wins must not depend on the processor.
+    Trials that differ by rounding alone keep their order: which of two mirrored starts wins must
+    not depend on the processor.
     """
     left = sorted(trials, key=lambda trial: _or_least(trial.lower_bound), reverse=True)
     order: list[Trial] = []

@@ -253,7 +253,7 @@ class Job:
             centre=torch.from_numpy(self.loader.centre),
             criterion=self.options.criterion,
             holdout=self.plan.holdout > 0,
-            given=self.initial_parameters,
+            initial=self.initial_parameters,
             warm=self.warm,
             watch=watch,
             resume=resume,

@@ -73,7 +73,7 @@ def sweep_lake(
             centre=centre,
             criterion=criterion,
             holdout=plan.holdout > 0,
-            given=None if initial_parameters is None else [initial_parameters.shifted(-centre)],
+            initial=None if initial_parameters is None else [initial_parameters.shifted(-centre)],
         )
     return LakeSweep(result, centre, plan.feature_names)
 

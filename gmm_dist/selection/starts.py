@@ -27,6 +27,7 @@ from torch import Tensor
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em import loop
 from gmm_dist.em.estep import SumMoments
+from gmm_dist.em.lane import Status
 from gmm_dist.em.memory import lane_bytes
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.densities import Densities
@@ -193,7 +194,7 @@ def repair_degenerate(
     samples = _Samples(
         shards=shards, start=replace(start, init="k-means++"), total=total, n_threads=n_threads
     )
-    broken = [i for i, fit in enumerate(fits) if fit.status is loop.Status.DEGENERATE]
+    broken = [i for i, fit in enumerate(fits) if fit.status is Status.DEGENERATE]
     found: list[list[Parameters]] = [[] for _ in fits]
     for i in sorted(broken, key=lambda i: fits[i].parameters.n_components):
         parameters = fits[i].parameters
@@ -413,7 +414,7 @@ def _gained(before: loop.FitResult, after: loop.FitResult, n_samples: float) -> 
 def _proposals(rows: _Rows, fit: loop.FitResult, generator: torch.Generator) -> list[Parameters]:
     """Return mixtures one move away."""
     parameters = fit.parameters
-    if fit.status is loop.Status.COLLAPSED:
+    if fit.status is Status.COLLAPSED:
         return []
     apart = rows.splits(parameters, generator)
     joined = split_merge.merges(parameters, rows.total.n_samples)

@@ -187,9 +187,7 @@ def ours(
 
 def _fit_of(one: RankedCandidate, blank: Fit) -> Fit:
     p, fit = one.fit.parameters, one.fit
-    mixture = Mixture(
-        parameters=p.weights.numpy(), feature_names=p.means.numpy(), n_samples=p.covariances.numpy()
-    )
+    mixture = Mixture(p.weights.numpy(), p.means.numpy(), p.covariances.numpy())
     return replace(
         blank,
         status=fit.status.name,
@@ -226,9 +224,7 @@ def scikit_learn(X: Rows, k: int, start: Mixture | None = None, **settings: Any)
     fit = Fit("scikit-learn", label, k, seconds, status)
     if status:
         return fit
-    mixture = Mixture(
-        parameters=model.weights_, feature_names=model.means_, n_samples=model.covariances_
-    )
+    mixture = Mixture(model.weights_, model.means_, model.covariances_)
     status = "CONVERGED" if model.converged_ else "MAX_ITER"
     fit = replace(fit, status=status, mixture=mixture, degenerate=False, n_iter=model.n_iter_)
     return scored(fit, X, model.reg_covar)

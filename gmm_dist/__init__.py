@@ -11,8 +11,8 @@ Rows in memory are arrays, tensors and tables; rows elsewhere are a lake:
 
     lake = gmm_dist.Lake("s3://lake/points", where="ds >= '2026-11-01'")
     cluster = gmm_dist.Cluster(num_workers=8)
-    found = gmm_dist.select(lake, n_components=range(2, 13), cluster=cluster)
-    gmm_dist.save(found.best, "s3://models/points")
+    selection = gmm_dist.select(lake, n_components=range(2, 13), cluster=cluster)
+    gmm_dist.save(selection.best, "s3://models/points")
     gmm_dist.load("s3://models/points").predict(X)
 
 To fit:

@@ -51,7 +51,7 @@ class Cluster:
         _require(gpu is None or isinstance(gpu, bool), "use_gpu", repr(gpu), "True, False or None")
 
     def at_most(self, n_shards: int) -> Cluster:
-        """Return as many workers as have something to do: Ray starts a process for each at once."""
+        """Return the cluster with at most one worker per shard: Ray starts all of them at once."""
         if self.num_workers is None:
             return self
         return replace(self, num_workers=min(self.num_workers, max(1, n_shards)))
@@ -61,10 +61,10 @@ class Cluster:
 class FailureConfig:
     """How patient a run is with its workers; all times in seconds.
 
-    `max_failures`: failures that a run bears; those within `together` count as one, as a host
+    `max_failures`: failures that a run survives; those within `together` count as one, as a host
     that dies takes all its workers with it. `grace`: until survivors take over the shards of a
-    lost worker; `forsaken`: until shards that nobody has room for end the run. `silence`: a
-    worker that has shown no sign of work on its call for so long is lost. One that shows it may
+    lost worker; `forsaken`: until shards that no worker has room for end the run. `silence`: a
+    worker that has shown no sign of work on its call for so long is lost. A working one may
     take `deadline` for a call, or `deadline_factor` times as long as its siblings if that is
     more; before a sibling has replied, `longest`. A call that lasts longer than `straggling` and
     `straggling_factor` times its siblings is repeated elsewhere. A worker rests for `backoff`
@@ -77,7 +77,7 @@ class FailureConfig:
     forsaken: float = 900.0
     # Ray itself needs 65 s to see that a host is cut off, and lost messages stall for up to 30 s.
     silence: float = 60.0
-    deadline: float = 300.0  # an outage of the storage is sat out by those who read it
+    deadline: float = 300.0  # readers wait for a storage that is out of order
     deadline_factor: float = 20.0
     longest: float = 86_400.0
     straggling: float = 30.0
@@ -168,24 +168,24 @@ class StartConfig:
 # ------------------------------------------------------- values that options are given in Python
 
 Rule = Callable[[str, Any], Any]
-"""Returns the value of an option of some name in its one form; raises UserError for another."""
+"""Takes an option's name and value, and returns its canonical form or raises UserError."""
 
 
 def settle(options: object, **rules: Rule) -> None:
-    """Bring the fields of a frozen value into their one form, whoever gave them.
+    """Bring the fields of a frozen value into their canonical form.
 
-    So equal settings are equal values, and the same JSON: lists are tuples, NumPy's numbers are
+    So equal settings are equal values, and the same JSON: lists become tuples, NumPy's numbers
     Python's, and a URL shows no credentials.
 
     Raises:
-        UserError: a value is none for its option.
+        UserError: a value does not fit its option.
     """
     for name, rule in rules.items():
         object.__setattr__(options, name, rule(name, getattr(options, name)))
 
 
 def url(name: str, value: Any) -> Url:
-    """Take a path or URL; an empty one, as of a variable that is not set, is none."""
+    """Take a path or URL, but no empty one, such as a variable that is not set."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     is_ok = isinstance(text, str) and text.strip() != ""
     _require(is_ok, name, repr(value), "a path or URL")
@@ -206,14 +206,14 @@ def flag(name: str, value: Any) -> bool:
 
 
 def number(name: str, value: Any) -> float:
-    """Take a number; who knows its range says whether it is in it."""
+    """Take a number; its range is checked elsewhere."""
     is_ok = isinstance(value, Real) and not isinstance(value, bool)
     _require(is_ok, name, repr(value), "a number")
     return float(value)
 
 
 def whole(name: str, value: Any) -> int:
-    """Take a whole number; who knows its range says whether it is in it."""
+    """Take a whole number; its range is checked elsewhere."""
     is_ok = isinstance(value, Integral) and not isinstance(value, bool)
     _require(is_ok, name, repr(value), "a whole number")
     return int(value)
@@ -236,7 +236,7 @@ def optional(rule: Rule) -> Rule:
 
 
 def several(rule: Rule, *, least: int = 1) -> Rule:
-    """Take a list of what `rule` takes, or one alone; not a text for the list of its letters."""
+    """Take a list of values of `rule`, or one alone; a text is one value, not its letters."""
 
     def all_of(name: str, value: Any) -> tuple[Any, ...]:
         is_one = isinstance(value, str | bytes) or not isinstance(value, Iterable)

@@ -1,7 +1,7 @@
 """Errors that are one line: those that a user can mend, and failures of machines and storage.
 
-What they say of a setting names it by an `Option`, which each face spells in its own words: Python
-as the argument that it is, commands as the option of their command line.
+They name a setting by an `Option`, which each face spells in its own way: Python as an argument,
+commands as an option of their command line.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Option:
         return in_python(self)
 
     def renamed(self, names: Mapping[str, str]) -> Option:
-        """Return the option under the name that `names` has for it."""
+        """Return the option under its new name, if `names` has one."""
         return Option(names.get(self.name, self.name), self.value)
 
 
@@ -64,11 +64,11 @@ class Text:
         return spelt(self)
 
     def masked(self) -> Text:
-        """Return the text without the credentials that URLs in it had."""
+        """Return the text without the credentials of URLs in it."""
         return Text(tuple(without_secrets(p) if isinstance(p, str) else p for p in self.parts))
 
     def renamed(self, names: Mapping[str, str]) -> Text:
-        """Return the text about options of other names."""
+        """Return the text with its options renamed."""
         parts = (p.renamed(names) if isinstance(p, Option) else p for p in self.parts)
         return Text(tuple(parts))
 
@@ -108,17 +108,17 @@ def joined(separator: str, words: Sequence[Words]) -> Text:
     return Text(tuple(parts))
 
 
-class _Told(Exception):  # noqa: N818 - what the two have in common
-    """Is told in one line, made of what is known: `where: option what; remedy`.
+class _Told(Exception):  # noqa: N818 - the base of the two
+    """An error of one line, made of the parts that it has: `where: option what; remedy`.
 
     Control characters, which names of files and columns may hold, are escaped, and URLs lose
-    their credentials, whoever wrote them.
+    their credentials.
 
     Args:
-        what: What is wrong, with its numbers; all of the line where nothing else is given.
+        what: What is wrong, with its numbers; alone it is the whole line.
         where: The place: a file, row group and row.
         remedy: What to do about it.
-        option: The option that `what` is said of.
+        option: The option that `what` is about.
     """
 
     def __init__(
@@ -162,8 +162,8 @@ class _Told(Exception):  # noqa: N818 - what the two have in common
 class UserError(_Told, ValueError):
     """Report bad input in one line: what is wrong with its numbers, where, and the remedy.
 
-    Commands print the line on stderr and end with status 2. Anything else that is raised is
-    either the world's failure or ours.
+    Commands print the line on stderr and end with status 2. Any other exception is a failure of
+    machines or storage, or a bug.
     """
 
 
@@ -172,11 +172,11 @@ class TooFewRows(UserError):  # noqa: N818 - it says what is wrong
 
 
 class NoRows(TooFewRows):
-    """Report that a filter leaves no rows of a lake, as its files' paths and footers tell."""
+    """Report that a filter leaves no rows of a lake, by its files' paths and footers."""
 
 
 class SchemaError(UserError):
-    """Report a column to be fitted that some file lacks, or has in a type that is of no use."""
+    """Report a column to be fitted that some file lacks, or has in a type that cannot be used."""
 
 
 class RunFailed(_Told, RuntimeError):  # noqa: N818 - a run that failed is not an error of ours

@@ -62,7 +62,7 @@ def open_url(url: str) -> tuple[AbstractFileSystem, str]:
         except OSError as error:
             if error.errno is not None:
                 raise
-            # No file was asked for yet: what speaks the protocol is not all there, or its host.
+            # No file was requested yet: the protocol's client is incomplete, or its host missing.
             reason = line_of(error)[:_MOST_WORDS]
             raise UserError(
                 f"{url}: this protocol cannot be spoken here ({reason}); check the host, and "
@@ -112,7 +112,7 @@ def _s3_options() -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Say for how long a failing storage is asked again, with growing pauses (seconds)."""
+    """Say for how long a failing storage is retried, with growing pauses (seconds)."""
 
     seconds: float = 180.0
     first_pause: float = 0.25
@@ -124,23 +124,23 @@ class StorageFailed(RunFailed):
 
 
 class TornReadError(OSError):
-    """Report that fewer bytes came than were asked for and are there."""
+    """Report that fewer bytes came than were requested, though the file has them."""
 
 
 class DamagedError(UserError):
-    """Report a file whose bytes make no sense, if they came as they are stored."""
+    """Report a file whose bytes make no sense; the transfer may have damaged them."""
 
 
 PATIENCE = Patience()
 
 
 def patiently(call: Callable[[], T], url: str, *, patience: Patience | None = None) -> T:
-    """Return what `call` returns, calling it again while the storage at `url` is out of order.
+    """Return what `call` returns, and repeat it while the storage at `url` is out of order.
 
-    That is: no connection, a connection cut or timed out, a torn read, 408, 429 or 5xx; anything
-    else is raised at once. After a `DamagedError` it is called up to twice again, lest the way
-    here did the damage. `call` must mean the same when it is repeated, even when only the answer
-    was lost; so it opens what it reads. It may run within `explained`, or contain it.
+    An outage is no connection, a connection cut or timed out, a torn read, 408, 429 or 5xx. Other
+    errors are raised at once. A `DamagedError` is retried up to twice, as the transfer may have
+    done the damage. `call` must be idempotent, even when only the response was lost; so it opens
+    what it reads. It may run within `explained`, or contain it.
 
     Raises:
         StorageFailed: it has failed for longer than `patience.seconds`.
@@ -156,7 +156,7 @@ def patiently(call: Callable[[], T], url: str, *, patience: Patience | None = No
 
 
 class _Trouble:
-    """One call's trouble with a storage: what may pass, how long it lasts, when to ask again."""
+    """One call's retries: which errors may pass, how long they have lasted, when to try again."""
 
     def __init__(self, url: str, patience: Patience) -> None:
         self._url, self._patience = url, patience
@@ -224,7 +224,7 @@ def parent_and_name(url: Url) -> tuple[Url, str]:
     return Url((parent or "/") + query), name
 
 
-# For a web server: a range of a compressed answer has other bytes than the file.
+# Headers for a web server: a range of a compressed response has other bytes than the file.
 UNCOMPRESSED = {"Accept-Encoding": "identity"}
 
 
@@ -240,9 +240,9 @@ _VERSIONS = (
 
 
 def version(fs: AbstractFileSystem, info: Mapping[str, Any]) -> str:
-    """Return what changes when the file that `info` describes changes: its ETag, else its mtime.
+    """Return the version of the file that `info` describes: its ETag, else its mtime.
 
-    "" where the store tells neither.
+    "" where the store has neither.
     """
     if isinstance(fs, LocalFileSystem):
         return str(os.stat(info["name"]).st_mtime_ns)  # noqa: PTH116 - of a link's target
@@ -254,23 +254,23 @@ def version(fs: AbstractFileSystem, info: Mapping[str, Any]) -> str:
 
 
 def identity(fs: AbstractFileSystem, info: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what else changes when a local file is replaced, though its mtime is set back.
+    """Return what tells a local file from one that replaces it with the same mtime.
 
-    To be compared within a run alone: a copy of the lake differs, and so may another host's view
-    of it. Hence the first part says where it was seen (this boot of a kernel, the device), and
-    only what was seen at the same place compares: see `is_replaced`. Empty for other stores.
+    Compare it within one run only: a copy of the lake differs, and so may another host's view of
+    it. The first part says where the file was looked at (this boot of a kernel, the device); only
+    identities with the same first part are compared, see `is_replaced`. Empty for other stores.
     """
     if not isinstance(fs, LocalFileSystem):
         return ()
-    found = os.stat(info["name"])  # noqa: PTH116 - of a link's target
+    stat = os.stat(info["name"])  # noqa: PTH116 - of a link's target
     # Network and user-space file systems (no device of their own: major 0) may number a file anew
     # while it stays the same.
-    inode = found.st_ino if os.major(found.st_dev) else 0
-    return (f"{_boot_id()} {found.st_dev}", f"{found.st_ctime_ns} {inode}")
+    inode = stat.st_ino if os.major(stat.st_dev) else 0
+    return (f"{_boot_id()} {stat.st_dev}", f"{stat.st_ctime_ns} {inode}")
 
 
 def is_replaced(then: tuple[str, ...], now: tuple[str, ...]) -> bool:
-    """Say whether two identities of a path are of two files, or of one that was written to."""
+    """Say whether a path's file was replaced or written to between two identities of it."""
     return then[:1] == now[:1] and then != now
 
 
@@ -289,12 +289,12 @@ _OUTAGES = {
     *("ClientPayloadError", "ClientConnectionError"),  # aiohttp: a body cut short
 }
 _BUSY_STATUS = {408, 429, 500, 502, 503, 504}
-# Answers 400, 403 or 409, of S3 that asks to come again.
+# S3's codes that ask for a retry, with status 400, 403 or 409.
 _BUSY_CODES = {"RequestTimeout", "SlowDown", "ConditionalRequestConflict", "OperationAborted"}
 
 
 def is_transient(error: BaseException) -> bool:
-    """Say whether an error, or one that caused it, is the storage's and may pass."""
+    """Say whether an error, or one of its causes, is an outage of the storage that may pass."""
     return any(map(_is_outage, _causes(error)))
 
 
@@ -312,9 +312,9 @@ def _is_outage(error: BaseException) -> bool:
 
 
 def http_status(error: BaseException) -> int | None:
-    """Return the status with which a web server refused, None when it is not about that."""
-    found = (getattr(cause, "status", None) for cause in _causes(error))
-    return next((status for status in found if isinstance(status, int)), None)
+    """Return the HTTP status with which a web server refused, None for other errors."""
+    statuses = (getattr(cause, "status", None) for cause in _causes(error))
+    return next((status for status in statuses if isinstance(status, int)), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -354,8 +354,8 @@ def explained(url: str) -> Iterator[None]:
     """Turn errors of the storage at `url` that a user can mend into a UserError.
 
     Covers missing paths and buckets, missing or wrong credentials, denied access, unreachable
-    endpoints and unknown protocols. Do not ask `fs.exists` inside: it swallows all of these and
-    answers False; `fs.info`, `fs.ls` and `fs.find` raise (`find` of a missing path is empty).
+    endpoints and unknown protocols. Do not call `fs.exists` inside: it swallows all of these and
+    returns False; `fs.info`, `fs.ls` and `fs.find` raise (`find` of a missing path is empty).
 
     Raises:
         UserError: what is wrong, where, and the remedy. Other errors pass unchanged.
@@ -374,7 +374,7 @@ def explained(url: str) -> Iterator[None]:
 
 
 def _where(error: OSError, url: str) -> str:
-    """Name the place that an error is about: a large file may grow elsewhere than in `url`."""
+    """Name the path of an error, which may lie outside `url`: large files may grow elsewhere."""
     shown = redacted(url)
     name = error.filename
     if isinstance(name, str) and name.startswith("/") and not name.startswith(f"{shown}/"):

@@ -25,21 +25,21 @@ _SECRET_QUERY = re.compile(
     rf"(?:\?|;|%3f|%3b)(?:[^/?#]*?(?:[&;]|%26|%3b))?{_SECRET_NAME}(?:=|%3d)", re.IGNORECASE
 )
 _PAIR = re.compile(rf"(?:^|[?#&;]|%26|%3f){_SECRET_NAME}(?:=|%3d)(?P<value>[^&;#]+)", re.IGNORECASE)
-# What calls the word after it a secret: `password='`, `"token": "`, `sig%3D`.
+# What marks the word after it as a secret: `password='`, `"token": "`, `sig%3D`.
 _NAMING = rf"""{_SECRET_WORD}['"]?\s*(?:=|:|%3d|%3a)\s*[bu]?['"]?"""
 _IN_TEXT = re.compile(r"""(?:\w+::)*[A-Za-z][\w+.-]*://[^\s'"<>|]+""")
 _ENDS = ".,;:!)]}"  # of a sentence rather than of a URL
 _WORD = re.compile(r"[^\W\d_]+|\d+")
-_FEW, _MANY = 6, 16  # characters of a secret that may be part of other words, and that is none
+_FEW, _MANY = 6, 16  # characters: a shorter secret may be any word, one so long is none
 
 
 @dataclass(slots=True)
 class _Secrets:
-    """What was part of a URL of this process, by where it is looked for in texts of others.
+    """The secrets in URLs of this process, by where in other texts they are masked.
 
-    A password may be any word, such as `data`, or `2026`: those, and short ones, are left out
-    only after what calls them a secret (`password='data'`). What is no word of any language is
-    left out wherever it stands by itself, and what is long even within other words.
+    A password may be any word, such as `data` or `2026`. `named` has such words and short
+    secrets, masked only after a name such as `password=`. `apart` has those that are no word,
+    masked where they stand by themselves; `anywhere` long ones, masked even within other words.
     """
 
     anywhere: set[str] = field(default_factory=set)
@@ -76,13 +76,13 @@ _known = _Secrets()
 
 
 class Url(str):
-    """A path or URL whose text is without credentials; `reveal` gives the whole to who opens it.
+    """A path or URL whose text has no credentials; `reveal` returns the whole, to open it.
 
-    Whatever is made of the text (messages, JSON, names, reprs, parts of it) holds none either:
-    user and password, http's query and fragment, and what follows `?token=` and its like
-    elsewhere. Equal are URLs of one text: a signature that was made anew names the same file. It
-    pickles as a whole, to be opened by workers. `storage.join` and `storage.absolute` keep what
-    is not shown; other operations of strings give the text alone.
+    Messages, JSON, names, reprs and parts made of the text have none either. They leave
+    out user and password, http's query and fragment, and what follows `?token=` and its like.
+    URLs of the same text are equal: one with a new signature names the same file. A pickle holds
+    the whole, for workers to open. `storage.join` and `storage.absolute` keep what is not shown;
+    other operations of strings return the text alone.
     """
 
     _whole: str
@@ -102,7 +102,7 @@ class Url(str):
 
     @property
     def is_secret(self) -> bool:
-        """Say whether something is not shown."""
+        """Say whether the URL has parts that its text does not show."""
         return self._whole != str(self)
 
 
@@ -117,25 +117,25 @@ def redacted(url: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text of somebody else's (a library's error, a command line) without credentials.
+    """Return a text from elsewhere (a library's error, a command line) without credentials.
 
-    URLs in it are redacted, and what was part of a `Url` of this process is left out where it
-    stands by itself; of ordinary words that is so where the text calls them a secret.
+    URLs in it are redacted. Secrets of every `Url` of this process are masked where they stand by
+    themselves; ordinary words only where the text calls them a secret.
     """
     return _known.without(_IN_TEXT.sub(_shown, text))
 
 
 def split_query(url: str) -> tuple[str, str]:
-    """Return what stands before http's query or fragment, and these; ("...", "") without."""
+    """Split an http URL before its query or fragment; without one the second part is ""."""
     *_, start = (0, *(match.end() for match in _CHAIN.finditer(url)))
     if not re.match("https?://", url[start:], re.IGNORECASE):
         return url, ""
-    # A question mark in a password is none of the query's.
+    # A question mark in a password does not begin the query.
     after = url.index("://", start) + 3
     password = _PASSWORD.match(url, after)
     after = after if password is None else password.end()
-    found = _earlier(re.compile(r"[?#]").search(url, after), _SECRET_QUERY.search(url, after))
-    return (url, "") if found is None else (url[: found.start()], url[found.start() :])
+    query = _earlier(re.compile(r"[?#]").search(url, after), _SECRET_QUERY.search(url, after))
+    return (url, "") if query is None else (url[: query.start()], url[query.start() :])
 
 
 def links_of(url: str) -> list[str]:
@@ -150,7 +150,7 @@ def _shown(match: re.Match[str]) -> str:
 
 
 def _parted(url: str) -> tuple[str, list[str]]:
-    """Return what may be shown of a URL (of each in a chain), and what may not."""
+    """Return the text of a URL, or of a chain, without secrets, and the secrets."""
     links = [_link(link) for link in links_of(url)]
     return "::".join(shown for shown, _ in links), [s for _, secrets in links for s in secrets]
 
@@ -161,27 +161,29 @@ def _link(url: str) -> tuple[str, list[str]]:
         return url, []
     scheme, rest = match["scheme"], match["rest"]
     secrets: list[str] = []
-    if found := _PASSWORD.match(rest):
-        user, _, password = found[1].partition(":")
-        secrets += [found[1], password, *([user] if len(user) >= 16 else [])]
-        rest = rest[found.end() :]
+    if password_match := _PASSWORD.match(rest):
+        user, _, password = password_match[1].partition(":")
+        secrets += [password_match[1], password, *([user] if len(user) >= 16 else [])]
+        rest = rest[password_match.end() :]
     # A password that holds `@` itself leaves some of it.
-    while scheme.lower() not in _NAMED and (found := _USER.match(rest)):
+    while scheme.lower() not in _NAMED and (user_match := _USER.match(rest)):
         # A short one is more likely a user's name, which may be any word of a text.
-        secrets += [found[1]] if len(found[1]) >= 16 else []
-        rest = rest[found.end() :]
+        secrets += [user_match[1]] if len(user_match[1]) >= 16 else []
+        rest = rest[user_match.end() :]
     is_http = scheme.lower() in ("http", "https")
-    found = _earlier(re.search(r"[?#]", rest) if is_http else None, _SECRET_QUERY.search(rest))
-    if found is not None:
-        query = rest[found.start() :]
+    query_match = _earlier(
+        re.search(r"[?#]", rest) if is_http else None, _SECRET_QUERY.search(rest)
+    )
+    if query_match is not None:
+        query = rest[query_match.start() :]
         secrets += [query[1:], *(pair["value"] for pair in _PAIR.finditer(query))]
-        rest = rest[: found.start()]
+        rest = rest[: query_match.start()]
     return f"{scheme}://{rest}", secrets
 
 
 def _earlier(one: re.Match[str] | None, other: re.Match[str] | None) -> re.Match[str] | None:
-    found = [match for match in (one, other) if match is not None]
-    return min(found, key=lambda match: match.start(), default=None)
+    matches = [match for match in (one, other) if match is not None]
+    return min(matches, key=lambda match: match.start(), default=None)
 
 
 def _spellings(secret: str) -> set[str]:

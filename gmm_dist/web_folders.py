@@ -1,7 +1,7 @@
 """Folders behind a web server: what their index pages name, and nothing else.
 
-fsspec's own reading of such a page passes over names that begin with `http`, and takes `./a`,
-`&amp;` and `javascript:` for parts of names.
+fsspec's own parser of such pages skips names that begin with `http`, and takes `./a`, `&amp;` and
+`javascript:` for parts of names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _WHOLE = re.compile(r"https?://", re.IGNORECASE)
 
 
 class WebFolders(HTTPFileSystem):  # type: ignore[misc]
-    """fsspec's web file system, but for how it reads an index page."""
+    """fsspec's web file system with another parser of index pages."""
 
     async def _ls_real(self, url: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         session = await self.set_session()
@@ -26,23 +26,23 @@ class WebFolders(HTTPFileSystem):  # type: ignore[misc]
             self._raise_not_found_for_status(answer, url)
             kind = answer.headers.get("Content-Type", "text/html").partition(";")[0]
             page = await answer.text(errors="ignore") if kind.strip() == "text/html" else ""
-        found = sorted(named(page, url))
-        if not found and url.endswith("/"):
+        entries = sorted(named(page, url))
+        if not entries and url.endswith("/"):
             return list(await self._ls_real(url.rstrip("/"), detail))
         if not detail:
-            return found
+            return entries
         return [
             {"name": name, "size": None, "type": "directory" if name.endswith("/") else "file"}
-            for name in found
+            for name in entries
         ]
 
 
 def named(page: str, url: str) -> set[str]:
-    """Return the URLs of what an index page at `url` names below it, spelt as there."""
+    """Return the URLs below `url` to which its index page links, spelt as there."""
     links = _Links()
     links.feed(page)
     base = f"{url.rstrip('/')}/"
-    below = (_below(link.strip().partition("#")[0], base) for link in links.found)
+    below = (_below(link.strip().partition("#")[0], base) for link in links.targets)
     return {base + name for name in below if name}
 
 
@@ -64,11 +64,11 @@ def _below(link: str, base: str) -> str:
 
 
 class _Links(HTMLParser):
-    """Collects what the anchors of a page lead to."""
+    """Collects the targets of the links in a page."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.targets: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found += [value for name, value in attrs if (tag, name) == ("a", "href") and value]
+        self.targets += [value for name, value in attrs if (tag, name) == ("a", "href") and value]

@@ -101,9 +101,7 @@ def faults(X: Tensor, auto: FitResult, exact: FitResult, kind: str) -> list[str]
     if bool(family.precisions_cholesky(stack.covariances)[1].any()):
         return ["a covariance is not positive definite"]
     found = []
-    own = float(
-        Densities(mean_before=stack, mean_tonight=torch.device("cpu"))(X.T).logsumexp(0).sum()
-    )
+    own = float(Densities(stack, torch.device("cpu"))(X.T).logsumexp(0).sum())
     if (gap := abs(own - auto.log_likelihood) / N) > 1e-6:
         found.append(f"reported likelihood off by {gap:.1e}")
     if auto.is_ranked and exact.is_ranked:

@@ -713,13 +713,7 @@ class Soak:
         """Run one round; what is wrong becomes a violation."""
         world, length = self._world(round_.world)
         self.log(f"round {round_.number}, {round_}")
-        trial = Trial(
-            model=world,
-            last_bound=round_,
-            lower_bounds=self.logs,
-            converged=length,
-            precision=lambda text: self.log(f"  {text}"),
-        )
+        trial = Trial(world, round_, self.logs, length, lambda text: self.log(f"  {text}"))
         wrong: list[str] = []
         outcome = "no end"
         try:
@@ -742,13 +736,7 @@ class Soak:
     def undisturbed(self, world: World) -> float:
         """Return the seconds of a run without faults; its model is what all others must equal."""
         number = 900 + len(self._worlds)
-        trial = Trial(
-            model=world,
-            last_bound=Round(number, world.name, (), None),
-            lower_bounds=self.logs,
-            converged=1.0,
-            precision=self.log,
-        )
+        trial = Trial(world, Round(number, world.name, (), None), self.logs, 1.0, self.log)
         began, wrong = time.monotonic(), list[str]()
         try:
             trial.run()

@@ -12,7 +12,7 @@ from gmm_dist import storage
 from gmm_dist.errors import UserError
 
 _SUFFIXES = (".parquet", ".parq", ".pq")
-# Of files that are never meant as data here, and so need no look inside.
+# Endings of files that are never data here, and so are not opened.
 _FOREIGN = {
     # other data, and what describes it
     *("arrow", "avro", "csv", "db", "duckdb", "feather", "h5", "hdf5", "ipc", "json", "jsonl"),
@@ -51,30 +51,30 @@ def is_named_parquet(name: str) -> bool:
 
 
 def is_foreign(name: str) -> bool:
-    """Say whether the name is that of something else, or of a copy that was left behind."""
+    """Say whether the name is that of another kind of file, or of a leftover copy."""
     base = name.rpartition("/")[2].lower()
     ending = base.rpartition(".")[2].strip("_") if "." in base else ""
     return ending in _FOREIGN or base.endswith(("~", "#"))
 
 
 def of(
-    fs: AbstractFileSystem, root: str, found: Mapping[str, Mapping[str, Any]]
+    fs: AbstractFileSystem, root: str, infos: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[str], list[str]]:
-    """Return which of `found` are Parquet files and which are not, sorted.
+    """Return which files are Parquet and which are not, sorted.
 
-    `found` are files that are neither hidden nor empty, by name, with fsspec's details. One that
-    is named `*.parquet`, `*.parq` or `*.pq` is; of a name that says nothing the first or last
-    bytes decide, so that a torn file is taken and found out when it is read.
+    `infos` has fsspec's details of files that are neither hidden nor empty, by name. Files named
+    `*.parquet`, `*.parq` or `*.pq` are Parquet. Where a name says nothing, the first or last
+    bytes decide; so a torn file is accepted here, and refused when it is read.
 
     Raises:
-        UserError: too many files had to be looked into in vain.
+        UserError: too many files were opened that are not Parquet.
     """
-    unsure = [name for name in sorted(found) if not (is_named_parquet(name) or is_foreign(name))]
-    parquet = {name for name in found if is_named_parquet(name)}
+    unsure = [name for name in sorted(infos) if not (is_named_parquet(name) or is_foreign(name))]
+    parquet = {name for name in infos if is_named_parquet(name)}
     foreign = 0
     for first in range(0, len(unsure), _FEW_LOOKS):
         few = unsure[first : first + _FEW_LOOKS]
-        for name, is_parquet in zip(few, _looked_into(fs, [found[n] for n in few]), strict=True):
+        for name, is_parquet in zip(few, _looked_into(fs, [infos[n] for n in few]), strict=True):
             parquet.update((name,) if is_parquet else ())
             foreign += not is_parquet
         if foreign > _MOST_FOREIGN:
@@ -82,7 +82,7 @@ def of(
                 f"{storage.redacted(root)}: more than {_MOST_FOREIGN:,} files that are not "
                 f"Parquet, such as {unsure[0]}; give a folder of Parquet files"
             )
-    return sorted(parquet), sorted(found.keys() - parquet)
+    return sorted(parquet), sorted(infos.keys() - parquet)
 
 
 def _looked_into(fs: AbstractFileSystem, infos: Sequence[Mapping[str, Any]]) -> list[bool]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Missing = Literal["error", "drop", "mean"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Lake:
     """Rows of a Parquet file or folder, by name: what `fit` and `select` take in place of rows.
 
@@ -41,7 +41,7 @@ class Lake:
         missing: what becomes of nulls and NaN: "error", "drop" the row, or the column's "mean".
         holdout: the share of the rows, 0 <= share < 1, that nothing is fitted to.
 
-    Raises UserError for what can be told to be wrong without reading.
+    Raises UserError for what is wrong whatever the files hold.
     """
 
     not_in_memory: ClassVar[str] = (
@@ -84,23 +84,23 @@ class Lake:
 _GIVE_URL = "give the path or URL of a Parquet file or folder"
 
 
-def _url(given: Any) -> Url:
-    if not isinstance(given, str | os.PathLike) or isinstance(path := os.fspath(given), bytes):
-        raise UserError(f"is {given!r}", option="url", remedy=_GIVE_URL)
+def _url(source: Any) -> Url:
+    if not isinstance(source, str | os.PathLike) or isinstance(path := os.fspath(source), bytes):
+        raise UserError(f"is {source!r}", option="url", remedy=_GIVE_URL)
     # A Url is left as it is: as text it would lose its credentials.
-    url = given if isinstance(given, Url) else Url(path)
+    url = source if isinstance(source, Url) else Url(path)
     if not url.strip():
         raise UserError("is empty", option="url", remedy=_GIVE_URL)
     return url
 
 
-def _columns(given: Any) -> tuple[str, ...] | None:
-    if given is None:
+def _columns(columns: Any) -> tuple[str, ...] | None:
+    if columns is None:
         return None
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if isinstance(columns, str) or not isinstance(columns, Iterable):
         wanted = "give a list of names, such as ['x', 'y']"
-        raise UserError(f"is {given!r}", option="columns", remedy=wanted)
-    names = tuple(given)
+        raise UserError(f"is {columns!r}", option="columns", remedy=wanted)
+    names = tuple(columns)
     for name in names:
         _require_name(name, "columns")
     if not names:

@@ -66,7 +66,7 @@ def find(url: str) -> Listing:
 
     In a folder every `*.parquet`, `*.parq` and `*.pq` counts, at any depth, and every other file
     whose first or last bytes are Parquet's, but for empty files, path parts that begin with `_`
-    or `.`, and names of other things (`*.csv`, `*.bak`). What is passed over is said in one line.
+    or `.`, and names of other things (`*.csv`, `*.bak`). Files that are passed over are logged.
     A hive key is int64 when each of its values is an integer, null when it has none, else string.
 
     Raises:
@@ -77,8 +77,8 @@ def find(url: str) -> Listing:
     _check_name(url, url)
     root = storage.absolute(url)
     fs, path = storage.open_url(root)
-    found = _found(fs, path, root)
-    if path in found:
+    infos = _infos_by_path(fs, path, root)
+    if path in infos:
         if isinstance(fs, LocalFileSystem) and not Path(path).is_file():
             raise UserError(
                 f"{root}: neither a file nor a folder (a pipe or a device); check the path"
@@ -86,9 +86,9 @@ def find(url: str) -> Listing:
         parent, name = storage.parent_and_name(root)
         table_formats.refuse_within(root, [name])
         table_formats.refuse_around(fs, path.rpartition("/")[0], root)
-        _refuse_links_into_tables(fs, root, {path: found[path]})
-        return _partitioned(parent, [_listed(fs, parent, name, found[path])])
-    relative = {name.removeprefix(path).lstrip("/"): info for name, info in found.items()}
+        _refuse_links_into_tables(fs, root, {path: infos[path]})
+        return _partitioned(parent, [_listed(fs, parent, name, infos[path])])
+    relative = {name.removeprefix(path).lstrip("/"): info for name, info in infos.items()}
     table_formats.refuse_within(root, relative)
     with storage.explained(root):
         table_formats.refuse_uncommitted(fs, root, relative)
@@ -98,44 +98,46 @@ def find(url: str) -> Listing:
     return _partitioned(root, files)
 
 
-def _found(fs: AbstractFileSystem, path: str, root: str) -> Mapping[str, Mapping[str, Any]]:
+def _infos_by_path(fs: AbstractFileSystem, path: str, root: str) -> Mapping[str, Mapping[str, Any]]:
     """Return all files under `path`, or `path` itself when it is a file, with their details."""
     # fsspec would pass over a local folder that it may not read.
     options = {"on_error": "raise"} if isinstance(fs, LocalFileSystem) else {}
 
     def find() -> Mapping[str, Mapping[str, Any]]:
-        found: Mapping[str, Mapping[str, Any]] = fs.find(path, detail=True, **options)
-        if not found or not found.get(path, True):
+        infos: Mapping[str, Mapping[str, Any]] = fs.find(path, detail=True, **options)
+        if not infos or not infos.get(path, True):
             info = fs.info(path)  # raises when there is nothing
-            found = {path: info} if info["type"] == "file" else {}
-        return found
+            infos = {path: info} if info["type"] == "file" else {}
+        return infos
 
     with storage.explained(root):
         return storage.patiently(find, root)
 
 
 def _data_files(
-    fs: AbstractFileSystem, root: str, found: Mapping[str, Mapping[str, Any]]
+    fs: AbstractFileSystem, root: str, infos: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the Parquet files among all files of a folder, by name; say what is left out."""
-    seen = {name: info for name, info in found.items() if not data_files.is_hidden(name)}
+    """Return the Parquet files among all files of a folder, by name; log what is left out."""
+    visible = {name: info for name, info in infos.items() if not data_files.is_hidden(name)}
     if storage.is_http(fs):
-        seen = _with_details(fs, {name: info for name, info in seen.items() if "?" not in name})
+        visible = _with_details(
+            fs, {name: info for name, info in visible.items() if "?" not in name}
+        )
     if isinstance(fs, LocalFileSystem):
-        _refuse_links(root, seen)
-        seen = {name: info for name, info in seen.items() if Path(info["name"]).is_file()}
-        _refuse_links_into_tables(fs, root, seen)
-    empty = sorted(name for name, info in seen.items() if not info["size"])
-    full = {name: seen[name] for name in sorted(seen.keys() - set(empty))}
+        _refuse_links(root, visible)
+        visible = {name: info for name, info in visible.items() if Path(info["name"]).is_file()}
+        _refuse_links_into_tables(fs, root, visible)
+    empty = sorted(name for name, info in visible.items() if not info["size"])
+    full = {name: visible[name] for name in sorted(visible.keys() - set(empty))}
     data, foreign = data_files.of(fs, root, full)
     empty = [name for name in empty if data_files.is_named_parquet(name)]
     if not data:
-        some = _some([*foreign, *empty] or sorted(found)) or "nothing"
+        some = _some([*foreign, *empty] or sorted(infos)) or "nothing"
         raise UserError(
-            f"{storage.redacted(root)}: no Parquet file that is not empty among {len(found)} files "
+            f"{storage.redacted(root)}: no Parquet file that is not empty among {len(infos)} files "
             f"(found {some}); check the path"
         )
-    hidden = sorted(name for name in found.keys() - seen.keys() if _looks_like_rows(name))
+    hidden = sorted(name for name in infos.keys() - visible.keys() if _looks_like_rows(name))
     kinds = (
         *((foreign, "that are not Parquet"), (empty, "that are empty")),
         (hidden, "that a name with _ or . in front hides"),
@@ -143,7 +145,7 @@ def _data_files(
     for names, kind in ((names, kind) for names, kind in kinds if names):
         logger.warning(
             "%s: passed over %d of %d files, %s: %s",
-            *(storage.redacted(root), len(names), len(seen) + len(hidden), kind, _some(names)),
+            *(storage.redacted(root), len(names), len(visible) + len(hidden), kind, _some(names)),
         )
     for name in data:
         _check_name(name, storage.join(root, name))
@@ -157,9 +159,9 @@ def _looks_like_rows(name: str) -> bool:
 
 
 def _with_details(
-    fs: AbstractFileSystem, found: Mapping[str, Mapping[str, Any]]
+    fs: AbstractFileSystem, index_infos: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Mapping[str, Any]]:
-    """Return the details of what an index page names: it tells neither sizes nor versions."""
+    """Return the details of files of an index page, which has neither sizes nor versions."""
 
     def details(info: Mapping[str, Any]) -> Mapping[str, Any]:
         name = info["name"]
@@ -167,10 +169,10 @@ def _with_details(
             answer: Mapping[str, Any] = storage.patiently(lambda: fs.info(name), name)
         return _sized(name, answer)
 
-    wanted = {name: info for name, info in found.items() if not data_files.is_foreign(name)}
+    wanted = {name: info for name, info in index_infos.items() if not data_files.is_foreign(name)}
     with ThreadPoolExecutor(_INFOS_AT_ONCE) as pool:
         infos = dict(zip(wanted, pool.map(details, wanted.values()), strict=True))
-    return {name: infos.get(name, {**info, "size": 1}) for name, info in found.items()}
+    return {name: infos.get(name, {**info, "size": 1}) for name, info in index_infos.items()}
 
 
 def _sized(url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -212,9 +214,9 @@ def _listed(fs: AbstractFileSystem, root: Url, name: str, info: Mapping[str, Any
     )
 
 
-def _refuse_links(root: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+def _refuse_links(root: str, infos: Mapping[str, Mapping[str, Any]]) -> None:
     # fsspec lists a link to a folder as if it were a file, and so its rows would be passed over.
-    for name, info in found.items():
+    for name, info in infos.items():
         path = Path(info["name"])
         if not info.get("islink") or path.is_file():
             continue
@@ -231,9 +233,9 @@ def _refuse_links(root: str, found: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _refuse_links_into_tables(
-    fs: AbstractFileSystem, root: str, found: Mapping[str, Mapping[str, Any]]
+    fs: AbstractFileSystem, root: str, infos: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    linked = (info["name"] for info in found.values() if info.get("islink"))
+    linked = (info["name"] for info in infos.values() if info.get("islink"))
     for folder in sorted({Path(name).resolve().parent for name in linked}):
         table_formats.refuse_around(fs, folder.as_posix(), root)
 
@@ -251,7 +253,7 @@ def _partitioned(root: Url, files: list[LakeFile]) -> Listing:
     for file in files:
         for key, value in file.partition:
             values.setdefault(key, set()).update(() if value is None else (str(value),))
-    types = {key: _key_type(found) for key, found in values.items()}
+    types = {key: _key_type(texts) for key, texts in values.items()}
     typed = [
         replace(file, partition=tuple((k, _typed(v, types[k])) for k, v in file.partition))
         for file in files
@@ -336,12 +338,12 @@ def _is_other(fs: AbstractFileSystem, info: Mapping[str, Any], file: LakeFile) -
 
 
 def _is_refused_as_other(error: Exception) -> bool:
-    """Say whether a web server answers that the file is gone, or not what was asked for."""
+    """Say whether a web server responds that the file is gone, or another version."""
     return storage.http_status(error) in (404, 410, 412)
 
 
 def _is_about_parts(fs: AbstractFileSystem, error: Exception) -> bool:
-    # fsspec's way to say that a web server sends whole files alone.
+    # fsspec's error for a web server that sends only whole files.
     is_arrows = isinstance(error, pa.ArrowInvalid)
     return storage.is_http(fs) and isinstance(error, ValueError) and not is_arrows
 
@@ -382,13 +384,13 @@ def _open_http(fs: AbstractFileSystem, path: str, cache_type: str) -> Any:
 
 
 class _NoParts(Exception):  # noqa: N818 - it says what is wrong
-    """Report that a web server refuses to send a part of a file: fsspec makes it no bytes."""
+    """Report that a web server refuses to send a part of a file: fsspec returns no bytes."""
 
 
 class _Exact(io.RawIOBase):
-    """A file that reads as many bytes as are asked for and there, or raises TornReadError.
+    """A file that reads all bytes requested, up to its end, or raises TornReadError.
 
-    Arrow would take what it gets, and blame the file.
+    Arrow would accept a short read, and call the file corrupt.
     """
 
     def __init__(self, source: Any, size: int, *, is_http: bool = False) -> None:

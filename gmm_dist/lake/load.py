@@ -123,7 +123,7 @@ class SumColumns:
 def column_means(shards: Shards, loader: LakeLoader) -> npt.NDArray[np.float64]:
     """Return the mean (d,) of the values that are there, in feature units; the centre for none.
 
-    Held-out rows play no part: what is put into the others' holes must not tell of them.
+    Held-out rows play no part: what is imputed into other rows must not depend on them.
     """
     total = shards.run(SumColumns(loader.plan.n_features))
     means: npt.NDArray[np.float64] = (total.sums / total.counts.clamp_min(1)).numpy()

@@ -1,14 +1,14 @@
 """How a lake's columns or hive keys spell a night, and the filter for the rows of some nights.
 
-Understood are, with the rest of the day behind them or not,
+These spellings are understood, with or without a time of day behind them:
 
     2026-11-21, 2026/11/21, 2026.11.21, 2026_11_21    texts and hive keys: ds=2026-11-21T00:00:00
     20261121, 2026112105                              texts, hive keys and integers: dt=20261121
     dates and timestamps                              columns; UTC where they have a time zone
     year=2026/month=11/day=21                         three hive keys or integer columns
 
-All of them but the last are in the order of time, so that a half-open range finds the rows of any
-days. Three hive keys are told as one, `date(year, month, day)`, whose values are 2026-11-21.
+All of them but the last sort by time, so that a half-open range finds the rows of any days. Three
+hive keys become one, `date(year, month, day)`, with values such as 2026-11-21.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ _PARTS = (("year", "yyyy", "yr", "y"), ("month", "mm", "mon", "m"), ("day", "dd"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NightKey:
-    """What tells the night of a row: one column or hive key, or three; and how it is spelt.
+    """The columns or hive keys that hold a row's night, one or three, and its spelling.
 
-    `separator` stands between year, month and day. `digits` is the length of an integer that
-    tells them, None for text. `is_path` says that `names` are three hive keys.
+    `separator` stands between year, month and day. `digits` is the length of an integer date,
+    None for text. `is_path` says that `names` are three hive keys.
     """
 
     names: tuple[str, ...]
@@ -66,8 +66,8 @@ class NightKey:
         """Return the comparisons that keep the rows of the days from `first` to `last`.
 
         Raises:
-            UserError: they are of two months, and three columns, which are compared one by one,
-                tell the day.
+            UserError: the days are of several months, and the night is in three columns, which
+                are compared one by one.
         """
         until = last + timedelta(1)
         if len(self.names) == 1:
@@ -93,15 +93,19 @@ class NightKey:
 
 
 def find(url: str, names: Sequence[str]) -> NightKey:
-    """Look at the lake, and say how `names` (one, or those of year, month and day) tell a night.
+    """Return how columns `names` (one, or those of year, month and day) spell a night in a lake.
 
     One of three hive keys, such as `day`, stands for all three.
 
     Raises:
-        UserError: there is no such column, or its values are no nights that we understand.
+        UserError: there is no such column, or its values are no nights in a known spelling.
     """
-    found = listing.find(url)
-    columns = found.keys if set(names) <= set(found.keys.names) else columns_of(found)
+    lake_listing = listing.find(url)
+    columns = (
+        lake_listing.keys
+        if set(names) <= set(lake_listing.keys.names)
+        else columns_of(lake_listing)
+    )
     for name in names:
         if name not in columns.names:
             shown = ", ".join(columns.names[:20])
@@ -112,25 +116,31 @@ def find(url: str, names: Sequence[str]) -> NightKey:
     if len(names) == 1:
         names = _all_three(names[0], columns.names)
     if len(names) == 1:
-        return _single(found, names[0], columns.field(names[0]).type)
+        return _single(lake_listing, names[0], columns.field(names[0]).type)
     if len(names) != 3:
         raise UserError(
             f"{' '.join(names)}",
             option="partition",
             remedy="give one column, or those of year, month and day",
         )
-    return _three(found, names, columns)
+    return _three(lake_listing, names, columns)
 
 
-def with_dates(found: Listing, condition: Filter | None) -> Listing:
-    """Add the hive keys `date(year, month, day)` that a filter names, told by their three."""
+def with_dates(lake_listing: Listing, condition: Filter | None) -> Listing:
+    """Add the hive keys `date(year, month, day)` that a filter names, made of those three."""
     for name in condition.columns if condition else ():
         parts = _parts(name)
-        if parts and set(parts) <= set(found.keys.names) and name not in found.keys.names:
-            files = [replace(file, partition=_dated(file, name, parts)) for file in found.files]
-            keys = found.keys.append(pa.field(name, pa.string()))
-            found = replace(found, files=tuple(files), keys=keys)
-    return found
+        if (
+            parts
+            and set(parts) <= set(lake_listing.keys.names)
+            and name not in lake_listing.keys.names
+        ):
+            files = [
+                replace(file, partition=_dated(file, name, parts)) for file in lake_listing.files
+            ]
+            keys = lake_listing.keys.append(pa.field(name, pa.string()))
+            lake_listing = replace(lake_listing, files=tuple(files), keys=keys)
+    return lake_listing
 
 
 def _joined(names: Iterable[str]) -> str:
@@ -156,15 +166,15 @@ def _day(year: object, month: object, day: object) -> str | None:
         return None
 
 
-def columns_of(found: Listing) -> pa.Schema:
+def columns_of(lake_listing: Listing) -> pa.Schema:
     """Return the hive keys and the columns of the first file with rows; keys come first."""
     footers = (
-        _opened(found, file, lambda opened: (opened.metadata.num_rows, opened.schema_arrow))
-        for file in found.files
+        _opened(lake_listing, file, lambda opened: (opened.metadata.num_rows, opened.schema_arrow))
+        for file in lake_listing.files
     )
     schema = next((schema for n_rows, schema in footers if n_rows), pa.schema([]))
-    others = [field for field in schema if field.name not in found.keys.names]
-    return pa.schema([*found.keys, *others])
+    others = [field for field in schema if field.name not in lake_listing.keys.names]
+    return pa.schema([*lake_listing.keys, *others])
 
 
 def _all_three(name: str, columns: Sequence[str]) -> tuple[str, ...]:
@@ -175,10 +185,10 @@ def _all_three(name: str, columns: Sequence[str]) -> tuple[str, ...]:
     return known if len(known) == 3 and name in known else (name,)
 
 
-def _three(found: Listing, names: Sequence[str], columns: pa.Schema) -> NightKey:
-    is_path = set(names) <= set(found.keys.names)
+def _three(lake_listing: Listing, names: Sequence[str], columns: pa.Schema) -> NightKey:
+    is_path = set(names) <= set(lake_listing.keys.names)
     if is_path:
-        days = [_dated(file, "", names)[-1][1] for file in found.files]
+        days = [_dated(file, "", names)[-1][1] for file in lake_listing.files]
         if any(days):
             return NightKey(names=tuple(names), is_path=True)
     elif all(pa.types.is_integer(columns.field(name).type) for name in names):
@@ -190,7 +200,7 @@ def _three(found: Listing, names: Sequence[str], columns: pa.Schema) -> NightKey
     )
 
 
-def _single(found: Listing, name: str, type_: pa.DataType) -> NightKey:
+def _single(lake_listing: Listing, name: str, type_: pa.DataType) -> NightKey:
     if pa.types.is_dictionary(type_):
         type_ = type_.value_type
     if pa.types.is_date(type_) or pa.types.is_timestamp(type_):
@@ -204,7 +214,7 @@ def _single(found: Listing, name: str, type_: pa.DataType) -> NightKey:
     )
     if not is_integer and not any(test(type_) for test in views):
         raise _not_understood(name, f"its type is {type_}")
-    values = sorted(map(str, _values(found, name)))
+    values = sorted(map(str, _values(lake_listing, name)))
     if not values:
         return NightKey(names=(name,), digits=8 if is_integer else None)
     spelt = {value: _separator(value) for value in values}
@@ -244,18 +254,20 @@ def _not_understood(name: str, why: str) -> UserError:
     )
 
 
-def _values(found: Listing, name: str) -> set[object]:
+def _values(lake_listing: Listing, name: str) -> set[object]:
     """Return the values of a hive key, or of a column in the first and last file with rows."""
-    if name in found.keys.names:
-        values: set[object] = {dict(file.partition).get(name) for file in found.files}
+    if name in lake_listing.keys.names:
+        values: set[object] = {dict(file.partition).get(name) for file in lake_listing.files}
     else:
-        orders = (found.files, found.files[::-1])
-        first = (next(filter(None, (_column(found, f, name) for f in o)), set()) for o in orders)
+        orders = (lake_listing.files, lake_listing.files[::-1])
+        first = (
+            next(filter(None, (_column(lake_listing, f, name) for f in o)), set()) for o in orders
+        )
         values = set().union(*first)
     return values - {None}
 
 
-def _column(found: Listing, file: LakeFile, name: str) -> set[object]:
+def _column(lake_listing: Listing, file: LakeFile, name: str) -> set[object]:
     """Return the values of a column in a file's first row group."""
 
     def values(opened: pq.ParquetFile) -> set[object]:
@@ -263,14 +275,14 @@ def _column(found: Listing, file: LakeFile, name: str) -> set[object]:
             return set()
         return set(opened.read_row_group(0, columns=[name])[name].unique().to_pylist())
 
-    return _opened(found, file, values)
+    return _opened(lake_listing, file, values)
 
 
-def _opened(found: Listing, file: LakeFile, look: Callable[[pq.ParquetFile], T]) -> T:
-    fs, path = storage.open_url(found.root)
+def _opened(lake_listing: Listing, file: LakeFile, look: Callable[[pq.ParquetFile], T]) -> T:
+    fs, path = storage.open_url(lake_listing.root)
 
     def read() -> T:
-        with listing.opened(fs, path, found.root, file, footer=True) as source:
+        with listing.opened(fs, path, lake_listing.root, file, footer=True) as source:
             return look(parquet_file(source))
 
-    return storage.patiently(read, listing.name_of(found.root, file))
+    return storage.patiently(read, listing.name_of(lake_listing.root, file))

@@ -93,11 +93,11 @@ class Plan:
 
     @property
     def row_filter(self) -> Filter | None:
-        """Return what is left of `where` to test row by row: files were chosen by hive keys."""
+        """Return the part of `where` to test row by row: hive keys have chosen the files."""
         return self.where.by_row(self._path_keys) if self.where else None
 
     def row_filter_of(self, file: int, names: Collection[str]) -> Filter | bool:
-        """Return what there is to test of the rows of a file, of which columns `names` are read.
+        """Return the filter of the rows of a file, of which columns `names` are read.
 
         True says that all rows pass, False that none does.
         """
@@ -174,9 +174,9 @@ def plan_lake(
         wanted = "give a share of the rows, 0 <= share < 1"
         raise UserError(f"is {holdout:g}", option="holdout", remedy=wanted)
     condition = filter_of(where)
-    found = nights.with_dates(listing.find(url), condition)
-    tested = condition.by_row(found.keys.names) if condition else None
-    files = _matching_files(found, condition)
+    lake_listing = nights.with_dates(listing.find(url), condition)
+    tested = condition.by_row(lake_listing.keys.names) if condition else None
+    files = _matching_files(lake_listing, condition)
     may_fail = missing == "error" and tested is None
     no_nulls = _columns_of(columns) if may_fail else ()
     names = _columns_of(columns)
@@ -185,36 +185,36 @@ def plan_lake(
     questions = Questions(
         names=names,
         tested=tested,
-        keys=found.keys,
+        keys=lake_listing.keys,
         no_nulls=no_nulls,
         chunks=_CHUNKS_ASKED // len(files),
         keep=keep,
     )
-    told = read_footers(found.root, files, questions)
-    if not any(sum(footer.file.rows) for footer in told):
-        n_files = counted(len(told), "Parquet file")
-        raise NoRows(f"{storage.redacted(found.root)}: no rows in {n_files}; check the path")
+    file_footers = read_footers(lake_listing.root, files, questions)
+    if not any(sum(footer.file.rows) for footer in file_footers):
+        n_files = counted(len(file_footers), "Parquet file")
+        raise NoRows(f"{storage.redacted(lake_listing.root)}: no rows in {n_files}; check the path")
     # Writers leave files without rows or even columns: these say nothing about the lake's.
-    filled = [footer for footer in told if any(footer.file.rows)]
+    filled = [footer for footer in file_footers if any(footer.file.rows)]
     known = Columns.unify(
-        found.root,
+        lake_listing.root,
         ((footer.schema, footer.file) for footer in filled),
-        found.keys,
+        lake_listing.keys,
         frozenset[str]().union(*{footer.indices for footer in filled}),
     )
     chosen = known.choose(columns, weight_column, tested, keep, remedy=remedy)
-    refuse_rounding(known, chosen, told)
-    told = unpruned(told, tested, chosen.schema)
-    groups = matching_row_groups(found.root, told, condition if tested else None)
+    refuse_rounding(known, chosen, file_footers)
+    file_footers = unpruned(file_footers, tested, chosen.schema)
+    groups = matching_row_groups(lake_listing.root, file_footers, condition if tested else None)
     first_list = None
     if chosen.unmeasured is not None:
-        length, first_list = measure_lists(found, told, groups, tested, chosen)
+        length, first_list = measure_lists(lake_listing, file_footers, groups, tested, chosen)
         chosen = chosen.measured(length)
     if may_fail:
-        refuse_nulls(found.root, told, chosen)
+        refuse_nulls(lake_listing.root, file_footers, chosen)
     result = Plan(
-        url=found.root,
-        files=tuple(footer.file for footer in told),
+        url=lake_listing.root,
+        files=tuple(footer.file for footer in file_footers),
         schema=chosen.schema,
         columns=chosen.columns,
         feature_names=chosen.feature_names,
@@ -226,25 +226,25 @@ def plan_lake(
         holdout=holdout,
         kept=chosen.kept,
         first_list=first_list,
-        keys=found.keys,
+        keys=lake_listing.keys,
     )
     what = counted(len(files), "file"), counted(result.n_rows, "row")
     logger.info("%s: %s, %s", storage.redacted(result.url), *what)
     logger.info("%s", known.described(chosen, weight_column))
-    tell_of_old_timestamps(told)
+    tell_of_old_timestamps(file_footers)
     return result
 
 
-def _matching_files(found: Listing, condition: Filter | None) -> Sequence[LakeFile]:
+def _matching_files(lake_listing: Listing, condition: Filter | None) -> Sequence[LakeFile]:
     """Return the files whose hive keys match."""
-    if condition is None or not {*condition.columns} & {*found.keys.names}:
-        return found.files
-    keys = listing.key_table(found.files, found.keys)
-    matches = condition.matching_paths(keys, lambda: nights.columns_of(found))
+    if condition is None or not {*condition.columns} & {*lake_listing.keys.names}:
+        return lake_listing.files
+    keys = listing.key_table(lake_listing.files, lake_listing.keys)
+    matches = condition.matching_paths(keys, lambda: nights.columns_of(lake_listing))
     if not matches.any():
-        what = f"any of {len(found.files)} files' hive keys"
-        raise nothing_matches(found.root, condition, what)
-    return [file for file, match in zip(found.files, matches, strict=True) if match]
+        what = f"any of {len(lake_listing.files)} files' hive keys"
+        raise nothing_matches(lake_listing.root, condition, what)
+    return [file for file, match in zip(lake_listing.files, matches, strict=True) if match]
 
 
 def _columns_of(names: Sequence[str] | None) -> Collection[str] | None:

@@ -40,7 +40,7 @@ class RowCounts:
 
     `filtered`: rows that did not pass `where`; `dropped`: rows with a missing value under
     missing="drop"; `imputed`: *cells* (not rows) missing under missing="mean"; `absent`: rows of
-    weight 0; `held_out`: rows that are left of those that the plan holds out.
+    weight 0; `held_out`: rows that the plan holds out, less those counted above.
     """
 
     read: int = 0
@@ -82,7 +82,7 @@ def read(plan: Plan, shard: int, *, fill: npt.NDArray[np.float64] | None = None)
     The filter comes first, then missing values (null, NaN, a null list or list element): an
     error, or the row is dropped, or the cell becomes `fill[j]` (d,) and, without `fill`, stays
     NaN for a first pass that computes the means. Infinite values are always an error, and so are
-    lists of another length. Rows of weight 0 are left out last: they must not change as much as
+    lists of another length. Rows of weight 0 are left out last: they must not change even
     a rounding. Peak memory: one decoded row group (its read columns) and twice the row range's X.
 
     Raises:
@@ -247,18 +247,18 @@ class _Sampler:
         batches = parquet_file(source, pre_buffer=True).iter_batches(
             batch_size=size, row_groups=[row_group], columns=list(plan.read_columns)
         )
-        found = np.empty((0, plan.n_features))
+        sampled = np.empty((0, plan.n_features))
         offset = 0
         for batch in batches:
             # A place that yields too little leaves the rest to the next ones.
             due = self.n * min(offset // step + 1, self.places) // self.places
-            if len(found) < due:
+            if len(sampled) < due:
                 good = _good_rows(plan, file, batch)
-                found = np.concatenate([found, good[: due - len(found)]])
-            if len(found) == self.n:
+                sampled = np.concatenate([sampled, good[: due - len(sampled)]])
+            if len(sampled) == self.n:
                 break
             offset += len(batch)
-        return found
+        return sampled
 
 
 def _good_rows(plan: Plan, file: int, batch: pa.RecordBatch) -> npt.NDArray[np.float64]:
@@ -302,10 +302,10 @@ def _has_lists(plan: Plan) -> bool:
 
 def _lengths(lists: pa.ChunkedArray | pa.Array, length: int) -> npt.NDArray[np.int64]:
     """Return how long each list is, `length` for those that are null."""
-    found: npt.NDArray[np.int64] = (
+    lengths: npt.NDArray[np.int64] = (
         pc.list_value_length(lists).cast(pa.int64()).fill_null(length).to_numpy()
     )
-    return found
+    return lengths
 
 
 def _fill_embedding(columns: npt.NDArray[Float], column: pa.ChunkedArray) -> None:
@@ -390,8 +390,8 @@ class _Extract:
         if bad.any():
             row = int(bad.argmax())
             value = _spell(weight[row]) if table.column(name)[row].is_valid else "null"
-            told = f"weight {name!r} is {value}"
-            raise UserError(told, where=self._row(row, positions), remedy=_MEND_WEIGHT)
+            what = f"weight {name!r} is {value}"
+            raise UserError(what, where=self._row(row, positions), remedy=_MEND_WEIGHT)
         return weight
 
     def check_lengths(self, table: pa.Table, positions: npt.NDArray[np.intp] | None) -> None:

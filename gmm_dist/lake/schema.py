@@ -51,7 +51,7 @@ class Chosen:
     unmeasured: str | None = None
 
     def measured(self, length: int) -> Chosen:
-        """Return the same, its lists being so long."""
+        """Return the same columns, with lists of this length."""
         assert self.unmeasured is not None
         at = self.schema.get_field_index(self.unmeasured)
         type_ = pa.list_(number_type(self.schema.field(at).type), length)
@@ -68,7 +68,7 @@ class Columns:
     """Hold the lake's columns by name, over all files.
 
     `types` are unified; `stored` has the types of each distinct schema, by name, and the first
-    file that has it; `problems` say why a column cannot be used, for those who want to use it;
+    file that has it; `problems` say why a column cannot be used;
     `indices` are columns that pandas wrote an index to.
     """
 
@@ -83,25 +83,25 @@ class Columns:
     def unify(
         cls,
         root: str,
-        found: Iterable[tuple[pa.Schema, LakeFile]],
+        schemas: Iterable[tuple[pa.Schema, LakeFile]],
         keys: pa.Schema,
         indices: frozenset[str] = frozenset(),
     ) -> Columns:
         """Unify the files' schemas by name; `keys` are the types of the hive keys."""
         first_with: dict[int, tuple[pa.Schema, LakeFile]] = {}
-        for schema, file in found:
+        for schema, file in schemas:
             first_with.setdefault(id(schema), (schema, file))
         first: dict[str, LakeFile] = {}
         types: dict[str, pa.DataType] = {}
         problems: dict[str, str] = {}
         stored = []
         for schema, file in first_with.values():
-            own = dict(zip(schema.names, schema.types, strict=True))
-            stored.append((own, file))
+            file_types = dict(zip(schema.names, schema.types, strict=True))
+            stored.append((file_types, file))
             for name in [name for name, n in Counter(schema.names).items() if n > 1]:
                 problems[name] = f"{name_of(root, file)}: column {name!r} occurs twice"
                 types.setdefault(name, pa.null())
-            for name, type_ in own.items():
+            for name, type_ in file_types.items():
                 known = types.get(name)
                 joined = type_ if known is None else join(known, type_)
                 if joined is not None:
@@ -136,7 +136,7 @@ class Columns:
         Args:
             columns: Names of the feature columns; None for the default.
             weight: Name of the column of sample weights; None for none.
-            tested: What of the filter is to be tested row by row.
+            tested: The part of the filter that is tested row by row.
             keep: Columns to go along, which some files may lack.
             remedy: What helps when a feature is missing.
 
@@ -189,9 +189,9 @@ class Columns:
     def _features(
         self, columns: Sequence[str] | None, weight: str | None, remedy: Words
     ) -> tuple[tuple[str, ...], int | None]:
-        """Return the feature columns, asked for or by default, and the length of their lists.
+        """Return the feature columns, named or default, checked, and the length of their lists.
 
-        Each is fit for use. The length is None for numbers, and where types do not tell it.
+        The length is None for numbers, and where types do not give it.
         """
         if columns is None:
             names, length = self._default_features(weight), None
@@ -219,9 +219,9 @@ class Columns:
         return tuple(columns), None
 
     def _width(self, name: str) -> int | None:
-        """Return how long the lists of a column are, by any file's type."""
+        """Return the length of a column's lists, from the first file whose type gives it."""
         widths = (width(type_) for type_, _ in self._stored(name))
-        return next((found for found in widths if found is not None), None)
+        return next((length for length in widths if length is not None), None)
 
     def _stored(self, name: str) -> Iterator[tuple[pa.DataType, LakeFile]]:
         """Return the types that a column has in files, and a file for each."""
@@ -247,19 +247,18 @@ class Columns:
         return kept
 
     def _check_exact(self, name: str) -> None:
-        """Raise where the common type of a kept column would round values and not say so."""
+        """Raise where the common type of a kept column would silently round values."""
         common = self.types[name]
         rounded = [(type_, file) for type_, file in self._stored(name) if loses(type_, common)]
         if rounded:
             raise self.no_common_type(name, rounded[0])
 
     def no_common_type(self, name: str, first: tuple[pa.DataType, LakeFile]) -> UserError:
-        """Return what is wrong with a kept column no type of which holds all files' values."""
+        """Return the error for a kept column: no type holds the values of all files."""
         type_, file = first
-        other = next(
-            ((own, at) for own, at in self._stored(name) if own != type_ and is_numeric(own)),
-            next(((own, at) for own, at in self._stored(name) if own != type_), first),
-        )
+        others = [stored for stored in self._stored(name) if stored[0] != type_]
+        numeric = [stored for stored in others if is_numeric(stored[0])]
+        other = (*numeric, *others, first)[0]
         return UserError(
             f"column {name!r} has type {type_}, but {other[0]} in "
             f"{name_of(self.root, other[1])}, and no type holds the values of both",
@@ -392,10 +391,10 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _differs(found: pa.DataType, known: pa.DataType) -> str:
-    if is_embedding(found) and is_embedding(known) and None not in (width(found), width(known)):
-        return f"has embedding width {width(found)}, but {width(known)}"
-    return f"has type {found}, but {known}"
+def _differs(type_: pa.DataType, known: pa.DataType) -> str:
+    if is_embedding(type_) and is_embedding(known) and None not in (width(type_), width(known)):
+        return f"has embedding width {width(type_)}, but {width(known)}"
+    return f"has type {type_}, but {known}"
 
 
 def _feature_names(name: str, n: int) -> tuple[str, ...]:

@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 _LOADING_BYTES = 24  # of a value, while its shard is made: read, centred in float64, cast, joined
 
 Loaded = Callable[[int, int], None]
-"""Told of the shards and the rows that have been loaded."""
+"""Called with the numbers of shards and of rows that have been loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowsNeed:
-    """What rows need of memory, by numbers that a plan knows.
+    """The memory that the rows of a plan need.
 
     `itemsize`: bytes of a resident value; `row_bytes`: of a row's further values, its weight;
     `decoded`: of the largest row group, decoded; `is_bound`: a filter may leave fewer rows.
@@ -83,7 +83,7 @@ def _more_workers(need: RowsNeed, room: int) -> Words:
 
 
 def plan_of(lake: Lake) -> Plan:
-    """Return which rows a lake's name stands for, as `plan_lake` does, and raise as it does."""
+    """Plan the rows of a lake; raises as `plan_lake` does."""
     return plan_lake(
         lake.url,
         columns=lake.columns,

@@ -45,11 +45,11 @@ def stream(
 ) -> Iterator[tuple[pa.Table, npt.NDArray[np.float64]]]:
     """Yield the rows of some row groups of `plan.files[index]` that pass the filter, in order.
 
-    Each time a table of the plan's kept columns, in the plan's types (null where the file lacks
-    one), and the features (d, n), missing values as NaN. `beside` are the bytes that the caller
-    makes of each row. Peak memory: a row group's bytes as they are stored, 128 MB at most, and a
-    few times a decoded batch, of 32 MB by the footer's account: 65,536 rows or, of wide ones,
-    fewer, 1024 at least.
+    Each item is a table of the plan's kept columns, in the plan's types (null where the file lacks
+    one), and the features (d, n), missing values as NaN. `beside` is the number of bytes that the
+    caller makes of each row. Peak memory: a row group's bytes as they are stored, 128 MB at most,
+    and a few times a decoded batch of 32 MB, as the footer has it: at most 65,536 rows, fewer of
+    wide ones, at least 1024.
 
     Raises:
         UserError: an infinite value, a file that changed since the plan was made, has other rows
@@ -110,7 +110,7 @@ def _as_lists(views: pa.Array) -> pa.Array:
 
 
 class _Batches:
-    """Keeps a file and a place in it open, and finds the place again after an outage."""
+    """Keeps a file open at a row, and returns to that row after an outage."""
 
     def __init__(self, plan: Plan, index: int, beside: int) -> None:
         self._plan, self._file = plan, plan.files[index]
@@ -190,7 +190,7 @@ class _Batches:
 def _chunks(
     metadata: pq.FileMetaData, group: int, names: Collection[str]
 ) -> dict[str, list[_Chunk]]:
-    """Return what a row group stores of each column, and its types by the schema."""
+    """Return each column's chunks in a row group, with their physical types by the schema."""
     stored = metadata.row_group(group)
     return {
         name: [(metadata.schema.column(i).physical_type, stored.column(i)) for i in leaves]
@@ -201,9 +201,11 @@ def _chunks(
 def _value_bytes(rows: int, chunks: Sequence[_Chunk], field: pa.Field) -> int:
     """Return about how many bytes a column's value takes when it is decoded."""
     stored: int = sum(chunk.total_uncompressed_size for _, chunk in chunks) // max(rows, 1)
-    # A dictionary stores once what is decoded many times: then the type or the extremes tell.
-    told = [statistics(chunk, type_) for type_, chunk in chunks if type_ == "BYTE_ARRAY"]
-    texts = [found for found in told if found is not None and found.has_min_max]
-    longest = sum(max(len(found.min_raw), len(found.max_raw)) for found in texts)
+    # A dictionary stores once what is decoded many times: then the type or extremes give the size.
+    chunk_statistics = [
+        statistics(chunk, type_) for type_, chunk in chunks if type_ == "BYTE_ARRAY"
+    ]
+    texts = [stats for stats in chunk_statistics if stats is not None and stats.has_min_max]
+    longest = sum(max(len(stats.min_raw), len(stats.max_raw)) for stats in texts)
     fixed = field.type.bit_width // 8 if pa.types.is_primitive(field.type) else 0
     return max(stored, longest, fixed)

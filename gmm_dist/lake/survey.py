@@ -42,8 +42,8 @@ _PAGES_BYTES = 1 << 20
 class Footer:
     """Hold what planning needs of one file's footer.
 
-    `groups` are the row groups that may hold a matching row; `nulls` says of columns with nulls
-    in which of them the first are, and how many; `extents` are of columns to be kept;
+    `groups` are the row groups that may hold a matching row; `nulls` has, of columns with
+    nulls, the first such row group and how many there; `extents` are of columns to be kept;
     `old_timestamps` are the columns of INT96 among those that are compared or kept.
     """
 
@@ -58,10 +58,11 @@ class Footer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Questions:
-    """Say what is asked of footers: the filter by row, columns that may have no null or are kept.
+    """Say what planning wants to know from footers.
 
-    `names` are the columns that may be read (None: all), `no_nulls` those of them to be asked for
-    nulls, `chunks` how many of a file's column chunks at most.
+    `names` are the columns that may be read (None: all), `tested` is the filter by row, `keys`
+    types the hive keys. `no_nulls` are the columns to look at for nulls (None: all), in at most
+    `chunks` column chunks of a file. `keep` are the columns to be kept.
     """
 
     names: Collection[str] | None
@@ -72,7 +73,7 @@ class Questions:
     keep: Sequence[str]
 
     def of(self, file: LakeFile, parquet: pq.ParquetFile) -> Footer:
-        """Return the answers of one file's footer."""
+        """Return what is wanted from one file's footer."""
         metadata, schema = parquet.metadata, parquet.schema_arrow
         rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         bare = schema.remove_metadata()
@@ -93,7 +94,7 @@ class Questions:
     ) -> Sequence[int]:
         if self.tested is None:
             return range(metadata.num_row_groups)
-        with suppress(UserError):  # told once it is known what other files have
+        with suppress(UserError):  # raised later, when all files' columns are known
             keys = listing.key_table([file], self.keys)
             left = self.tested.in_file(keys, schema, schema.names)
             if left is False:
@@ -103,8 +104,8 @@ class Questions:
         return range(metadata.num_row_groups)
 
 
-def tell_of_old_timestamps(told: Sequence[Footer]) -> None:
-    names = sorted(frozenset[str]().union(*{footer.old_timestamps for footer in told}))
+def tell_of_old_timestamps(file_footers: Sequence[Footer]) -> None:
+    names = sorted(frozenset[str]().union(*{footer.old_timestamps for footer in file_footers}))
     if names:
         logger.info(
             "INT96 timestamps are compared and kept to the microsecond, finer digits cut off: %s",
@@ -139,33 +140,35 @@ def read_footers(root: str, files: Sequence[LakeFile], questions: Questions) -> 
             raise
 
 
-def unpruned(told: list[Footer], tested: Filter | None, types: pa.Schema) -> list[Footer]:
+def unpruned(file_footers: list[Footer], tested: Filter | None, types: pa.Schema) -> list[Footer]:
     """Return the footers, with all row groups where an expression's columns have other types.
 
-    It is asked in the types over all files, in which it may mean something else: 7 / 2 is what
-    its type says, and so is `coalesce` of 7 and a column of nulls, or one that a file lacks.
+    It is evaluated in the types over all files, in which it may mean something else: 7 / 2 depends
+    on its type, and so does `coalesce` of 7 and a column of nulls, or one that a file lacks.
     """
     if not isinstance(tested, ArrowFilter):
-        return told
-    asked = [types.field(name) for name in tested.columns if name in types.names]
+        return file_footers
+    compared_fields = [types.field(name) for name in tested.columns if name in types.names]
 
     def is_other(schema: pa.Schema) -> bool:
         return any(
             field.name not in schema.names or schema.field(field.name).type != field.type
-            for field in asked
+            for field in compared_fields
         )
 
     return [
         replace(footer, groups=range(len(footer.file.rows))) if is_other(footer.schema) else footer
-        for footer in told
+        for footer in file_footers
     ]
 
 
-def matching_row_groups(root: str, told: list[Footer], condition: Filter | None) -> list[RowRange]:
+def matching_row_groups(
+    root: str, file_footers: list[Footer], condition: Filter | None
+) -> list[RowRange]:
     """Return the row groups that may hold a matching row, whole; `condition` is tested by row."""
     groups = [
         RowRange(file=index, row_group=group, start=0, stop=footer.file.rows[group])
-        for index, footer in enumerate(told)
+        for index, footer in enumerate(file_footers)
         for group in footer.groups
         if footer.file.rows[group] > 0
     ]
@@ -174,9 +177,9 @@ def matching_row_groups(root: str, told: list[Footer], condition: Filter | None)
     return groups
 
 
-def refuse_nulls(root: str, told: Sequence[Footer], chosen: Chosen) -> None:
-    """Raise for the first null of a feature that a footer tells of."""
-    for footer in told:
+def refuse_nulls(root: str, file_footers: Sequence[Footer], chosen: Chosen) -> None:
+    """Raise for the first null of a feature that a footer counts."""
+    for footer in file_footers:
         for name in chosen.columns:
             if name not in footer.nulls:
                 continue
@@ -191,10 +194,10 @@ def refuse_nulls(root: str, told: Sequence[Footer], chosen: Chosen) -> None:
             )
 
 
-def refuse_rounding(known: Columns, chosen: Chosen, told: Sequence[Footer]) -> None:
-    """Raise where a kept value, as footers tell, does not fit the common type of all files."""
+def refuse_rounding(known: Columns, chosen: Chosen, file_footers: Sequence[Footer]) -> None:
+    """Raise where a kept value, by the footers, does not fit the common type of all files."""
     for name in chosen.kept:
-        for footer in told:
+        for footer in file_footers:
             bounds = footer.extents.get(name)
             if bounds is None or not isinstance(bounds[0], int):
                 continue
@@ -204,7 +207,7 @@ def refuse_rounding(known: Columns, chosen: Chosen, told: Sequence[Footer]) -> N
 
 
 def _fits(bounds: Extent, stored: pa.DataType, common: pa.DataType) -> bool:
-    """Say whether the least and the largest value of a column stand a cast to a common type."""
+    """Say whether the least and largest value of a column fit into a common type."""
     if stored == common or pa.types.is_decimal(stored):
         return True
     integers = pa.int64() if stored.bit_width == 64 else pa.int32()
@@ -219,8 +222,8 @@ def _fits(bounds: Extent, stored: pa.DataType, common: pa.DataType) -> bool:
 
 
 def measure_lists(
-    found: Listing,
-    told: Sequence[Footer],
+    lake_listing: Listing,
+    file_footers: Sequence[Footer],
     groups: Sequence[RowRange],
     tested: Filter | None,
     chosen: Chosen,
@@ -228,18 +231,18 @@ def measure_lists(
     """Return the length of the first list of a column that matches, and where it is.
 
     Args:
-        found: The lake's files.
-        told: The answers of their footers.
+        lake_listing: The lake's files.
+        file_footers: Their footers.
         groups: The row groups that match.
-        tested: What of the filter is to be tested row by row.
+        tested: The part of the filter that is tested row by row.
         chosen: The chosen columns, of which one is of lists.
     """
-    root, name = found.root, chosen.unmeasured
+    root, name = lake_listing.root, chosen.unmeasured
     assert name is not None
     fs, path = storage.open_url(root)
     for part in groups:
-        file, names = told[part.file].file, told[part.file].schema.names
-        keys = listing.key_table([file], found.keys)
+        file, names = file_footers[part.file].file, file_footers[part.file].schema.names
+        keys = listing.key_table([file], lake_listing.keys)
         left = tested is None or tested.in_file(keys, chosen.schema, names)
         where = listing.name_of(root, file)
 
@@ -254,7 +257,7 @@ def measure_lists(
             return first[1], f"{where}, row group {part.row_group}, row {first[0]}"
     matching, error = ("", UserError) if tested is None else (" in rows that match", TooFewRows)
     raise error(
-        f"column {name!r} has no list that is not null or empty{matching}, in {len(told)} "
+        f"column {name!r} has no list that is not null or empty{matching}, in {len(file_footers)} "
         "Parquet files",
         where=storage.redacted(root),
         remedy="name other feature columns with " + Option("columns"),

@@ -29,7 +29,7 @@ class _Format:
     """Name a table format and its mark: a folder that a table has, and the files in it.
 
     `mark` is matched against the path of a file within the table; `file` against names in
-    `folder`, None where the folder alone tells.
+    `folder`, None where the folder alone is the mark.
     """
 
     kind: str
@@ -57,7 +57,7 @@ _FORMATS = (
         folder="manifest",
         file=re.compile(r"^manifest-list-"),
     ),
-    # Whose catalogue is elsewhere; and a folder of data that was copied without the table's.
+    # Their catalogue is elsewhere, or only the folder of data was copied.
     _Format(
         kind="a DuckLake table", mark=re.compile(r"(^|/)ducklake-[0-9a-f-]{36}(-delete)?\.parquet$")
     ),
@@ -65,7 +65,7 @@ _FORMATS = (
         kind="an Iceberg table",
         mark=re.compile(r"(^|/)\d{5}-\d+-[0-9a-f-]{36}-\d+-deletes\.parquet$"),
     ),
-    # Of seven digits: a date has eight.
+    # Seven digits: a date has eight.
     _Format(
         kind="a transactional Hive table",
         mark=re.compile(r"(^|/)(base_\d{7}|(delete_)?delta_\d{7}_\d{7}(_\d{4})?)(_v\d+)?/"),
@@ -86,19 +86,19 @@ _TID = re.compile(r"(?P<folder>(?:.*/)?)[^/]*-tid-(?P<id>\d+)-[^/]*")
 
 
 def refuse_uncommitted(
-    fs: AbstractFileSystem, root: str, found: Mapping[str, Mapping[str, Any]]
+    fs: AbstractFileSystem, root: str, files: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Raise a UserError for files of a write of Databricks that was not committed, or undone.
+    """Raise a UserError for files of a Databricks write that was not committed, or was undone.
 
-    It writes `_started_7` and, when all files `*-tid-7-*` are there, `_committed_7`, a list of what
-    was added and what, though there, is removed.
+    Databricks writes `_started_7` and, when all files `*-tid-7-*` are there, `_committed_7`. That
+    lists the files that were added and those that were removed, which may still be there.
 
     Raises:
-        UserError: `found` are a folder's files, by name, and there are such among them.
+        UserError: there are such among `files`, those of a folder by name.
     """
-    marks = [(name, mark) for name in sorted(found) if (mark := _MARK.fullmatch(name))]
+    marks = [(name, mark) for name in sorted(files) if (mark := _MARK.fullmatch(name))]
     steps = {(mark["folder"], mark["id"], mark["step"]) for _, mark in marks}
-    for name in sorted(found) if marks else ():
+    for name in sorted(files) if marks else ():
         part = _TID.fullmatch(name)
         if part is None:
             continue
@@ -110,8 +110,8 @@ def refuse_uncommitted(
             raise _uncommitted(root, name, f"was never committed ({started})")
     for name, mark in marks:
         if mark["step"] == "committed":
-            for removed in _removed(fs, found[name]["name"]):
-                if mark["folder"] + removed in found:
+            for removed in _removed(fs, files[name]["name"]):
+                if mark["folder"] + removed in files:
                     raise _uncommitted(root, mark["folder"] + removed, f"was removed ({name})")
 
 
@@ -133,8 +133,8 @@ def _removed(fs: AbstractFileSystem, path: str) -> list[str]:
 def refuse_around(fs: AbstractFileSystem, folder: str, root: str) -> None:
     """Raise a UserError when `folder`, a path of `fs`, lies in such a table.
 
-    Looks at every folder from `folder` up to the top of the file system or bucket. A folder that
-    may not be looked at, or does not tell, is passed by.
+    Looks at every folder from `folder` up to the top of the file system or bucket. Skips
+    folders that it cannot look into.
     """
     above = list(_folders_up(fs, folder))
     refuse_within(root, (f"{path}/" for path in above))
@@ -161,9 +161,9 @@ def _refusal(root: str, known: _Format, mark: str) -> UserError:
 def _folders_up(fs: AbstractFileSystem, folder: str) -> Iterator[str]:
     """Yield a folder and those above it; of a link, those above its target too."""
     if isinstance(fs, LocalFileSystem):
-        given, target = Path(folder), Path(folder).resolve()
+        local_path, target = Path(folder), Path(folder).resolve()
         yield from dict.fromkeys(
-            path.as_posix() for path in (given, *given.parents, target, *target.parents)
+            path.as_posix() for path in (local_path, *local_path.parents, target, *target.parents)
         )
         return
     scheme, separator, path = folder.partition("?")[0].rpartition("://")
@@ -176,7 +176,7 @@ def _mark_in(fs: AbstractFileSystem, path: str, known: _Format) -> str | None:
     """Return the mark of a table format that lies in a folder, None where there is none."""
     folder = storage.join(path, known.folder or "")
     try:
-        return storage.patiently(lambda: _found(fs, path, folder, known), folder)
+        return storage.patiently(lambda: _look_for_mark(fs, path, folder, known), folder)
     except Exception as error:
         # Whoever may read a folder need not be allowed to see those above.
         if not (isinstance(error, OSError) or storage.is_http(fs)):
@@ -185,7 +185,7 @@ def _mark_in(fs: AbstractFileSystem, path: str, known: _Format) -> str | None:
         return None
 
 
-def _found(fs: AbstractFileSystem, path: str, folder: str, known: _Format) -> str | None:
+def _look_for_mark(fs: AbstractFileSystem, path: str, folder: str, known: _Format) -> str | None:
     if storage.is_http(fs):
         # Some servers answer every address with a page: only what an index names is there.
         listed = fs.ls(f"{path}/", detail=False)

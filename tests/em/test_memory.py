@@ -110,11 +110,11 @@ def test_what_workers_send_follows_the_tree_not_the_number_of_shards() -> None:
         root: TreeSum[Rows] = TreeSum(n_shards)
         for a, b in itertools.pairwise(edges):
             shards = [ShardRows(shard=i, blocks=[Block(torch.zeros(1, 2))]) for i in range(a, b)]
-            partials = run_on(lambda rows: Rows(X=rows.n_rows), shards, n_shards)
+            partials = run_on(lambda rows: Rows(rows.n_rows), shards, n_shards)
             assert len(partials) <= 2 * math.log2(n_shards)
             for partial in partials:
                 root.push(partial)
-        assert root.total(2 * n_shards) == Rows(X=2 * n_shards)
+        assert root.total(2 * n_shards) == Rows(2 * n_shards)
 
 
 @dataclass(frozen=True)
@@ -122,4 +122,4 @@ class Rows:
     n: int
 
     def __add__(self, other: Rows) -> Rows:
-        return Rows(X=self.n + other.n)
+        return Rows(self.n + other.n)

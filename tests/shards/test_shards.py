@@ -171,7 +171,7 @@ def test_rows_are_dealt_once_in_order(n, n_shards):
     X, weight = torch.arange(2.0 * n).view(n, 2), torch.arange(float(n))
     shards = LocalShards.of(X, weight, n_shards=n_shards)
     assert shards.n_shards == n_shards
-    got = shards.run(lambda rows: Rows(X=tuple(rows.blocks)))
+    got = shards.run(lambda rows: Rows(tuple(rows.blocks)))
     assert torch.equal(torch.cat([block.X for block in got.blocks], 1), X.T)
     assert torch.equal(torch.cat([block.sample_weight for block in got.blocks]), weight)
     assert all(block.X.is_contiguous() for block in got.blocks)
@@ -182,11 +182,11 @@ class Rows:
     blocks: tuple[Block, ...]
 
     def __add__(self, other: Rows) -> Rows:
-        return Rows(X=self.blocks + other.blocks)
+        return Rows(self.blocks + other.blocks)
 
 
 def rows_of(rows: ShardRows) -> Rows:
-    return Rows(X=tuple(rows.blocks))
+    return Rows(tuple(rows.blocks))
 
 
 def test_a_task_sees_held_out_rows_through_their_wrapper_alone():

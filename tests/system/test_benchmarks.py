@@ -155,17 +155,13 @@ def test_sizes_are_measured(tmp_path: Path, run: Run, monkeypatch: pytest.Monkey
 def test_degenerate_mixtures_are_never_the_best(tmp_path: Path) -> None:
     X = np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32)
     eye, means = np.eye(2), np.zeros((2, 2))
-    plain = Mixture(
-        parameters=np.array([0.5, 0.5]), feature_names=means, n_samples=np.stack([eye, eye])
-    )
+    plain = Mixture(np.array([0.5, 0.5]), means, np.stack([eye, eye]))
     flat = Mixture(
-        parameters=np.array([0.5, 0.5]),
-        feature_names=means,
-        n_samples=np.stack([eye, np.diag([1.0, 1.9e-6])]),
+        np.array([0.5, 0.5]),
+        means,
+        np.stack([eye, np.diag([1.0, 1.9e-6])]),
     )
-    small = Mixture(
-        parameters=np.array([0.9971, 0.0029]), feature_names=means, n_samples=np.stack([eye, eye])
-    )
+    small = Mixture(np.array([0.9971, 0.0029]), means, np.stack([eye, eye]))
     degenerate = [is_degenerate(m, len(X), 1e-6) for m in (plain, flat, small)]
     assert degenerate == [False, True, True]
 
@@ -189,7 +185,7 @@ def test_degenerate_mixtures_are_never_the_best(tmp_path: Path) -> None:
 
 def test_aims_are_judged_where_the_peer_is_not_degenerate() -> None:
     blank = np.ones(1)
-    mixture = Mixture(parameters=blank, feature_names=blank, n_samples=blank)
+    mixture = Mixture(blank, blank, blank)
 
     def fit(value: float, seconds: float, *, degenerate: bool = False) -> Fit:
         return Fit("any", "", 3, seconds, "", mixture, value, degenerate)

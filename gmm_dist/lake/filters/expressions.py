@@ -1,9 +1,9 @@
 """A row filter that is a `pyarrow.compute.Expression`: the rows that `Table.filter` keeps.
 
 Nulls and NaN mean what they mean to Arrow: a comparison with null is null, one with NaN is false,
-`~` of that is true. Files and row groups are left out by Arrow's own account of what it is told of
-them. It is not told that of floating-point columns which footers tell, the range of their numbers,
-without NaN beside it: Arrow itself leaves out row groups whose NaN `~(x == 5)` keeps.
+`~` of that is true. Arrow decides which files and row groups to leave out, by guarantees made from
+hive keys and footers. A footer's range of a floating-point column holds for its numbers alone, so
+NaN is a second case beside it: Arrow itself leaves out row groups whose NaN `~(x == 5)` keeps.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from gmm_dist.lake.filters.where import Filter, Where, no_column, shortened
 from gmm_dist.lake.parquet import footers
 from gmm_dist.lake.parquet.comparing import as_scalar, stored
 
-_MOST_FLOATING = 3  # columns; each doubles what is asked of a row group
+_MOST_FLOATING = 3  # columns; each doubles the cases of a row group
 _KEYS = "call|end|literal|options|field_ref|nested_field_ref"
 _NAMED = re.compile(rf"^({_KEYS}): '(.*?)'(?=\n(?:{_KEYS}): '|\Z)", re.DOTALL | re.MULTILINE)
 _RENAMED = {"and": "and_", "or": "or_"}
-_TOLD_TYPES = (
+_BOUNDED_TYPES = (
     *(pa.types.is_integer, pa.types.is_float32, pa.types.is_float64, pa.types.is_string),
     *(pa.types.is_large_string, pa.types.is_date32, pa.types.is_timestamp, pa.types.is_decimal128),
 )
 
 
 def filter_of(where: str | pc.Expression | Filter | None) -> Filter | None:
-    """Return a filter that is told as text, or by an expression, as a value.
+    """Return a filter, written as text or as an expression, as a value.
 
     Raises:
-        UserError: it is none that can be taken.
+        UserError: it is not a filter, or one that cannot be taken.
     """
     if isinstance(where, str):
         return parse(where)
@@ -63,8 +63,8 @@ def filter_of(where: str | pc.Expression | Filter | None) -> Filter | None:
 class ArrowFilter:
     """Hold an expression as bytes, which can be hashed and travel to workers.
 
-    `keys` and `types` are what the filter of one file knows: the hive keys of its path, in a row,
-    and the types that its other columns are compared in.
+    `keys` and `types` are set for one file: the hive keys of its path, in a row, and the types
+    in which its other columns are compared.
     """
 
     packed: bytes
@@ -88,9 +88,11 @@ class ArrowFilter:
                 expression, f"it cannot be sent to workers: {_line(error)}", remedy
             ) from error
         columns, functions = _named(expression)
-        own = sorted(name for name in functions if not hasattr(pc, _RENAMED.get(name, name)))
-        if own:
-            reason = f"it calls {own[0]!r}, which workers do not have"
+        user_functions = sorted(
+            name for name in functions if not hasattr(pc, _RENAMED.get(name, name))
+        )
+        if user_functions:
+            reason = f"it calls {user_functions[0]!r}, which workers do not have"
             raise _refused(expression, reason, "use pyarrow's own functions")
         if not columns:
             raise _refused(expression, "it names no column", "name one by pc.field('name')")
@@ -101,7 +103,7 @@ class ArrowFilter:
 
     @property
     def expression(self) -> pc.Expression:
-        """Return what is held, to be asked of Arrow."""
+        """Return the expression, for Arrow to evaluate."""
         return pickle.loads(self.packed)
 
     @property
@@ -127,9 +129,9 @@ class ArrowFilter:
 
     def _check_types(self, types: pa.Schema) -> None:
         nulls = pa.table([pa.nulls(1, type_) for type_ in types.types], schema=types)
-        found = self._evaluated(nulls).type
-        if not pa.types.is_boolean(found):
-            raise _refused(self.expression, f"its values are {found}, not true or false")
+        result_type = self._evaluated(nulls).type
+        if not pa.types.is_boolean(result_type):
+            raise _refused(self.expression, f"its values are {result_type}, not true or false")
 
     def _evaluated(self, table: pa.Table) -> pa.ChunkedArray:
         try:
@@ -147,52 +149,54 @@ class ArrowFilter:
         types = _fields(self.columns, known)
         rows = keys.select(named).to_pylist()
         distinct = {tuple(row.values()): row for row in rows}
-        told = [[_all(_told_by_path(row, keys.schema))] for row in distinct.values()]
+        guarantees = [[_all(_path_guarantees(row, keys.schema))] for row in distinct.values()]
         try:
-            may_pass = dict(zip(distinct, self._satisfiable(told, types), strict=True))
+            may_pass = dict(zip(distinct, self._satisfiable(guarantees, types), strict=True))
         except UserError:  # the types of some file: other files may have others
             return np.ones(keys.num_rows, dtype=np.bool_)
         return np.array([may_pass[tuple(row.values())] for row in rows])
 
     def in_file(self, keys: pa.Table, schema: pa.Schema, names: Collection[str]) -> ArrowFilter:
         """Return the filter that knows the hive keys of a file, and the types of columns."""
-        own = keys.select([name for name in self.columns if name in keys.column_names])
-        others = [name for name in self.columns if name not in own.column_names]
-        return replace(self, keys=own, types=_fields(others, schema))
+        path_keys = keys.select([name for name in self.columns if name in keys.column_names])
+        others = [name for name in self.columns if name not in path_keys.column_names]
+        return replace(self, keys=path_keys, types=_fields(others, schema))
 
     def matching_groups(self, metadata: pq.FileMetaData, schema: pa.Schema) -> list[int]:
         """Return the row groups that may hold a row that passes, as `Filter` does."""
         row = {name: self.keys.column(name)[0].as_py() for name in self.keys.column_names}
-        path = _told_by_path(row, self.keys.schema)
+        path = _path_guarantees(row, self.keys.schema)
         # Arrow takes `x < nan` for true of numbers that are not above it.
         names = [
             field.name
             for field in self.types
             if not (pa.types.is_floating(field.type) and "nan" in str(self.expression))
         ]
-        told = [
-            [_all([*path, *case]) for case in _told_by_footer(metadata, group, schema, names)]
+        guarantees = [
+            [_all([*path, *case]) for case in _footer_guarantees(metadata, group, schema, names)]
             for group in range(metadata.num_row_groups)
         ]
         types = pa.schema([*self.keys.schema, *self.types])
-        return [group for group, may in enumerate(self._satisfiable(told, types)) if may]
+        return [group for group, may in enumerate(self._satisfiable(guarantees, types)) if may]
 
-    def _satisfiable(self, told: Sequence[Sequence[pc.Expression]], types: pa.Schema) -> list[bool]:
-        """Say where a row may pass of which one of several things is told, for each of `told`."""
+    def _satisfiable(
+        self, guarantees: Sequence[Sequence[pc.Expression]], types: pa.Schema
+    ) -> list[bool]:
+        """Say, for each list of cases, whether a row for which one of them is true may pass."""
         self._check_types(types)
         files, format_ = LocalFileSystem(), ds.ParquetFileFormat()
-        # Arrow asks what is told of a fragment, and never opens it.
+        # Arrow reads a fragment's guarantee, and never opens its file.
         fragments = [
             format_.make_fragment(str(i), files, partition_expression=case)
-            for i, cases in enumerate(told)
+            for i, cases in enumerate(guarantees)
             for case in cases
         ]
         every = ds.FileSystemDataset(fragments, types, format_, files)
         try:
             left = {int(fragment.path) for fragment in every.get_fragments(self.expression)}
         except pa.ArrowException:  # of a value that no row may have
-            return [True] * len(told)
-        return [i in left for i in range(len(told))]
+            return [True] * len(guarantees)
+        return [i in left for i in range(len(guarantees))]
 
     def mask(self, table: pa.Table) -> npt.NDArray[np.bool_]:
         """Say of each row of a file's `table` (n,) whether it passes, as `Filter` does."""
@@ -225,14 +229,14 @@ def _named(expression: pc.Expression) -> tuple[tuple[str, ...], frozenset[str]]:
     metadata = pa.ipc.open_file(packed).schema.to_string(truncate_metadata=False)
     columns: set[str] = set()
     functions: set[str] = set()
-    found = iter(_NAMED.findall(metadata))
-    for key, value in found:
+    entries = iter(_NAMED.findall(metadata))
+    for key, value in entries:
         if key == "call":
             functions.add(value)
         elif key == "field_ref":
             columns.add(value)
         elif key == "nested_field_ref":  # so many names follow: a column, and what is in it
-            names = [next(found)[1] for _ in range(int(value))]
+            names = [next(entries)[1] for _ in range(int(value))]
             columns.add(names[0])
     return tuple(sorted(columns)), frozenset(functions)
 
@@ -248,7 +252,7 @@ def _all(conditions: Iterable[pc.Expression]) -> pc.Expression:
     return functools.reduce(operator.and_, conditions, pc.scalar(True))
 
 
-def _told_by_path(keys: Mapping[str, object], types: pa.Schema) -> list[pc.Expression]:
+def _path_guarantees(keys: Mapping[str, object], types: pa.Schema) -> list[pc.Expression]:
     """Return what is true of all rows of a file, by its hive keys."""
     return [
         pc.field(name).is_null()
@@ -258,23 +262,23 @@ def _told_by_path(keys: Mapping[str, object], types: pa.Schema) -> list[pc.Expre
     ]
 
 
-def _told_by_footer(
+def _footer_guarantees(
     metadata: pq.FileMetaData, group: int, schema: pa.Schema, names: Iterable[str]
 ) -> list[list[pc.Expression]]:
-    """Return what is true of the rows of a row group: of each row, one of several things is."""
-    told, floating = [], 0
+    """Return cases of which one is true of each row of a row group."""
+    column_cases, floating = [], 0
     for name in names:
-        cases = _told_of(metadata, group, schema, name)
+        cases = _column_guarantees(metadata, group, schema, name)
         floating += len(cases) > 1
         if len(cases) == 1 or 0 < floating <= _MOST_FLOATING:
-            told.append(cases)
-    return [list(itertools.chain.from_iterable(case)) for case in itertools.product(*told)]
+            column_cases.append(cases)
+    return [list(itertools.chain.from_iterable(case)) for case in itertools.product(*column_cases)]
 
 
-def _told_of(
+def _column_guarantees(
     metadata: pq.FileMetaData, group: int, schema: pa.Schema, name: str
 ) -> list[list[pc.Expression]]:
-    """Return what is true of a column: of its numbers, and then of its NaN."""
+    """Return the cases of a column: its numbers and, where it may have them, its NaN."""
     column = pc.field(name)
     if name not in schema.names:
         return [[column.is_null()]]
@@ -282,7 +286,7 @@ def _told_of(
     bounds, nulls = footers.extremes_and_nulls(metadata, group, schema, name)
     if nulls == metadata.row_group(group).num_rows and bounds is None:
         return [[column.is_null()]]
-    if bounds is None or not any(is_of(type_) for is_of in _TOLD_TYPES):
+    if bounds is None or not any(is_of(type_) for is_of in _BOUNDED_TYPES):
         return [[]]
     try:
         low, high = (as_scalar(type_, key).cast(type_) for key in bounds)

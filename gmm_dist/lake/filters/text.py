@@ -65,8 +65,8 @@ def parse(text: str) -> Where:
         raise UserError(f"{what}; {_syntax_remedy(source)}") from error
     _refuse_rounded(tree, text)
     try:
-        found = _Reader(text, source).condition(tree, negated=False)
-        is_deep = _depth(found) > _DEEPEST
+        where = _Reader(text, source).condition(tree, negated=False)
+        is_deep = _depth(where) > _DEEPEST
     except RecursionError:
         is_deep = True
     if is_deep:
@@ -74,7 +74,7 @@ def parse(text: str) -> Where:
             f"filter {_quoted(text)}: 'and' and 'or' within each other more than {_DEEPEST} deep; "
             "write it with fewer parentheses"
         )
-    return found
+    return where
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class _Reader:
     source: str
 
     def condition(self, node: ast.expr, *, negated: bool) -> Where:
-        """Return a part of the filter, or what is true where that is false."""
+        """Return a part of the filter, or its negation: what is true where that is false."""
         match node:
             case ast.UnaryOp(op=ast.Not()):
                 return self.condition(node.operand, negated=not negated)
@@ -144,7 +144,7 @@ class _Reader:
         return Where.all_of((name.name, "!=", literal) for literal in literals.values())
 
     def _has_parentheses(self, values: ast.expr) -> bool:
-        """Say whether values are a list: Python's tree tells that of several alone."""
+        """Say whether values are in parentheses: Python's tree shows those of several alone."""
         if isinstance(values, ast.Tuple | ast.List):
             return True
         line = self.source.encode().splitlines()[: values.lineno]
@@ -232,9 +232,9 @@ def _depth(where: Where) -> int:
 
 
 def _lowered(text: str) -> str:
-    """Return a filter's text, its keywords in lower case: no character moves.
+    """Return a filter's text with its keywords in lower case: no character moves.
 
-    `AND` and such are also columns' names, where a value is due.
+    Where a value is due, `AND` and such are the names of columns.
     """
     tokens: list[tokenize.TokenInfo] = []
     with suppress(tokenize.TokenError, SyntaxError):

@@ -33,8 +33,8 @@ Clause = tuple[str, str, Operand]
 class Filter(Protocol):
     """Say which rows of a lake pass: a `Where`, or an expression of pyarrow's.
 
-    Hashable and picklable. `columns` are the columns and hive keys that it names, `text` says all
-    of it, for a plan's hash, and `shown` in short.
+    Hashable and picklable. `columns` are the columns and hive keys that it names, `text` is all of
+    it, for a plan's hash, and `shown` a short form.
     """
 
     @property
@@ -47,34 +47,34 @@ class Filter(Protocol):
     def shown(self) -> str: ...
 
     def by_row(self, keys: Collection[str]) -> Self | None:
-        """Return what hive `keys` alone do not decide, None where they decide it all."""
+        """Return the part that hive `keys` alone do not decide, None where there is none."""
 
     def check(self, schema: pa.Schema, stored: Iterable[Mapping[str, pa.DataType]]) -> None:
-        """Raise UserError unless it can be asked of `schema`, of all files, and of each one."""
+        """Raise UserError unless it fits `schema`, of all files, and `stored`, of each one."""
 
     def matching_paths(
         self, keys: pa.Table, schema: Callable[[], pa.Schema]
     ) -> npt.NDArray[np.bool_]:
         """Say of each file (n,) whether a row of it may pass, by its hive `keys`, a row each.
 
-        `schema` returns the keys and the columns of some file, for those who need them.
+        `schema` returns the keys and the columns of some file, for filters that need them.
         """
 
     def in_file(self, keys: pa.Table, schema: pa.Schema, names: Collection[str]) -> Self | bool:
         """Return what is left to test of a file that has columns of such names.
 
-        `keys` is a row of the hive keys that its path tells. Columns that it lacks are null.
+        `keys` has one row, the hive keys of its path. Columns that it lacks are null.
         `schema` types columns as they are compared.
         """
 
     def matching_groups(self, metadata: pq.FileMetaData, schema: pa.Schema) -> list[int]:
         """Return the row groups of a file of `schema` that may hold a row that passes.
 
-        For what `in_file` has left. Raises UserError where it cannot be asked of such columns.
+        For a filter that `in_file` returned. Raises UserError where it does not fit the columns.
         """
 
     def mask(self, table: pa.Table) -> npt.NDArray[np.bool_]:
-        """Say of each row of a file's `table` (n,) whether it passes; for what `in_file` left."""
+        """Say of each row of a file's `table` (n,) whether it passes, by a filter of `in_file`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +89,11 @@ class Either:
         return " or ".join(where.text for where in self.alternatives)
 
     def known(self, truth: Callable[[Clause], bool | None]) -> Where | bool:
-        """Return what is left where some comparisons are known to be true, or not to be."""
-        found = [where.known(truth) for where in self.alternatives]
-        if any(where is True for where in found):
+        """Return what is left to test; `truth` returns None for what it does not decide."""
+        simplified = [where.known(truth) for where in self.alternatives]
+        if any(where is True for where in simplified):
             return True
-        left = [where for where in found if isinstance(where, Where)]
+        left = [where for where in simplified if isinstance(where, Where)]
         return Where.any_of(left) if left else False
 
 
@@ -101,9 +101,9 @@ class Either:
 class Where:
     """Hold the clauses of a filter; a row passes when all of them hold.
 
-    They are in canonical order, so two texts that say the same in another order are equal. There
-    is no `not`: it is `x >= 5` for `not x < 5`, which is the same for three values too. So
-    unknown may be taken for false.
+    They are in canonical order, so texts that differ in order alone give equal filters. There is
+    no `not`: `not x < 5` is held as `x >= 5`, which is the same in three-valued logic. So unknown
+    may be taken for false.
     """
 
     clauses: tuple[Clause | Either, ...]
@@ -117,8 +117,8 @@ class Where:
     def any_of(cls, alternatives: Iterable[Where]) -> Where:
         """Return the filter that passes where one of these does."""
         flat = dict.fromkeys(one for where in alternatives for one in where._alternatives)
-        found = sorted(_merged(flat), key=lambda where: where.text)
-        return found[0] if len(found) == 1 else cls((Either(tuple(found)),))
+        merged = sorted(_merged(flat), key=lambda where: where.text)
+        return merged[0] if len(merged) == 1 else cls((Either(tuple(merged)),))
 
     @property
     def _alternatives(self) -> tuple[Where, ...]:
@@ -127,7 +127,7 @@ class Where:
 
     @property
     def comparisons(self) -> Iterator[Clause]:
-        """Yield all that is compared, whatever joins it."""
+        """Yield all comparisons, whether joined by `and` or by `or`."""
         for clause in self.clauses:
             if isinstance(clause, Either):
                 for where in clause.alternatives:
@@ -158,16 +158,16 @@ class Where:
         return shortened(self.text)
 
     def restricted(self, columns: Collection[str]) -> Where | None:
-        """Return what the filter asks of `columns` alone, None when that is nothing.
+        """Return the part of the filter about `columns` alone, None when there is none.
 
-        All rows that pass the filter pass it: what is compared of others may be true.
+        All rows that pass the filter pass it too: comparisons of other columns count as true.
         """
         among = frozenset(columns)
-        found = self.known(lambda clause: None if clause[0] in among else True)
-        return found if isinstance(found, Where) else None
+        simplified = self.known(lambda clause: None if clause[0] in among else True)
+        return simplified if isinstance(simplified, Where) else None
 
     def by_row(self, keys: Collection[str]) -> Where | None:
-        """Return what hive `keys` alone do not decide, None where they decide it all."""
+        """Return the part that hive `keys` alone do not decide, None where there is none."""
         of_path = frozenset(keys)
         clauses = tuple(
             clause
@@ -183,19 +183,21 @@ class Where:
     ) -> npt.NDArray[np.bool_]:
         """Say of each file (n,) whether a row of it may pass, by its hive `keys`, a row each.
 
-        `schema` returns the columns of some file, which this kind of filter can do without.
+        `schema` returns the columns of some file, which this kind of filter does not need.
         """
-        asked = self.restricted(keys.column_names)
-        return np.ones(keys.num_rows, dtype=np.bool_) if asked is None else asked.mask(keys)
+        key_filter = self.restricted(keys.column_names)
+        return (
+            np.ones(keys.num_rows, dtype=np.bool_) if key_filter is None else key_filter.mask(keys)
+        )
 
     def in_file(self, keys: pa.Table, schema: pa.Schema, names: Collection[str]) -> Where | bool:
         """Return what is left to test of a file that has columns of such names.
 
-        `keys` is a row of the hive keys that its path tells. Columns that it lacks are null.
+        `keys` has one row, the hive keys of its path. Columns that it lacks are null.
         """
 
-        asked = set(self.columns)
-        if asked.issubset(names) and asked.isdisjoint(keys.column_names):
+        columns = set(self.columns)
+        if columns.issubset(names) and columns.isdisjoint(keys.column_names):
             return self
 
         def truth(clause: Clause) -> bool | None:
@@ -206,7 +208,7 @@ class Where:
         return self.known(truth)
 
     def known(self, truth: Callable[[Clause], bool | None]) -> Where | bool:
-        """Return what is left where some comparisons are known to be true, or not to be."""
+        """Return what is left to test; `truth` returns None for what it does not decide."""
         left: list[Clause | Either] = []
         for clause in self.clauses:
             known = clause.known(truth) if isinstance(clause, Either) else truth(clause)
@@ -219,15 +221,17 @@ class Where:
         return Where.all_of(left) if left else True
 
     def check(self, schema: pa.Schema, stored: Iterable[Mapping[str, pa.DataType]]) -> None:
-        """Raise unless columns are in `schema` and literals fit its types, and each file's own.
+        """Check that columns are in `schema`, and literals fit its types and those of each file.
 
         Raises:
-            UserError: which does not.
+            UserError: a column is not there, or a literal does not fit.
         """
         self.tests(schema)
         for types in stored:
-            own = tuple(clause for clause in self.comparisons if clause[0] in types)
-            Where(own).tests(pa.schema([(name, types[name]) for name in {c[0] for c in own}]))
+            clauses = tuple(clause for clause in self.comparisons if clause[0] in types)
+            Where(clauses).tests(
+                pa.schema([(name, types[name]) for name in {c[0] for c in clauses}])
+            )
 
     def tests(self, schema: pa.Schema) -> PassingRows:
         """Return what passes, for rows of `schema`.
@@ -242,7 +246,9 @@ class Where:
                 several.append(tuple(where.tests(schema) for where in clause.alternatives))
             else:
                 compared.setdefault(clause[0], []).append(clause[1:])
-        columns = tuple((name, _passing(schema, name, found)) for name, found in compared.items())
+        columns = tuple(
+            (name, _passing(schema, name, comparisons)) for name, comparisons in compared.items()
+        )
         return PassingRows(columns, tuple(several))
 
     def matching_groups(self, metadata: pq.FileMetaData, schema: pa.Schema) -> list[int]:
@@ -267,12 +273,12 @@ class Where:
 
 def one_of(column: str, literals: Iterable[Literal]) -> Clause:
     """Return the clause that passes where a column is one of some literals."""
-    found = tuple(sorted({repr(literal): literal for literal in literals}.values(), key=repr))
-    return (column, "==", found[0]) if len(found) == 1 else (column, "in", found)
+    distinct = tuple(sorted({repr(literal): literal for literal in literals}.values(), key=repr))
+    return (column, "==", distinct[0]) if len(distinct) == 1 else (column, "in", distinct)
 
 
 def _merged(alternatives: Iterable[Where]) -> list[Where]:
-    """Return alternatives, those that ask one column for one value or another as one."""
+    """Return alternatives; those that compare one column with values become one."""
     equal: dict[str, list[Literal]] = {}
     others = []
     for where in alternatives:

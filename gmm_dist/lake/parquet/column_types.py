@@ -75,7 +75,7 @@ def join(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
     float64 stands for whole numbers of more than 53 bits beside floats, and a finer unit for
     a coarser one, though neither holds every value; for decimals beside floats only where they
-    are numbers to compute with (`loses` tells).
+    are numbers to compute with: see `loses`.
     """
     if a == b:
         return a
@@ -96,7 +96,7 @@ def join(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
 
 def loses(stored: pa.DataType, common: pa.DataType) -> bool:
-    """Say whether a cast to a common type may round a value and not say so."""
+    """Say whether a cast to a common type may silently round a value."""
     stored, common = value_type(stored), value_type(common)
     if is_list(stored) and is_list(common):
         return loses(stored.value_type, common.value_type)
@@ -105,7 +105,7 @@ def loses(stored: pa.DataType, common: pa.DataType) -> bool:
 
 def _join_lists(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     inner = join(a.value_type, b.value_type)
-    widths = {found for found in (width(a), width(b)) if found is not None}
+    widths = {length for length in (width(a), width(b)) if length is not None}
     if inner is None or len(widths) > 1:
         return None
     if width(a) is not None and width(b) is not None:
@@ -180,7 +180,7 @@ def _join_times(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
         return other if pa.types.is_timestamp(other) and other.tz is None else None
     if pa.types.is_timestamp(a) and pa.types.is_timestamp(b):
         if (a.tz is None) != (b.tz is None):
-            return None  # which instant a time without a zone is nobody knows
+            return None  # a time without a zone may be any of several instants
         return pa.timestamp(_finer(a, b), a.tz if a.tz == b.tz else "UTC")
     if pa.types.is_time(a) and pa.types.is_time(b):
         unit = _finer(a, b)

@@ -42,10 +42,10 @@ class DoesNotFit(ValueError):  # noqa: N818 - it says what is wrong
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passing:
-    """Say which values of a column of type `type` pass: those of a range, but for a few.
+    """Say which values of a column of type `type` pass: a range, less the `excluded` keys.
 
     `lower` and `upper` are a key and whether it is itself left out, `among` the only keys that
-    may pass, sorted (None: any). Null and NaN never pass; where `missing`, nothing else does.
+    may pass, sorted (None: any). Null and NaN never pass; where `missing`, only they do.
     """
 
     type: pa.DataType
@@ -64,13 +64,13 @@ class Passing:
         decides every comparison exactly: `x > 0.5` of whole numbers is `x > 0`.
 
         Raises:
-            DoesNotFit: a literal is nothing to compare the column with; its argument.
+            DoesNotFit: a literal, its argument, cannot be compared with the column.
         """
         type_ = value_type(type_)
         passing = cls(type=type_)
         excluded: set[Key] = set()
-        asked = list(comparisons)
-        for operator, operand in asked:
+        pairs = list(comparisons)
+        for operator, operand in pairs:
             if operator in ("is", "is not") or pa.types.is_null(type_):
                 continue
             if isinstance(operand, tuple):
@@ -82,7 +82,7 @@ class Passing:
                 excluded.update((key,) if is_equal and key is not None else ())
             else:
                 passing = passing._narrowed(operator, key, is_equal)
-        missing = [operator == "is" for operator, _ in asked]
+        missing = [operator == "is" for operator, _ in pairs]
         never = passing.never or ((any(missing) or pa.types.is_null(type_)) and not all(missing))
         return replace(passing, excluded=frozenset(excluded), never=never, missing=any(missing))
 
@@ -137,11 +137,13 @@ class Passing:
             below = pc.less if self.upper[1] else pc.less_equal
             passes = pc.and_(passes, below(column, as_scalar(self.type, self.upper[0])))
         if self.excluded:
-            found = pc.is_in(column, value_set=_value_set(self.type, self.excluded, column.type))
-            passes = pc.and_(passes, pc.invert(found))
+            is_excluded = pc.is_in(
+                column, value_set=_value_set(self.type, self.excluded, column.type)
+            )
+            passes = pc.and_(passes, pc.invert(is_excluded))
         if self.among is not None:
-            found = pc.is_in(column, value_set=_value_set(self.type, self.among, column.type))
-            passes = pc.and_(passes, found)
+            is_among = pc.is_in(column, value_set=_value_set(self.type, self.among, column.type))
+            passes = pc.and_(passes, is_among)
         return passes.fill_null(False)
 
 
@@ -192,20 +194,20 @@ def value_type(type_: pa.DataType) -> pa.DataType:
     return type_
 
 
-def extremes(found: pq.Statistics | None, type_: pa.DataType) -> tuple[Key, Key] | None:
-    """Return least and largest key of a column's values in a row group, if its footer tells.
+def extremes(statistics: pq.Statistics | None, type_: pa.DataType) -> tuple[Key, Key] | None:
+    """Return least and largest key of a column in a row group, None if its footer has none.
 
-    They are bounds: a writer may have cut long texts. Those of some writers are the wrong way
-    round, and tell nothing.
+    They are bounds: a writer may have cut long texts. Some writers have them the wrong way round;
+    these are ignored.
     """
-    if found is None or not found.has_min_max:
+    if statistics is None or not statistics.has_min_max:
         return None
-    bounds = _bounds(found, type_)
+    bounds = _bounds(statistics, type_)
     return None if bounds is None or bounds[0] > bounds[1] else bounds
 
 
-def _bounds(found: pq.Statistics, type_: pa.DataType) -> Any:
-    low, high = found.min_raw, found.max_raw
+def _bounds(statistics: pq.Statistics, type_: pa.DataType) -> Any:
+    low, high = statistics.min_raw, statistics.max_raw
     if pa.types.is_floating(type_) and not pa.types.is_float16(type_):
         return None if low != low or high != high else (low, high)
     if _is_bytes(type_):
@@ -214,7 +216,7 @@ def _bounds(found: pq.Statistics, type_: pa.DataType) -> Any:
         return int.from_bytes(low, "big", signed=True), int.from_bytes(high, "big", signed=True)
     if not isinstance(low, int) or not _is_counted(type_):
         return None
-    if not _is_same_unit(type_, found.logical_type):
+    if not _is_same_unit(type_, statistics.logical_type):
         return None
     if pa.types.is_unsigned_integer(type_):
         return low % 2**type_.bit_width, high % 2**type_.bit_width
@@ -407,10 +409,10 @@ def _comparable_type(type_: pa.DataType) -> pa.DataType:
 
 def as_scalar(type_: pa.DataType, key: Key) -> pa.Scalar:
     """Return a key as a value of the type that `_comparable` leaves."""
-    found = _comparable_type(type_)
+    comparable = _comparable_type(type_)
     if isinstance(key, bytes):
-        return pa.scalar(key if _is_binary(found) else key.decode(), found)
-    if pa.types.is_decimal(found):
+        return pa.scalar(key if _is_binary(comparable) else key.decode(), comparable)
+    if pa.types.is_decimal(comparable):
         digits = tuple(map(int, str(abs(int(key)))))
-        return pa.scalar(Decimal((int(key < 0), digits, -found.scale)), found)
-    return pa.scalar(bool(key) if pa.types.is_boolean(found) else key, found)
+        return pa.scalar(Decimal((int(key < 0), digits, -comparable.scale)), comparable)
+    return pa.scalar(bool(key) if pa.types.is_boolean(comparable) else key, comparable)

@@ -23,9 +23,9 @@ def parquet_file(source: Any, **options: Any) -> pq.ParquetFile:
     )
 
 
-def wrong_rows(name: str, row_group: int, found: int, promised: int) -> UserError:
+def wrong_rows(name: str, row_group: int, n_rows: int, promised: int) -> UserError:
     """Return the error that a row group of the file `name` has other rows than promised."""
     return UserError(
-        f"{name}, row group {row_group}: {found:,} rows where the footer has {promised:,}; "
+        f"{name}, row group {row_group}: {n_rows:,} rows where the footer has {promised:,}; "
         "write the file again or move it away"
     )

@@ -1,6 +1,6 @@
-"""What the footer of a Parquet file tells of its rows, and of columns that no one has read yet.
+"""What the footer of a Parquet file says of its rows and columns, before they are read.
 
-A damaged one is refused before it is asked: Arrow would end the process.
+A damaged footer is refused before it is used: Arrow would end the process.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def _n_leaves(type_: pa.DataType) -> int:
 
 
 def looked_at(metadata: pq.FileMetaData, names: Collection[str] | None) -> list[int]:
-    """Return the Parquet columns to ask of when those of these names are wanted (None: all).
+    """Return the Parquet columns to look at for columns of these names (None: all).
 
-    One at least is without lists, where there is any: see `contradiction`.
+    At least one has no lists, where there is any: see `contradiction`.
     """
     every = range(metadata.num_columns)
     if names is None:
         return list(every)
-    found = set(itertools.chain.from_iterable(stored_in(metadata, names).values()))
-    return sorted(found if _flat(metadata, found) else {*found, *_flat(metadata, every)[:1]})
+    wanted = set(itertools.chain.from_iterable(stored_in(metadata, names).values()))
+    return sorted(wanted if _flat(metadata, wanted) else {*wanted, *_flat(metadata, every)[:1]})
 
 
 def _flat(metadata: pq.FileMetaData, leaves: Iterable[int]) -> list[int]:
@@ -50,15 +50,15 @@ def _flat(metadata: pq.FileMetaData, leaves: Iterable[int]) -> list[int]:
 
 
 def contradiction(metadata: pq.FileMetaData, leaves: Iterable[int]) -> str | None:
-    """Say where a footer tells the number of rows in two ways; None where it does not.
+    """Say where a footer contradicts itself about the number of rows; None where it does not.
 
-    Only these Parquet columns are asked of.
+    Only the Parquet columns `leaves` are looked at.
     """
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     rows = sum(group.num_rows for group in groups)
     if rows != metadata.num_rows:
         return f"the footer promises {metadata.num_rows:,} rows, its row groups {rows:,}"
-    # A column without lists has a value for each row, if only a null: one such column will tell.
+    # A column without lists has a value for each row, if only a null: one such column is enough.
     flat = next(iter(_flat(metadata, leaves)), None)
     for number, group in enumerate(groups):
         values = group.num_rows if flat is None else group.column(flat).num_values
@@ -71,16 +71,16 @@ def contradiction(metadata: pq.FileMetaData, leaves: Iterable[int]) -> str | Non
 
 
 def index_columns(schema: pa.Schema) -> frozenset[str]:
-    """Return the columns that pandas wrote an index to, by its own account in the schema."""
+    """Return the columns that pandas wrote an index to, by its metadata in the schema."""
     listed: list[object] = []
     with suppress(ValueError, TypeError, KeyError):
         listed = json.loads((schema.metadata or {})[b"pandas"])["index_columns"]
     if not isinstance(listed, list):
         listed = []
     # A range is kept as its bounds, and has no column.
-    told = {name for name in listed if isinstance(name, str)}
-    # Others copy the columns of such a file, and not what pandas said of them.
-    return frozenset(name for name in schema.names if name in told or _is_index_name(name))
+    index_names = {name for name in listed if isinstance(name, str)}
+    # Other writers copy the columns of such a file, without the metadata of pandas.
+    return frozenset(name for name in schema.names if name in index_names or _is_index_name(name))
 
 
 def _is_index_name(name: str) -> bool:
@@ -111,7 +111,7 @@ def matching_groups(metadata: pq.FileMetaData, schema: pa.Schema, tests: Passing
     return [group for group in range(metadata.num_row_groups) if may_hold(group)]
 
 
-def _told(metadata: pq.FileMetaData, group: int, leaf: int) -> pq.Statistics | None:
+def _leaf_statistics(metadata: pq.FileMetaData, group: int, leaf: int) -> pq.Statistics | None:
     return statistics(
         metadata.row_group(group).column(leaf), metadata.schema.column(leaf).physical_type
     )
@@ -120,14 +120,14 @@ def _told(metadata: pq.FileMetaData, group: int, leaf: int) -> pq.Statistics | N
 def extremes_and_nulls(
     metadata: pq.FileMetaData, group: int, schema: pa.Schema, name: str
 ) -> tuple[Extent | None, int | None]:
-    """Return a column's extremes in a row group, and how many nulls; None for what is not told."""
+    """Return a column's extremes in a row group, and how many nulls; None if unknown."""
     column = schema.get_field_index(name)
     type_ = schema.field(column).type
     if pa.types.is_nested(value_type(type_)):
         return None, None
-    found = _told(metadata, group, leaves(schema)[column].start)
-    nulls = found.null_count if found is not None and found.has_null_count else None
-    return extremes(found, type_), nulls
+    stats = _leaf_statistics(metadata, group, leaves(schema)[column].start)
+    nulls = stats.null_count if stats is not None and stats.has_null_count else None
+    return extremes(stats, type_), nulls
 
 
 def _may_pass(
@@ -136,18 +136,18 @@ def _may_pass(
     if passing.never:
         return False
     if pa.types.is_nested(value_type(type_)):
-        return True  # what is told of is what the lists hold
-    found, rows = _told(metadata, group, leaf), metadata.row_group(group).num_rows
-    if found is not None and found.has_null_count and found.null_count == rows > 0:
+        return True  # the statistics are of what the lists hold
+    stats, rows = _leaf_statistics(metadata, group, leaf), metadata.row_group(group).num_rows
+    if stats is not None and stats.has_null_count and stats.null_count == rows > 0:
         # Extremes of nothing but nulls? Then neither is to be trusted.
-        return passing.missing or bool(found.has_min_max)
+        return passing.missing or bool(stats.has_min_max)
     if passing.missing:  # no footer tells of NaN
-        if found is None or not found.has_null_count or pa.types.is_floating(value_type(type_)):
+        if stats is None or not stats.has_null_count or pa.types.is_floating(value_type(type_)):
             return True
-        return bool(found.null_count > 0)
+        return bool(stats.null_count > 0)
     if type_ != passing.type or (pa.types.is_decimal(type_) and type_.bit_width < 128):
         return True  # plans that were made before have read such row groups
-    bounds = extremes(found, type_)
+    bounds = extremes(stats, type_)
     return bounds is None or passing.may_hold(*bounds)
 
 
@@ -159,7 +159,7 @@ def nulls(
     *,
     most: int,
 ) -> dict[str, tuple[int, int]]:
-    """Return the columns that have nulls: a row group, and how many; those that the footer tells.
+    """Return the columns that have nulls by the footer: the first row group, and how many there.
 
     Of lists both null lists and null elements count.
 
@@ -177,16 +177,16 @@ def nulls(
         for name, place, type_ in zip(schema.names, leaves(schema), schema.types, strict=True)
         if (among is None or name in among) and _could_be_feature(type_)
     ]
-    found: dict[str, tuple[int, int]] = {}
+    first_nulls: dict[str, tuple[int, int]] = {}
     for group in groups:
         if (most := most - len(wanted)) < 0:
             break
         row_group = metadata.row_group(group)
         for name, leaf, physical_type in wanted:
-            told = statistics(row_group.column(leaf), physical_type)
-            if told is not None and told.has_null_count and told.null_count > 0:
-                found.setdefault(name, (group, told.null_count))
-    return found
+            stats = statistics(row_group.column(leaf), physical_type)
+            if stats is not None and stats.has_null_count and stats.null_count > 0:
+                first_nulls.setdefault(name, (group, stats.null_count))
+    return first_nulls
 
 
 def _could_be_feature(type_: pa.DataType) -> bool:
@@ -196,19 +196,22 @@ def _could_be_feature(type_: pa.DataType) -> bool:
 def extents(
     metadata: pq.FileMetaData, schema: pa.Schema, groups: Iterable[int], names: Collection[str]
 ) -> Mapping[str, Extent]:
-    """Return the least and the largest key of columns, where the footer tells of any row group."""
+    """Return the least and the largest key of columns, over the row groups that have them."""
     places = leaves(schema)
-    found: dict[str, Extent] = {}
+    extent_of: dict[str, Extent] = {}
     for name in names:
         column = schema.get_field_index(name)
         if column < 0:
             continue
         leaf, type_ = places[column].start, schema.field(column).type
-        bounds = [extremes(_told(metadata, group, leaf), type_) for group in groups]
-        told = [bound for bound in bounds if bound is not None]
-        if told:
-            found[name] = min(low for low, _ in told), max(high for _, high in told)
-    return found
+        bounds = [extremes(_leaf_statistics(metadata, group, leaf), type_) for group in groups]
+        known_bounds = [bound for bound in bounds if bound is not None]
+        if known_bounds:
+            extent_of[name] = (
+                min(low for low, _ in known_bounds),
+                max(high for _, high in known_bounds),
+            )
+    return extent_of
 
 
 def stored_in(metadata: pq.FileMetaData, names: Collection[str]) -> dict[str, list[int]]:
@@ -216,19 +219,19 @@ def stored_in(metadata: pq.FileMetaData, names: Collection[str]) -> dict[str, li
 
     A name may have dots, and nested columns add more.
     """
-    found: dict[str, list[int]] = {name: [] for name in names}
+    leaf_numbers: dict[str, list[int]] = {name: [] for name in names}
     for i in range(metadata.num_columns):
         for name in itertools.accumulate(metadata.schema.column(i).path.split("."), "{}.{}".format):
-            if name in found:
-                found[name].append(i)
-    return found
+            if name in leaf_numbers:
+                leaf_numbers[name].append(i)
+    return leaf_numbers
 
 
 def require_sound(metadata: pq.FileMetaData, size: int, leaves: Sequence[int]) -> None:
-    """Raise OSError where what a footer says of chunks of these Parquet columns makes no sense.
+    """Raise OSError where a footer makes no sense about the chunks of these Parquet columns.
 
-    So it is where they are encrypted. Arrow looks at all of it before it reads, and then raises;
-    hence it begins to read from a file of `size` bytes that yields nothing.
+    Also where they are encrypted. Arrow checks all of it before it reads, and then raises; so
+    this begins to read from a file of `size` bytes that yields nothing.
     """
     parquet = pq.ParquetFile(_Unreadable(size), metadata=metadata, pre_buffer=True)
     batches = parquet.iter_batches(
@@ -269,7 +272,7 @@ class _Unreadable(io.RawIOBase):
 
 
 def statistics(chunk: pq.ColumnChunkMetaData, physical_type: str) -> pq.Statistics | None:
-    """Return what a footer tells of the values of a column chunk, None where it does not.
+    """Return the statistics of a column chunk, None where the footer has none.
 
     `physical_type` is the column's, by the schema in the same footer. Raises OSError where they
     contradict each other.

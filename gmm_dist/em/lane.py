@@ -145,6 +145,10 @@ class Lane:
         return self.status is None
 
     @property
+    def converged(self) -> bool:
+        return self.status is Status.CONVERGED
+
+    @property
     def lower_bound(self) -> float:
         """The last bound; -inf before the first."""
         return self.lower_bounds[-1] if self.lower_bounds else -math.inf

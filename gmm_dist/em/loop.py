@@ -137,7 +137,7 @@ def result_of(lane: Lane, total: TotalMoments) -> FitResult:
         # The parameters returned are those that were scored.
         parameters=lane.parameters,
         status=_status(lane, degenerate),
-        converged=lane.status is Status.CONVERGED,
+        converged=lane.converged,
         n_iter=lane.n_iter,
         n_samples=total.n_samples,
         log_likelihood=lane.log_likelihood,

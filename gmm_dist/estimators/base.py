@@ -211,7 +211,7 @@ class BaseMixture(FittedMixture):
         """Say how the best start went; to be called by what `fit` calls."""
         self._n_samples = n_samples
         self._log_likelihood = self._bound_is_likelihood * best.lower_bound * n_samples
-        self.converged_, self.n_iter_ = best.status is Status.CONVERGED, best.n_iter
+        self.converged_, self.n_iter_ = best.converged, best.n_iter
         self.lower_bound_, self.lower_bounds_ = best.lower_bound, best.lower_bounds
         if not self.converged_ and self.max_iter > 0:
             warnings.warn(

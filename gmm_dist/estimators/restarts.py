@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from gmm_dist.em.lane import Lane, Status
+from gmm_dist.em.lane import Lane
 
 _ROUNDING = 1e-10  # of a lower bound: what the iterations of a fit may have rounded away
 
@@ -62,7 +62,7 @@ class Reporter:
             return
         for number, lane in enumerate(self._lanes):
             line = f"Initialization {number} "
-            line += "converged." if lane.status is Status.CONVERGED else "did not converge."
+            line += "converged." if lane.converged else "did not converge."
             if self._verbose > 1:
                 line += f" time lapse {time.monotonic() - self._began:.5f}s"
                 line += f"\t lower bound {lane.lower_bound:.5f}."

@@ -170,7 +170,7 @@ def ours(
     counted, starts = Counted(shards), None if given is None else [_parameters(m) for m in given]
     candidates = [Candidate(k, "full") for k in ks]
     began = time.perf_counter()
-    result = sweep(counted, candidates, config, start, n_features=X.shape[1], given=starts)
+    result = sweep(counted, candidates, config, start, n_features=X.shape[1], initial=starts)
     seconds = time.perf_counter() - began
     name = "ours" if len(ks) == 1 else "ours, one sweep"
     if given is None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from gmm_dist import __version__
-from gmm_dist.commands import talking
+from gmm_dist.commands import early, talking
 
 JOBS = {
     "fit": "fit one mixture",
@@ -57,3 +57,7 @@ def usage() -> str:
             *lines,
         ]
     )
+
+
+if __name__ == "__main__":
+    early.main()

@@ -38,7 +38,7 @@ def main(job: str | None = None) -> NoReturn:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
-    # Seconds to import, in which signals are answered already.
+    # This import takes seconds, in which signals are handled already.
     from gmm_dist.commands.cli import main as run
 
     sys.exit(run(job))

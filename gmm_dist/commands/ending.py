@@ -42,28 +42,28 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "give shorter names",
 }
 
-# What --json tells of the job that runs, beside how it ended.
+# What --json reports of the job, beside its exit status.
 _facts: dict[str, object] = {}
 
-# The command that goes on with what is being done; None where there is nothing to go on with.
+# The command that resumes the job; None where there is nothing to resume.
 _to_resume: list[str | None] = [None]
 
 
 @contextmanager
 def said_how_to_resume(command_line: CommandLine) -> Iterator[None]:
-    """Have the line that ends the block, if something does, name the command that goes on."""
+    """Have the error line name the command that resumes, if the block fails."""
     before, _to_resume[0] = _to_resume[0], command_line.to_resume()
     yield
     _to_resume[0] = before
 
 
 def note(**facts: object) -> None:
-    """Have the line that --json asks for tell these facts too; None leaves one out."""
+    """Add facts to the line that --json prints; those that are None are left out."""
     _facts.update({name: value for name, value in facts.items() if value is not None})
 
 
 def run(job: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a job and return its exit status; whatever ends it is told in one line on stderr."""
+    """Run a job and return its exit status; an error is printed as one line on stderr."""
     words = sys.argv[1:] if argv is None else argv
     _to_resume[0] = None
     _facts.clear()
@@ -89,7 +89,7 @@ def _told(error: BaseException, stop: Stopper) -> int:
         return _complain(f"stopped by {stop.name}", stop.status, _go_on())
     if isinstance(error, UserError):
         return _complain(error.spelt(talking.on_command_line), USER_CAN_MEND)
-    # Who has lost the lease has lost it to a driver that goes on.
+    # After a lost lease there is nothing to resume: another driver goes on with the run.
     return _complain(_line(error), FAILED, "" if isinstance(error, LeaseLost) else _go_on())
 
 
@@ -140,7 +140,7 @@ def _shortened(text: str) -> str:
 
 
 def _spot(error: BaseException) -> str:
-    """Name the last line of ours on the error's way."""
+    """Name the innermost line of our code in the error's traceback."""
     root = Path(__file__).resolve().parent.parent
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)

@@ -41,16 +41,16 @@ def fit(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--start", type=parse_url, metavar="MODEL", help="go on from this model's parameters"
     )
-    given = parser.parse_args(argv)
-    if given.start is None and given.k is None:
+    arguments = parser.parse_args(argv)
+    if arguments.start is None and arguments.k is None:
         parser.error("one of --k and --start is required")
-    if (given.k is not None and len(given.k) != 1) or len(given.covariance_type) != 1:
+    if (arguments.k is not None and len(arguments.k) != 1) or len(arguments.covariance_type) != 1:
         parser.error("fit takes one k and one covariance type: use sweep for several")
-    fit_and_tell(options_of(FitOptions, given), CommandLine(program("fit"), argv))
+    fit_and_tell(options_of(FitOptions, arguments), CommandLine(program("fit"), argv))
 
 
 def fit_and_tell(options: FitOptions, command_line: CommandLine) -> None:
-    """Fit, commit, and say what came of it.
+    """Fit, commit, and print the outcome.
 
     Raises UserError where nothing could be ranked, and as `fit_lake` does.
     """
@@ -63,7 +63,7 @@ def fit_and_tell(options: FitOptions, command_line: CommandLine) -> None:
             draw=of_fit.write,
             spelling=on_command_line,
             next_run=lambda k: f"next run: {command_line.for_k(k)}",
-            finish=finish,  # what is left takes a moment, and is not to be told of as broken off
+            finish=finish,  # the rest takes a moment, and must not be reported as broken off
         )
         if outcome.result is None:
             say(f"{options.output}: the run has committed before, nothing is left to do")
@@ -71,7 +71,7 @@ def fit_and_tell(options: FitOptions, command_line: CommandLine) -> None:
         if outcome.result.best is None:
             print_table(outcome.result, outcome.warnings)
             raise UserError(none_ranked(len(outcome.result.scored)))
-    # Results are committed before anybody is told: the reader may have gone.
+    # Results are committed before anything is printed: the reader may have gone.
     result, best = outcome.result, outcome.result.best
     print_table(result, outcome.warnings)
     report = f"{output}/{of_fit.NAME}" if outcome.has_report else None
@@ -84,8 +84,8 @@ def fit_and_tell(options: FitOptions, command_line: CommandLine) -> None:
         value=best.holdout if result.criterion == "holdout" else best.value(result.criterion),
         warnings=outcome.warnings,
     )
-    told = "" if report is None else f", report in {report}"
-    say(f"best by {spell_best(best, result.criterion)}; model in {output}/model{told}")
+    report_note = "" if report is None else f", report in {report}"
+    say(f"best by {spell_best(best, result.criterion)}; model in {output}/model{report_note}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -61,9 +61,9 @@ class Night:
         return None if self.before is None else self.before.night
 
     def run(self, run: Run) -> list[str] | None:
-        """Fit and commit; return why the model was kept back, nothing if it is published.
+        """Fit and commit; return the reasons to keep the model back, none if it is published.
 
-        None if nothing is committed, for another night has come between this and the one before.
+        Returns None if nothing is committed: a night between this and the one before was published.
         """
         began = time.monotonic()
         try:
@@ -87,43 +87,44 @@ class Night:
             if self.registry.came_between(self._night_before, self.options.night):
                 return None
             lineage = self._publish(run, work, more, turn)
-        # Results are committed before anybody is told: the reader may have gone.
+        # Results are committed before anything is printed: the reader may have gone.
         print_table(work.fitted.result, warnings)
         say(f"best by {work.best}; {_spell(lineage)}")
         return []
 
     def _fit(self, run: Run) -> _Work:
-        plan, asked, reasons = self._plan()
+        plan, requested_columns, reasons = self._plan()
         where = self.rows.where(days=self.options.days).text
-        options = replace(self.options, where=where, columns=asked)
+        options = replace(self.options, where=where, columns=requested_columns)
         warm = None if self.before is None or reasons else self.before.mixture
         if warm is not None and self.before is not None:
             logger.info("warm start from %s, %s", self.before.night, _shape(warm, self.options))
         job = Job.of(options, plan, warm=warm, progress=Progress(screen(stderr=True)))
-        seen: list[tuple[DensityChange, Coreset]] = []
+        comparisons: list[tuple[DensityChange, Coreset]] = []
 
         def look(shards: Shards, result: SweepResult) -> None:
             if job.warm and result.best is not None:
                 tonight = result.best.fit.parameters
                 size, seed = sample_size(job.warm[0]), self.options.random_state
                 rows = shards.run(DrawCoreset.of(result.total, size, seed))
-                seen.append((compare_densities(shards, job.warm[0], tonight), rows))
+                comparisons.append((compare_densities(shards, job.warm[0], tonight), rows))
 
-        if self.options.scores is not None:  # whose scoring is to find Ray as the fit leaves it
+        if self.options.scores is not None:  # the scoring goes on with the fit's Ray
             cluster = options.cluster.at_most(max(plan.n_shards, len(plan.files)))
             self.session.enter_context(connected(cluster))
         fitted = job.fit(run, look)
         densities, columns = None, None
-        if seen and self.before is not None:
-            densities, rows = seen[0]
+        if comparisons and self.before is not None:
+            densities, rows = comparisons[0]
             columns = _columns_against(self.before, mixture_of(fitted, job.loader), job, rows)
         reasons += self._reasons(job, fitted, densities, columns)
         return _Work(job=job, fitted=fitted, densities=densities, columns=columns, reasons=reasons)
 
     def _plan(self) -> tuple[Plan, tuple[str, ...] | None, list[str]]:
-        """Plan the rows, their columns in last night's order; say how they differ from them.
+        """Plan the rows, with their columns in last night's order.
 
-        Returns the plan, the columns that are asked for, and what keeps the night back.
+        Returns the plan, the requested columns, and the reasons to keep the night back: how its
+        columns differ from last night's.
         """
         options = self.options
         plan = self._planned(options.columns)
@@ -206,7 +207,7 @@ class Night:
         work: _Work | None = None,
         more: dict[str, Any] | None = None,
     ) -> None:
-        """Commit what there is beside the published models, in place of an earlier try's."""
+        """Commit what there is to the candidates, in place of an earlier attempt's."""
         run.check()
         with commit.claim(self.candidate(run)) as attempt:
             changes, numbers = None, None
@@ -217,7 +218,7 @@ class Night:
                 changes = self._drift(work, matching, numbers)
             self._write(attempt, reasons, work, more or {}, changes, numbers)
             attempt.commit()
-        run.check()  # drawing the report takes time: whoever has taken over keeps theirs
+        run.check()  # drawing the report takes time: a driver that took over keeps its own
         self.registry.forget_candidates(self.options.night, but=run.attempt.id)
         run.forget()
 
@@ -243,12 +244,12 @@ class Night:
             **asdict(self.options.gate),
         }
         attempt.write_json(GATE, {"format_version": FORMAT_VERSION, **verdict})
-        told = {**verdict, "drift": None}
+        night_report = {**verdict, "drift": None}
         if changes is not None:
-            told["drift"] = asdict(changes)
-            attempt.write_json(DRIFT, {"format_version": FORMAT_VERSION, **told["drift"]})
+            night_report["drift"] = asdict(changes)
+            attempt.write_json(DRIFT, {"format_version": FORMAT_VERSION, **night_report["drift"]})
         if work is None:
-            of_fit.write(attempt, None, nightly=told)
+            of_fit.write(attempt, None, nightly=night_report)
             return
         loader, settings = work.job.loader, work.job.settings
         results.write(
@@ -258,13 +259,13 @@ class Night:
             settings,
             more,
             ids=ids,
-            draw=functools.partial(of_fit.write, numbers=numbers, nightly=told),
+            draw=functools.partial(of_fit.write, numbers=numbers, nightly=night_report),
         )
 
     def _reference(self, work: _Work) -> Published | None:
-        """Return the night that the components take their numbers from.
+        """Return the night that the components take their ids from.
 
-        It is the night before. One that has none, but comes late, has the night after it.
+        It is the night before; for a late night without one, the night after.
         """
         if self.before is not None:
             return self.before
@@ -293,7 +294,7 @@ def _match(reference: Published | None, mixture: Mixture) -> Matching:
 
 
 def _columns_against(before: Published, tonight: Mixture, job: Job, rows: Coreset) -> ColumnDrift:
-    """Tell whether whole columns have changed, by rows of tonight about their centre."""
+    """Measure whether whole columns have changed, on rows of tonight about their centre."""
     X = rows.X + torch.from_numpy(job.loader.centre)
     parameters = before.mixture.parameters, tonight.parameters
     return column_drift(*parameters, X, rows.sample_weight, tonight.feature_names)
@@ -301,7 +302,7 @@ def _columns_against(before: Published, tonight: Mixture, job: Job, rows: Corese
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Work:
-    """What a night's fit left: `reasons` to keep it back."""
+    """The outcome of a night's fit; `reasons` to keep it back."""
 
     job: Job
     fitted: Fitted
@@ -322,10 +323,10 @@ class _Work:
     @property
     def warnings(self) -> list[str]:
         names = self.job.plan.feature_names
-        found = self.fitted.result.warnings(
+        sweep_warnings = self.fitted.result.warnings(
             names, lambda k: f"give --k {k} from the next night on", spelling=on_command_line
         )
-        return [*_spelt(self.fitted.incomplete), *found]
+        return [*_spelt(self.fitted.incomplete), *sweep_warnings]
 
 
 def _spelt(lines: Sequence[Words]) -> list[str]:

@@ -25,7 +25,7 @@ from gmm_dist.scoring.options import require_share
 
 @dataclass(frozen=True, kw_only=True)
 class NightlyOptions(FitOptions):
-    """The settings of a night: those of its fit, which `output` and `where` follow from, and more.
+    """The settings of a night: those of its fit, and more; `output` is the registry's.
 
     Args:
         registry: Folder or URL of the nights' models.
@@ -90,7 +90,7 @@ class NightlyOptions(FitOptions):
             )
         require_share(self.outliers)
         if self.where is not None:
-            parse(self.where)  # what is wrong with it comes before what is wrong with the lake
+            parse(self.where)  # its errors come before those of the lake
 
     @property
     def gate(self) -> Gate:
@@ -105,7 +105,7 @@ def _night(name: str, value: Any) -> str:
 
 
 class NightRows:
-    """Which rows of a lake are a night's, beside the user's own filter."""
+    """The rows of a lake that are a night's and pass the user's own filter."""
 
     def __init__(self, options: NightlyOptions) -> None:
         self._options = options
@@ -120,9 +120,9 @@ class NightRows:
         """Return the filter of the rows of so many days up to the night."""
         options = self._options
         last = date.fromisoformat(options.night)
-        own = parse(options.where).clauses if options.where is not None else ()
+        user_clauses = parse(options.where).clauses if options.where is not None else ()
         try:
-            clauses = *own, *self.key.clauses(last - timedelta(days - 1), last)
+            clauses = *user_clauses, *self.key.clauses(last - timedelta(days - 1), last)
         except OverflowError as error:
             raise UserError(
                 f"--days {days} up to --night {last}: no calendar has so many; give fewer days"

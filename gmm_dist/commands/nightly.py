@@ -56,7 +56,7 @@ def run_night(options: NightlyOptions, command_line: CommandLine) -> int:
     rows = NightRows(options)
     # Sums have the same bits whatever the cores of this machine, whose setting is not ours.
     with one_thread(), renaming(output="registry"), ExitStack() as session:
-        registry.latest()  # a damaged pointer is told of before hours of work, not after
+        registry.latest()  # a damaged pointer is reported before hours of work, not after
         return _all_of(options, rows, command_line, registry, session)
 
 
@@ -101,7 +101,7 @@ def _publish(
     session: ExitStack,
 ) -> bool:
     """Do the night's work, if nobody has done it; say whether the gate let it pass."""
-    rows.where(days=options.days)  # what is wrong with the nights comes before any claim
+    rows.where(days=options.days)  # errors in the nights' key come before any claim
     if options.scores is not None:
         _check_scores(options, rows)
     with claim.claim(options.output, resume=options.resume) as run:
@@ -133,10 +133,10 @@ def _check_scores(options: NightlyOptions, rows: NightRows) -> None:
     """Refuse before any fitting what the scoring would refuse after it."""
     assert options.scores is not None
     try:
-        with quiet():  # the plans of the fit and of the scoring tell the same
+        with quiet():  # the plans of the fit and of the scoring log the same
             plan = rows.plan(days=1, missing="mean", columns=options.columns, keep=options.keep)
     except (TooFewRows, SchemaError):
-        return  # for the gate to tell
+        return  # the gate reports it
     output = absolute(join(options.scores, options.night))
     if score_runs.lies_inside(plan, output):
         raise UserError(
@@ -173,8 +173,12 @@ def _is_scored(scoring: ScoreOptions) -> bool:
         config = load.read_report(join(scoring.output, files.HOME), score_runs.REPORT)["config"]
     except UserError:
         return False
-    asked = {"keep": list(scoring.keep), "where": scoring.where, "outliers": scoring.outliers}
-    return all(config.get(name) == value for name, value in asked.items())
+    requested_settings = {
+        "keep": list(scoring.keep),
+        "where": scoring.where,
+        "outliers": scoring.outliers,
+    }
+    return all(config.get(name) == value for name, value in requested_settings.items())
 
 
 def _latest(registry: Registry) -> str:

@@ -22,6 +22,7 @@ from gmm_dist.urls import Url, redacted, without_secrets
 
 _EM, _START = EMConfig(), StartConfig()  # the defaults
 _MAX_K = 100_000
+_CLI = ("gmm_dist", "commands", "cli.py")  # what python -m gmm_dist.commands.cli runs
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,13 +40,13 @@ class Parser(argparse.ArgumentParser):
 T = TypeVar("T")
 
 
-def options_of(kind: Callable[..., T], given: argparse.Namespace) -> T:
+def options_of(kind: Callable[..., T], arguments: argparse.Namespace) -> T:
     """Return the options that a command line asks for.
 
     Raises UserError for a value out of range.
     """
     names = {field.name for field in fields(cast(Any, kind))}
-    return kind(**{name: value for name, value in vars(given).items() if name in names})
+    return kind(**{name: value for name, value in vars(arguments).items() if name in names})
 
 
 def parse_k(text: str) -> list[int]:
@@ -66,16 +67,16 @@ def parse_k(text: str) -> list[int]:
 
 
 def parse_url(text: str) -> Url:
-    """Read a path or URL; an empty one, as of a variable that is not set, is none."""
+    """Read a path or URL; refuse an empty one, as of a variable that is not set."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty: give a path or URL, . for this folder")
     return Url(text)
 
 
 def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
-    """Add the options that every fitting job has; `output` where it is the user's to say.
+    """Add the options that every fitting job has, --output only if `output` is true.
 
-    Where a job's default is another one, the parser's `set_defaults` tells --help of it too.
+    A job changes a default by the parser's `set_defaults`, which --help shows too.
     """
     parser.add_argument(
         "data", type=parse_url, metavar="DATA", help="folder or file of Parquet, local or any URL"
@@ -208,7 +209,7 @@ def add_cluster(group: argparse._ArgumentGroup) -> None:
 
 
 def add_json(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
-    """Add the option that schedulers read a job's end by."""
+    """Add --json, by which schedulers read how a job ended."""
     group.add_argument(
         "--json", action="store_true", help="end with a line of JSON on stdout that says what came"
     )
@@ -231,7 +232,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
 
 
 def is_option(word: str, option: str) -> bool:
-    """Say whether a word of a command line that was read is this option, maybe cut short.
+    """Say whether a word of a valid command line is this option, perhaps abbreviated.
 
     Argparse takes any beginning of a name that no other option has.
     """
@@ -239,7 +240,7 @@ def is_option(word: str, option: str) -> bool:
 
 
 def asks_for_json(words: Sequence[str]) -> bool:
-    """Say whether a command line, read or not, asks for the line of JSON."""
+    """Say whether a command line, parsed or not, has --json."""
     options = itertools.takewhile(lambda word: word != "--", words)
     return any(is_option(word, "--json") for word in options)
 
@@ -249,7 +250,7 @@ def program(job: str) -> tuple[str, ...]:
     called = Path(sys.argv[0])
     if called.name == f"{job}.py":
         return "python", os.path.relpath(called)
-    if called.name == "__main__.py" and called.parent.name == "gmm_dist":
+    if called.parts[-2:] == ("gmm_dist", "__main__.py") or called.parts[-3:] == _CLI:
         return "python", "-m", "gmm_dist", job
     return "gmm-dist", job
 
@@ -258,8 +259,8 @@ def program(job: str) -> tuple[str, ...]:
 class CommandLine:
     """The command line of a job, to be spelt as for a shell with something changed.
 
-    `program` are the words before the arguments. Without credentials, where a URL had any: it
-    goes into logs.
+    `program` are the words before the arguments. Credentials of URLs are left out: it goes into
+    logs.
     """
 
     program: Sequence[str]
@@ -301,7 +302,7 @@ def _without_secrets(word: str) -> str:
 
 
 def _quoted(word: str) -> str:
-    """Quote a word for a shell, such that it is all printable."""
+    """Quote a word for a shell, in printable characters only."""
     if printable(word) == word:
         return shlex.quote(word)
     # Bytes that are no text came as surrogates; $'...' is understood by bash, zsh and ksh.

@@ -86,7 +86,7 @@ def score_and_tell(options: ScoreOptions, command_line: CommandLine) -> None:
         outcome = score_lake(
             options,
             progress=Progress(screen(stderr=True)),
-            finish=finish,  # what is left takes a moment, and is not to be told of as broken off
+            finish=finish,  # the rest takes a moment, and must not be reported as broken off
         )
     if outcome.scored is None:
         say(f"{options.output}: the run has committed before, nothing is left to do")

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-SECONDS = 15.0  # until a job that has been told to end is ended
+SECONDS = 15.0  # from the signal until a job that still runs is ended hard
 _SAYING = 1.0  # seconds for its last words
 _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -22,7 +22,7 @@ _SIGNALS = tuple(
 
 
 class Stopper:
-    """Notes the signal that ends the job; `holding` keeps it from breaking off what must not be."""
+    """Notes the signal that ends the job; `holding` protects a block from being broken off."""
 
     def __init__(self, hurry: Callable[[], None] = lambda: None) -> None:
         self.number: int | None = None
@@ -37,7 +37,7 @@ class Stopper:
 
     @property
     def status(self) -> int:
-        """The exit status that tells of the signal."""
+        """The exit status that stands for the signal."""
         return 128 + (self.number or signal.SIGINT)
 
     @contextlib.contextmanager
@@ -88,7 +88,7 @@ class Stopper:
     def _watch(self, last_words: Callable[[], None]) -> None:
         self._noticed.wait()
         if not self._over.wait(SECONDS):
-            # Who should read stderr may have stopped to: writing would never return then.
+            # The reader of stderr may have stopped reading: writing would never return then.
             saying = threading.Thread(target=last_words, daemon=True)
             saying.start()
             saying.join(_SAYING)

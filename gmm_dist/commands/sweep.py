@@ -27,10 +27,10 @@ def sweep(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--criterion", choices=CRITERIA, default="bic", help="what ranks the fits (default: bic)"
     )
-    given = parser.parse_args(argv)
-    if given.criterion == "holdout" and given.holdout == 0:
+    arguments = parser.parse_args(argv)
+    if arguments.criterion == "holdout" and arguments.holdout == 0:
         parser.error("--criterion holdout needs rows to rank by: add --holdout 0.1")
-    fit_and_tell(options_of(FitOptions, given), CommandLine(program("sweep"), argv))
+    fit_and_tell(options_of(FitOptions, arguments), CommandLine(program("sweep"), argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -98,7 +98,7 @@ def _starts(scored: RankedCandidate) -> str:
 
 
 def notes(result: SweepResult) -> list[str]:
-    """Return the sentence of each status that is not plain convergence, with whom it concerns."""
+    """Return a line for each status but plain convergence, with its candidates; and the passes."""
     concerned: dict[Status, list[str]] = {}
     for s in result.scored:
         if s.fit.status is not Status.CONVERGED:
@@ -109,7 +109,7 @@ def notes(result: SweepResult) -> list[str]:
 
 
 def _economy(result: SweepResult) -> str:
-    """Say what the fits took of passes, and what was spared."""
+    """Say how many passes the fits took, and what was saved."""
     dropped = sum(s.outcome.n_dropped for s in result.scored)
     saved = sum(s.outcome.passes_saved for s in result.scored)
     line = f"{counted(result.n_passes, 'pass')} over all rows"

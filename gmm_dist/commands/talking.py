@@ -64,7 +64,7 @@ def complain(line: str) -> None:
 
 
 def hurry() -> None:
-    """Have nobody who has stopped reading hold up a job that has been told to end.
+    """Keep a reader that has stopped reading from holding up a job that has to end.
 
     For a signal's handler: a write that it interrupted goes on, and into nothing if the stream
     takes no more.
@@ -76,7 +76,7 @@ def hurry() -> None:
 
 @contextlib.contextmanager
 def quiet(name: str = "gmm_dist") -> Iterator[None]:
-    """Log nothing below an error in the block, for what is said once more after it."""
+    """Log nothing below an error in the block, where the same is logged again after it."""
     log = logging.getLogger(name)
     before = log.level
     log.setLevel(logging.ERROR)
@@ -88,7 +88,7 @@ def quiet(name: str = "gmm_dist") -> Iterator[None]:
 
 @contextlib.contextmanager
 def bearing() -> Iterator[None]:
-    """Bear whatever goes wrong while something is said; rich even exits where a pipe is cut."""
+    """Ignore any error while something is printed; rich even exits where a pipe is cut."""
     try:
         yield
     except (Exception, SystemExit):
@@ -97,7 +97,7 @@ def bearing() -> Iterator[None]:
 
 
 class Unfailing(io.TextIOBase):
-    """A text stream that takes all that is written, whatever becomes of the one below it."""
+    """A text stream whose writes never fail, even if the stream below it does."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -141,7 +141,7 @@ class Unfailing(io.TextIOBase):
         """Leave the stream below as it is: it is not ours."""
 
     def give_up_if_stuck(self, seconds: float) -> None:
-        """Say nothing more if the descriptor takes nothing within so many seconds."""
+        """Write nothing more if the descriptor takes nothing within so many seconds."""
         if self.lost is None and not self._takes_more(seconds):
             self._lose(BrokenPipeError(errno.EPIPE, "its reader has stopped to read"))
 
@@ -157,15 +157,15 @@ class Unfailing(io.TextIOBase):
         try:
             text.encode(self.encoding)
         except (UnicodeError, LookupError):
-            known = text.encode("ascii", "backslashreplace")
+            escaped = text.encode("ascii", "backslashreplace")
             with contextlib.suppress(LookupError):
-                known = text.encode(self.encoding, "backslashreplace")
-                return known.decode(self.encoding)
-            return known.decode()
+                escaped = text.encode(self.encoding, "backslashreplace")
+                return escaped.decode(self.encoding)
+            return escaped.decode()
         return text
 
     def _lose(self, error: BaseException) -> None:
-        """Say nothing more: not even when the interpreter, at its end, flushes the descriptor."""
+        """Write nothing more, not even when the interpreter flushes the descriptor at its end."""
         self.lost = error if isinstance(error, Exception) else OSError(str(error))
         with contextlib.suppress(Exception):
             number = self._stream.fileno()
@@ -231,7 +231,7 @@ class _Lines(logging.Handler):
 
 
 class _OneLine(logging.Formatter):
-    """Formats a record such that what comes from the data makes no lines; tracebacks do.
+    """Formats a record as one line, whatever comes from the data; only tracebacks have more.
 
     Credentials of URLs are left out, whoever logged them; options are spelt as a command line's.
     """
@@ -248,7 +248,7 @@ class _OneLine(logging.Formatter):
 
 
 def _spelt(value: object) -> object:
-    """Spell the options that something to be logged names."""
+    """Spell the options in a value to be logged."""
     if isinstance(value, UserError | RunFailed):
         return value.spelt(on_command_line)
     return spelt(value, on_command_line) if isinstance(value, Option | Text) else value
@@ -308,7 +308,7 @@ def screen(*, stderr: bool = False) -> Console:
 
 
 def _columns(on_terminal: bool) -> int:
-    asked = os.environ.get("COLUMNS", "")
-    if asked.isdigit() and int(asked) > 0:
-        return int(asked)
+    requested_width = os.environ.get("COLUMNS", "")
+    if requested_width.isdigit() and int(requested_width) > 0:
+        return int(requested_width)
     return shutil.get_terminal_size().columns if on_terminal else _WIDE

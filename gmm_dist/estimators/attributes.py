@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 def require_class(fitted: Any, wanted: type) -> None:
     """Raise TypeError unless `fitted` is an estimator of scikit-learn's class."""
     if not isinstance(fitted, wanted):
-        given = f"{type(fitted).__module__}.{type(fitted).__qualname__}"
-        raise TypeError(f"from_sklearn takes a sklearn.mixture.{wanted.__name__}, not a {given}")
+        kind = f"{type(fitted).__module__}.{type(fitted).__qualname__}"
+        raise TypeError(f"from_sklearn takes a sklearn.mixture.{wanted.__name__}, not a {kind}")
 
 
 def copied(parameters: Parameters) -> Parameters:
-    """Return a plain mixture's parameters in memory of their own."""
+    """Return a copy of a plain mixture's parameters."""
     return replace(
         parameters,
         weights=parameters.weights.clone(),
@@ -39,7 +39,7 @@ def copied(parameters: Parameters) -> Parameters:
 
 
 def publish(estimator: BaseMixture, learned: Parameters, space: Space) -> None:
-    """Set the attributes of a mixture, in feature units."""
+    """Set an estimator's attributes to a mixture's parameters, in feature units."""
     family = TYPE_OF[learned.covariance_type]
     tied = learned.covariance_type == "tied"
     covariances = learned.covariances[None] if tied else learned.covariances
@@ -53,10 +53,11 @@ def publish(estimator: BaseMixture, learned: Parameters, space: Space) -> None:
 
 
 def exchanged(source: Any, target: Any) -> Any:
-    """Copy to `target` the parameters that both know, and all that `source` has learned."""
-    known = target.get_params(deep=False)
-    shared = {name: v for name, v in source.get_params(deep=False).items() if name in known}
-    target.set_params(**{name: _plain(value) for name, value in shared.items()})
+    """Copy to `target` the parameters that both have, and all that `source` has learned."""
+    target_params = target.get_params(deep=False)
+    source_params = source.get_params(deep=False).items()
+    shared = {name: _plain(value) for name, value in source_params if name in target_params}
+    target.set_params(**shared)
     for name, value in vars(source).items():
         if name.endswith("_") and not name.startswith("_"):
             setattr(target, name, _plain(value))
@@ -67,9 +68,9 @@ def have_factors(kind: str, covariances: Tensor, factors: Tensor) -> bool:
     """Say whether these are the factors of the covariances' precisions, up to rounding."""
     if not bool(factors.isfinite().all()):
         return False
-    own, failed = TYPE_OF[kind].precisions_cholesky(covariances)
+    expected, failed = TYPE_OF[kind].precisions_cholesky(covariances)
     atol = 1e-9 * float(factors.abs().max())
-    return not bool(failed.any()) and torch.allclose(own, factors, rtol=1e-9, atol=atol)
+    return not bool(failed.any()) and torch.allclose(expected, factors, rtol=1e-9, atol=atol)
 
 
 def covariances_of(kind: str, factors: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def covariances_of(kind: str, factors: Tensor) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """Return an array of its own of a tensor or array, a list's own copy, and else the value."""
+    """Return a tensor or array as a NumPy copy, a list as a copy, any other value unchanged."""
     if isinstance(value, Tensor) or is_foreign(value):
         return array_of(value).copy()
     return value.copy() if isinstance(value, np.ndarray | list) else value

@@ -67,7 +67,7 @@ ARRAY_API_INITS = ("random", "random_from_data")
 
 
 class CentredRows(Protocol):
-    """Rows in shards, about `centre` (d,) and wherever they are, and their moments."""
+    """Rows in shards, about `centre` (d,), and their moments."""
 
     @property
     def centre(self) -> Tensor: ...
@@ -82,12 +82,11 @@ class CentredRows(Protocol):
 class BaseMixture(FittedMixture):
     """What both estimators share of fitting: inputs, and the loop over starts.
 
-    A subclass says what its models are, all about the rows' shared centre: `_first_model` of
-    what an M-step reads of rows that were shared out (None where `_needs_shares` said no),
-    `_fitted_model` of its own attributes; `_publish` sets the attributes of the best.
-    `_fit_lake` does the same for rows that are elsewhere.
-    `_check_parameters` raises ValueError for what rows of so many features cannot bear;
-    `_parameters`, in feature units, are what densities are taken of.
+    A subclass makes its models, all about the rows' shared centre: `_first_model` from the
+    moments of rows shared out among components (None unless `_needs_shares`), `_fitted_model`
+    from its learned attributes. `_publish` sets the attributes of the best model; `_fit_lake`
+    fits rows in a lake. `_check_parameters` raises ValueError for parameters that do not suit
+    the rows; densities use `_parameters`, in feature units.
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -107,7 +106,7 @@ class BaseMixture(FittedMixture):
         "n_shards": [Interval(Integral, 1, None, closed="left"), None],
     }
 
-    # One where `lower_bound_` is a mean log-likelihood, nan where it is another bound.
+    # 1 where `lower_bound_` is a mean log-likelihood, nan where it is another bound.
     _bound_is_likelihood: ClassVar[float] = 1.0
 
     n_components: int
@@ -167,13 +166,13 @@ class BaseMixture(FittedMixture):
         tags.array_api_support = self.init_params in ARRAY_API_INITS and not self.warm_start
         return tags
 
-    # What a subclass says.
+    # For subclasses.
 
     def _check_parameters(self, rows: Rows) -> None:
         raise NotImplementedError
 
     def _in_unit(self, weight: Tensor | None) -> Tensor | None:
-        """Return weights as passes take them: as they are, where they count rows."""
+        """Return the weights that passes use; unchanged unless a subclass rescales them."""
         return weight
 
     def _needs_shares(self) -> bool:
@@ -191,7 +190,7 @@ class BaseMixture(FittedMixture):
     def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
         raise NotImplementedError
 
-    # What they share.
+    # Shared by both.
 
     def _fit(self, X: Any, sample_weight: Any) -> None:
         require_rows_or_lake(X)
@@ -208,7 +207,7 @@ class BaseMixture(FittedMixture):
         self._conclude(best, n_samples)
 
     def _conclude(self, best: Lane, n_samples: float) -> None:
-        """Say how the best start went; to be called by what `fit` calls."""
+        """Set the attributes that say how the best start ended; for `_fit` and `_fit_lake`."""
         self._n_samples = n_samples
         self._log_likelihood = self._bound_is_likelihood * best.lower_bound * n_samples
         self.converged_, self.n_iter_ = best.converged, best.n_iter
@@ -222,11 +221,11 @@ class BaseMixture(FittedMixture):
         rows = checked(self, X, reset=True, n_min=2)
         weight = None
         if sample_weight is not None:
-            given = unmasked(sample_weight, "sample_weight")
-            given = array_of(given) if hasattr(given, "__dlpack__") else given
+            weights = unmasked(sample_weight, "sample_weight")
+            weights = array_of(weights) if hasattr(weights, "__dlpack__") else weights
             shape = np.empty((len(rows), 0))
             weight = tensor_of(
-                _check_sample_weight(given, shape, dtype=np.float64, ensure_non_negative=True)
+                _check_sample_weight(weights, shape, dtype=np.float64, ensure_non_negative=True)
             )
         n_samples = len(rows) if weight is None else int((weight > 0).sum())
         if n_samples < self.n_components:
@@ -332,9 +331,9 @@ class BaseMixture(FittedMixture):
 
 
 def _present(rows: Rows, weight: Tensor) -> tuple[Rows, Tensor]:
-    """Leave out rows of zero weight: they are no rows, and must not change a draw or a rounding."""
-    there = weight > 0
-    if bool(there.all()):
+    """Leave out rows of zero weight: they must not change a draw or a rounding."""
+    is_present = weight > 0
+    if bool(is_present.all()):
         return rows, weight
-    mask = there.to(rows.device) if isinstance(rows, Tensor) else there.numpy()
-    return rows[mask], weight[there]
+    mask = is_present.to(rows.device) if isinstance(rows, Tensor) else is_present.numpy()
+    return rows[mask], weight[is_present]

@@ -55,8 +55,8 @@ class BayesianGaussianMixture(BaseMixture):
     The parameters are scikit-learn's, and two more: `device` where rows are worked on (None:
     where they are) and `n_shards` into how many parts they are dealt (None: by their number).
     Passes are float64. As in scikit-learn `tol` is the change of the whole lower bound (nats),
-    not of its mean over rows, so many rows want a larger one. Beliefs that are
-    not given are those of scikit-learn: a covariance prior is that of all rows, n - 1 for n.
+    not of its mean over rows, so many rows want a larger one. Priors that are
+    not given are scikit-learn's: the covariance prior is that of all rows, with n - 1 for n.
 
     A lake (`gmm_dist.Lake`) is fitted on Ray, also in float64. A search on a sample
     (`n_init` seeded starts by `init_params`; 16 where `n_init` is 1) finds mixtures of several
@@ -66,7 +66,7 @@ class BayesianGaussianMixture(BaseMixture):
     Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
     `precisions_cholesky_` as in `GaussianMixture`, `weight_concentration_` (k,), or two of them
     where the prior is a Dirichlet process, `mean_precision_` (k,), `degrees_of_freedom_` (k,),
-    tied (); the beliefs that were used, `weight_concentration_prior_`, `mean_precision_prior_`,
+    tied (); the priors that were used, `weight_concentration_prior_`, `mean_precision_prior_`,
     `mean_prior_`, `degrees_of_freedom_prior_`, `covariance_prior_`; `converged_`, `n_iter_`,
     `lower_bound_` (nats, without constants) and `lower_bounds_`, `n_features_in_` and
     `feature_names_in_`.
@@ -138,7 +138,7 @@ class BayesianGaussianMixture(BaseMixture):
         self.n_shards = n_shards
 
     def to_mixture(self) -> Mixture:
-        """Return the plain mixture of `weights_`, `means_` and `covariances_`, what is expected.
+        """Return the plain mixture of the expected `weights_`, `means_` and `covariances_`.
 
         Its densities differ a little from the posterior's, which take the expected logarithms of
         weights and determinants. Raises NotFittedError.
@@ -154,18 +154,19 @@ class BayesianGaussianMixture(BaseMixture):
 
     @classmethod
     def from_sklearn(cls, fitted: Any) -> Self:
-        """Return our face on one of scikit-learn's, fitted or not; numbers are the same.
+        """Return our estimator for one of scikit-learn's, fitted or not; numbers are the same.
 
         Raises TypeError for any other class, ValueError where its numbers are no mixture's.
         """
         require_class(fitted, sklearn.mixture.BayesianGaussianMixture)
-        made: Self = _detached(exchanged(fitted, cls()))
-        if hasattr(made, "lower_bound_"):
+        estimator: Self = _detached(exchanged(fitted, cls()))
+        if hasattr(estimator, "lower_bound_"):
             # Theirs have an axis or two of length one where covariances are tied.
-            made.lower_bound_ = float(np.ravel(made.lower_bound_)[0])
-            made.lower_bounds_ = [float(np.ravel(bound)[0]) for bound in made.lower_bounds_]
-        made._require_sound()
-        return made
+            bounds = estimator.lower_bounds_
+            estimator.lower_bound_ = float(np.ravel(estimator.lower_bound_)[0])
+            estimator.lower_bounds_ = [float(np.ravel(bound)[0]) for bound in bounds]
+        estimator._require_sound()
+        return estimator
 
     def _check_parameters(self, rows: Rows) -> None:
         self._check_beliefs(rows.shape[1])
@@ -197,7 +198,7 @@ class BayesianGaussianMixture(BaseMixture):
         self._check_beliefs(plan.n_features)
         if self.warm_start and hasattr(self, "converged_"):
             self._require_warm(plan.n_features)
-        # Lanes of the first passes: each start has all the components.
+        # One lane per start in the first passes; each start has all the components.
         candidates = [
             Candidate(self.n_components, self.covariance_type) for _ in _sizes(self.n_components)
         ]
@@ -211,21 +212,23 @@ class BayesianGaussianMixture(BaseMixture):
         self._conclude(best, rows.total.n_samples)
 
     def _lake_lanes(self, rows: CentredRows) -> list[Lane]:
-        """Return the lanes that lead after a few passes, of starts of every size.
+        """Return the best lanes after a few passes, from starts of several sizes.
 
-        Likelihood takes all components that it gets, and the bound climbs slowly out of where
-        that ends: mixtures of k components are hardly ever the best start for a posterior of k.
+        Maximum likelihood uses every component, and from there the bound rises slowly: mixtures
+        of k components are hardly ever the best start for a posterior of k.
         """
         if self.warm_start and hasattr(self, "converged_"):
             return [self._lane(self._fitted_model(rows), self.lower_bound_)]
         prior, k, n = self._prior(rows), self.n_components, rows.total.n_samples
-        pairs = [(size, self.covariance_type) for size in _sizes(k)]
-        # The search's tol is of the mean over rows, unlike our own.
+        candidates = [Candidate(size, self.covariance_type) for size in _sizes(k)]
+        # The search's tol is per row; ours is for the whole bound.
         config = EMConfig(reg_covar=float(self.reg_covar), reg_unit=ABSOLUTE)
-        start, threads = replace(start_of(self), finalists=1), os.cpu_count() or 1
-        found = find_starts(rows.shards, pairs, config, start, rows.total, n_threads=threads)
-        # The largest first: it is the one that is left where no pass is asked for.
-        mixtures = [_filled(best, k) for (best,) in reversed(found)]
+        start, n_threads = replace(start_of(self), finalists=1), os.cpu_count() or 1
+        starts = find_starts(
+            rows.shards, candidates, config, start, rows.total, n_threads=n_threads
+        )
+        # The largest first: it is the one kept where max_iter is 0.
+        mixtures = [_filled(best, k) for (best,) in reversed(starts)]
         lanes = [self._lane(updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]
         self._iterate(lanes, rows, min(_FIRST, self.max_iter))
         return ranked(lanes)[:_KEPT]
@@ -249,7 +252,7 @@ class BayesianGaussianMixture(BaseMixture):
         self.mean_precision_prior_ = prior.mean_precision
         nu = self.degrees_of_freedom_prior
         self.degrees_of_freedom_prior_ = d if nu is None else nu
-        # What was given comes back to the bit.
+        # Priors that the user set are published unchanged.
         self.mean_prior_ = space.of(prior.mean if mean is None else mean)
         self.covariance_prior_ = space.of(prior.covariance if covariance is None else covariance)[
             ()
@@ -268,7 +271,7 @@ class BayesianGaussianMixture(BaseMixture):
         return self._posterior(prior).parameters
 
     def _posterior(self, prior: Prior) -> Posterior:
-        """Return what has been learned, in feature units."""
+        """Return the learned posterior, in feature units."""
         concentration = self.weight_concentration_
         if isinstance(concentration, tuple):
             weight_concentration = torch.stack([tensor_of(part) for part in concentration])
@@ -284,7 +287,7 @@ class BayesianGaussianMixture(BaseMixture):
         )
 
     def _prior(self, rows: CentredRows) -> Prior:
-        """Return what is believed, about the rows' shared centre."""
+        """Return the prior, about the rows' shared centre."""
         d, concentration = len(rows.centre), self.weight_concentration_prior
         mean, covariance = self._given_mean(d), self._given_covariance(d)
         precision, nu = self.mean_precision_prior, self.degrees_of_freedom_prior
@@ -321,14 +324,14 @@ class BayesianGaussianMixture(BaseMixture):
         return checked_start(self.mean_prior, (n_features,), "means")
 
     def _given_covariance(self, n_features: int) -> Tensor | None:
-        """Return covariance_prior in float64; raise ValueError where it is no covariance."""
+        """Return covariance_prior in float64; raise ValueError if it is not a covariance."""
         if self.covariance_prior is None:
             return None
-        kind, d, given = self.covariance_type, n_features, array_of(self.covariance_prior)
+        kind, d, array = self.covariance_type, n_features, array_of(self.covariance_prior)
         shape = {"diag": (d,), "spherical": ()}.get(kind, (d, d))
         # check_array takes no scalars.
-        given = given[None] if given.ndim == 0 and kind == "spherical" else given
-        covariance = checked_start(given, shape or (1,), f"{kind} covariance_prior").view(shape)
+        array = array[None] if array.ndim == 0 and kind == "spherical" else array
+        covariance = checked_start(array, shape or (1,), f"{kind} covariance_prior").view(shape)
         symmetric = covariance.ndim < 2 or torch.allclose(covariance, covariance.mT)
         _, failed = TYPE_OF[kind].precisions_cholesky(covariance[None])
         if not symmetric or bool(failed.any()):
@@ -350,7 +353,7 @@ def _filled(mixture: Parameters, k: int) -> Parameters:
     """
     size = mixture.n_components
     order = mixture.weights.argsort(descending=True)
-    # Without rows, their means and covariances have no part in a posterior.
+    # Empty components: the posterior does not depend on their means and covariances.
     order = torch.cat([order, order[:1].expand(k - size)])
     weights = mixture.weights[order]
     weights[size:] = 0.0
@@ -359,9 +362,9 @@ def _filled(mixture: Parameters, k: int) -> Parameters:
     return replace(mixture, weights=weights, means=mixture.means[order], covariances=covariances)
 
 
-def _detached(made: Any) -> Any:
-    """Give an estimator arrays of its own where a pair of them was copied to it."""
-    concentration = getattr(made, "weight_concentration_", None)
+def _detached(estimator: Any) -> Any:
+    """Copy an estimator's pair of weight concentrations, which `exchanged` shares."""
+    concentration = getattr(estimator, "weight_concentration_", None)
     if isinstance(concentration, tuple):
-        made.weight_concentration_ = tuple(array_of(part).copy() for part in concentration)
-    return made
+        estimator.weight_concentration_ = tuple(array_of(part).copy() for part in concentration)
+    return estimator

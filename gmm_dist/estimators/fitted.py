@@ -1,4 +1,4 @@
-"""What an estimator does with the mixture it has learned: labels, densities, samples, scores."""
+"""Use the mixture that an estimator has learned: labels, densities, samples, scores."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _FEW_VALUES = 1 << 17
 
 
 class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
-    """What both estimators do with the mixture that they have learned, whoever set it."""
+    """What both estimators offer once they are fitted."""
 
     covariance_type: str
     random_state: Any
@@ -57,7 +57,7 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     precisions_cholesky_: Any
     n_features_in_: int
     feature_names_in_: Array
-    # What is known of the fit that learned it: the sum of the weights, the sum of w log p (nats).
+    # Of the fit: the sum of the weights, and the sum of w log p (nats).
     _n_samples: float
     _log_likelihood: float
 
@@ -107,27 +107,27 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def to_mixture(self) -> Mixture:
         """Return the mixture that was learned, as `gmm_dist.load` returns those of files.
 
-        Its numbers are copies of `weights_`, `means_` and `covariances_`, in float64. Where the
-        fit was ours `n_samples`, the sum of the weights, goes along, and so does `log_likelihood`:
-        of a lake that of these parameters, of rows in memory that of the last pass, one step
-        before them. Raises NotFittedError.
+        Its numbers are copies of `weights_`, `means_` and `covariances_`, in float64. A fit of
+        ours adds `n_samples`, the sum of the weights, and `log_likelihood`: for a lake that of
+        these parameters, for rows in memory that of the last pass, one step before them.
+        Raises NotFittedError.
 
         >>> from gmm_dist import GaussianMixture
         >>> GaussianMixture().fit([[0.0], [2.0]]).to_mixture().parameters.means
         tensor([[1.]], dtype=torch.float64)
         """
         check_is_fitted(self)
-        # What is published: of a posterior, the plain mixture of its expectations.
-        found = FittedMixture._parameters(self)
+        # The published attributes: for a posterior, the plain mixture of its expectations.
+        learned = FittedMixture._parameters(self)
         return Mixture(
-            parameters=copied(found),
+            parameters=copied(learned),
             feature_names=tuple(str(name) for name in getattr(self, "feature_names_in_", ())),
             n_samples=getattr(self, "_n_samples", math.nan),
             log_likelihood=getattr(self, "_log_likelihood", math.nan),
         )
 
     def _parameters(self) -> Parameters:
-        """Return the learned mixture, of which densities are taken."""
+        """Return the learned mixture, which densities use."""
         means = tensor_of(self.means_)
         return Parameters(
             weights=tensor_of(self.weights_),
@@ -137,7 +137,7 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         )
 
     def _require_sound(self) -> None:
-        """Raise ValueError where learned numbers that come from elsewhere are no mixture's."""
+        """Raise ValueError where learned numbers from elsewhere are not those of a mixture."""
         if not all(hasattr(self, name) for name in ("weights_", "means_", "precisions_cholesky_")):
             return
         shapes = [np.shape(array_of(value)) for value in (self.weights_, self.means_)]
@@ -149,8 +149,8 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _covariances(self) -> Tensor:
         """Return the covariances of `precisions_cholesky_`, in float64.
 
-        Published as float32, covariances lose what tells them from singular ones, factors do
-        not. Where `covariances_` have these very factors they are taken as they are.
+        Published as float32, covariances may round to singular ones; factors do not. Where
+        `covariances_` have these factors, they are returned unchanged.
         """
         kind, (k, d) = self.covariance_type, tensor_of(self.means_).shape
         factors = tensor_of(self.precisions_cholesky_)
@@ -186,12 +186,12 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         rows = checked(self, X, reset=False)
         tensor = viewed(rows)
         mixture = self._parameters()
-        # To wake other threads costs more than a few rows do.
+        # Waking other threads costs more than scoring a few rows.
         with one_thread() if tensor.numel() < _FEW_VALUES else nullcontext():
             return space_of(X, rows).of(verb(mixture, tensor))
 
     def _name_features(self, n_features: int, names: Sequence[str]) -> None:
-        """Note the features of rows that were not checked as rows in memory are."""
+        """Set the number and names of features where `checked` has not seen the rows."""
         self.n_features_in_ = n_features
         if names:
             self.feature_names_in_ = np.array(names, dtype=object)

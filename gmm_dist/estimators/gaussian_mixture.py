@@ -152,9 +152,9 @@ class GaussianMixture(BaseMixture):
     def from_mixture(cls, mixture: Mixture) -> Self:
         """Return an estimator that has learned this mixture, such as one that was loaded.
 
-        Parameters that are not the mixture's are the default ones. `n_iter_` is 0 and `converged_`
-        False, for a mixture does not tell how it came about; with `warm_start` a fit goes on from
-        it. Quantiles and the components' numbers stay behind.
+        Parameters that a mixture does not have keep their defaults. `n_iter_` is 0 and
+        `converged_` False, because a mixture does not record how it was fitted; with `warm_start`
+        a fit goes on from it. Quantiles and the components' numbers are dropped.
 
         >>> from gmm_dist import GaussianMixture
         >>> X = [[0.0], [1.0], [8.0], [9.0]]
@@ -162,8 +162,8 @@ class GaussianMixture(BaseMixture):
         >>> sorted(GaussianMixture.from_mixture(mixture).predict([[0.5], [8.5]]).tolist())
         [0, 1]
 
-        Raises TypeError for what is no `Mixture`; UserError where its numbers are none, or a
-        posterior's.
+        Raises TypeError for anything but a `Mixture`; UserError where its numbers are not a
+        mixture's, or a posterior's.
         """
         if not isinstance(mixture, Mixture):
             raise TypeError(
@@ -178,14 +178,15 @@ class GaussianMixture(BaseMixture):
             )
         if (what := flaw(learned)) is not None:
             raise UserError(f"the mixture's numbers are none: {what}; fit anew")
-        made = cls(mixture.n_components, covariance_type=mixture.covariance_type)
-        publish(made, copied(learned), Space(dtype=torch.float64))
-        made._name_features(mixture.n_features, mixture.feature_names)
-        made._n_samples, made._log_likelihood = mixture.n_samples, mixture.log_likelihood
+        estimator = cls(mixture.n_components, covariance_type=mixture.covariance_type)
+        publish(estimator, copied(learned), Space(dtype=torch.float64))
+        estimator._name_features(mixture.n_features, mixture.feature_names)
+        estimator._n_samples = mixture.n_samples
+        estimator._log_likelihood = mixture.log_likelihood
         mean = mixture.log_likelihood / mixture.n_samples if mixture.n_samples else math.nan
-        made.converged_, made.n_iter_, made.lower_bounds_ = False, 0, []
-        made.lower_bound_ = -math.inf if math.isnan(mean) else mean
-        return made
+        estimator.converged_, estimator.n_iter_, estimator.lower_bounds_ = False, 0, []
+        estimator.lower_bound_ = -math.inf if math.isnan(mean) else mean
+        return estimator
 
     def to_sklearn(self) -> Any:
         """Return scikit-learn's own GaussianMixture with these parameters and what was learned.
@@ -196,14 +197,14 @@ class GaussianMixture(BaseMixture):
 
     @classmethod
     def from_sklearn(cls, fitted: Any) -> Self:
-        """Return our face on one of scikit-learn's, fitted or not; numbers are the same.
+        """Return our estimator for one of scikit-learn's, fitted or not; numbers are the same.
 
         Raises TypeError for any other class, ValueError where its numbers are no mixture's.
         """
         require_class(fitted, sklearn.mixture.GaussianMixture)
-        made: Self = exchanged(fitted, cls())
-        made._require_sound()
-        return made
+        estimator: Self = exchanged(fitted, cls())
+        estimator._require_sound()
+        return estimator
 
     def _n_parameters(self) -> int:
         k, d = self.means_.shape
@@ -245,20 +246,20 @@ class GaussianMixture(BaseMixture):
 
     def _first_model(self, moments: Moments | None, rows: Resident) -> Model:
         kind, d = self.covariance_type, len(rows.centre)
-        given: dict[str, Any] = {}
+        initial: dict[str, Any] = {}
         if self.weights_init is not None:
-            given["weights"] = tensor_of(self.weights_init)
+            initial["weights"] = tensor_of(self.weights_init)
         if self.means_init is not None:
-            given["means"] = tensor_of(self.means_init) - rows.centre
+            initial["means"] = tensor_of(self.means_init) - rows.centre
         if self.precisions_init is not None:
-            given["covariances"] = self._covariances_init(d)
+            initial["covariances"] = self._covariances_init(d)
         if moments is None:
-            return self._model(Parameters(**given, covariance_type=kind), rows)
+            return self._model(Parameters(**initial, covariance_type=kind), rows)
         estimated = maximised(kind, moments, self.reg_covar, empty_rows(rows.total))
         # Of all rows, as in scikit-learn: where seeds share out k rows only, they sum to k / n.
         shared = float(moments.nk.sum()) / rows.total.n_samples
         estimated = replace(estimated, weights=estimated.weights * shared)
-        return self._model(replace(estimated, **given), rows)
+        return self._model(replace(estimated, **initial), rows)
 
     def _fitted_model(self, rows: CentredRows) -> Model:
         return self._model(self._parameters().shifted(-rows.centre), rows)
@@ -272,7 +273,7 @@ class GaussianMixture(BaseMixture):
         from gmm_dist.fitting.lake_sweep import sweep_lake
 
         self._validate_params()
-        given = self._given_start()
+        start = self._start_parameters()
         candidate = Candidate(self.n_components, self.covariance_type)
         precision = self.precision or "auto"
         config = EMConfig(
@@ -283,23 +284,23 @@ class GaussianMixture(BaseMixture):
             reg_unit=ABSOLUTE,
         )
         with one_thread():
-            found = sweep_lake(
-                lake, [candidate], config, start_of(self), cluster=cluster, given=given
+            swept = sweep_lake(
+                lake, [candidate], config, start_of(self), cluster=cluster, initial_parameters=start
             )
-        fit, space = found.result.scored[0].fit, Space(dtype=torch.float64)
-        adopt(self, fit, found.centre, found.feature_names, space)
-        names, total = found.feature_names, found.result.total
+        fit, space = swept.result.scored[0].fit, Space(dtype=torch.float64)
+        adopt(self, fit, swept.centre, swept.feature_names, space)
+        names, total = swept.feature_names, swept.result.total
         _warn_if_drowned(fit.parameters, total, self.reg_covar, names, stacklevel=4)
 
-    def _given_start(self) -> Parameters | None:
-        """Return the one start that the parameters give, if they do."""
+    def _start_parameters(self) -> Parameters | None:
+        """Return the start set by `warm_start` or the `*_init` parameters; None for neither."""
         if self.warm_start and hasattr(self, "converged_"):
-            self._require_warm(self.means_.shape[1])  # of the lake's columns the sweep tells
+            self._require_warm(self.means_.shape[1])  # the sweep checks the lake's columns
             return self._parameters()
-        given = (self.weights_init, self.means_init, self.precisions_init)
-        if all(value is None for value in given):
+        inits = (self.weights_init, self.means_init, self.precisions_init)
+        if all(init is None for init in inits):
             return None
-        if any(value is None for value in given):
+        if any(init is None for init in inits):
             raise ValueError(
                 "a lake takes weights_init, means_init and precisions_init together, or none"
             )
@@ -325,17 +326,17 @@ def adopt(
     feature_names: Sequence[str],
     space: Space,
 ) -> None:
-    """Have an estimator take a sweep's fit for what it has learned.
+    """Set an estimator's learned attributes from a sweep's fit.
 
     Args:
-        estimator: Is given the learned attributes.
+        estimator: Receives the learned attributes.
         fit: A candidate's fit.
         centre: The centre (d,) that the fit is about, in feature units.
         feature_names: Names of the features, for messages.
         space: The kind of array that attributes are.
 
     Raises ValueError where the fit collapsed; warns with ConvergenceWarning and the status
-    sentence where it did not converge or means nothing.
+    sentence where it did not converge or is degenerate.
     """
     if fit.status is Status.COLLAPSED:
         raise ValueError(f"{SINGULAR} ({fit.status.value})")
@@ -358,10 +359,12 @@ def _warn_if_drowned(
     stacklevel: int,
 ) -> None:
     """Warn of a feature whose variances are mostly reg_covar, which does not know its unit."""
-    own = (learned.variances() - reg_covar).amax(0)
+    unregularised = (learned.variances() - reg_covar).amax(0)
     variances = total.variances
-    # All components on one value each are no matter of units.
-    drowned = (variances < reg_covar) | ((own < reg_covar) & (own > 1e-9 * reg_covar))
+    # Where every component lies on a single value, units are not the matter.
+    drowned = unregularised < reg_covar
+    drowned &= unregularised > 1e-9 * reg_covar
+    drowned |= variances < reg_covar
     drowned[list(total.constant_features())] = False
     if not bool(drowned.any()):
         return

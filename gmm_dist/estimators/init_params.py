@@ -28,14 +28,14 @@ def shares_of(
 ) -> Float64[Tensor, "n k"]:
     """Return each row's weight times its responsibilities (n, k).
 
-    Weights play their part as probabilities, and in k-means.
+    Weights are the rows' probabilities as seeds, and their weights in k-means.
 
     Args:
         method: One of `INIT_PARAMS`.
         X: Rows (n, d).
         sample_weight: Weights (n,); None for ones.
         k: Number of components.
-        random_state: From which is drawn what scikit-learn draws, so that the shares are its own.
+        random_state: Source of the same draws as in scikit-learn, so the shares are the same.
     """
     n = len(X)
     weight = None if sample_weight is None else sample_weight.numpy()

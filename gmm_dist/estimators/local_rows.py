@@ -37,7 +37,7 @@ class Resident:
         *,
         whole: bool = True,
     ) -> Resident:
-        """Centre rows and deal them to shards, as many as their number asks for by default.
+        """Centre rows and deal them to `n_shards` shards; None: as their number suggests.
 
         `whole` is as in `estep.SumMoments`.
         """
@@ -46,8 +46,8 @@ class Resident:
         wanted = max(wanted, 1)
         centre = X.mean(0)
         columns = (X - centre).T.contiguous()
-        # By the caller's own thread where there is one shard: a call to another costs more than
-        # a pass over a thousand rows.
+        # One shard is worked on in the caller's thread: a call to another thread costs more than a
+        # pass over a thousand rows.
         n_threads = 0 if wanted == 1 else min(wanted, os.cpu_count() or 1)
         shards = LocalShards.of(columns.T, sample_weight, n_shards=wanted, n_threads=n_threads)
         total = shards.run(SumMoments(X.shape[1], whole))

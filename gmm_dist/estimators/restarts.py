@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from gmm_dist.em.lane import Lane
 
-_ROUNDING = 1e-10  # of a lower bound: what the iterations of a fit may have rounded away
+_ROUNDING = 1e-10  # relative, of a lower bound: the rounding that a fit's iterations accumulate
 
 
 def ranked(lanes: Sequence[Lane]) -> list[Lane]:
     """Return the lanes, of the largest lower bound first; NaN comes last.
 
-    Of those that rounding alone may have put above one another, the first comes first: which of
-    two starts that mirror each other wins must not depend on the processor.
+    Trials that differ by rounding alone keep their order: which of two mirrored starts wins must
+    not depend on the processor.
     """
     left = sorted(lanes, key=lambda lane: _or_least(lane.lower_bound), reverse=True)
     order: list[Lane] = []

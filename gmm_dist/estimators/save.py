@@ -35,7 +35,7 @@ _UNKNOWN = "how the fit ended is not known: the model was saved as a mixture"
 
 @runtime_checkable
 class Estimator(Protocol):
-    """What `save` asks of an estimator."""
+    """What `save` needs from an estimator."""
 
     def to_mixture(self) -> Mixture: ...
 
@@ -114,7 +114,7 @@ def _provenance(model: Mixture | Estimator) -> Provenance:
         config = {"estimator": type(model).__name__, **settings}
         converged = bool(getattr(model, "converged_", False))
         n_iter = int(getattr(model, "n_iter_", 0))
-        # One that was made of a mixture has no iterations of its own.
+        # An estimator made from a mixture has no iterations.
         ended = Status.CONVERGED if converged else Status.MAX_ITER
         status = ended.value if n_iter else _UNKNOWN
     return Provenance(

@@ -29,7 +29,7 @@ from gmm_dist.selection.sweep import require_rows, sweep
 from gmm_dist.shards.local import one_thread
 
 SIZES, KINDS = range(2, 21), ("full", "diag")
-"""What is tried where nothing is asked for: of these, what the rows can tell apart."""
+"""The default grid; `select` leaves out candidates for which rows in memory are too few."""
 
 _COLUMNS = ("rank", "k", "covariance_type", "bic", "aic", "icl", "log_likelihood", "status")
 _PER_ROW = "mean log-likelihood, nats per row"
@@ -39,9 +39,9 @@ _PER_ROW = "mean log-likelihood, nats per row"
 class Selection:
     """What `select` found: prints as a table, the best first; `best` is fitted.
 
-    `result` has everything that was measured, about the rows' shared centre; of a lake
-    (`is_lake`), rows could be held out. `left_out` says which of the default candidates were not
-    fitted, for the rows are too few for them; "" for none.
+    `result` has all measurements, about the rows' shared centre; only a lake (`is_lake`) can
+    have held-out rows. `left_out` says which of the default candidates were not fitted because
+    the rows are too few for them; "" for none.
     """
 
     result: SweepResult
@@ -66,8 +66,8 @@ class Selection:
         """Return what a reader of the table should know, each with what to do."""
         d = self.best.n_features_in_
         names = self.feature_names or tuple(f"x{j}" for j in range(d))
-        found = self.result.warnings(names, _select_again, holds_out=self.is_lake)
-        return [self.left_out, *found] if self.left_out else found
+        notes = self.result.warnings(names, _select_again, holds_out=self.is_lake)
+        return [self.left_out, *notes] if self.left_out else notes
 
     def to_frame(self) -> Any:
         """Return `rows` as a pandas DataFrame. Raises ImportError without pandas."""
@@ -86,8 +86,8 @@ class Selection:
             _, ax = plt.subplots()
         ranked = [s for s in self.result.ranked if s.fit.is_ranked]
         for kind in dict.fromkeys(s.candidate.covariance_type for s in self.result.scored):
-            own = [s for s in ranked if s.candidate.covariance_type == kind]
-            if line := sorted(_point(s, self.criterion) for s in own):
+            of_kind = [s for s in ranked if s.candidate.covariance_type == kind]
+            if line := sorted(_point(s, self.criterion) for s in of_kind):
                 ax.plot(*zip(*line, strict=True), marker="o", label=kind)
         ax.plot(*_point(ranked[0], self.criterion), marker="*", markersize=14, linestyle="none")
         ax.set(xlabel="k", ylabel=_LABELS[self.criterion])
@@ -139,8 +139,8 @@ def select(
 
     Args:
         X: what `GaussianMixture.fit` takes: rows (n, d) in memory, or a `gmm_dist.Lake`.
-        n_components: numbers of components. Of the default ones those are left out for which rows
-            in memory are too few; what is asked for is fitted, ranked or not.
+        n_components: numbers of components. Default ones for which rows in memory are too few are
+            left out; those named here are fitted in any case, even if they cannot be ranked.
         covariance_type: "full", "tied", "diag", "spherical", or several of them.
         criterion: "bic", "aic", "icl" (lower is better), or "holdout", the mean log-likelihood of
             a lake's held-out rows.
@@ -187,12 +187,12 @@ def select(
             from gmm_dist.fitting.lake_sweep import sweep_lake
 
             require_lake_settings(sample_weight, device, n_shards, cluster)
-            found = sweep_lake(
+            swept = sweep_lake(
                 X, candidates, config, start, cluster=cluster or Cluster(), criterion=criterion
             )
             space = Space(dtype=torch.float64)
             return _selected(
-                best, found.result, found.centre, found.feature_names, space, is_lake=True
+                best, swept.result, swept.centre, swept.feature_names, space, is_lake=True
             )
         require_no_cluster(cluster)
         if criterion == "holdout":
@@ -200,10 +200,10 @@ def select(
         rows, weight = best._checked_rows(X, sample_weight)
         if n_components is not SIZES:
             require_rows(candidates, len(rows))
-        asked, n, d = candidates, len(rows), rows.shape[1]
+        requested, n, d = candidates, len(rows), rows.shape[1]
         any_k, any_kind = n_components is SIZES, covariance_type is KINDS
-        candidates = _bearable(asked, n, d, any_k=any_k, any_kind=any_kind)
-        left_out = _left_out(asked, candidates, n, d)
+        candidates = _bearable(requested, n, d, any_k=any_k, any_kind=any_kind)
+        left_out = _left_out(requested, candidates, n, d)
         best.set_params(covariance_type=candidates[0].covariance_type)
         names = tuple(getattr(best, "feature_names_in_", ()))
         resident = best._resident(rows, weight)
@@ -241,10 +241,10 @@ def _candidates(k: int | Iterable[int], kinds: str | Sequence[str]) -> list[Cand
 def _bearable(
     candidates: Sequence[Candidate], n_rows: int, d: int, *, any_k: bool, any_kind: bool
 ) -> list[Candidate]:
-    """Return the candidates that so many rows can rank, of those that were not asked for by name.
+    """Return the candidates without those of the default grid that `n_rows` rows cannot rank.
 
-    `any_k` and `any_kind` say that sizes, covariance types are the default ones. Raises TooFewRows
-    where none is left.
+    `any_k` and `any_kind` say whether numbers of components, covariance types are the default
+    ones. Raises TooFewRows where none is left.
     """
     least = min(candidate.k for candidate in candidates)
     kept = []
@@ -262,14 +262,16 @@ def _bearable(
     return kept
 
 
-def _left_out(asked: Sequence[Candidate], kept: Sequence[Candidate], n_rows: int, d: int) -> str:
-    """Say which candidates are not among those that are kept."""
-    told = []
-    for kind in dict.fromkeys(c.covariance_type for c in asked if c not in kept):
+def _left_out(
+    requested: Sequence[Candidate], kept: Sequence[Candidate], n_rows: int, d: int
+) -> str:
+    """Say which requested candidates were not kept; "" for none."""
+    omissions = []
+    for kind in dict.fromkeys(c.covariance_type for c in requested if c not in kept):
         most = max((c.k for c in kept if c.covariance_type == kind), default=0)
-        told.append(f"{kind} with k above {most}" if most else f"{kind} covariances")
+        omissions.append(f"{kind} with k above {most}" if most else f"{kind} covariances")
     rows = f"{counted(n_rows, 'row')} of {counted(d, 'feature')} are too few for them"
-    return f"not tried: {' and '.join(told)}, for {rows}" if told else ""
+    return f"not tried: {' and '.join(omissions)}, for {rows}" if omissions else ""
 
 
 def _selected(

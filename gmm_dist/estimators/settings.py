@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def require_lake_settings(
     sample_weight: Any, device: str | torch.device | None, n_shards: int | None, cluster: Any
 ) -> None:
-    """Raise ValueError where a lake is to be fitted with what is for rows in memory.
+    """Raise ValueError for settings of rows in memory where a lake is fitted.
 
-    Raises TypeError for a `cluster` that is none.
+    Raises TypeError for a `cluster` that is not a `Cluster`.
     """
     if sample_weight is not None:
         raise ValueError("sample_weight is for rows in memory: Lake(..., weight_column=)")
@@ -37,7 +37,7 @@ def require_lake_settings(
 
 
 def require_cluster(cluster: Any) -> None:
-    """Raise TypeError for what is neither a `Cluster` nor None."""
+    """Raise TypeError unless `cluster` is a `Cluster` or None."""
     if cluster is not None and not isinstance(cluster, Cluster):
         raise TypeError(
             f"cluster is {cluster!r}: give gmm_dist.Cluster(address=..., num_workers=...), or None"
@@ -45,7 +45,7 @@ def require_cluster(cluster: Any) -> None:
 
 
 def require_no_cluster(cluster: Any) -> None:
-    """Raise ValueError where rows in memory come with what is for a lake."""
+    """Raise ValueError where rows in memory come with a `cluster`."""
     if cluster is not None:
         raise ValueError(
             "cluster is for a lake, gmm_dist.Lake(...): rows in memory are worked on in this "
@@ -54,7 +54,7 @@ def require_no_cluster(cluster: Any) -> None:
 
 
 def start_of(estimator: BaseMixture) -> StartConfig:
-    """Return how a search on a sample is to look for an estimator's starts."""
+    """Return the settings of the search for an estimator's starts."""
     return StartConfig(
         n_init=estimator.n_init if estimator.n_init > 1 else StartConfig().n_init,
         init=estimator.init_params,

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class FitOutcome:
-    """What came of a fit that has committed, or could rank nothing.
+    """The outcome of a fit that has committed, or that could rank no candidate.
 
     `result` is None where the run had committed before; `has_report` says whether there is a
     report.html. Where `result.best` is None there is no model, and the output is free again.
@@ -69,11 +69,11 @@ def fit_lake(
 
     Args:
         options: What is fitted, and how.
-        progress: Is told how far the fit is.
+        progress: Receives the fit's progress.
         draw: Draws report.html.
         next_run: Says how a grid of K, such as "12..24", is fitted next, for a warning.
         spelling: Spells the options that warnings name.
-        finish: Is called before the commit, which nothing should break off.
+        finish: Is called before the commit, which must not be interrupted.
 
     Raises:
         UserError: the output is taken, or rows or settings are not fit for it.
@@ -84,12 +84,12 @@ def fit_lake(
     with one_thread(), claim.claim(options.output, resume=options.resume) as run:
         if run.committed:
             return FitOutcome(output=options.output, result=None, warnings=[])
-        given = None if options.start is None else load.load(options.start)
-        job = Job.of(options, given=given, progress=progress)
+        start_model = None if options.start is None else load.load(options.start)
+        job = Job.of(options, start_model=start_model, progress=progress)
         fitted = job.fit(run)
         result = fitted.result
-        found = result.warnings(job.plan.feature_names, next_run, spelling=spelling)
-        warnings = [*(spelt(words, spelling) for words in fitted.incomplete), *found]
+        sweep_warnings = result.warnings(job.plan.feature_names, next_run, spelling=spelling)
+        warnings = [*(spelt(words, spelling) for words in fitted.incomplete), *sweep_warnings]
         if result.best is None:
             run.forget()
             return FitOutcome(output=options.output, result=result, warnings=warnings)
@@ -119,12 +119,15 @@ Look = Callable[[Shards, SweepResult], None]
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Job:
-    """What is fitted, to which rows, and how; `given` and `warm` are about the rows' centre."""
+    """A fit: its candidates, rows and settings.
+
+    `initial_parameters` and `warm` are about the rows' centre.
+    """
 
     options: FitOptions
     candidates: list[Candidate]
     loader: LakeLoader
-    given: list[Parameters] | None
+    initial_parameters: list[Parameters] | None
     warm: list[Parameters]
     progress: FitProgress
 
@@ -134,7 +137,7 @@ class Job:
         options: FitOptions,
         plan: Plan | None = None,
         *,
-        given: Mixture | None = None,
+        start_model: Mixture | None = None,
         warm: Mixture | None = None,
         progress: FitProgress | None = None,
     ) -> Self:
@@ -143,22 +146,23 @@ class Job:
         Args:
             options: What is fitted, and how.
             plan: The rows; None to plan them.
-            given: A model that the fit goes on from.
+            start_model: A model that the fit goes on from.
             warm: A model that competes with other starts of its shape in a sweep.
-            progress: Is told how far the fit is; None for silence.
+            progress: Receives the fit's progress; None for silence.
         """
-        candidates = _candidates(options, given)
+        candidates = _candidates(options, start_model)
         plan = plan or plan_rows(options)
         require_means(plan, candidates, options.cluster)
         loader = loader_for(plan)
         starts, guests = (
-            None if model is None else [about_centre(model, loader)] for model in (given, warm)
+            None if model is None else [about_centre(model, loader)]
+            for model in (start_model, warm)
         )
         return cls(
             options=options,
             candidates=candidates,
             loader=loader,
-            given=starts,
+            initial_parameters=starts,
             warm=guests or [],
             progress=progress or Silent(),
         )
@@ -175,12 +179,14 @@ class Job:
     def identity(self) -> RunIdentity:
         """All that decides the model's bits."""
         options = self.options
-        asked = ("columns", "weight_column", "where", "missing", "holdout", "criterion")
+        option_names = ("columns", "weight_column", "where", "missing", "holdout", "criterion")
         settings = {
             **self.settings,
-            **{name: getattr(options, name) for name in asked},
+            **{name: getattr(options, name) for name in option_names},
             "candidates": [asdict(candidate) for candidate in self.candidates],
-            "start_model": None if self.given is None else _digest(self.given),
+            "start_model": None
+            if self.initial_parameters is None
+            else _digest(self.initial_parameters),
         }
         if self.warm:
             settings["warm_start"] = _digest(self.warm)
@@ -194,7 +200,7 @@ class Job:
     def fit(self, run: Run, look: Look = lambda shards, result: None) -> Fitted:
         """Load the rows and fit, from the last checkpoint where there is one.
 
-        `look` sees the rows once more, while they are resident.
+        `look` is called with the shards and the result, while the rows are resident.
         """
         checkpoints = run.checkpoints(self.identity, seconds=self.options.checkpoint_seconds)
         latest = checkpoints.latest() if self.options.resume else None
@@ -211,7 +217,7 @@ class Job:
             if latest is not None:
                 resume = Snapshot(dict(latest.tensors), dict(latest.state))
                 progress.resuming(latest.number)
-            elif self.given is None:
+            elif self.initial_parameters is None:
                 progress.starting(self.options.n_init)
             result = self._sweep(shards, watch=progress.standings, resume=resume, keep=keep)
             quantiles = None
@@ -247,7 +253,7 @@ class Job:
             centre=torch.from_numpy(self.loader.centre),
             criterion=self.options.criterion,
             holdout=self.plan.holdout > 0,
-            given=self.given,
+            initial=self.initial_parameters,
             warm=self.warm,
             watch=watch,
             resume=resume,
@@ -255,27 +261,27 @@ class Job:
         )
 
 
-def _digest(given: Sequence[Parameters]) -> str:
+def _digest(mixtures: Sequence[Parameters]) -> str:
     digest = hashlib.sha256()
-    for parameters in given:
+    for parameters in mixtures:
         for part in (parameters.weights, parameters.means, parameters.covariances):
             digest.update(part.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _candidates(options: FitOptions, given: Mixture | None) -> list[Candidate]:
-    if given is None:
+def _candidates(options: FitOptions, start_model: Mixture | None) -> list[Candidate]:
+    if start_model is None:
         pairs = itertools.product(options.covariance_type, options.k or ())
         return [Candidate(k, kind) for kind, k in pairs]
-    if options.k not in (None, (given.n_components,)):
-        components = counted(given.n_components, "component")
+    if options.k not in (None, (start_model.n_components,)):
+        components = counted(start_model.n_components, "component")
         k, start = Option("n_components"), Option("start")
         raise UserError(
             f"is {options.k[0]} but the model of " + start + f" has {components}",
             option=k,
             remedy="leave out " + k,
         )
-    return [Candidate(given.n_components, given.covariance_type)]
+    return [Candidate(start_model.n_components, start_model.covariance_type)]
 
 
 def plan_rows(options: FitOptions) -> Plan:
@@ -290,15 +296,15 @@ def plan_rows(options: FitOptions) -> Plan:
     )
 
 
-def about_centre(given: Mixture, loader: LakeLoader) -> Parameters:
+def about_centre(model: Mixture, loader: LakeLoader) -> Parameters:
     """Return a model's parameters about the rows' shared centre; refuse other features."""
     plan = loader.plan
-    if given.feature_names != plan.feature_names:
+    if model.feature_names != plan.feature_names:
         raise UserError(
             "the model of "
             + Option("start")
-            + f" has the features {', '.join(given.feature_names)}, the data "
+            + f" has the features {', '.join(model.feature_names)}, the data "
             f"{', '.join(plan.feature_names)}",
             remedy="name the model's with " + Option("columns") + ", in its order",
         )
-    return given.parameters.shifted(-torch.from_numpy(loader.centre))
+    return model.parameters.shifted(-torch.from_numpy(loader.centre))

@@ -32,7 +32,7 @@ from gmm_dist.shards.ray_shards import RayShards, connected
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LakeScores:
-    """What a mixture makes of a lake's rows; held-out ones and those of weight 0 are none.
+    """A mixture's scores on a lake's rows; held-out rows and those of weight 0 do not count.
 
     `score` is the mean log-likelihood per row (nats), weights honoured; of `bic`, `aic` and `icl`
     lower is better. Their n, `n_samples`, is the sum of the weights, or where these do not count
@@ -52,8 +52,8 @@ def scores_of_lake(
 ) -> LakeScores:
     """Score a lake's rows under a mixture, in one pass of Ray's workers.
 
-    Columns that the lake does not name are the mixture's features, by name. One pass more goes
-    before where missing values are filled with means.
+    Where the lake names no columns, they are the mixture's features, by name. Filling missing
+    values with means takes one pass more.
 
     Args:
         lake: which rows.
@@ -128,7 +128,7 @@ class _Reduced(Generic[S]):
 
 
 def _summary(rows: ShardRows) -> Any:
-    """Return what `_Reduced` has kept of a shard; the reading is over."""
+    """Return the summary that `_Reduced` has made of a shard; the reading is over."""
     read.release()
     return rows.counts
 

@@ -25,7 +25,7 @@ from gmm_dist.shards.ray_shards import RayShards, connected, most_memory
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LakeSweep:
-    """A sweep over a lake: `result` is about `centre` (d,), the features have names."""
+    """A sweep over a lake: parameters in `result` are about `centre` (d,)."""
 
     result: SweepResult
     centre: Float64[Tensor, " d"]
@@ -40,7 +40,7 @@ def sweep_lake(
     *,
     cluster: Cluster,
     criterion: str = "bic",
-    given: Parameters | None = None,
+    initial_parameters: Parameters | None = None,
 ) -> LakeSweep:
     """Plan, load on Ray, fit and rank.
 
@@ -48,18 +48,19 @@ def sweep_lake(
         lake: which rows.
         candidates: what is fitted to them, in the same passes.
         config: how EM goes, and when it stops.
-        start: how starts are looked for, unless `given`.
+        start: how starts are searched for, where `initial_parameters` is None.
         cluster: who holds the rows.
         criterion: what ranks the candidates.
-        given: the one candidate's start, in feature units.
+        initial_parameters: the one candidate's start, in feature units.
 
     Raises UserError as `plan_lake`, `connected` and `sweep` do.
     """
     plan = plan_of(lake)
-    if given is not None and given.n_features != plan.n_features:
+    if initial_parameters is not None and initial_parameters.n_features != plan.n_features:
         raise UserError(
-            f"the start has {given.n_features} features, but {lake.url} has {plan.n_features} "
-            f"({', '.join(plan.feature_names)}): give a start of as many, or choose columns"
+            f"the start has {initial_parameters.n_features} features, but {lake.url} has "
+            f"{plan.n_features} ({', '.join(plan.feature_names)}): give a start of as many, or "
+            "choose columns"
         )
     with resident_lake(plan, candidates, cluster) as (shards, centre):
         result = sweep(
@@ -72,7 +73,7 @@ def sweep_lake(
             centre=centre,
             criterion=criterion,
             holdout=plan.holdout > 0,
-            given=None if given is None else [given.shifted(-centre)],
+            initial=None if initial_parameters is None else [initial_parameters.shifted(-centre)],
         )
     return LakeSweep(result, centre, plan.feature_names)
 
@@ -81,7 +82,7 @@ def sweep_lake(
 def resident_lake(
     plan: Plan, candidates: Sequence[Candidate], cluster: Cluster
 ) -> Iterator[tuple[RayShards, Float64[Tensor, " d"]]]:
-    """Hold a lake's rows in Ray's workers until the block ends, for passes with such candidates.
+    """Hold a lake's rows in Ray's workers until the block ends, to fit the candidates to.
 
     Yields the shards, and their rows' shared centre (d,) in feature units. Raises UserError as
     `connected` does, and where rows or memory are too few.
@@ -112,10 +113,10 @@ def started_workers(
     cluster: Cluster,
     faults: FailureConfig | None = None,
 ) -> Iterator[RayShards]:
-    """Keep workers until the block ends or fails, and hold what they need against their memory.
+    """Start workers that end with the block, and check that the rows fit into their memory.
 
-    Where the process stays connected, as a notebook does, workers would outlive a failed fit.
-    Raises UserError when it is too much.
+    In a process that stays connected, as a notebook does, they would else outlive a failed fit.
+    Raises UserError when the memory is too small.
     """
     lanes, n_features = _lanes(candidates), loader.plan.n_features
     reserve = lane_bytes(lanes, n_features)

@@ -32,7 +32,7 @@ class FitOptions:
         columns: Feature columns; None for every floating-point one.
         weight_column: Column of sample weights; 0 is no row, 2 is two.
         where: Filter of rows, see `gmm_dist.lake.filters`.
-        missing: What becomes of nulls and NaN.
+        missing: How nulls and NaN are treated: "error", "drop" or "mean".
         holdout: Share of the rows, in [0, 1), that nothing is fitted to.
         init: How restarts are seeded.
         n_init: Restarts of each candidate, on a sample.
@@ -104,7 +104,7 @@ class FitOptions:
             resume=config.flag,
             checkpoint_seconds=config.number,
         )
-        # Each says itself what is wrong with it.
+        # Each raises its own errors.
         _ = self.em, self.search, self.faults, self.cluster
         if not 0 <= self.holdout < 1:
             wanted = "give a share of the rows, 0 <= share < 1"

@@ -10,22 +10,22 @@ from gmm_dist.selection.sweep import Standing
 
 
 class FitProgress(Protocol):
-    """Is told where a fit stands."""
+    """Receives the progress of a fit."""
 
     def shown(self) -> AbstractContextManager[None]:
         """Return a context in which it is shown."""
 
     def loading(self, done: int, n_shards: int, n_rows: int) -> None:
-        """Take how many shards are loaded, and their rows so far."""
+        """Note how many shards are loaded, and their rows so far."""
 
     def starting(self, n_init: int) -> None:
-        """Take that restarts run on a sample."""
+        """Note that restarts run on a sample."""
 
     def resuming(self, number: int) -> None:
-        """Take after which pass the run goes on."""
+        """Note after which pass the run resumes."""
 
     def standings(self, standings: Sequence[Standing]) -> None:
-        """Take where each candidate stands after a pass over the rows."""
+        """Note where each candidate stands after a pass over the rows."""
 
 
 class Silent:

@@ -46,7 +46,7 @@ def no_report(
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Fitted:
-    """What came of a fit.
+    """The outcome of a fit.
 
     `quantiles` are those of the best candidate's log-density, `sample` (m, d) some rows about
     their centre; None for no best.
@@ -89,7 +89,7 @@ def write(
 
     Args:
         attempt: Where the files go.
-        fitted: What came of the fit.
+        fitted: The outcome of the fit.
         loader: The rows' loader, which knows their plan and centre.
         settings: The fit's settings, as plain JSON values.
         more: What else sweep.json says.
@@ -198,8 +198,8 @@ def _entry(scored: RankedCandidate, rank: int) -> dict[str, Any]:
 def sample_of(shards: Shards, result: SweepResult, random_state: int) -> torch.Tensor | None:
     """Return a fair sample (m, d) of the fitted rows, about their centre, for the picture.
 
-    One pass over the rows. None, and a line in the log, where that fails: the fit is done, and
-    nothing for the eye may cost it.
+    One pass over the rows. None, and a line in the log, where that fails: a missing picture must
+    not lose a fit.
     """
     if result.best is None:
         return None

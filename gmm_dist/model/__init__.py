@@ -1,4 +1,4 @@
-"""What a mixture is: parameters, covariance types, densities, criteria; a fitted mixture in use.
+"""Mixtures: parameters, covariance types, densities, criteria; a fitted mixture in use.
 
 Nothing here knows where rows lie, how they are fitted, or what files look like.
 """

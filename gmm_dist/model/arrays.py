@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 Rows = Array | Tensor
 
 _TIME = re.compile(r"[<>=]?(date|time|duration|[mM]8)", re.IGNORECASE)
-# Stands for a model that was loaded, by its name, where scikit-learn checks rows.
+# Stands for a loaded model, under the name Mixture, where scikit-learn checks rows.
 _Loaded: type[BaseEstimator] = type("Mixture", (BaseEstimator,), {})
 
 
@@ -33,7 +33,7 @@ _Loaded: type[BaseEstimator] = type("Mixture", (BaseEstimator,), {})
 class Space:
     """Where results belong: NumPy (`device` None), torch on a device, or another namespace.
 
-    `elsewhere` is that namespace's own name of the rows' device, which torch need not know.
+    `elsewhere` is that namespace's name for the rows' device, which torch need not know.
     """
 
     dtype: torch.dtype
@@ -50,8 +50,8 @@ class Space:
         value = value.to(self.device)
         if self.namespace is None:
             return value
-        made = self.namespace.from_dlpack(value)
-        return made if self.elsewhere is None else made.to_device(self.elsewhere)
+        array = self.namespace.from_dlpack(value)
+        return array if self.elsewhere is None else array.to_device(self.elsewhere)
 
 
 def checked(estimator: BaseEstimator, X: Any, *, reset: bool, n_min: int = 1) -> Rows:
@@ -73,8 +73,8 @@ def checked_for_model(X: Any, n_features: int, names: Sequence[str]) -> Rows:
     and tables whose columns have no names of text are taken by position.
 
     Raises:
-        UserError: they are not such rows; in one line.
-        TypeError: X is of a kind that is no rows: a place, a lake, sparse, not of numbers.
+        UserError: X is not such rows; one line says why.
+        TypeError: X is a path, a lake, sparse, or not of numbers.
     """
     require_rows_in_memory(X)
     try:
@@ -94,7 +94,7 @@ class NotFinite(ValueError):  # noqa: N818 - it says what is wrong
 
 
 def require_rows_or_lake(X: Any) -> None:
-    """Raise TypeError for a path, which is neither."""
+    """Raise TypeError for a path: it is neither rows nor a lake."""
     if isinstance(X, str | os.PathLike):
         raise TypeError(
             f"X is {str(X)!r}, a place and no rows: gmm_dist.Lake(...) names those that lie there, "
@@ -104,7 +104,7 @@ def require_rows_or_lake(X: Any) -> None:
 
 def require_rows_in_memory(X: Any) -> None:
     """Raise TypeError for a lake, and for a path."""
-    # A lake says for itself what can be done with it: this box knows none.
+    # A lake brings its own message: this box does not import `lake`.
     elsewhere = getattr(X, "not_in_memory", None)
     if isinstance(elsewhere, str):
         raise TypeError(elsewhere)
@@ -117,7 +117,7 @@ def is_foreign(X: Any) -> bool:
 
 
 def unmasked(values: Any, name: str) -> Any:
-    """Return the values below a mask; raise NotFinite where it hides any, as NumPy would not."""
+    """Return a masked array's values; raise NotFinite where the mask hides any."""
     if not isinstance(values, np.ma.MaskedArray):
         return values
     _require_none(np.ma.getmaskarray(values), f"{name} contains a masked value", ())
@@ -125,7 +125,7 @@ def unmasked(values: Any, name: str) -> Any:
 
 
 def space_of(X: Any, rows: Rows) -> Space:
-    """Return the kind of X, of which `rows` were made."""
+    """Return where results belong: the kind of X, from which `rows` were made."""
     if isinstance(rows, Tensor):
         if isinstance(X, Tensor):
             return Space(dtype=rows.dtype, device=rows.device)
@@ -149,7 +149,7 @@ def tensor_of(value: Any) -> Tensor:
 
 
 def viewed(rows: Rows) -> Tensor:
-    """Return checked rows as a tensor, without a copy where they lie in order; only to be read."""
+    """Return checked rows as a read-only tensor, without a copy where they are C-contiguous."""
     if isinstance(rows, Tensor):
         return rows
     in_order = rows.flags.c_contiguous and rows.flags.writeable
@@ -162,7 +162,7 @@ def mean_of(values: Any) -> float:
 
 
 def device_of(setting: str | torch.device) -> torch.device:
-    """Return the device that a user names; raise ValueError where it cannot hold float64 rows."""
+    """Return the device that a user names; raise ValueError if it cannot hold float64 rows."""
     try:
         device = torch.device(setting)
         torch.empty(0, dtype=torch.float64, device=device)
@@ -176,7 +176,7 @@ def device_of(setting: str | torch.device) -> torch.device:
 
 
 def array_of(value: Any) -> Array:
-    """Return what `tensor_of` takes as a NumPy array of its own dtype."""
+    """Return an array or tensor as a NumPy array of the same dtype."""
     if isinstance(value, Tensor):
         return value.detach().cpu().numpy()
     return from_dlpack(value).cpu().numpy() if is_foreign(value) else np.asarray(value)
@@ -222,7 +222,7 @@ def _checked_tensor(estimator: BaseEstimator, X: Tensor, reset: bool, n_min: int
 
 
 def _readable(X: Any) -> Any:
-    """Return X as what scikit-learn or torch can read; refuse masked values."""
+    """Return X in a form that scikit-learn or torch reads; refuse masked values."""
     if not isinstance(X, Tensor) and is_foreign(X):
         return from_dlpack(X)
     X = unmasked(X, "X")
@@ -243,9 +243,9 @@ def _refuse_no_numbers(X: Any) -> None:
             "(numpy.lib.recfunctions.structured_to_unstructured)"
         )
     schema = getattr(X, "schema", None)  # of pyarrow and polars; pandas and NumPy have dtypes
-    found = getattr(schema, "types", getattr(X, "dtypes", [getattr(X, "dtype", "")]))
-    types = found if hasattr(found, "__iter__") else [found]  # of a series
-    # An instant that is missing would be the number -9.2e18.
+    dtypes = getattr(schema, "types", getattr(X, "dtypes", [getattr(X, "dtype", "")]))
+    types = dtypes if hasattr(dtypes, "__iter__") else [dtypes]  # a series has one
+    # A missing instant would become the number -9.2e18.
     times = [str(type_) for type_ in types if _TIME.match(str(type_))]
     if times:
         raise ValueError(
@@ -284,7 +284,7 @@ def _require_finite(rows: Rows, names: Sequence[str] | Array) -> None:
 
 
 def _require_none(wrong: Array, what: str, names: Sequence[str] | Array) -> None:
-    """Raise NotFinite where any value is wrong, and say where the first of them stands."""
+    """Raise NotFinite if any value is wrong; name the place of the first."""
     if wrong.any():
         place = [int(i) for i in np.unravel_index(np.argmax(wrong), wrong.shape)]
         row, *column = place
@@ -295,14 +295,14 @@ def _require_none(wrong: Array, what: str, names: Sequence[str] | Array) -> None
 
 
 def _one_line(error: Exception, n_features: int, names: Sequence[str]) -> str:
-    """Return what scikit-learn says of rows in one line, with what to give."""
+    """Return scikit-learn's message in one line, followed by the remedy."""
     first, *others = re.sub(r"\n- ", ", ", re.sub(r":\n- ", ": ", str(error).strip())).splitlines()
-    # Where names differ, all lines say how; elsewhere the others show rows, or are for scripts.
-    said = [first, *others] if first.startswith("The feature names") else [first]
+    # Where names differ every line matters; otherwise only the first does.
+    lines = [first, *others] if first.startswith("The feature names") else [first]
     if isinstance(error, NotFinite) or ": give " in first:
         return first
-    told = f" ({first_few(names)})" if names else ""
+    name_list = f" ({first_few(names)})" if names else ""
     return (
-        f"{'; '.join(line.rstrip('.:') for line in said)}: give rows (n, {n_features}), one column "
-        f"per feature of the mixture, in their order{told}"
+        f"{'; '.join(line.rstrip('.:') for line in lines)}: give rows (n, {n_features}), one "
+        f"column per feature of the mixture, in their order{name_list}"
     )

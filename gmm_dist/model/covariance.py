@@ -76,7 +76,7 @@ class Natural:
 
 
 class CovarianceType(Protocol):
-    """What the pass, the M-step and the criteria ask of a covariance type."""
+    """What the E-step, the M-step and the criteria need from a covariance type."""
 
     def rows(self, n_features: int) -> slice:
         """Return which rows of the feature matrix are this type's φ."""
@@ -87,7 +87,7 @@ class CovarianceType(Protocol):
     def least_rows(self, n_features: int) -> int:
         """Return how many rows a component needs to be more than an outlier.
 
-        That many give it positive variances, but for a tied one: `least_rows_in_all`.
+        That many give it positive variances; for a tied covariance see `least_rows_in_all`.
         """
 
     def least_rows_in_all(self, n_features: int) -> int:
@@ -168,7 +168,7 @@ def _linear_moments(sums: Tensor, d: int, first: int) -> tuple[Tensor, Tensor, T
 
 
 class Full:
-    """A covariance matrix of its own for each component."""
+    """One covariance matrix per component."""
 
     def rows(self, n_features: int) -> slice:
         return slice(1, n_feature_rows(n_features))
@@ -378,13 +378,13 @@ TYPE_OF: dict[str, CovarianceType] = {
     "diag": Diag(),
     "spherical": Spherical(),
 }
-"""What each of `COVARIANCE_TYPES` does."""
+"""The implementation of each of `COVARIANCE_TYPES`."""
 
 
 def log_weights(stack: ParameterStack) -> Float64[Tensor, " K"]:
     """Return the logarithms of the mixing weights, with `NEVER` in place of -inf."""
-    given = stack.weights.log() if stack.log_weights is None else stack.log_weights
-    return given.clamp_min(NEVER)
+    logs = stack.weights.log() if stack.log_weights is None else stack.log_weights
+    return logs.clamp_min(NEVER)
 
 
 def natural(stack: ParameterStack) -> Natural:

@@ -1,4 +1,4 @@
-"""What a mixture is ranked by: free parameters, BIC, AIC, ICL."""
+"""The criteria that rank mixtures: free parameters, BIC, AIC, ICL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def n_parameters(covariance_type: str, n_components: int, n_features: int) -> in
 
 
 def most_components(covariance_type: str, n_rows: int, n_features: int) -> int:
-    """Return of how many components a fit to so many rows may be ranked; 0 for none."""
+    """Return the most components that a ranked fit to `n_rows` rows may have; 0 for none."""
     family = TYPE_OF[covariance_type]
     if n_rows < family.least_rows_in_all(n_features):
         return 0

@@ -19,8 +19,8 @@ _BEYOND = 1e300  # minus the log-density of a row whose distances overflow, at m
 class Densities:
     """The weighted log-densities of a stack's components, each centred on its own mean.
 
-    The textbook form by Cholesky factors: K triangular products per chunk, and right where the
-    matrix-product form loses its digits to cancellation. `peaks` (K,) are the largest values,
+    The textbook form by Cholesky factors: K triangular products per chunk, and accurate where
+    the matrix-product form loses its digits to cancellation. `peaks` (K,) are the largest values,
     those at the means.
     """
 
@@ -37,21 +37,21 @@ class Densities:
         """Return log w_k + log N(x; k) of rows `x`, one per column."""
         distance = self._family.mahalanobis
         logits = torch.stack([c - 0.5 * distance(x, m, f) for m, f, c in self._components])
-        # One sum tells whether any row is so far out that digits or the range are short.
+        # One sum shows whether any row is so far out that digits or the range run short.
         if not float(logits.detach().sum()) > _FAR:
             self._place_far_rows(x, logits)
         return logits
 
     def _place_far_rows(self, x: Float64[Tensor, "d n"], logits: Float64[Tensor, "K n"]) -> None:
-        """Give rows beyond every component finite log-densities of which one is the largest."""
-        known = x.isfinite().all(0)
-        logits[logits.isnan() & known] = -math.inf
-        beyond = known & logits.isinf().all(0)
+        """Give rows far from all components finite log-densities with a single largest one."""
+        finite = x.isfinite().all(0)
+        logits[logits.isnan() & finite] = -math.inf
+        beyond = finite & logits.isinf().all(0)
         if bool(beyond.any()):
             logits[:, beyond] = self._relative(x[:, beyond])
         top = logits.amax(0)
         tied = (logits == top).sum(0) > 1
-        tied &= known & (top < _FAR)
+        tied &= finite & (top < _FAR)
         if bool(tied.any()):
             logits[:, tied] = self._apart(x[:, tied], logits[:, tied])
 
@@ -71,7 +71,7 @@ class Densities:
     def _apart(
         self, x: Float64[Tensor, "d n"], logits: Float64[Tensor, "K n"]
     ) -> Float64[Tensor, "K n"]:
-        """Part components that are equally far, up to rounding: by the side that a row lies on."""
+        """Break ties between equally distant components by the side that a row lies on."""
         top = logits.amax(0)
         unit = x / x.abs().amax(0)
         sides = torch.stack([self._side(unit, m, f) for m, f, _ in self._components])
@@ -79,7 +79,7 @@ class Densities:
         return torch.where(sides == sides.amax(0), logits, logits * (1 + 1e-9))
 
     def _side(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-        """Return x ᵀ Σ⁻¹ m, in which distances of far rows from like components differ."""
+        """Return x ᵀ Σ⁻¹ m: the term in which a far row's distances to like components differ."""
         distance, zero = self._family.mahalanobis, torch.zeros_like(mean)
         size = mean.abs().max().clamp_min(_TINY)
         unit = (mean / size)[:, None]

@@ -30,8 +30,8 @@ class Mixture:
 
     Rows are (n, d) in the feature units of the fit: arrays, tensors and lists in the order of
     `feature_names`, tables (pandas, polars, pyarrow) with these very columns, as scikit-learn
-    asks for them. What is no such rows, or not finite, raises UserError, as the estimators
-    raise ValueError; a path, a lake and sparse rows raise TypeError. All
+    asks for them. Other rows, or values that are not finite, raise UserError where the
+    estimators raise ValueError; a path, a lake and sparse rows raise TypeError. All
     arithmetic is float64 and centred per component, on the rows' device; results are float64
     and nats. `n_samples` and `log_likelihood` (sum, nats) are those of the fit, and so are
     `log_density_quantiles`, of the rows' log-densities; None for a model that keeps none.
@@ -111,7 +111,7 @@ class Mixture:
         )
 
     def _checked(self, X: Any) -> Rows:
-        # scikit-learn, which checks them, is slow to import, and jobs do without.
+        # scikit-learn, which checks them, is slow to import; jobs do not need it.
         from gmm_dist.model.arrays import checked_for_model
 
         return checked_for_model(X, self.n_features, self.feature_names)
@@ -124,11 +124,11 @@ class Mixture:
         return space.of(verb(self.parameters, rows))
 
     def _scored(self, X: Any) -> tuple[float, int]:
-        """Return the mean log-density of the rows, and how many they are."""
-        found = log_densities(self.parameters, self._checked(X))
-        if len(found) == 0:
+        """Return the mean log-density of the rows, and their number."""
+        row_densities = log_densities(self.parameters, self._checked(X))
+        if len(row_densities) == 0:
             raise UserError("X has no rows, so they have no mean log-density: give one or more")
-        return float(found.mean()), len(found)
+        return float(row_densities.mean()), len(row_densities)
 
 
 def labels(mixture: Parameters, X: Rows) -> Int64[Tensor, " n"]:

@@ -23,8 +23,8 @@ class Parameters:
     - `means` (k, d), in feature units;
     - `covariances`, in squared feature units: full (k, d, d), tied (d, d), diag (k, d),
       spherical (k,), as in scikit-learn;
-    - `log_weights` (k,): what densities take for ln `weights`, where they are not that: the
-      expected log-weights of a posterior over mixtures (see `variational`).
+    - `log_weights` (k,): the expected log-weights of a posterior over mixtures (see
+      `variational`), which densities use in place of ln `weights`; None for a plain mixture.
     """
 
     weights: Float64[Tensor, " k"]
@@ -62,7 +62,7 @@ class Parameters:
 
 @functools.lru_cache(maxsize=64)
 def lane_numbers(sizes: tuple[int, ...]) -> Int64[Tensor, " K"]:
-    """Return the number of each component's lane, of lanes of so many components."""
+    """Return the number of each component's lane; `sizes` are the lanes' components."""
     return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
 
 
@@ -72,7 +72,7 @@ class ParameterStack:
 
     K is the number of components of all lanes together: `weights` (K,), `means` (K, d),
     `covariances` as in `Parameters` with K in place of k, and (L, d, d) for tied; `log_weights`
-    (K,) where the lanes have such.
+    (K,) if the lanes have them.
     """
 
     weights: Float64[Tensor, " K"]
@@ -89,15 +89,15 @@ class ParameterStack:
             return cls._of_one(lanes[0])
         covariance_type = lanes[0].covariance_type
         join = torch.stack if covariance_type == "tied" else torch.cat
-        given = [lane.log_weights for lane in lanes if lane.log_weights is not None]
-        assert len(given) in (0, len(lanes)), "lanes with and without log_weights"
+        log_weights = [lane.log_weights for lane in lanes if lane.log_weights is not None]
+        assert len(log_weights) in (0, len(lanes)), "lanes with and without log_weights"
         return cls(
             weights=torch.cat([lane.weights for lane in lanes]),
             means=torch.cat([lane.means for lane in lanes]),
             covariances=join([lane.covariances for lane in lanes]),
             covariance_type=covariance_type,
             sizes=tuple(lane.n_components for lane in lanes),
-            log_weights=torch.cat(given) if given else None,
+            log_weights=torch.cat(log_weights) if log_weights else None,
         )
 
     @classmethod
@@ -120,7 +120,7 @@ class ParameterStack:
         return lane_numbers(self.sizes)
 
     def per_component(self, values: Tensor) -> Tensor:
-        """Return one value per component, of values that come one per covariance."""
+        """Return one value per component from values that come one per covariance."""
         return values[self.lane_of_component] if self.covariance_type == "tied" else values
 
     def lanes(self) -> list[Parameters]:
@@ -129,14 +129,14 @@ class ParameterStack:
         tied = self.covariance_type == "tied"
         if len(sizes) == 1:
             only = self.covariances[0] if tied else self.covariances
-            kind, given = self.covariance_type, self.log_weights
+            kind, log_weights = self.covariance_type, self.log_weights
             return [
                 Parameters(
                     weights=self.weights,
                     means=self.means,
                     covariances=only,
                     covariance_type=kind,
-                    log_weights=given,
+                    log_weights=log_weights,
                 )
             ]
         covariances = self.covariances.unbind() if tied else self.covariances.split(sizes)

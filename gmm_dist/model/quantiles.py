@@ -1,4 +1,4 @@
-"""Quantiles of the training rows' log-density: a model keeps them, to mark outliers by."""
+"""Quantiles of the training rows' log-density, kept with a model to mark outliers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALLEST = LEVELS[1]
 
 @dataclass(frozen=True, slots=True)
 class Quantiles:
-    """Values (nats) that a share of the training rows lies below; both ascend, as many of each."""
+    """Values (nats) below which a share (`levels`) of the training rows lies; both ascend."""
 
     levels: tuple[float, ...]
     values: tuple[float, ...]
@@ -39,10 +39,10 @@ class Quantiles:
         i = bisect.bisect_left(self.levels, level)
         if i == len(self.levels) or (i == 0 and self.levels[0] != level):
             raise UserError(f"the quantile at {level:g} lies outside of the table: fit anew")
-        found = self.values[i] if self.levels[i] == level else self._between(i, level)
-        if math.isnan(found):
+        quantile = self.values[i] if self.levels[i] == level else self._between(i, level)
+        if math.isnan(quantile):
             raise UserError(f"the quantile at {level:g} is not known: fit the model anew")
-        return found
+        return quantile
 
     def _between(self, i: int, level: float) -> float:
         (a, b), (low, high) = self.levels[i - 1 : i + 1], self.values[i - 1 : i + 1]

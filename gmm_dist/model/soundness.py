@@ -8,18 +8,18 @@ from torch import Tensor
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import Parameters
 
-# float32 weights, which sum to one up to their own rounding, are a mixture's too.
+# Weights stored as float32 sum to one only up to their rounding.
 _SUM_TOLERANCE = 1e-6
-# Of two standard deviations. A fit keeps the rounding of its sums, from which all asymmetry comes,
-# below this share of a covariance's smallest eigenvalue; beyond it passes take another form.
+# Times two features' standard deviations. All asymmetry comes from the rounding of sums, which a
+# fit keeps below this share of a covariance's smallest eigenvalue: beyond, it centres its passes.
 _ASYMMETRY = 1e-4
 
 
 def flaw(mixture: Parameters) -> str | None:
     """Say what keeps parameters of the right shapes from being a mixture; None for nothing.
 
-    Asked are finite numbers, weights that are not negative and sum to one within 1e-6, and
-    covariances that are symmetric, but for rounding, and positive definite.
+    A mixture has finite numbers, weights that are not negative and sum to one within 1e-6, and
+    covariances that are symmetric, up to rounding, and positive definite.
     """
     return _not_finite(mixture) or _of_weights(mixture.weights) or _of_covariances(mixture)
 
@@ -69,7 +69,7 @@ def _whose(kind: str, component: int, wrong: str) -> str:
 
 
 def _first(wrong: Tensor) -> tuple[int, ...] | None:
-    """Return the place of the first that is wrong, None for none."""
+    """Return the index of the first wrong element, None for none."""
     if not bool(wrong.any()):
         return None
     return tuple(int(i) for i in torch.nonzero(wrong)[0])

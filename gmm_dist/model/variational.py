@@ -8,8 +8,8 @@ log-density of a row under component k is
     E[log π] + ½ E[log |Λ|] - d / 2β - ½ ν (x - m)ᵀ W (x - m) - ½ d log 2π
       = log N(x | m, (ν W)⁻¹) + { E[log π] + ½ (E[log |Λ|] - log |ν W|) - d / 2β },
 
-so with the braces for the log-weights, the passes over the rows are the same as EM's, and so is
-what they bring back. `covariances` are (ν W)⁻¹, as in scikit-learn.
+so with the term in braces as log-weights, the passes over the rows and their sums are those of
+EM. `covariances` are (ν W)⁻¹, as in scikit-learn.
 
 The covariance types other than `full` are also scikit-learn's: their W are those of a Wishart
 in d dimensions, kept diagonal or a multiple of the unit matrix, and a tied one counts a k-th of
@@ -36,12 +36,12 @@ WEIGHT_PRIORS = ("dirichlet_process", "dirichlet_distribution")
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Prior:
-    """Hold what is believed of a mixture before its rows are seen.
+    """Hold the prior over a mixture's parameters.
 
     - `weight_concentration`: of the Dirichlet over the weights (`weight_prior` is
       "dirichlet_distribution"), or of the beta distributions that break the stick
       ("dirichlet_process"); the smaller, the fewer components are used;
-    - `mean_precision`: how many rows the belief `mean` (d,) counts for;
+    - `mean_precision`: how many rows the prior mean `mean` (d,) counts for;
     - `degrees_of_freedom` (more than d - 1) and `covariance`: the Wishart's ν and W⁻¹, in
       squared feature units: full and tied (d, d), diag (d,), spherical ();
     - `reg_covar` (squared feature units) is added to the variances that a component's rows have.
@@ -57,13 +57,13 @@ class Prior:
     reg_covar: float = 0.0
 
     def shifted(self, offset: Float64[Tensor, " d"]) -> Prior:
-        """Return the same belief of rows that were moved by `offset` (feature units)."""
+        """Return the same prior for rows that were moved by `offset` (feature units)."""
         return replace(self, mean=self.mean + offset)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Posterior:
-    """Hold what is believed of a mixture of k components once its rows are seen.
+    """Hold the posterior over the parameters of a mixture of k components.
 
     `weight_concentration`: (k,) of the Dirichlet, or (2, k), the two parameters of each beta;
     `mean_precision` (k,); `means` (k, d); `degrees_of_freedom` (k,), tied (); `covariances`,
@@ -78,7 +78,7 @@ class Posterior:
     covariances: Float64[Tensor, ...]
 
     def shifted(self, offset: Float64[Tensor, " d"]) -> Posterior:
-        """Return the same belief of rows that were moved by `offset` (feature units)."""
+        """Return the same posterior for rows that were moved by `offset` (feature units)."""
         return replace(self, prior=self.prior.shifted(offset), means=self.means + offset)
 
     @property
@@ -127,7 +127,7 @@ class Posterior:
     def lower_bound(self, log_likelihood: float, entropy: float, n_samples: float) -> float:
         """Return the lower bound on the log-evidence (nats, all rows), up to a constant.
 
-        `entropy` is that of the responsibilities which this posterior was made of.
+        `entropy` is that of the responsibilities from which this posterior was computed.
         """
         return entropy + float(self.log_normaliser)
 
@@ -135,9 +135,9 @@ class Posterior:
     def log_normaliser(self) -> Float64[Tensor, ""]:
         """The lower bound less the entropy of the responsibilities, up to a constant.
 
-        Of a posterior just made, the expected log-densities of rows and parameters cancel
-        against each other, and all that is left is ln of what normalises it (Bishop, exercise
-        10.16). Its derivative in a responsibility is the E-step's log-density.
+        Right after an M-step the expected log-densities of rows and parameters cancel, and only
+        the logarithm of the posterior's normaliser is left (Bishop, exercise 10.16). Its
+        derivative in a responsibility is the E-step's log-density.
         """
         d = self.means.shape[1]
         normal = -0.5 * d * self.mean_precision.log().sum()
@@ -162,7 +162,7 @@ class Posterior:
         return (parts - torch.lgamma(self.weight_concentration.sum(0))).sum()
 
     def _log_wishart(self) -> Tensor:
-        """Return ln of what normalises the Wisharts, without the powers of π."""
+        """Return the log-normaliser of the Wisharts, without the powers of π."""
         family, (k, d) = TYPE_OF[self.prior.covariance_type], self.means.shape
         nu, is_tied = self.degrees_of_freedom, self.prior.covariance_type == "tied"
         covariances = self.covariances[None] if is_tied else self.covariances
@@ -174,7 +174,7 @@ class Posterior:
 
 
 def m_step(prior: Prior, moments: Moments) -> Posterior:
-    """Return the posterior that the statistics of one mixture's rows lead to."""
+    """Return the posterior for the statistics of one mixture's rows."""
     nk = moments.nk
     reg = torch.full_like(moments.sum_x, prior.reg_covar)
     rows = maximise(prior.covariance_type, moments, (len(nk),), reg).lanes()[0]
@@ -182,7 +182,7 @@ def m_step(prior: Prior, moments: Moments) -> Posterior:
 
 
 def updated(prior: Prior, nk: Float64[Tensor, " k"], rows: Parameters) -> Posterior:
-    """Return the posterior, of components with `nk` rows of these means and covariances.
+    """Return the posterior when components have `nk` rows of these means and covariances.
 
     Bishop, equations 10.58 and 10.60 to 10.63; 10.62 with its terms divided by ν.
     """
@@ -223,5 +223,5 @@ def _weight_concentration(prior: Prior, nk: Float64[Tensor, " k"]) -> Tensor:
 
 
 def _spread(values: Tensor, over: Tensor) -> Tensor:
-    """Return values, one per covariance, with the axes that the covariances have behind."""
+    """Return values, one per covariance, with trailing axes to broadcast over covariances."""
     return values.view(*values.shape, *[1] * (over.ndim - values.ndim))

@@ -1,6 +1,6 @@
 """Measure whether whole columns have changed since last night, as when a unit changes.
 
-Tonight's density q tells tonight's rows from last night's density p by
+At a row x, tonight's density q differs from last night's density p by
 
     r(x) = ln q(x) - ln((1 - ε) p(x) + ε q(x)),    ε = 0.01,
 
@@ -8,9 +8,9 @@ whose mean over tonight's rows, the divergence D in nats per row, is Lee's skew 
 p: 0 where they are equal, and at most ln 100 = 4.6 however strange a row is to p. So a cluster
 that is born adds its share of the rows times 4.6, and where it lies does not matter.
 
-A column that is told in another unit moves *all* clusters by one map, x → s x + t. Undone, D
-falls to what is left of it. No such map undoes a birth, a death or a split: it would cost the
-clusters that stayed. Hence
+A column in another unit moves *all* clusters by one map, x → s x + t. With the map undone, D is
+only what other changes leave. No such map undoes a birth, a death or a split: it would misplace
+the clusters that stayed. Hence
 
     column drift = D - min D'    over p with columns in other units,
 
@@ -18,7 +18,7 @@ the nats per row that changes of whole columns explain; no units of the features
 maps tried are those that the columns' means and standard deviations suggest, for each of the
 columns that changed most and for many at once, and columns that are negated or swapped; the best
 one of a single column is refined. Where more than half of tonight's rows are strangers to p
-(r > ln 10), nothing that lasted is left to tell a birth from a bug, and the drift is D itself.
+(r > ln 10), too little has stayed to tell a birth from a bug, and the drift is D itself.
 
 A shift of every cluster by t standard deviations gives t² / 2 nats, and s times their spread about
 the same means (s² - 1) / 2 - ln s, of which ε takes a tenth or so (more where r is large).
@@ -43,13 +43,13 @@ _EPSILON = 0.01
 _STRANGE = math.log(1 / _EPSILON) / 2
 _MOST_CHANGED = 8  # columns of which each alone, and each pair, may have changed
 _REFINEMENTS = 60  # evaluations of D
-_SLIGHT = 0.02  # nats per row that chance explains, and that a simpler sentence is worth
+_SLIGHT = 0.02  # nats per row: due to chance, and too few to prefer many columns to one
 _MOST_ROWS, _FEWEST_ROWS, _WORK = 4096, 256, 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnDrift:
-    """What changes of whole columns explain of the difference to last night's model.
+    """How much of the difference to last night's model changes of whole columns explain.
 
     `drift` and `divergence` are in nats per row, see the module; `strangers` is the share of
     tonight's rows that last night's model finds strange. `columns` are those whose change explains
@@ -83,9 +83,9 @@ class _Change:
     shifts: Float64[Tensor, " m"]
 
     def undone(self, X: Float64[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
-        found = X.clone()
-        found[:, list(self.columns)] = (X[:, list(self.sources)] - self.shifts) / self.scales
-        return found
+        restored = X.clone()
+        restored[:, list(self.columns)] = (X[:, list(self.sources)] - self.shifts) / self.scales
+        return restored
 
     @property
     def log_volume(self) -> float:
@@ -127,36 +127,36 @@ def column_drift(
     ratios = measure.ratios(X)
     divergence = measure.mean(ratios)
     strangers = measure.mean((ratios > _STRANGE).double())
-    left, found = _best(measure, before, tonight)
+    left, best_change = _best(measure, before, tonight)
     explained = max(divergence - left, 0.0)
     drift = divergence if strangers > 0.5 else explained
     if explained <= _SLIGHT:
         return ColumnDrift(
             drift=drift, divergence=divergence, strangers=strangers, columns=(), change=""
         )
-    columns = tuple(feature_names[j] for j in found.columns)
+    columns = tuple(feature_names[j] for j in best_change.columns)
     return ColumnDrift(
         drift=drift,
         divergence=divergence,
         strangers=strangers,
         columns=columns,
-        change=found.spelt(feature_names),
+        change=best_change.spelt(feature_names),
     )
 
 
 def _best(measure: _Measure, before: Parameters, tonight: Parameters) -> tuple[float, _Change]:
-    """Return what explains most, and the divergence that is left: few columns rather than many."""
+    """Return the divergence that is left, and the change that explains most: of one, if close."""
     tried = [(measure.divergence(change), change) for change in _changes(before, tonight)]
-    left, found = min(tried, key=lambda pair: pair[0])
+    left, best_change = min(tried, key=lambda pair: pair[0])
     alone = min((pair for pair in tried if len(pair[1].columns) == 1), key=lambda pair: pair[0])
     refined = _refined(measure, alone[1], before)
     alone = min(alone, (measure.divergence(refined), refined), key=lambda pair: pair[0])
-    return alone if alone[0] < left + _SLIGHT else (left, found)
+    return alone if alone[0] < left + _SLIGHT else (left, best_change)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Measure:
-    """Computes divergences: of last night's mixture, whatever was done to the columns."""
+    """Computes divergences from last night's mixture, with or without a change undone."""
 
     before: Mixture
     log_tonight: Float64[Tensor, " n"]
@@ -180,7 +180,7 @@ class _Measure:
 
 
 def _changes(before: Parameters, tonight: Parameters) -> Iterator[_Change]:
-    """Yield what the two nights' means and standard deviations suggest."""
+    """Yield the changes that the two nights' means and standard deviations suggest."""
     (mean, spread), (mean_now, spread_now) = _moments(before), _moments(tonight)
     scale = (spread_now / spread).clamp(1e-150, 1e150)
     change = (scale.square() - 1 + ((mean_now - mean) / spread).square()) / 2 - scale.log()
@@ -221,13 +221,13 @@ def _refined(measure: _Measure, change: _Change, before: Parameters) -> _Change:
 
     start = [[0.0, 0.0], [0.1, 0.0], [0.0, 0.2]]
     options = {"maxfev": _REFINEMENTS, "initial_simplex": start}
-    found = minimize(
+    optimum = minimize(
         lambda point: measure.divergence(at(point.tolist())),
         start[0],
         method="Nelder-Mead",
         options=options,
     )
-    return at(found.x.tolist())
+    return at(optimum.x.tolist())
 
 
 def _moments(mixture: Parameters) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"]]:

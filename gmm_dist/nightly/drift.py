@@ -66,8 +66,8 @@ class Unmatched:
 class DensityHistogram:
     """Shares of tonight's rows by their log-density (nats) under either model.
 
-    `edges` (b + 1,) of equally wide bins; `before` and `tonight` (b,). What lies below the first
-    edge or above the last makes the rest to one.
+    `edges` (b + 1,) of equally wide bins; `before` and `tonight` (b,). They sum to less than 1:
+    rows below the first edge or above the last are in no bin.
     """
 
     edges: tuple[float, ...]
@@ -126,23 +126,23 @@ def drift(
     Args:
         before: Last night's components.
         after: Tonight's components.
-        matching: Who is who.
+        matching: Which components are the same.
         densities: Tonight's rows under both mixtures.
         feature_names: Names of the features.
         columns: Drift of whole columns, if it was measured.
     """
     old, new = before.parameters, after.parameters
-    found = overlaps(old, new)
+    overlap_matrix = overlaps(old, new)
     old_covariances, new_covariances = old.covariance_matrices(), new.covariance_matrices()
     components = []
     for i, j in matching.pairs:
-        known = before.ids[i]
-        assert known is not None
+        component_id = before.ids[i]
+        assert component_id is not None
         shift = new.means[j] - old.means[i]
         volume, shape = spread_change(old_covariances[i], new_covariances[j])
         components.append(
             ComponentDrift(
-                id=known,
+                id=component_id,
                 weight_before=float(old.weights[i]),
                 weight=float(new.weights[j]),
                 weight_change=float(new.weights[j] - old.weights[i]),
@@ -150,7 +150,7 @@ def drift(
                 mahalanobis=_mahalanobis(shift, old_covariances[i]),
                 volume_ratio=volume,
                 shape_change=shape,
-                overlap=float(found[i, j]),
+                overlap=float(overlap_matrix[i, j]),
             )
         )
     return Drift(
@@ -158,8 +158,8 @@ def drift(
         night=after.night,
         feature_names=feature_names,
         components=tuple(components),
-        born=tuple(_unmatched(after, j, before, found[:, j]) for j in matching.born),
-        dead=tuple(_unmatched(before, i, after, found[i]) for i in matching.dead),
+        born=tuple(_unmatched(after, j, before, overlap_matrix[:, j]) for j in matching.born),
+        dead=tuple(_unmatched(before, i, after, overlap_matrix[i]) for i in matching.dead),
         densities=densities,
         columns=columns,
     )
@@ -190,14 +190,14 @@ def _whitened(
 
 
 def _unmatched(
-    own: Numbered, component: int, other: Numbered, overlap: Float64[Tensor, " m"]
+    this_night: Numbered, component: int, other_night: Numbered, overlap: Float64[Tensor, " m"]
 ) -> Unmatched:
     nearest = int(overlap.argmax())
     return Unmatched(
-        id=own.ids[component],
-        weight=float(own.parameters.weights[component]),
-        mean=tuple(own.parameters.means[component].tolist()),
-        nearest=other.ids[nearest] if overlap[nearest] > _APART else None,
+        id=this_night.ids[component],
+        weight=float(this_night.parameters.weights[component]),
+        mean=tuple(this_night.parameters.means[component].tolist()),
+        nearest=other_night.ids[nearest] if overlap[nearest] > _APART else None,
         overlap=float(overlap[nearest]),
     )
 
@@ -207,21 +207,21 @@ def compare_densities(shards: Shards, before: Parameters, tonight: Parameters) -
 
     Takes one pass over the rows that were fitted, and one over those held out.
     """
-    found = shards.run(Tally((before, tonight)))
+    histograms = shards.run(Tally((before, tonight)))
     held_before, held_tonight = mean_log_likelihoods(shards, [before, tonight])
-    means = found.means.tolist()
+    means = histograms.means.tolist()
     return DensityChange(
         mean_before=means[0],
         mean_tonight=means[1],
         held_out_before=held_before,
         held_out_tonight=held_tonight,
-        histogram=_histogram(found),
+        histogram=_histogram(histograms),
     )
 
 
-def _histogram(found: Histograms) -> DensityHistogram:
-    ends = found.quantiles((_TAIL, 1 - _TAIL))
+def _histogram(histograms: Histograms) -> DensityHistogram:
+    ends = histograms.quantiles((_TAIL, 1 - _TAIL))
     edges = torch.linspace(float(ends.min()), float(ends.max()), _BINS + 1, dtype=torch.float64)
-    shares = found.shares_below(edges).diff(dim=1)
+    shares = histograms.shares_below(edges).diff(dim=1)
     before, tonight = (tuple(row) for row in shares.tolist())
     return DensityHistogram(tuple(edges.tolist()), before, tonight)

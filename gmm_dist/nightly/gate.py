@@ -11,7 +11,7 @@ import pyarrow as pa
 from gmm_dist.errors import Option, UserError, Words
 
 _FEWEST_ROWS = 1000
-_YELLOW = 0.5  # of the default gate: from there on a drift is worth a line
+_YELLOW = 0.5  # of the default gate: a larger drift is worth a warning
 _STRANGERS = 0.1  # of the rows
 _SHARE = 10  # a night of less than a tenth of last night's rows has probably not arrived yet
 
@@ -52,8 +52,8 @@ class Gate:
             fewest = self.min_rows
         if n_rows >= fewest:
             return []
-        asked = f"at least {fewest:,} are asked for (" + Option("min_rows") + ")"
-        return [f"{n_rows:,} rows are too few, " + asked]
+        requirement = f"at least {fewest:,} are asked for (" + Option("min_rows") + ")"
+        return [f"{n_rows:,} rows are too few, " + requirement]
 
     def on_likelihood(self, tonight: float | None, before: float | None) -> list[Words]:
         """Return why tonight's mean held-out log-likelihood is too low: no reason or one."""
@@ -85,24 +85,24 @@ class Gate:
     def warnings_of_drift(
         self, drift: float, change: str, *, divergence: float, strangers: float
     ) -> list[Words]:
-        """Return what somebody should look at though it keeps nothing back."""
+        """Return warnings of drift that does not keep the night back."""
         if drift > self.max_drift:
             return []  # a reason already
-        found: list[Words] = []
+        warnings: list[Words] = []
         if drift > _YELLOW * Gate().max_drift:
-            found.append(
+            warnings.append(
                 f"columns have changed since last night by {drift:.4g} nats per row, of "
                 f"{self.max_drift:g} that the gate allows ("
                 + Option("max_drift")
                 + f"){_spelt(change)}"
             )
         if strangers > _STRANGERS:
-            found.append(
+            warnings.append(
                 f"{strangers:.0%} of tonight's rows are strange to last night's model, which tells "
                 f"them from its own by {divergence:.4g} nats per row: clusters were born or have "
                 "changed, see drift.json"
             )
-        return found
+        return warnings
 
 
 def _spelt(change: str) -> str:
@@ -129,7 +129,7 @@ def _kind(type_: pa.DataType) -> str:
 
 
 def on_columns(tonight: Mapping[str, str], before: Mapping[str, str]) -> list[Words]:
-    """Return how the feature columns and their kinds differ from last night's: no order counts."""
+    """Return how the feature columns and their kinds differ from last night's, in any order."""
     changes = [f"{name!r} is gone" for name in before if name not in tonight]
     changes += [f"{name!r} is new" for name in tonight if name not in before]
     changes += [

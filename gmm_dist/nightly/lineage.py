@@ -86,15 +86,15 @@ def night_of(text: str) -> str:
 
 
 def _distinct(ids: Sequence[object]) -> tuple[int, ...]:
-    """Return numbers of components; ValueError for others, and for one that comes twice."""
-    found = tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
-    if len(found) != len(ids) or len(set(found)) != len(found):
+    """Return `ids` as a tuple; raise ValueError unless they are different whole numbers >= 0."""
+    valid_ids = tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
+    if len(valid_ids) != len(ids) or len(set(valid_ids)) != len(valid_ids):
         raise ValueError(f"{_shown(ids)} are not different whole numbers from 0 up")
-    return found
+    return valid_ids
 
 
 def _count(value: object) -> int:
-    """Return a number of rows; ValueError for anything else."""
+    """Return a number of rows; raise ValueError for anything else."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{value!r} is no number of rows")
     return value

@@ -31,15 +31,15 @@ from torch import Tensor
 from gmm_dist.model.parameters import Parameters
 
 MIN_OVERLAP = 0.2
-"""Below it two components are two: what a shift of 3.6 standard deviations leaves."""
+"""Components that overlap less are different ones; a shift of 3.6 standard deviations gives it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Matching:
-    """Say which components are the same, by index: each of either side is named exactly once.
+    """Say which components are the same, by index: each of either night is named exactly once.
 
-    `pairs` are (before, after), in order of `after`; `dead` of before and `born` of after have no
-    partner.
+    `pairs` are (before, after), in order of `after`; `dead` ones of before and `born` ones of after
+    have no partner.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -48,38 +48,38 @@ class Matching:
 
     def ids(self, before: Iterable[int], next_id: int) -> tuple[int, ...]:
         """Return the ids of the components after: a partner's, or new ones from `next_id` on."""
-        known = list(before)
-        ids = {after: known[partner] for partner, after in self.pairs}
+        before_ids = list(before)
+        ids = {after: before_ids[partner] for partner, after in self.pairs}
         ids |= {after: next_id + i for i, after in enumerate(self.born)}
         return tuple(ids[after] for after in sorted(ids))
 
 
 def match(before: Parameters, after: Parameters, *, min_overlap: float = MIN_OVERLAP) -> Matching:
-    """Match components such that the overlaps of the pairs, beyond `min_overlap`, sum to the most.
+    """Match components to maximise the sum of the pairs' overlaps beyond `min_overlap`.
 
-    No pair overlaps less than `min_overlap`: rather is one component dead and the other born. Of
-    the two that a component splits into, at most one keeps its number.
+    Components that overlap less are not paired: one is dead and the other born. Of the two that a
+    component splits into, at most one keeps its number.
     """
-    found = overlaps(before, after)
-    gain = (found - min_overlap).clamp_min(0).numpy()
+    overlap_matrix = overlaps(before, after)
+    gain = (overlap_matrix - min_overlap).clamp_min(0).numpy()
     rows, columns = linear_sum_assignment(gain, maximize=True)
     pairs = [
         (int(i), int(j))
         for i, j in zip(rows, columns, strict=True)
-        if float(found[i, j]) >= min_overlap
+        if float(overlap_matrix[i, j]) >= min_overlap
     ]
-    kept, known = {i for i, _ in pairs}, {j for _, j in pairs}
+    matched_before, matched_after = {i for i, _ in pairs}, {j for _, j in pairs}
     return Matching(
         tuple(sorted(pairs, key=lambda pair: pair[1])),
-        tuple(j for j in range(after.n_components) if j not in known),
-        tuple(i for i in range(before.n_components) if i not in kept),
+        tuple(j for j in range(after.n_components) if j not in matched_after),
+        tuple(i for i in range(before.n_components) if i not in matched_before),
     )
 
 
 def overlaps(one: Parameters, other: Parameters) -> Float64[Tensor, "k m"]:
     """Return the overlap of each component of one mixture with each of another, in [0, 1].
 
-    The families may differ; covariances are positive definite. Weights play no part. Takes
+    The covariance types may differ; covariances are positive definite. Weights play no part. Takes
     k m d³ / 3 flops and m d² numbers for full or tied covariances, k m d and m d for the others.
     """
     full = any(p.covariance_type in ("full", "tied") for p in (one, other))
@@ -116,7 +116,7 @@ def _by_matrices(
     lower = torch.linalg.cholesky((covariance + covariances) / 2 * scale)
     delta = ((means - mean) * unit)[:, :, None]
     location = torch.linalg.solve_triangular(lower, delta, upper=False).square().sum((1, 2)) / 8
-    own = torch.linalg.slogdet(torch.cat([covariance[None], covariances]) * scale).logabsdet
+    log_dets = torch.linalg.slogdet(torch.cat([covariance[None], covariances]) * scale).logabsdet
     middle = 2 * lower.diagonal(dim1=1, dim2=2).log().sum(1)
-    distance: Tensor = location + (middle - (own[0] + own[1:]) / 2) / 2 / len(mean)
+    distance: Tensor = location + (middle - (log_dets[0] + log_dets[1:]) / 2) / 2 / len(mean)
     return distance

@@ -2,23 +2,23 @@
 
     REG/models/2026-11-21/        a run's output: model/, sweep.json, drift.json, gate.json,
                                   lineage.json, manifest.json last; there means published
-    REG/latest.json               the pointer: a night; it moves forward alone
-    REG/ids.json                  the counter of component ids: what is below it has been given
+    REG/latest.json               the pointer: a night; it only moves forward
+    REG/ids.json                  the counter of component ids: all below it are taken
     REG/pruned.json               nights whose model was published and is removed
-    REG/candidates/2026-11-21/    what the gate kept back, of the night's last try
+    REG/candidates/2026-11-21/    what the gate kept back, of the night's last attempt
     REG/_turn                     the lease of whoever publishes or prunes
 
 The pointer, the counter and the list of the pruned are compared and swapped, so of two writers
-neither undoes the other. Ids come from the counter, and from above all that is found in the
-registry, should the counter be lost or be an old one: they stay unique when a night comes late, is
-computed again or is pruned; a run that dies between the counter and its commit leaves a gap.
+neither undoes the other. New ids are above the counter and, in case that is lost or out of date,
+above every id in the registry. So they stay unique when a night comes late, is computed again or
+is pruned; a run that dies between the counter and its commit leaves a gap.
 
-A night is matched against the newest one published *before* it, by date. Nights that are at work
-at once come in their order: each waits for the earlier ones (`await_earlier`), and of those that
-publish or prune, one does at a time (`turn`). One that comes late all the same is matched against
-its own past, and where it has none, takes its numbers from the night after it; what is published
-already stays as it is, and so does the pointer. Its newborns get numbers that no later night has:
-a cluster that is born on a late night and was seen by a later one before has two.
+A night is matched against the newest one published *before* it, by date. Runs of several nights at
+once keep the nights' order: each waits for the earlier ones (`await_earlier`), and one at a time
+publishes or prunes (`turn`). A night that comes late all the same is matched against those before
+it; where there are none, it takes its ids from the night after it. What is published already stays
+as it is, and so does the pointer. Its newborns get ids that no later night has, so a cluster that
+a later night has published before gets a second id.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 MODELS, CANDIDATES = "models", "candidates"
 COUNTER, PRUNED = "ids.json", "pruned.json"
 TURN = "_turn"
-_AT_ONCE = 16  # small files that are read
+_AT_ONCE = 16  # small files read at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Registry:
         return join(self._url, MODELS, night)
 
     def candidate_url(self, night: str, attempt: str) -> str:
-        """Where what an attempt left is kept if the gate says no."""
+        """Where an attempt's results go if the gate keeps them back."""
         return join(self._url, CANDIDATES, night, attempt)
 
     def is_published(self, night: str) -> bool:
@@ -89,8 +89,8 @@ class Registry:
         pruned = self._pruned(self._seen(PRUNED)).nights
         nights = [n for n in self._folders() if n not in pruned]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = list(pool.map(self._has_manifest, nights))
-        return [n for n, is_there in zip(nights, found, strict=True) if is_there]
+            have_manifests = list(pool.map(self._has_manifest, nights))
+        return [n for n, is_there in zip(nights, have_manifests, strict=True) if is_there]
 
     def _has_manifest(self, night: str) -> bool:
         with explained(self._folder.url):
@@ -113,17 +113,17 @@ class Registry:
                 return None
             url = self.model_url(night)
             try:
-                found = Published.read(url)
-                if found.night != night:  # by which it is looked for: a copy of another's folder
+                published = Published.read(url)
+                if published.night != night:  # the folder is a copy of another night's
                     raise UserError(
-                        f"{url}: {LINEAGE} is that of {_shown([found.night])}, as in a copied or "
-                        "renamed folder: restore this night's own, or remove the folder"
+                        f"{url}: {LINEAGE} is that of {_shown([published.night])}, as in a copied "
+                        "or renamed folder: restore this night's own, or remove the folder"
                     )
-                return found
+                return published
             except UserError:
                 if self.is_published(night):
                     raise
-                # Pruned while it was read: it has become another that is first.
+                # Pruned while it was read: look for the first one again.
 
     def came_between(self, before: str | None, night: str) -> bool:
         """Say whether a night has been published between two, of which `before` may be none."""
@@ -152,10 +152,10 @@ class Registry:
 
     @contextmanager
     def turn(self, *, seconds: float = SECONDS) -> Iterator[Lease]:
-        """Hold the registry: of those that publish or prune, one does at a time, others wait.
+        """Hold the registry: one run at a time publishes or prunes, the others wait.
 
-        A holder that no longer renews its lease is waited out. Ask `Lease.check` before what
-        cannot be undone.
+        A holder that no longer renews its lease is waited out. Call `Lease.check` before a step
+        that cannot be undone.
         """
         with explained(self._folder.url):
             terms = Terms(url=self._folder.url, seconds=seconds, patience=math.inf)
@@ -176,15 +176,15 @@ class Registry:
         return self._pointed_to(self._seen(LATEST))
 
     def new_ids(self, count: int, *, above: Collection[int] = ()) -> int:
-        """Take `count` component ids that nobody was given before, and return the first.
+        """Take `count` new component ids, and return the first.
 
         They are also larger than those in `above`, and than those of all nights that are
-        published, pruned or kept back, should the counter have been lost or restored.
+        published, pruned or kept back, in case the counter was lost or restored.
         """
-        known = max([-1, *above, self._largest_id()]) + 1
+        free_id = max([-1, *above, self._largest_id()]) + 1
         while True:
             seen = self._seen(COUNTER)
-            first = max(known, 0 if seen is None else self._next_id(seen, COUNTER))
+            first = max(free_id, 0 if seen is None else self._next_id(seen, COUNTER))
             if seen is not None and first > self._next_id(seen, COUNTER):
                 logger.warning(
                     "%s: %s is older than the nights, which have ids up to %d: goes on above them",
@@ -213,11 +213,11 @@ class Registry:
     def _ids_kept_back(self, candidate: tuple[str, str]) -> list[int]:
         data = self._folder.read(CANDIDATES, *candidate, DRIFT)
         try:
-            found = json.loads(data or b"{}")
-            told = [c["id"] for key in ("components", "born", "dead") for c in found.get(key, ())]
-            return [i for i in told if isinstance(i, int)]
+            content = json.loads(data or b"{}")
+            ids = [c["id"] for key in ("components", "born", "dead") for c in content.get(key, ())]
+            return [i for i in ids if isinstance(i, int)]
         except (ValueError, TypeError, KeyError, AttributeError):
-            return []  # for people to look at; whatever was given is told elsewhere
+            return []  # the file is for people: ids are recorded elsewhere too
 
     def _candidates(self) -> list[tuple[str, str]]:
         folder = self._folder.below(CANDIDATES)
@@ -228,9 +228,9 @@ class Registry:
         return _whole_number(parse(seen.data, name, self._folder.url), name, self._folder.url)
 
     def point_to(self, night: str) -> bool:
-        """Move the pointer to a published night, never back; say whether it names it now.
+        """Move the pointer forward to a published night; say whether it names that night now.
 
-        A night that was pruned meanwhile is pointed to by nobody.
+        It does not move to a night that was pruned meanwhile.
         """
         while True:
             seen = self._seen(LATEST)
@@ -249,7 +249,7 @@ class Registry:
                 logger.info("%s: %s points to %s", self._folder.url, LATEST, night)
 
     def forget_candidates(self, night: str, *, but: str) -> None:
-        """Remove what earlier attempts at a night left for the gate to keep back."""
+        """Remove what was kept back of earlier attempts at a night."""
         folder = self._folder.below(CANDIDATES, night)
         for name in sorted(folder.names() - {but}):
             folder.remove(name)
@@ -285,12 +285,12 @@ class Registry:
         """Put nights on the list of the pruned, and return all that are on it."""
         while True:
             seen = self._seen(PRUNED)
-            known = self._pruned(seen)
-            if known.nights.issuperset(nights):
-                return known.nights
-            # What has been given by now is above their ids, should the counter be lost one day.
-            next_id = max(known.next_id, self.new_ids(0))
-            together = known.nights.union(nights)
+            pruned = self._pruned(seen)
+            if pruned.nights.issuperset(nights):
+                return pruned.nights
+            # Above their ids and all others so far, in case the counter is lost one day.
+            next_id = max(pruned.next_id, self.new_ids(0))
+            together = pruned.nights.union(nights)
             if self._swap(PRUNED, seen, {"nights": sorted(together), "next_id": next_id}):
                 return together
 

@@ -24,14 +24,14 @@ Labels = npt.NDArray[np.int64]
 MOST_POINTS = 2000
 """Rows of a sample that a picture shows."""
 
-# Of a heat map, strong enough on white and on black; what is near the middle lets the page through.
+# Colours of a heat map, visible on white and on black; values near the middle are transparent.
 _ABOVE, _BELOW = (0xE8, 0x71, 0x0A), (0x2A, 0x8F, 0xD8)
 _STRONGEST, _BEND = 0.9, 0.8  # opacity, and its power of the value: small ones show in the dark
 _PANEL = (360, 250)  # CSS pixels: three side by side, one on a phone
 _MARKERS = ("o", "s", "^", "D")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # where colours repeat
 _TICKS_APART = 0.12  # of the height of a panel
-_LEAST = 1e-300  # distance from the best that a chart shows: of less, parts are not numbers
+_LEAST = 1e-300  # smallest distance from the best that a chart shows: parts of less underflow
 _FEW = 12  # components whose ellipses may be wide without hiding each other
 
 
@@ -51,7 +51,7 @@ def criterion(
 
     `label` says what the values are, with their unit; 0 is the best. `families` of covariances
     are lines. Values that are not finite are left out. The scale is that of square roots: small k
-    are far from the best, and what is near it decides.
+    are far from the best, and differences near it matter most.
     """
 
     def draw(figure: Figure) -> None:
@@ -73,9 +73,9 @@ def criterion(
         if len(families) > 1:
             figure.legend(loc="outside upper center", ncols=len(families), handlelength=1.6)
 
-    described = "; ".join(_described(family, points) for family, points in families.items())
+    description = "; ".join(_described(family, points) for family, points in families.items())
     title = f"{label}, over the number of components; chosen K = {chosen[0]}"
-    return drawn(name, _PANEL, draw, title, described)
+    return drawn(name, _PANEL, draw, title, description)
 
 
 def heat_map(name: str, clusters: Clusters, shown: Sequence[int]) -> Drawing:
@@ -115,8 +115,10 @@ def heat_map(name: str, clusters: Clusters, shown: Sequence[int]) -> Drawing:
         _scale(figure, limit, is_cut=most > limit, left=left, size=(width, height))
 
     title = "Heat map of the standardised means"
-    told = f"{k} components by {d} features; the table of clusters has the same means as numbers"
-    return drawn(name, (width, height), draw, title, told)
+    description = (
+        f"{k} components by {d} features; the table of clusters has the same means as numbers"
+    )
+    return drawn(name, (width, height), draw, title, description)
 
 
 def scatter(
@@ -155,8 +157,8 @@ def scatter(
         numbered(axes, means[list(shown)], [clusters.numbers[c] for c in shown])
 
     title = f"A sample of rows in {plane.kind}, with the components"
-    told = f"{len(points):,} rows, {len(shown)} components as ellipses, each with its number"
-    return drawn(name, size, draw, title, told)
+    description = f"{len(points):,} rows, {len(shown)} components as ellipses, each with its number"
+    return drawn(name, size, draw, title, description)
 
 
 def densities(name: str, clusters: Clusters, X: Floats, shown: Sequence[int]) -> Drawing:
@@ -207,8 +209,8 @@ def climb(name: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Drawing:
         _numbers(axes, "y")
         axes.margins(x=0.03, y=0.08)
 
-    told = f"{len(lines)} candidates; the thick line is the chosen one, {lines[0][0]}"
-    return drawn(name, _PANEL, draw, "Mean log-likelihood over iterations", told)
+    description = f"{len(lines)} candidates; the thick line is the chosen one, {lines[0][0]}"
+    return drawn(name, _PANEL, draw, "Mean log-likelihood over iterations", description)
 
 
 def approach(name: str, lines: Sequence[tuple[str, Sequence[float]]], tol: float) -> Drawing:
@@ -232,8 +234,8 @@ def approach(name: str, lines: Sequence[tuple[str, Sequence[float]]], tol: float
         _whole(axes)
 
     title = "What was left to gain at each iteration"
-    told = f"{len(lines)} candidates; the thick line is the chosen one, {lines[0][0]}"
-    return drawn(name, _PANEL, draw, title, told)
+    description = f"{len(lines)} candidates; the thick line is the chosen one, {lines[0][0]}"
+    return drawn(name, _PANEL, draw, title, description)
 
 
 def histograms(
@@ -282,8 +284,8 @@ def changes(
         order = np.argsort(-np.abs(points).sum(1), kind="stable")
         numbered(axes, points[order], [numbers[i] for i in order])
 
-    told = f"{len(points)} components that were there the night before, each with its number"
-    return drawn(name, _PANEL, draw, "What has changed of each component", told)
+    description = f"{len(points)} components that were there the night before, each with its number"
+    return drawn(name, _PANEL, draw, "What has changed of each component", description)
 
 
 def n_outside(clusters: Clusters, plane: Plane, X: Floats) -> int:
@@ -297,7 +299,7 @@ def n_outside(clusters: Clusters, plane: Plane, X: Floats) -> int:
 def colours(clusters: Clusters) -> list[int]:
     """Return the colour of each component: by its number, so that it stays from night to night.
 
-    Modulo N_COLOURS; what repeats differs in its dashes.
+    Taken modulo N_COLOURS; components of one colour differ in their dashes.
     """
     pairs = enumerate(clusters.numbers)
     return [int(name) if name.isdecimal() else i for i, name in pairs]
@@ -363,7 +365,7 @@ def _ellipse(mean: Floats, covariance: Floats, radius: float, hue: int) -> Ellip
 def _frame(points: Floats, means: Floats) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return the limits of a picture: nearly all rows, and the means that lie not far off.
 
-    Where nearly all rows are equal it is all of them; where all are, what lies about them.
+    All rows, where nearly all are equal; a margin about them, where all are.
     """
     result = []
     for x, m in zip(points.T, means.T, strict=True):

@@ -57,7 +57,7 @@ def _rendered(
     numbers: Sequence[int | None] | None,
     nightly: Mapping[str, Any] | None,
 ) -> str:
-    # Half a second to import, and only now anybody needs it.
+    # Takes half a second to import, and is needed here alone.
     from gmm_dist.report import page
     from gmm_dist.report.projection import Clusters
 
@@ -65,14 +65,14 @@ def _rendered(
         content = {**content, "data": redacted(str(content["data"]))}
     if mixture is None:
         return page.render(content, nightly=nightly)
-    parameters, known = mixture.parameters, numbers or mixture.component_ids
+    parameters, ids = mixture.parameters, numbers or mixture.component_ids
     clusters = Clusters(
         weights=parameters.weights.numpy(),
         means=parameters.means.numpy(),
         covariances=parameters.covariances.numpy(),
         covariance_type=parameters.covariance_type,
         feature_names=tuple(mixture.feature_names),
-        numbers=tuple("new" if number is None else str(number) for number in known),
+        numbers=tuple("new" if number is None else str(number) for number in ids),
     )
     rows = None
     if sample is not None:

@@ -99,7 +99,7 @@ def render(
 
 
 def _told(content: Json) -> Table:
-    """Return what is shown as it stands."""
+    """Return the parts of sweep.json that are shown unchanged."""
     return {
         "data": printable(str(content["data"])),
         "warnings": [printable(str(line)) for line in content.get("warnings", ())],
@@ -189,9 +189,9 @@ def _why(content: Json, chosen: Json | None) -> list[str]:
         unit = "nats per row" if criterion == "holdout" else "nats"
         line += f", {number(gap)} {unit} ahead of the next, {_named(ranked[1])}"
     others = [
-        f"{_CRITERIA[name]} would choose {_named(own)}"
+        f"{_CRITERIA[name]} would choose {_named(choice)}"
         for name in _present(content)
-        if name != criterion and (own := _best_by(name, ranked)) is not None and own != chosen
+        if name != criterion and (choice := _best_by(name, ranked)) is not None and choice != chosen
     ]
     n_failed = n - len(ranked)
     failed = [f"Not ranked, for reasons below the table: {n_failed:,}."] if n_failed else []
@@ -207,9 +207,9 @@ def _present(content: Json) -> list[str]:
 
 
 def _best_by(criterion: str, ranked: Sequence[Json]) -> Json | None:
-    known = [c for c in ranked if math.isfinite(number_or_nan(c[criterion]))]
+    finite = [c for c in ranked if math.isfinite(number_or_nan(c[criterion]))]
     sign = -1 if criterion == "holdout" else 1
-    return min(known, key=lambda c: sign * number_or_nan(c[criterion]), default=None)
+    return min(finite, key=lambda c: sign * number_or_nan(c[criterion]), default=None)
 
 
 def _criteria(content: Json, chosen: Json) -> list[Drawing]:
@@ -258,7 +258,7 @@ def _candidates(content: Json) -> Table:
 
 
 def _word(candidate: Json) -> str:
-    """Return what a status begins with: the word for it."""
+    """Return the word that a status begins with."""
     return "not converged" if "max_iter" in (s := candidate["status"]) else s.partition(":")[0]
 
 
@@ -336,26 +336,26 @@ def _picture(clusters: Clusters, sample: Sample | None, kept: Sequence[int]) -> 
     if clusters.means.shape[1] == 1:
         one = f"A sample of {counted(n_rows, 'row')}, and each component's share of the density."
         return {"drawing": figures.densities("picture", clusters, sample.X, kept), "said": [one]}
-    seen = plane(clusters)
-    drawing = figures.scatter("picture", clusters, seen, sample.X, sample.labels, kept)
+    picture_plane = plane(clusters)
+    drawing = figures.scatter("picture", clusters, picture_plane, sample.X, sample.labels, kept)
     said = [
-        f"A sample of {counted(n_rows, 'row')} in {seen.kind}; ellipses reach {radius:g} standard "
-        f"deviation{'s' if radius > 1 else ''} and bear their component's number."
+        f"A sample of {counted(n_rows, 'row')} in {picture_plane.kind}; ellipses reach {radius:g} "
+        f"standard deviation{'s' if radius > 1 else ''} and bear their component's number."
     ]
-    for label, features in zip(seen.labels, seen.made_of, strict=False):
+    for label, features in zip(picture_plane.labels, picture_plane.made_of, strict=False):
         parts = ", ".join(
             f"{shortened(printable(name), _LONGEST_NAME)} {signed(r, 2)}" for name, r in features
         )
         said.append(f"{label.capitalize()} goes along with (correlation): {parts}.")
     if len(kept) > N_COLOURS:
         said.append(f"Colours repeat after {N_COLOURS}; the numbers do not.")
-    if n_out := figures.n_outside(clusters, seen, sample.X):
+    if n_out := figures.n_outside(clusters, picture_plane, sample.X):
         said.append(f"Rows of the sample that lie outside the frame: {n_out:,}.")
     return {"drawing": drawing, "said": said}
 
 
 def _iterations(content: Json, chosen: Json) -> list[Drawing]:
-    """Draw what the candidates' fits went through, the chosen one at the front."""
+    """Draw the candidates' log-likelihoods over iterations, the chosen one in front."""
     fits = [c for c in content["candidates"] if c["lower_bounds"]]
     others = [c for c in fits if c is not chosen and c["rank"] is not None][:_MOST_LINES]
     if chosen not in fits:
@@ -369,7 +369,7 @@ def _iterations(content: Json, chosen: Json) -> list[Drawing]:
 
 
 def _rows(content: Json) -> list[tuple[str, str, str]]:
-    """Return what became of the rows: what, how many, which share of those read."""
+    """Return what happened to the rows: what, how many, and their share of the rows read."""
     counts = content["rows"]
     read = counts["read"]
     lines = []

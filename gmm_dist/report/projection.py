@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_DEPENDENT = 1e-8  # of an eigenvalue of the correlations: below it the direction has no rows
+_DEPENDENT = 1e-8  # of the largest eigenvalue: below it a direction has no variance
 _MOST_FEATURES = 256  # of a plane: its eigenvectors cost d³
 
 
@@ -19,8 +19,8 @@ class Clusters:
     """A mixture as arrays, in data units, float64.
 
     `weights` (k,), `means` (k, d), `covariances` as scikit-learn has them for `covariance_type`:
-    full (k, d, d), tied (d, d), diag (k, d), spherical (k,). `numbers` (k) are what the
-    components are called.
+    full (k, d, d), tied (d, d), diag (k, d), spherical (k,). `numbers` (k) are the
+    components' names.
     """
 
     weights: Floats
@@ -44,13 +44,13 @@ class Clusters:
 
     @property
     def centre(self) -> Floats:
-        """The mean (d,) of the whole mixture; where all means are equal, exactly they."""
+        """The mean (d,) of the whole mixture; where all means are equal, exactly that mean."""
         first = self.means[0]
         return np.asarray(first + self.weights @ (self.means - first))
 
     @property
     def scale(self) -> Floats:
-        """The standard deviation (d,) of each feature over the whole mixture; 1 for none."""
+        """The standard deviation (d,) of each feature over the whole mixture; 1 where it is 0."""
         total = np.hypot(*self._spreads)
         return np.asarray(np.where(total > 0, total, 1.0))
 
@@ -145,19 +145,19 @@ def plane(clusters: Clusters) -> Plane:
     apart = kept.standardised
     between = np.asarray((kept.weights[:, None] * apart).T @ apart)
     total = between + kept.within / scale[:, None] / scale
-    found = _discriminants(between, total)
-    n_found = found.shape[1]
-    while found.shape[1] < 2:
-        found = np.column_stack([found, _principal(total, found)])
-    kind, labels = _KINDS[n_found]
-    correlations = [_correlations(total, axis) for axis in found.T]
+    directions = _discriminants(between, total)
+    n_discriminants = directions.shape[1]
+    while directions.shape[1] < 2:
+        directions = np.column_stack([directions, _principal(total, directions)])
+    kind, labels = _KINDS[n_discriminants]
+    correlations = [_correlations(total, axis) for axis in directions.T]
     signs = [np.sign(c[np.argmax(np.abs(c))]) or 1.0 for c in correlations]
     made_of = tuple(
         tuple((kept.feature_names[j], float(sign * c[j])) for j in np.argsort(-np.abs(c))[:3])
         for c, sign in zip(correlations, signs, strict=True)
     )
     axes = np.zeros((d, 2))
-    axes[places] = found * signs / scale[:, None]
+    axes[places] = directions * signs / scale[:, None]
     return Plane(axes=axes, centre=clusters.centre, kind=kind, labels=labels, made_of=made_of)
 
 
@@ -181,10 +181,10 @@ def _discriminants(between: Floats, total: Floats) -> Floats:
     return np.asarray(whiten @ directions[:, best])
 
 
-def _principal(total: Floats, found: Floats) -> Floats:
-    """Return the direction (d,) of most variance among those uncorrelated with `found`."""
+def _principal(total: Floats, directions: Floats) -> Floats:
+    """Return the direction (d,) of most variance among those uncorrelated with `directions`."""
     keep = np.eye(len(total))
-    for axis in found.T:
+    for axis in directions.T:
         taken = keep @ total @ axis
         length = np.linalg.norm(taken)
         if length > 0:

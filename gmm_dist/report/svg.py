@@ -90,7 +90,7 @@ def drawn(
     """
     written = io.StringIO()
     with warnings.catch_warnings(), matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
-        # The page's font draws the letters: what ours lacks matters to nobody.
+        # The page's font draws the letters, so glyphs that ours lacks do not matter.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         warnings.filterwarnings("ignore", "Matplotlib currently does not support .* natively")
         figure = Figure(figsize=(size[0] / 72, size[1] / 72))

@@ -41,10 +41,11 @@ _REMEDY = "give back what it was, or pass another " + Option("output") + " to st
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Hold what a run needs to go on: tensors by name, and `state` as plain JSON values.
+    """Hold what a run needs to resume: tensors by name, and `state` as plain JSON values.
 
-    `number` orders a run's checkpoints. Both come back exactly: float64, int64 and bool tensors
-    bit for bit, JSON floats too, infinite ones and NaN included; tuples come back as lists.
+    `number` orders a run's checkpoints. Tensors and state come back exactly: float64, int64 and
+    bool tensors bit for bit, JSON floats too, infinite ones and NaN included; tuples come back as
+    lists.
     """
 
     number: int
@@ -56,9 +57,9 @@ class Checkpoint:
 class RunIdentity:
     """Say what decides a run's bits: the plan, and `settings` as plain JSON values.
 
-    `files` are the plan's, as (path, size in bytes, version), to be able to name one that has
-    changed. `environment` (library versions, processors) is not part of `key`: with another one
-    a run goes on, and may differ in the last bits.
+    `files` are the plan's, as (path, size in bytes, version), so that messages can name one that
+    has changed. `environment` (library versions, processors) is not part of `key`: in another one
+    a run resumes, and may differ in the last bits.
     """
 
     plan_hash: str
@@ -72,7 +73,7 @@ class RunIdentity:
 
     @property
     def canonical(self) -> bytes:
-        """The bytes that `key` is the sha256 of, to be kept beside a run."""
+        """The bytes whose sha256 is `key`; they are kept beside a run."""
         content = {"plan_hash": self.plan_hash, "files": self.files, "settings": self.settings}
         return json.dumps(content, sort_keys=True).encode()
 
@@ -139,8 +140,8 @@ def environment() -> dict[str, str | None]:
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def checkpoint_names(folder: Folder) -> list[str]:
@@ -149,8 +150,8 @@ def checkpoint_names(folder: Folder) -> list[str]:
 
 
 def _sorted(names: set[str]) -> list[str]:
-    found = [match for match in map(_NAME.fullmatch, names) if match]
-    return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), match[2]))]
+    matches = [match for match in map(_NAME.fullmatch, names) if match]
+    return [match[0] for match in sorted(matches, key=lambda match: (int(match[1]), match[2]))]
 
 
 class CheckpointStore:
@@ -184,7 +185,7 @@ class CheckpointStore:
         """Return the newest whole checkpoint, None where there is none.
 
         Raises:
-            UserError: it is that of another run: other files, columns or settings; or a newer
+            UserError: it belongs to another run (other files, columns or settings), or a newer
                 gmm_dist wrote it.
         """
         for name in reversed(_sorted(self._folder.names())):
@@ -244,12 +245,12 @@ class CheckpointStore:
             self._changed.notify_all()
 
     def flush(self, timeout: float = 60.0) -> bool:
-        """Wait until all that was taken is written or has failed; say whether that was in time."""
+        """Wait until what was put is written or has failed; say whether that was in time."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._busy and self._pending is None, timeout)
 
     def close(self, *, flush: bool = True, timeout: float = 60.0) -> None:
-        """End the thread; what was taken last is written before, unless `flush` is False."""
+        """End the thread, after writing what was put last unless `flush` is False."""
         in_time = self.flush(timeout) if flush else True
         with self._changed:
             self._pending, self._closed = None, True
@@ -310,7 +311,7 @@ class CheckpointStore:
 
 
 def _whole(name: str, data: bytes) -> dict[str, Any] | None:
-    """Return what a checkpoint file says of itself, None where its bytes are not its name's."""
+    """Return a checkpoint file's content, None where its sha256 is not the one in its name."""
     match = _NAME.fullmatch(name)
     if match is None or hashlib.sha256(data).hexdigest() != match[2]:
         return None

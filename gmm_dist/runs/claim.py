@@ -40,7 +40,7 @@ class Run:
         return self._attempt
 
     def check(self) -> None:
-        """Raise LeaseLost when another driver has taken the run over; cheap, ask it often."""
+        """Raise LeaseLost when another driver has taken the run over; cheap, so call it often."""
         if self._lease is not None:
             self._lease.check()
 
@@ -56,7 +56,7 @@ class Run:
         return self._checkpoints
 
     def forget(self) -> None:
-        """Remove the checkpoints: the run came to an end that there is no way on from."""
+        """Remove the checkpoints: the run has ended and cannot be resumed."""
         if self._checkpoints is not None:
             self._checkpoints.clear()
 
@@ -78,9 +78,9 @@ class Run:
 def claim(url: str, *, resume: bool = False, lease_seconds: float = SECONDS) -> Iterator[Run]:
     """Claim the output `url` for a run, before any work is done.
 
-    With `resume`, a run that was committed gives a Run that says so; a dead driver's lease is
-    waited out and its checkpoints are there to go on from. Leaving the block without a commit
-    gives the lease back, keeps the checkpoints and removes all else that the attempt wrote.
+    With `resume`, `Run.committed` is true if a run has committed here; a dead driver's lease is
+    waited out, and its checkpoints can be resumed from. Leaving the block without a commit gives
+    the lease back, keeps the checkpoints and removes all else that the attempt wrote.
 
     Raises:
         UserError: another driver is at work; the place holds other files or cannot hold results;
@@ -137,7 +137,7 @@ def _acquired(
 
 
 def _winner(folder: Folder, resume: bool) -> str | None:
-    """Return the attempt that has committed, if any; refuse what leaves no room for this run."""
+    """Return the attempt that has committed, if any; refuse an output with no room for this run."""
     names = folder.names()
     if resume and MANIFEST in names:
         return Result.at(folder).attempt
@@ -151,7 +151,7 @@ def _winner(folder: Folder, resume: bool) -> str | None:
 
 
 def _tidy(folder: Folder, winner: str, cell: Cell | None = None) -> None:
-    """Remove what is of no more use once `winner` has committed."""
+    """Remove what is no longer needed once `winner` has committed."""
     try:
         folder.remove(CHECKPOINTS)
         commit.remove_superseded(folder, winner)

@@ -12,8 +12,8 @@ writer cannot change a result.
 
 A run that holds a lease commits in two steps. It writes the manifest among its own files, and
 then *decides*: the lease is replaced by one that says so, on condition that it is still this
-run's. What follows is a consequence that whoever comes next can complete (`finish`), so
-neither a clock nor a pause lets a run commit that has lost its lease.
+run's. Whoever comes next can complete the rest (`finish`). So a run that has lost its lease
+cannot commit, whatever its clock says and however long it has paused.
 """
 
 from __future__ import annotations
@@ -141,9 +141,9 @@ class Attempt:
     def begin(self, *, leased: bool = False) -> None:
         """Write the attempt's first file the way the manifest will be written.
 
-        What would make the commit fail at the end (rights, credentials, a store that ignores
-        the condition) so fails before the work. `leased` attempts may be removed by whoever
-        holds the lease later.
+        So whatever would make the commit fail at the end (rights, credentials, a store that
+        ignores the condition) fails before the work. Later holders of the lease may remove
+        `leased` attempts.
 
         Raises:
             UserError: the place cannot be written to, or cannot create a file only if there is
@@ -273,7 +273,7 @@ class Attempt:
 
 
 def finish(folder: Folder, attempt: str) -> None:
-    """Complete the commit of an attempt that had decided to; any number may do so at once.
+    """Complete the commit of an attempt that had decided to; several processes may at once.
 
     Raises:
         UserError: the attempt's manifest is gone.
@@ -293,7 +293,7 @@ def finish(folder: Folder, attempt: str) -> None:
 
 
 def who(folder: Folder, attempt: str) -> str:
-    """Describe an attempt in messages: host, process and since when."""
+    """Describe an attempt in messages: host, process and the time it began."""
     try:
         facts = parse_plain(folder.read(ATTEMPTS, attempt, WHO) or b"{}", WHO, folder.url)
         return f"attempt {attempt}, process {facts['pid']} on {facts['host']}, {facts['began']}"
@@ -302,7 +302,7 @@ def who(folder: Folder, attempt: str) -> str:
 
 
 def remove_superseded(folder: Folder, winner: str) -> None:
-    """Remove what earlier holders of the lease left, all of whose commits have become impossible.
+    """Remove what earlier holders of the lease left: none of them can commit any more.
 
     Attempts without a lease are left alone: they may be at work.
     """

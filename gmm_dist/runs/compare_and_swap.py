@@ -1,4 +1,4 @@
-"""A small file that is replaced only on condition of what it was: compare and swap.
+"""A small file that is replaced only if it still is what was read: compare and swap.
 
 On S3 the store judges the condition (If-Match, If-None-Match). On a local disk a lock file
 beside it does (flock): the kernel lets go of it when its holder dies, so none is left behind.
@@ -70,8 +70,8 @@ class S3Object:
 def read(folder: Folder, name: str) -> Version | None:
     """Return the file as it is, None where there is none."""
     if is_s3(folder.fs):
-        found = patiently(lambda: _object(folder, name).call("get_object"), folder.url)
-        return None if found is None else Version(found["Body"], found["ETag"])
+        response = patiently(lambda: _object(folder, name).call("get_object"), folder.url)
+        return None if response is None else Version(response["Body"], response["ETag"])
     data = folder.read(name)
     return None if data is None else _version(data)
 

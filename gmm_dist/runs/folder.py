@@ -41,7 +41,7 @@ class Folder:
 
     @classmethod
     def of(cls, url: str) -> Folder:
-        """Open `url`; nothing is asked of the store yet."""
+        """Open `url`; no request is sent to the store yet."""
         fs, path = open_url(url)
         if is_s3(fs) and "?versionId=" in path:  # s3fs would leave out the rest of any name
             raise UserError(f"{Url(url)}: a version of an object, and no folder; give a folder")
@@ -55,11 +55,11 @@ class Folder:
         return join(self.path, *parts)
 
     def below(self, *parts: str) -> Folder:
-        """Return a folder within, whose `url` stays that of the whole."""
+        """Return a folder within this one; its `url`, for messages, stays this one's."""
         return Folder(self.fs, self.at(*parts), self.url)
 
     def leads_out(self, *parts: str) -> bool:
-        """Say whether links on a local disk make a name in the folder one outside of it."""
+        """Say whether links on a local disk lead from a path in the folder to one outside of it."""
         if not self.is_local:
             return False
         return not Path(self.at(*parts)).resolve().is_relative_to(Path(self.path).resolve())
@@ -67,7 +67,7 @@ class Folder:
     def names(self) -> set[str]:
         """Return the names in the folder: none where there is no folder, "" for a file.
 
-        Without what systems and other programs leave in any folder, see `is_foreign`.
+        Files that systems and other programs leave in any folder are left out, see `is_foreign`.
         """
         self.fs.invalidate_cache()
         try:
@@ -113,23 +113,23 @@ class Folder:
             sync(final.parent)
 
     def remove_abandoned(self, *parts: str) -> None:
-        """Remove a file or folder that a process on this disk was killed over, long ago."""
+        """Remove a local file or folder that a process left behind when it was killed long ago."""
         with suppress(FileNotFoundError):
             age = time.time() - Path(self.at(*parts)).stat().st_mtime if self.is_local else 0.0
             if age > _ABANDONED:
                 self.remove(*parts)
 
     def remove_abandoned_parts(self) -> None:
-        """Remove the beginnings of files in this folder whose writer was killed, long ago."""
+        """Remove partly written files in this folder whose writer was killed long ago."""
         for part in Path(self.path).glob(f".*{_PART}") if self.is_local else ():
             self.remove_abandoned(part.name)
 
     @contextmanager
     def writing(self, *parts: str, scratch: Folder) -> Iterator[Path]:
-        """Give a path on this machine for a large file; leaving the block puts it in its place.
+        """Yield a local path to write a large file to; leaving the block moves it to its place.
 
-        Readers see it whole or not at all. On a local disk it grows in the folder `scratch`, of
-        the same file system; for other stores in this machine's folder for temporary files.
+        Readers see it whole or not at all. On a local disk it is written in the folder `scratch`,
+        of the same file system; for other stores in this machine's folder for temporary files.
         """
         final = self.at(*parts)
         if self.is_local:
@@ -159,8 +159,8 @@ class Folder:
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of every file in the folder, at any depth, by its path in it."""
         self.fs.invalidate_cache()
-        found = patiently(lambda: self.fs.find(self.path, detail=True), self.url)
-        return {name.removeprefix(f"{self.path}/"): info["size"] for name, info in found.items()}
+        files = patiently(lambda: self.fs.find(self.path, detail=True), self.url)
+        return {name.removeprefix(f"{self.path}/"): info["size"] for name, info in files.items()}
 
     def create(self, data: bytes, *parts: str, scratch: str) -> None:
         """Create a file with all of its bytes in one step, or raise FileExistsError.
@@ -188,25 +188,25 @@ class Folder:
     def remove(self, *parts: str) -> None:
         """Remove a file, or a folder with all that is in it; absent is fine.
 
-        By names: fsspec's `rm` takes `*`, `?` and `[...]` for patterns, and would remove what is
-        in other folders.
+        Removes by name: fsspec's `rm` takes `*`, `?` and `[...]` for patterns, and would remove
+        files in other folders.
         """
         path = self.at(*parts)
         if self.is_local:
             remove_local(Path(path))
             return
         self.fs.invalidate_cache()
-        found = self.fs.find(path, withdirs=True, detail=True)
+        entries = self.fs.find(path, withdirs=True, detail=True)
         if is_s3(self.fs):
             # A file may have the name of the folder, and markers are listed as folders.
-            _remove_objects(self.fs, sorted({path, *found}))
+            _remove_objects(self.fs, sorted({path, *entries}))
         else:
-            self._remove_each(path, found)
+            self._remove_each(path, entries)
         self.fs.invalidate_cache()
 
-    def _remove_each(self, path: str, found: Mapping[str, Mapping[str, Any]]) -> None:
-        folders = {name for name, info in found.items() if info["type"] == "directory"}
-        for name in {path, *found} - folders:
+    def _remove_each(self, path: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        folders = {name for name, info in entries.items() if info["type"] == "directory"}
+        for name in {path, *entries} - folders:
             with suppress(FileNotFoundError):
                 self.fs.rm_file(name)
         for name in sorted(folders | {path}, reverse=True):
@@ -215,9 +215,9 @@ class Folder:
 
 
 def answer(error: OSError) -> Mapping[str, Any]:
-    """Return what the object store answered, as botocore tells it; empty for other stores."""
-    told: Mapping[str, Any] = getattr(error.__cause__, "response", {})
-    return told
+    """Return the object store's response, in botocore's form; empty for other stores."""
+    response: Mapping[str, Any] = getattr(error.__cause__, "response", {})
+    return response
 
 
 _FOREIGN = re.compile(
@@ -228,9 +228,9 @@ _FOREIGN = re.compile(
 
 
 def is_foreign(name: str) -> bool:
-    """Say whether systems and file browsers put a file of such a name into any folder.
+    """Say whether systems and file browsers put files of this name into any folder.
 
-    As macOS, Windows, NFS, FUSE, NAS boxes and Hadoop (its markers of folders on S3) do.
+    macOS, Windows, NFS, FUSE, NAS boxes and Hadoop (its markers of folders on S3) do.
     """
     return _FOREIGN.fullmatch(name) is not None
 
@@ -255,7 +255,7 @@ def _remove_objects(fs: AbstractFileSystem, paths: Sequence[str]) -> None:
 
 
 def remove_local(path: Path) -> None:
-    """Remove what is at a path, and no more: of a link the link alone."""
+    """Remove what is at a path; of a link, the link alone."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -276,11 +276,11 @@ def remove_local(path: Path) -> None:
 
 
 def lies_within(url: str, folder: str, *, parts: Iterable[str] = ()) -> bool:
-    """Say whether files written to `url` would be found by who lists `folder`.
+    """Say whether a listing of `folder` would include files written to `url`.
 
-    On a local disk the folders themselves are compared, whatever they are called: by links,
-    relative paths, another case, or mounts (of the folder, and of those in it that `parts`
-    names). Elsewhere the names are, less what servers may make of `//` and `..`, and of s3a://.
+    On a local disk the folders themselves are compared, so that links, relative paths, another
+    case and mounts (of the folder, and of those in it that `parts` names) make no difference.
+    Elsewhere their names are, in each way that servers may resolve `//` and `..`.
     """
     (fs, path), (other, root) = open_url(url), open_url(_cached(folder))
     if isinstance(fs, LocalFileSystem) and isinstance(other, LocalFileSystem):
@@ -317,10 +317,10 @@ def _is_below(path: Path, folders: Sequence[Path]) -> bool:
 
 def _folder_key(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return (found.st_dev, found.st_ino)
+    return (status.st_dev, status.st_ino)
 
 
 def sync(path: Path) -> None:

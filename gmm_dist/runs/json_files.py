@@ -100,11 +100,10 @@ def _short(value: object) -> str:
 
 
 def name_within(value: object, name: str, url: str) -> str:
-    """Return `value`, which the file `name` says is a path below its folder, if it can be one.
+    """Return `value`, which the file `name` gives as a path below its folder, if it is one.
 
     Raises:
-        UserError: it is no path, or may lead elsewhere: up, to a root, another store, or into
-            what belongs to runs at work.
+        UserError: it is no path, or may lead elsewhere: up, to a root or to another store.
     """
     parts = value.split("/") if isinstance(value, str) else []
     if not parts or any(map(_leads_away, parts)):
@@ -128,7 +127,7 @@ def _leads_away(part: str) -> bool:
 
 @contextmanager
 def whole(name: str, url: str) -> Iterator[None]:
-    """Turn an entry that is missing from a file of ours, or makes no sense, into a UserError."""
+    """Raise UserError for an entry of a file of ours that is missing or makes no sense."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""A run's lease: where several drivers have one run, it lets one of them work.
+"""A run's lease: of several drivers of one run, it lets one work.
 
 A lease is one small value beside the run, and every change of it is conditional on what it was
 before: created if absent, renewed or taken over if unchanged. Of those that compete one
@@ -32,19 +32,16 @@ class LeaseLost(RunFailed):
     """Say that another attempt has taken the run over: this one must stop."""
 
 
-# ---------------------------------------------------------------------------- where it is stored
-
-
 # ---------------------------------------------------------------------------- waiting for it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """Say how a lease is asked for.
+    """Say how a lease is requested.
 
-    It lasts `seconds` after each renewal. With `wait` a holder that lives is watched for three
-    times as long as its lease lasts before the request is refused: it may be about to end; or
-    for `patience` seconds. `url` and `who` (which describes an attempt) are for messages.
+    It lasts `seconds` after each renewal. A request is refused after watching a holder renew its
+    lease for `patience` seconds, and with `wait` for three times as long as that lease lasts: its
+    holder may be about to end. `url` and `who` (which describes an attempt) are for messages.
     """
 
     url: str
@@ -54,7 +51,7 @@ class Terms:
     patience: float = 0.0
 
     def longest(self, holder: Held) -> float:
-        """Return the seconds for which a holder that lives is watched."""
+        """Return the seconds for which a holder that renews its lease is watched."""
         return max(self.patience, _PATIENCE * holder.seconds if self.wait else 0.0)
 
 
@@ -69,15 +66,15 @@ class _Watch:
 
     def read(self, cell: Cell, terms: Terms) -> Stored | None:
         """Read the cell; a store that fails to answer is waited for."""
-        asked = time.monotonic()
-        found = patiently(cell.read, terms.url)
+        sent = time.monotonic()
+        current = patiently(cell.read, terms.url)
         self._answered = time.monotonic()
-        if found is not None and found != self._last:
-            self._last, self._since, self.changes = found, self._answered, self.changes + 1
-        elif found is not None and self._answered - asked > found.held.seconds / 3:
-            # What happened meanwhile was not seen, and the holder may have been as blind.
+        if current is not None and current != self._last:
+            self._last, self._since, self.changes = current, self._answered, self.changes + 1
+        elif current is not None and self._answered - sent > current.held.seconds / 3:
+            # Renewals meanwhile were not seen, or the holder could not reach the store either.
             self._since = self._answered
-        return found
+        return current
 
     @property
     def idle(self) -> float:
@@ -94,9 +91,9 @@ def acquire(
 ) -> Lease | None:
     """Take the lease for `attempt`, if need be from a holder that no longer renews it.
 
-    Every holder is watched, for as long as its lease lasts, before it counts as dead. A dead
-    holder that had decided to commit keeps its right: `finish` is called with its attempt to
-    complete the commit, and None is returned.
+    A holder counts as dead once its lease has not changed for as long as it lasts. If a dead
+    holder had decided to commit, `finish` is called with its attempt to complete the commit, and
+    None is returned.
 
     Raises:
         UserError: another attempt is at work, or the store cannot keep a lease.
@@ -104,29 +101,29 @@ def acquire(
     watch = _Watch()
     while True:
         since = time.monotonic()
-        found = watch.read(cell, terms)
+        current = watch.read(cell, terms)
         stored = None
-        if found is None:
+        if current is None:
             stored = patiently(
                 partial(cell.create, Held(attempt=attempt, count=0, seconds=terms.seconds)),
                 terms.url,
             )
             if stored is not None:
                 _require_conditions(cell, stored, terms)
-        elif found.held.attempt == attempt:
-            stored, since = found, -math.inf  # An answer was lost, we do not know when.
-        elif watch.idle < found.held.seconds:
-            _refuse_living(watch, found.held, terms)
-            time.sleep(min(found.held.seconds / 20, 1.0))
-        elif found.held.state == "decided":
-            finish(found.held.attempt)
-            cell.remove(found)
+        elif current.held.attempt == attempt:
+            stored, since = current, -math.inf  # An answer was lost, we do not know when.
+        elif watch.idle < current.held.seconds:
+            _refuse_living(watch, current.held, terms)
+            time.sleep(min(current.held.seconds / 20, 1.0))
+        elif current.held.state == "decided":
+            finish(current.held.attempt)
+            cell.remove(current)
             return None
         else:
-            ours = Held(attempt=attempt, count=found.held.count + 1, seconds=terms.seconds)
-            stored = patiently(partial(cell.replace, found, ours), terms.url)
+            ours = Held(attempt=attempt, count=current.held.count + 1, seconds=terms.seconds)
+            stored = patiently(partial(cell.replace, current, ours), terms.url)
             if stored is not None:
-                logger.info("%s: goes on after %s", terms.url, terms.who(found.held.attempt))
+                logger.info("%s: goes on after %s", terms.url, terms.who(current.held.attempt))
         if stored is not None:
             return Lease(cell, stored, terms, since=since)
 
@@ -134,14 +131,14 @@ def acquire(
 def await_end(cell: Cell, url: str) -> None:
     """Wait until nobody holds the lease in `cell`, or its holder no longer renews it."""
     watch = _Watch()
-    while (found := watch.read(cell, Terms(url=url))) is not None:
-        if watch.idle >= found.held.seconds:
+    while (current := watch.read(cell, Terms(url=url))) is not None:
+        if watch.idle >= current.held.seconds:
             return
-        time.sleep(min(found.held.seconds / 20, 1.0))
+        time.sleep(min(current.held.seconds / 20, 1.0))
 
 
 def _refuse_living(watch: _Watch, holder: Held, terms: Terms) -> None:
-    """Say once that a holder is waited for; refuse to wait longer for one that lives."""
+    """Log once that a holder is waited for; raise UserError once one has renewed for too long."""
     if watch.changes == 0:
         if not watch.announced:
             watch.announced = True
@@ -196,7 +193,7 @@ class Lease:
         return self._lost is None and time.monotonic() < self._until
 
     def check(self) -> None:
-        """Raise when the lease is another's; ask the store where this process cannot know.
+        """Raise when the lease is another's; ask the store where this process cannot tell.
 
         Raises:
             LeaseLost: another attempt has taken the run over.
@@ -210,8 +207,8 @@ class Lease:
         """Replace the lease by the decision to commit, on condition that it is still held.
 
         Raises:
-            LeaseLost: another attempt has taken the run over. After any other error it is open
-                whether the decision was stored.
+            LeaseLost: another attempt has taken the run over. After any other error the decision
+                may or may not be stored.
         """
         self._stop.set()
         patiently(self._decide, self._terms.url)
@@ -239,7 +236,7 @@ class Lease:
         try:
             self._cell.remove(self._stored)
         except Exception as error:
-            # Never in place of the error that ended the run; whoever comes next waits it out.
+            # Not raised in place of the error that ended the run; the next driver waits it out.
             logger.warning("%s: the lease was not released: %s", self._terms.url, line_of(error))
 
     def _renew_all(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a lease is kept: one small value beside a run, changed only from what it was."""
+"""Where a lease is kept: one small value beside a run, changed only if it still is as read."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Held:
 
     @classmethod
     def parse(cls, text: str) -> Held:
-        """Return what `text` was made of.
+        """Return the value that `text` spells.
 
-        Raises ValueError where it was not: an attempt is part of paths, and a lease ends one day.
+        Raises ValueError for any other text: an attempt is part of paths, and a lease must end.
         """
         match = _HELD.fullmatch(text)
         if match is None or not 0 < float(match[3]) <= _LONGEST:
@@ -69,10 +69,10 @@ class Stored:
 
 
 class Cell(Protocol):
-    """One value that changes only on condition of what it was.
+    """One value, which changes only if it still is the one that was read.
 
     `replace` and `create` return what is stored now, or None when the condition did not hold;
-    `remove` does nothing then. Other failures raise, and their fate is unknown.
+    `remove` does nothing then. Other failures raise; the change may have been made.
     """
 
     def read(self) -> Stored | None: ...
@@ -84,8 +84,8 @@ class Cell(Protocol):
 class _LocalCell:
     """A folder with one file, whose name is the value; changes are renames.
 
-    Of several renames of one file one succeeds. No lock is held that a stopped process could
-    keep, no step leaves a half; names are unique, so what is gone does not come back.
+    Of several renames of one file one succeeds. There is no lock that a stopped process could
+    keep, and no step leaves half a value. Names are unique: a value that is gone does not return.
     """
 
     def __init__(self, folder: str) -> None:
@@ -150,8 +150,10 @@ class _S3Cell:
         self._object, self._path = S3Object(fs, path, timeout), path
 
     def read(self) -> Stored | None:
-        found = self._object.call("get_object")
-        return None if found is None else _stored(found["Body"], found["ETag"], at=self._path)
+        response = self._object.call("get_object")
+        return (
+            None if response is None else _stored(response["Body"], response["ETag"], at=self._path)
+        )
 
     def create(self, held: Held) -> Stored | None:
         return self._put(held, IfNoneMatch="*")
@@ -164,8 +166,8 @@ class _S3Cell:
         return None if put is None else Stored(held, put["ETag"])
 
     def remove(self, old: Stored) -> None:
-        # Stores that know no conditional deletion are asked first; what is left is a moment
-        # in which a successor could be made to stop, and none in which two commit.
+        # Some stores have no conditional deletion, hence the read. In the moment after it a
+        # successor may lose its lease and stop, but two can never commit.
         if self.read() == old:
             self._object.call("delete_object", IfMatch=old.tag)
 
@@ -215,7 +217,7 @@ def _stored(value: str | bytes, tag: str | None = None, *, at: str = "") -> Stor
 
 
 def cell_at(folder: Folder, seconds: float = SECONDS) -> Cell:
-    """Return the cell at `place`, by the means of its store.
+    """Return the cell in `folder`, of the kind that suits its store.
 
     Compare-and-swap is exact on local disks and on S3 (and stores that honour its If-Match);
     on others it is exact within a process, and the manifest alone keeps two runs apart.

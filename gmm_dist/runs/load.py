@@ -54,9 +54,9 @@ def read_report(url: str, name: str = REPORT) -> dict[str, Any]:
 
 
 def _model_reader(folder: Folder, *, follow: bool = True) -> Callable[[str], bytes]:
-    """Return what reads a model's files by name, through the manifest if there is one.
+    """Return a function that reads a model's files by name, through the manifest if there is one.
 
-    `follow` the pointer of a registry, which leads to a model and no further.
+    With `follow`, a registry's pointer is followed, once.
     """
     if ATTEMPTS in folder.path.split("/"):
         raise UserError(

@@ -149,15 +149,15 @@ def _parameters(card: Mapping[str, Any], tensors: bytes, url: str) -> Parameters
     except safetensors.SafetensorError as error:
         raise _wrong(f"is no such file ({error})", url, TENSORS) from error
     shapes = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}
-    found = {name: tuple(part.shape) for name, part in parts.items()}
+    tensor_shapes = {name: tuple(part.shape) for name, part in parts.items()}
     is_known = isinstance(covariance_type, str) and covariance_type in COVARIANCE_TYPES
-    if not is_known or found != {
+    if not is_known or tensor_shapes != {
         "weights": (k,),
         "means": (k, d),
         "covariances": shapes[covariance_type],
     }:
         raise UserError(
-            f"{url}: {TENSORS} holds {found}, and {CARD} says {covariance_type!r}, "
+            f"{url}: {TENSORS} holds {tensor_shapes}, and {CARD} says {covariance_type!r}, "
             f"{k} components, {d} features: copy the model folder again"
         )
     if k < 1 or d < 1:
@@ -201,11 +201,11 @@ def _quantiles(card: Mapping[str, Any], url: str) -> Quantiles | None:
     levels, values = kept["levels"], kept["values"]
     if not _are(levels, float | int) or not _are(values, float | int | None):
         raise _wrong("has log_density_quantiles that are no numbers", url)
-    known = [float(value) for value in values if value is not None]
+    finite = [float(value) for value in values if value is not None]
     if len(levels) != len(values) or not levels or min(levels) < 0 or max(levels) > 1:
         raise _wrong(f"has {len(values)} quantiles for {len(levels)} levels from 0 to 1", url)
     # Values within one bin of the histogram ascend but for rounding.
-    steps = itertools.pairwise(known)
+    steps = itertools.pairwise(finite)
     if list(levels) != sorted(set(levels)) or any(a - b > 1e-9 * max(1, abs(a)) for a, b in steps):
         raise _wrong("has log_density_quantiles that do not ascend", url)
     return Quantiles(tuple(levels), tuple(math.nan if v is None else float(v) for v in values))
@@ -222,7 +222,7 @@ def _number(card: Mapping[str, Any], key: str, url: str) -> float:
 
 
 def _are(values: object, kind: Any) -> bool:
-    """Say whether it is a list of values of a kind; numbers are finite, and truth is none."""
+    """Say whether `values` is a list of values of a kind: finite numbers, and no bools."""
     return isinstance(values, list) and all(
         isinstance(value, kind)
         and not isinstance(value, bool)

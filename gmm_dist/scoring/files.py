@@ -6,10 +6,10 @@
     OUT/_scored/_checkpoints/run.json          whose run it is, until the commit
     OUT/_scored/_checkpoints/files/<path>.json the record of a file that is finished
 
-What tells of the run lies under one name with an underscore, which readers of Parquet folders pass
-over. The same run writes the same bytes on the same kind of processor, so it does no harm when two
-workers, or one that was given up for lost, write the same file. The record follows the file: it
-names the run, the kind of processor, and what the file is to be known by.
+The run's own files lie under one name with an underscore, which readers of Parquet folders skip.
+The same run writes the same bytes on the same kind of processor, so it does no harm when two
+workers, or one that was given up for lost, write the same file. The record is written after the
+file: it names the run, the kind of processor, and the file's size and sha256 (or ETag).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class ScoredFile:
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> ScoredFile:
-        """Return what `entry` was made of; TypeError or KeyError where it was not."""
+        """Return the file that `entry` describes; TypeError or KeyError where it is none."""
         counts = {**entry, "components": tuple(map(index, entry["components"]))}
         for name in ("size", "rows", "filtered", "missing", "outliers"):
             counts[name] = index(counts[name])
@@ -125,13 +125,13 @@ class Scored:
 
 
 def collect(rows: ShardRows) -> Scored:
-    """Return what scoring counted: the task over what `ScoreFiles` made."""
+    """Return the counts of a shard: the task that runs on what `ScoreFiles` has loaded."""
     assert isinstance(rows.counts, Scored)
     return rows.counts
 
 
 def home_of(folder: Folder) -> Folder:
-    """Return the folder, within an output, of what tells of the run."""
+    """Return the folder, within an output, of the run's own files."""
     return folder.below(HOME)
 
 
@@ -144,9 +144,9 @@ class ScoreFiles:
     """The loader that scores a file and writes it, and holds its counts in place of its rows.
 
     Shard i is one file; neighbours are of all sizes, so that ranges of shards are alike. It may be
-    called again, and elsewhere: a file that this run has finished on such a processor stays.
+    called again, and elsewhere: a file that this run has finished on such a processor is kept.
 
-    Peak memory: see `streaming.stream`; and a row group of the written file, 64 MB.
+    Peak memory: see `lake.stream.stream`; and a row group of the written file, 64 MB.
     """
 
     def __init__(
@@ -244,8 +244,8 @@ class _Counts:
         component = table.column(COMPONENT)
         self.rows += table.num_rows
         self.missing += component.null_count
-        found = component.drop_null().to_numpy()
-        places = self._order[np.searchsorted(self._ids, found, sorter=self._order)]
+        component_ids = component.drop_null().to_numpy()
+        places = self._order[np.searchsorted(self._ids, component_ids, sorter=self._order)]
         self.components += np.bincount(places, minlength=len(self.components))
         if OUTLIER in table.column_names:
             self.outliers += pc.sum(table.column(OUTLIER)).as_py() or 0

@@ -61,7 +61,7 @@ class ScoreOptions:
             outliers=optional(config.number),
             resume=config.flag,
         )
-        # Each says itself what is wrong with it.
+        # Each raises its own errors.
         FailureConfig(max_failures=self.max_failures, grace=self.grace)
         _ = self.cluster
         require_share(self.outliers)

@@ -30,7 +30,7 @@ _REMEDY = "give back what it was, or " + OTHER_OUTPUT
 def claim(url: str, plan: Plan, identity: RunIdentity, *, resume: bool = False) -> Iterator[Run]:
     """Claim the output `url` for a run of scoring, before any work is done.
 
-    A run of this identity that has committed gives a Run that says so, with or without `resume`.
+    If a run of this identity has committed, `Run.committed` is true, with or without `resume`.
     Leaving the block without a commit keeps the files that are finished, and their records.
 
     Raises:
@@ -61,7 +61,7 @@ def claim(url: str, plan: Plan, identity: RunIdentity, *, resume: bool = False) 
 
 
 def _forget_unbegun(folder: Folder, run: Run) -> None:
-    """Remove what tells of a run that has written no file, if it still is this driver's."""
+    """Remove the identity of a run that has written no file, if this driver still holds it."""
     with suppress(OSError, UserError, RunFailed):  # never in place of the error that ended the run
         run.check()
         if folder.names() <= {HOME}:
@@ -86,8 +86,8 @@ def _refuse_other(folder: Folder, identity: RunIdentity, resume: bool) -> bool:
     if key != identity.key:
         what = "an unfinished run" if result is None else "another run"
         difference = identity.difference(saved, key)
-        told = f"{folder.url} holds the scores of {what}: {difference}"
-        raise UserError(told, remedy=_REMEDY)
+        message = f"{folder.url} holds the scores of {what}: {difference}"
+        raise UserError(message, remedy=_REMEDY)
     if result is None and not resume:
         raise UserError(
             f"{folder.url} holds the scores of an unfinished run", remedy=RESUME_OR_OTHER
@@ -123,11 +123,11 @@ def commit(
 
 
 def _require_files(folder: Folder, scored: Scored) -> None:
-    found = folder.sizes()
+    sizes = folder.sizes()
     for path, file in scored.files.items():
-        if found.get(path) != file.size:
+        if sizes.get(path) != file.size:
             raise UserError(
-                f"{folder.at(path)} has {found.get(path, 'no')} bytes where a worker wrote "
+                f"{folder.at(path)} has {sizes.get(path, 'no')} bytes where a worker wrote "
                 f"{file.size}",
                 remedy=OTHER_OUTPUT + ", one that all machines share, such as on S3",
             )

@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 class ScoreProgress(Protocol):
-    """Is told where a scoring stands."""
+    """Receives the progress of a scoring."""
 
     def shown(self) -> AbstractContextManager[None]:
         """Return a context in which it is shown."""
 
     def scoring(self, done: int, n_files: int, n_rows: int) -> None:
-        """Take how many files are scored, and their rows so far."""
+        """Note how many files are scored, and their rows so far."""
 
 
 class _Silent:
@@ -67,8 +67,8 @@ def score_lake(
 ) -> ScoreOutcome:
     """Plan, claim the output, score what is not scored yet, and commit.
 
-    `progress` is told how far it is; `finish` is called before the commit, which nothing should
-    break off. Raises UserError and RunFailed as `gmm_dist.scoring.run.claim` does.
+    `progress` receives how far it is; `finish` is called before the commit, which must not be
+    interrupted. Raises UserError and RunFailed as `gmm_dist.scoring.run.claim` does.
     """
     began = time.monotonic()
     job = _Job.of(options, progress or _Silent())
@@ -84,7 +84,7 @@ def score_lake(
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Job:
-    """What is scored, and with what."""
+    """A scoring: the rows, the mixture and the settings."""
 
     options: ScoreOptions
     progress: ScoreProgress
@@ -131,7 +131,7 @@ class _Job:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is said of the run beside its counts, as plain JSON values."""
+        """What scored.json says beside the counts, as plain JSON values."""
         return {
             "data": redacted(self.plan.url),
             "plan_hash": self.plan.hash,
@@ -154,9 +154,11 @@ class _Job:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        asked = {name: getattr(self.options, name) for name in ("keep", "where", "probabilities")}
+        requested_settings = {
+            name: getattr(self.options, name) for name in ("keep", "where", "probabilities")
+        }
         return {
-            **asked,
+            **requested_settings,
             "outliers": self.options.outliers,
             "threshold": self.scoring.threshold,
             "component_ids": self.scoring.ids,
@@ -182,7 +184,7 @@ class _Job:
 
     @property
     def _faults(self) -> FailureConfig:
-        """Be as patient with the largest file as its size asks for."""
+        """The failure settings, with deadlines long enough for the largest file."""
         options, usual = self.options, FailureConfig()
         sizes = [file.size for file in self.plan.files]
         skew = max(sizes) / statistics.median(sizes)

@@ -24,7 +24,7 @@ _LEAST = -1e300  # of a log-density, nats: no -inf, from which nothing can be su
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Scoring:
-    """Say what rows are scored with, and what is written beside the columns `kept`.
+    """Say which mixture scores the rows, and what is written beside the columns `kept`.
 
     `probabilities` asks for all responsibilities; `threshold` is the log-density (nats) below
     which a row is an outlier, None to mark none. `ids` are the numbers that `component` gives in
@@ -74,7 +74,7 @@ def _plain(field: pa.Field) -> pa.Field:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Scores:
-    """What a mixture says of n rows: float64 and nats; NaN, and component 0, for missing rows.
+    """The scores of n rows: float64 and nats; NaN, and component 0, for rows with missing values.
 
     `components` (n,) int32 of largest responsibility, `probabilities` (n,) that responsibility,
     `log_densities` (n,), and `resp` (n, k) all responsibilities if asked for.
@@ -126,9 +126,9 @@ class Scorer:
         return pa.table(columns, schema=self._schema)
 
     def scores(self, X: npt.NDArray[np.float64]) -> Scores:
-        """Return what the mixture says of rows `X` (d, n)."""
+        """Return the scores of rows `X` (d, n)."""
         parts = [self._chunk(x) for x in self._cut(X)]
-        joined = [torch.cat(own).cpu().numpy() for own in zip(*parts, strict=True)]
+        joined = [torch.cat(chunks).cpu().numpy() for chunks in zip(*parts, strict=True)]
         return Scores(
             components=joined[0],
             probabilities=joined[1],
@@ -149,5 +149,5 @@ class Scorer:
             top, component = logits.max(0)
         shares = (logits - top).exp_()
         total = shares.sum(0)
-        found = component.int(), total.reciprocal(), top + total.log()
-        return (*found, (shares / total).T) if self._scoring.probabilities else found
+        columns = component.int(), total.reciprocal(), top + total.log()
+        return (*columns, (shares / total).T) if self._scoring.probabilities else columns

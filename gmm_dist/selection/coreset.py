@@ -1,4 +1,4 @@
-"""A bounded sample of the rows, by how much each row can matter: a coreset."""
+"""A coreset: a bounded sample of the rows, drawn by how much each can matter."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def keyed_generator(*key: int) -> torch.Generator:
 class Whitening:
     """The linear map to coordinates in which all rows together have unit covariance.
 
-    `mean` (d,) is that of all rows; `matrix` (r, d) has a line for each direction in which
+    `mean` (d,) is that of all rows; `matrix` (r, d) has a row for each direction in which
     they vary, so constant features and linear functions of others drop out. A `matrix` (d,)
-    scales each feature by itself; constant ones by 0.
+    only scales each feature; constant ones by 0.
     """
 
     mean: Float64[Tensor, " d"]
@@ -44,14 +44,14 @@ class Whitening:
         return (X - self.mean) @ self.matrix.T
 
     def columns(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "r n"]:
-        """Return rows that lie as columns, as in a block, in whitened coordinates."""
+        """Return rows stored as columns, as in a block, in whitened coordinates."""
         if self.matrix.ndim == 1:
             return (x - self.mean[:, None]) * self.matrix[:, None]
         return self.matrix @ (x - self.mean[:, None])
 
     @property
     def rank(self) -> int:
-        """In how many directions the rows vary."""
+        """The number of directions in which the rows vary."""
         return int((self.matrix != 0).sum()) if self.matrix.ndim == 1 else len(self.matrix)
 
     def to(self, device: torch.device) -> Whitening:
@@ -62,8 +62,8 @@ def whitening(total: TotalMoments) -> Whitening:
     """Return the whitening of all rows: the pseudo-inverse root of their covariance.
 
     Each feature is first scaled to unit variance, so that the cut-off of directions without
-    rows, 1e-10 of a feature's variance, does not depend on the features' units. Where moments
-    tell nothing of correlations the features are scaled, and no more.
+    rows, 1e-10 of a feature's variance, does not depend on the features' units. Where the moments
+    have no products, features are only scaled.
     """
     constant, d = set(total.constant_features()), len(total.sum_x)
     if not total.is_whole:
@@ -82,7 +82,7 @@ def whitening(total: TotalMoments) -> Whitening:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coreset:
-    """Rows that stand for all: Σ sample_weight · f(X) is unbiased for Σ w f(x), for any f.
+    """Rows that represent all: Σ sample_weight · f(X) is unbiased for Σ w f(x), for any f.
 
     `X` (m, d) and `sample_weight` (m,) are float64.
     """
@@ -91,18 +91,18 @@ class Coreset:
     sample_weight: Float64[Tensor, " m"]
 
     def part(self, size: int, generator: torch.Generator) -> Coreset:
-        """Return `size` of the rows, drawn at random: a coreset too, of weights as they are."""
+        """Return `size` of the rows, drawn at random, with their weights unchanged."""
         keep = torch.rand(len(self.X), generator=generator).argsort()[:size]
         return Coreset(self.X[keep], self.sample_weight[keep])
 
     def fair(self, size: int, generator: torch.Generator) -> Float64[Tensor, "m d"]:
-        """Return at most `size` of the rows, each as likely as it weighs: a plain sample."""
+        """Return at most `size` of the rows, drawn in proportion to weight: a plain sample."""
         draws = torch.rand(len(self.X), dtype=torch.float64, generator=generator)
         kept = self.X[draws * self.sample_weight.max() < self.sample_weight]
         return kept[torch.rand(len(kept), generator=generator).argsort()[:size]]
 
     def per_row(self) -> Coreset:
-        """Return the rows with weights of mean one, so that mass counts rows of this sample."""
+        """Return the rows with weights of mean one, so that weights count rows of this sample."""
         return Coreset(self.X, self.sample_weight / self.sample_weight.mean())
 
     def __add__(self, other: Coreset) -> Coreset:

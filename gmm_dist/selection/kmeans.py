@@ -1,7 +1,7 @@
-"""Where components start: seeds among rows in whitened coordinates, and k-means from them.
+"""Starts of components: seeds among rows in whitened coordinates, and k-means from them.
 
 Everything but k-means|| works on a sample: rows `Z` (m, r) in whitened coordinates and their
-weights (m,), float64. Rows of zero weight play no part, and an integer weight counts as so
+weights (m,), float64. Rows of zero weight are ignored, and an integer weight counts as so
 many copies of the row (for `random` in expectation only). With one generator's state, the
 seeds of a smaller k are the first of a larger.
 """
@@ -23,7 +23,7 @@ from gmm_dist.selection.coreset import Whitening, keyed_generator, whitening
 from gmm_dist.shards.protocol import ShardRows, Shards
 
 METHODS = ("kmeans", "k-means++", "random", "random_from_data")
-"""Ways to start on a sample, under scikit-learn's names."""
+"""Methods of seeding on a sample, by scikit-learn's names."""
 
 _TRIALS = 4  # of greedy k-means++; not a function of k, so that seeds of a smaller k are a prefix
 _EXACT = "donot_use_mm_for_euclid_dist"  # by differences: a row is at distance 0 from its copies
@@ -139,9 +139,9 @@ def nearest(Z: Float64[Tensor, "m r"], centres: Float64[Tensor, "k r"]) -> Int64
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Pooled:
-    """What starts of one kind on the same rows have in common.
+    """Moments that all starts of one covariance type on the same rows share.
 
-    `spread` is the covariance of all rows, (d, d) or its diagonal (d,), and `floor` (d,) what is
+    `spread` is the covariance of all rows, (d, d) or its diagonal (d,), and `floor` (d,) is
     added to it; `counted` (m,) is 1 where a row has weight.
     """
 
@@ -152,7 +152,7 @@ class Pooled:
 
     @classmethod
     def of(cls, X: Float64[Tensor, "m d"], weight: Float64[Tensor, " m"], kind: str) -> Pooled:
-        """Compute it of the rows; `start_of` of each start would else do so again."""
+        """Compute the moments once, for `start_of` of each start."""
         mean = (weight @ X) / weight.sum()
         spread = _scatter(kind)(X - mean, weight) / weight.sum()
         return cls(
@@ -174,9 +174,9 @@ def start_of(
 ) -> Parameters:
     """Return the parameters of an assignment, covariances shrunk towards that of all rows.
 
-    Each component counts as many more rows than it has as its covariance type needs at least (full
-    d + 1, others 2), of its own rows' mean weight, spread like the whole sample about its mean: one
-    of few rows does not start singular, however much each row of a coreset weighs.
+    To its rows each component adds virtual ones: as many as its covariance type needs at least
+    (full d + 1, others 2), of its rows' mean weight, spread like the whole sample about its mean.
+    So one of few rows does not start singular, however much each row of a coreset weighs.
 
     Args:
         X: Rows (m, d) in data units.
@@ -184,7 +184,7 @@ def start_of(
         assignment: Labels (m,) or responsibilities (m, k).
         k: Number of components.
         kind: Covariance type.
-        pooled: What all these rows have in common; None to compute it.
+        pooled: Moments of all these rows; None to compute them.
     """
     pooled = Pooled.of(X, weight, kind) if pooled is None else pooled
     scatter, counted = _scatter(kind), pooled.counted
@@ -194,15 +194,15 @@ def start_of(
     nk, means, within = [], [], []
     for component in range(k):
         rows, share = _members(assignment, component)
-        own, x = weight[rows] * share, X[rows]
-        mass, count = own.sum(), counted[rows] @ share
+        row_mass, x = weight[rows] * share, X[rows]
+        mass, count = row_mass.sum(), counted[rows] @ share
         occupied = bool(mass > 0)
         per_row = mass / count if occupied else weight.sum() / counted.sum()
-        centre = (own @ x) / mass if occupied else pooled.mean
+        centre = (row_mass @ x) / mass if occupied else pooled.mean
         centred = x - centre
         nk.append(mass + per_row * more)
         means.append(centre)
-        within.append(scatter(centred, own) + per_row * prior)
+        within.append(scatter(centred, row_mass) + per_row * prior)
     return _about_means(torch.stack(nk), torch.stack(means), torch.stack(within), kind)
 
 
@@ -224,7 +224,7 @@ def _diagonal_scatter(centred: Tensor, weight: Tensor) -> Tensor:
 
 
 def _floor(X: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
-    """Return a billionth of each feature's variance; of the widest's, where it is constant."""
+    """Return a billionth of each feature's variance; of the largest, where it is constant."""
     second = weight @ X.square() / weight.sum()
     variances = weight @ (X - mean).square() / weight.sum()
     largest = variances.max()
@@ -287,7 +287,7 @@ class _One:
 
 @dataclass(frozen=True, slots=True)
 class _DrawOne:
-    """The task that draws one row with probability ∝ its weight: its clock ticks first."""
+    """The task that draws one row with probability ∝ its weight: that of the earliest clock."""
 
     random_state: int
     n_features: int
@@ -295,14 +295,14 @@ class _DrawOne:
     def __call__(self, rows: ShardRows) -> _One:
         generator = keyed_generator(self.random_state, _PARALLEL, rows.shard, 0)
         none = torch.empty(0, self.n_features, dtype=torch.float64)
-        found = _One(none[:, 0], none)
+        earliest = _One(none[:, 0], none)
         for block in rows.blocks:
             weight = block.weights
             clock = torch.empty(len(weight), dtype=torch.float64)
             times = clock.exponential_(generator=generator).to(weight.device) / weight
             first = times.argsort()[: min(1, int((weight > 0).sum()))]
-            found = found + _One(times[first].cpu(), block.X[:, first].T.double().cpu())
-        return found
+            earliest = earliest + _One(times[first].cpu(), block.X[:, first].T.double().cpu())
+        return earliest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -311,7 +311,7 @@ class _Far:
 
     A row whose uniform number is u is kept if u < l w d² / φ: if its `threshold` l w d² / u is
     above φ. As φ only grows while rows are added, no row that is dropped early would have been
-    kept at the end: the draw needs no pass of its own to know φ first.
+    kept at the end: the draw needs no earlier pass to compute φ.
     """
 
     cost: float
@@ -381,7 +381,7 @@ class _CountNearest:
         counts = self.centres.new_zeros(len(centres))
         for chunk in chunks(rows.blocks, _chunk_rows(len(centres), device)):
             Z = whiten.columns(chunk.X.double()).T
-            # Not on the rows' device, where such sums are not the same bits each time.
+            # On the CPU: on a GPU the bits of such sums differ from call to call.
             labels = nearest(Z, centres).cpu()
             counts += torch.bincount(labels, chunk.weights.cpu(), len(centres))
         return _Counts(counts)

@@ -21,10 +21,10 @@ _REG_COVAR = Option("reg_covar")
 
 CRITERIA = ("bic", "aic", "icl", "holdout")
 
-# A gain in mean log-likelihood (nats per row) that is taken for none, as many take it for EM's tol.
-# Where a component costs BIC less than that, BIC no longer tells structure from misfit.
+# A gain in mean log-likelihood (nats per row) that counts as none, a common tol of EM. Where BIC
+# charges less for a component, it no longer tells structure from misfit.
 _CHEAP = 1e-3
-_FEWEST_TO_FALL = 4  # sizes of which one may say that a criterion goes on falling
+_FEWEST_TO_FALL = 4  # numbers of components needed to say that a criterion keeps falling
 _MOST_IN_GRID = 20
 _MOST_NOTES = 8  # on features that no Gaussian fits
 _EXACT = 2.0**53  # float64 knows every whole number below
@@ -42,8 +42,8 @@ class Candidate:
 class BestFit:
     """The best of a candidate's fits on all rows; `seconds` from the start to its end.
 
-    `n_starts` were fitted on all rows; `n_dropped` of them fell behind and were ended early.
-    `passes_saved` counts those of all of them (`em.FitResult`).
+    `n_starts` starts were fitted on all rows; `n_dropped` of them fell behind and were ended
+    early. `passes_saved` is the sum over them (`em.FitResult`).
     """
 
     fit: FitResult
@@ -60,11 +60,11 @@ class BestFit:
         )
 
     def counted(self, n_samples: float) -> BestFit:
-        """Return the outcome of the same rows, whose weights sum to `n_samples`."""
+        """Return the fit of the same rows, with weights that sum to `n_samples`."""
         return replace(self, fit=self.fit.counted(n_samples))
 
     def against(self, other: BestFit) -> BestFit:
-        """Return the better of two, with the starts of both."""
+        """Return the better of two, with the counts of both."""
         first, second = (o.fit for o in (self, other))
         better = self.fit
         if (second.is_ranked, second.log_likelihood) > (first.is_ranked, first.log_likelihood):
@@ -80,7 +80,7 @@ class BestFit:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class RankedCandidate:
-    """A candidate with what came of it, and its criteria.
+    """A candidate, its best fit, and its criteria.
 
     Of `bic`, `aic` and `icl` (nats) lower is better. `holdout` is the mean log-likelihood of the
     held-out rows (nats per row, higher is better), None where there are none.
@@ -123,7 +123,7 @@ class RankedCandidate:
         return self.fit.log_likelihood / self.fit.n_samples
 
     def value(self, criterion: str) -> float:
-        """Return what ranks: lower is better, whatever the criterion; NaN where it is unknown."""
+        """Return the value to rank by: lower is better for any criterion; NaN if unknown."""
         if criterion == "holdout":
             return math.nan if self.holdout is None else -self.holdout
         return float(getattr(self, criterion))
@@ -135,12 +135,12 @@ def _rerun_with(k: str) -> Words:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class SweepResult:
-    """All candidates in the order asked for; `ranked` has the best first, failures last.
+    """All candidates in the order of the call; `ranked` has the best first, failures last.
 
-    `total` are the moments of the rows that were fitted, held-out ones not among them;
-    `n_passes` over all of them scored lanes. `profile` is what a sample told of the features;
-    `centre` (d,), in feature units, is what moments and profile are about (None: 0).
-    `weight` is the sum of the weights, where `total` has it in another unit.
+    `total` are the moments of the fitted rows, without held-out ones; `n_passes` is the number of
+    passes over them that scored lanes. `profile` describes the features by a sample. `centre`
+    (d,), in feature units, is the point that moments and profile are about (None: 0). `weight` is
+    the sum of the weights where `total` has it in another unit.
     """
 
     scored: tuple[RankedCandidate, ...]
@@ -183,11 +183,11 @@ class SweepResult:
         holds_out: bool = True,
         spelling: Spelling = in_python,
     ) -> list[str]:
-        """Return what a reader of the table should know, each with what to do.
+        """Return notes for a reader of the table, each with its remedy.
 
-        `rerun` turns the next grid of k, such as `2..20` or `2,4,8`, into what to do about it;
+        `rerun` turns the next grid of k, such as `2..20` or `2,4,8`, into the words of a remedy;
         `holds_out` says whether rows can be held out; `spelling` spells options.
-        Nothing is advised that the table refutes.
+        No remedy is advised that the table refutes.
         """
         lines: list[Words] = [
             self._constant(j, feature_names[j]) for j in self.total.constant_features()
@@ -214,7 +214,7 @@ class SweepResult:
         )
 
     def _shape_notes(self, names: Sequence[str]) -> list[Words]:
-        """Name the features that no Gaussian fits, and say what to do."""
+        """Return a note on each feature that no Gaussian fits, with its remedy."""
         lines: list[Words] = []
         of_feature: dict[int, list[Spike]] = {}
         for spike in self.profile.spikes:
@@ -251,9 +251,9 @@ class SweepResult:
         return _some(lines)
 
     def _way_out(self, spikes: Sequence[Spike]) -> Words:
-        """Say how to be rid of the rows, if others are left.
+        """Return how to leave out the rows of spikes, if others are left.
 
-        No filter tells those whose value has been filled in.
+        A filter cannot tell rows whose value has been filled in.
         """
         if sum(spike.share for spike in spikes) > 1 - 1e-9:
             return ""
@@ -268,11 +268,11 @@ class SweepResult:
         """Spell a value about the centre in feature units, without the centre's rounding."""
         if self.centre is None:
             return f"{value:.6g}"
-        found = float(self.centre[feature]) + value
-        return f"{0.0 if abs(found) < 1e-6 * abs(value) else found:.6g}"
+        uncentred = float(self.centre[feature]) + value
+        return f"{0.0 if abs(uncentred) < 1e-6 * abs(value) else uncentred:.6g}"
 
     def _weights_note(self) -> list[Words]:
-        """Say so where the criteria took another n than the sum of the weights."""
+        """Return a note where the criteria use another n than the sum of the weights."""
         weight, n_rows = self.weight, self.total.n_rows
         weight = self.total.n_samples if weight is None else weight
         if counts_rows(weight, n_rows):
@@ -299,7 +299,7 @@ class SweepResult:
         return []
 
     def _falling_note(self, holds_out: bool) -> list[Words]:
-        """Say what to do where BIC never stops falling because the rows outweigh its penalty."""
+        """Return a note where BIC keeps falling because the rows outweigh its penalty."""
         best, largest = self.best, max(s.candidate.k for s in self.scored)
         if self.criterion not in ("bic", "aic") or best is None or best.candidate.k < largest:
             return []
@@ -321,8 +321,8 @@ class SweepResult:
         ]
 
     def _advice(self, largest: int, holds_out: bool) -> Words:
-        """Name the criteria that this table does not show to be best at its largest k, too."""
-        found: list[Words] = []
+        """Advise criteria that, by this table, are not also best at its largest k."""
+        alternatives: list[Words] = []
         refuted = []
         for criterion in ("bic", "icl", "holdout"):
             if criterion == self.criterion:
@@ -330,25 +330,25 @@ class SweepResult:
             if (best := self._best_by(criterion)) is not None:
                 if best.candidate.k < largest:
                     best_at = f" (best at k={best.candidate.k})"
-                    found.append(Option("criterion", criterion) + best_at)
+                    alternatives.append(Option("criterion", criterion) + best_at)
                 else:
                     refuted.append(criterion)
         if holds_out and self._best_by("holdout") is None:
-            found.append(Option("holdout", 0.1) + " " + Option("criterion", "holdout"))
-        if found:
-            return "consider " + joined(" or ", found)
-        named = {"bic": "BIC", "icl": "ICL", "holdout": "the held-out log-likelihood"}
-        said = " and ".join(named[criterion] for criterion in refuted)
+            alternatives.append(Option("holdout", 0.1) + " " + Option("criterion", "holdout"))
+        if alternatives:
+            return "consider " + joined(" or ", alternatives)
+        names = {"bic": "BIC", "icl": "ICL", "holdout": "the held-out log-likelihood"}
+        refuted_names = " and ".join(names[criterion] for criterion in refuted)
         verb = "is" if len(refuted) == 1 else "are"
-        return f"{said} {verb} best there, too: choose as many components as are of use"
+        return f"{refuted_names} {verb} best there, too: choose as many components as are of use"
 
     def _best_by(self, criterion: str) -> RankedCandidate | None:
-        """Return what another criterion would choose; None where it is not known."""
-        known = [s for s in self.scored if not math.isnan(s.value(criterion))]
-        return replace(self, scored=tuple(known), criterion=criterion).best if known else None
+        """Return the best by another criterion; None where no candidate has it."""
+        measured = [s for s in self.scored if not math.isnan(s.value(criterion))]
+        return replace(self, scored=tuple(measured), criterion=criterion).best if measured else None
 
     def _cost(self, before: RankedCandidate, last: RankedCandidate) -> float:
-        """Return what the criterion takes for one more component, in nats per row."""
+        """Return the criterion's penalty for one more component, in nats per row."""
         n_free = (last.n_parameters - before.n_parameters) / (last.candidate.k - before.candidate.k)
         each = math.log(self.n_samples) / 2 if self.criterion == "bic" else 1.0
         return n_free * each / self.n_samples

@@ -1,8 +1,8 @@
 """Features that no Gaussian fits: values that many rows share, seen on a sample of the rows.
 
-Half of a column is exactly 0, or all that was above a bound was set to it: a component on these
-rows is as narrow as regularisation lets it be. Such a component is no accident, so it does not
-make a fit degenerate (`em.degenerate`); but people should know of it.
+If half of a column is exactly 0, or values above a bound were set to it, a component on these
+rows is as narrow as regularisation allows. Such a component reflects the data, so it does not
+make a fit degenerate (`em.degenerate`), but readers should know of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _REPEATS = 10  # rows for each different value: a rounded column
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounded:
-    """A feature of few different values: `value`, about the centre, has most rows."""
+    """A feature of few different values; `value`, about the centre, is the most frequent."""
 
     feature: int
     n_values: int
@@ -38,7 +38,7 @@ class Rounded:
 
 @dataclass(frozen=True, slots=True)
 class Dwarfed:
-    """A feature with values so far out that half of the rows lie within what is added to it.
+    """A feature with values so far out that `reg_covar` exceeds the spread of half of the rows.
 
     `width` is that of the middle half, `farthest` the value farthest out, about the centre.
     """
@@ -50,7 +50,7 @@ class Dwarfed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What a sample tells of the features; `vanishing` ones have squares too small for float64."""
+    """The features by a sample; `vanishing` ones have squares too small for float64."""
 
     spikes: tuple[Spike, ...] = ()
     rounded: tuple[Rounded, ...] = ()
@@ -68,7 +68,7 @@ class _Drawn:
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """The task that draws up to `size` rows of positive weight from a shard, all alike."""
+    """The task that draws up to `size` rows of positive weight from a shard, uniformly."""
 
     size: int
     n_features: int
@@ -78,22 +78,22 @@ class _Draw:
         parts = [torch.empty(0, self.n_features, dtype=torch.float64)]
         n = sum(int((block.weights > 0).sum()) for block in rows.blocks)
         for block in rows.blocks:
-            there = (block.weights > 0).nonzero()[:, 0].cpu()
-            share = math.ceil(self.size * len(there) / n) if n > self.size else len(there)
-            chosen = there[torch.randperm(len(there), generator=generator)[:share]]
+            present = (block.weights > 0).nonzero()[:, 0].cpu()
+            share = math.ceil(self.size * len(present) / n) if n > self.size else len(present)
+            chosen = present[torch.randperm(len(present), generator=generator)[:share]]
             parts.append(block.X[:, chosen.to(block.X.device)].T.double().cpu())
         return _Drawn(torch.cat(parts))
 
 
 def profile(shards: Shards, n_features: int, reg: Float64[Tensor, " d"]) -> Profile:
-    """Look at a sample of the rows; `reg` (squared feature units) is added to the variances."""
+    """Profile a sample of the rows; `reg` (squared feature units) is added to the variances."""
     n_rows = min(_ROWS, max(1, _VALUES // n_features))
     size = math.ceil(n_rows / shards.n_shards)
     return profile_of(shards.run(_Draw(size, n_features)).X, reg)
 
 
 def profile_of(X: Float64[Tensor, "m d"], reg: Float64[Tensor, " d"]) -> Profile:
-    """Return what rows (m, d) tell of their features."""
+    """Return the profile of rows (m, d)."""
     m = len(X)
     if m < 2 * _COUNT:
         return Profile(vanishing=_vanishing(X))
@@ -106,16 +106,16 @@ def profile_of(X: Float64[Tensor, "m d"], reg: Float64[Tensor, " d"]) -> Profile
         if n_values[j] == 1:
             continue
         values, counts = ordered[j].unique_consecutive(return_counts=True)
-        found = _spikes(j, values, counts, many)
-        spikes += found
-        if not found and _REPEATS * len(values) <= m:
+        feature_spikes = _spikes(j, values, counts, many)
+        spikes += feature_spikes
+        if not feature_spikes and _REPEATS * len(values) <= m:
             top = int(counts.argmax())
             share = float(counts[top]) / m
             rounded.append(
                 Rounded(feature=j, n_values=len(values), value=float(values[top]), share=share)
             )
-    told = {spike.feature for spike in spikes}
-    dwarfed = [found for found in _dwarfed(ordered, reg) if found.feature not in told]
+    with_spikes = {spike.feature for spike in spikes}
+    dwarfed = [each for each in _dwarfed(ordered, reg) if each.feature not in with_spikes]
     return Profile(
         spikes=tuple(spikes),
         rounded=tuple(rounded),
@@ -125,7 +125,7 @@ def profile_of(X: Float64[Tensor, "m d"], reg: Float64[Tensor, " d"]) -> Profile
 
 
 def _spikes(feature: int, values: Tensor, counts: Tensor, many: int) -> list[Spike]:
-    """Return the values that have many rows each, and many times those of any other value."""
+    """Return the values with many rows each, many times those of any other value."""
     order = counts.argsort(descending=True, stable=True)
     most = counts[order].tolist()
     most.append(0)
@@ -153,6 +153,6 @@ def _dwarfed(ordered: Float64[Tensor, "d m"], reg: Float64[Tensor, " d"]) -> lis
 
 def _vanishing(X: Float64[Tensor, "m d"]) -> tuple[int, ...]:
     largest = X.abs().amax(0) if len(X) else X.new_zeros(X.shape[1])
-    # Below it squares have lost their digits, or are 0.
+    # Squares of smaller values lose digits, or are 0.
     lost = (largest > 0) & (largest < 1e-140)
     return tuple(int(j) for j in lost.nonzero().flatten())

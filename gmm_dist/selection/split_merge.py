@@ -1,10 +1,9 @@
 """Moves out of a poor optimum: split a component, merge two, replace a useless one.
 
-EM climbs to the top of the hill that its start lies on. Where a component sits between two
-clusters and two others share one, no restart of a step of EM mends it; a split and a merge do
-(Ueda, Nakano, Ghahramani & Hinton, "SMEM algorithm for mixture models", Neural Computation 12,
-2000). What a move will bring is reckoned from hard labels: rows counted once, by their
-component, each component coded by its own Gaussian.
+EM ends in the local optimum that its start leads to. Where one component covers two clusters and
+two others share one, no step of EM mends it; a split and a merge do (Ueda, Nakano, Ghahramani &
+Hinton, "SMEM algorithm for mixture models", Neural Computation 12, 2000). The gain of a move is
+estimated from hard labels: each row counts for the Gaussian of one component alone.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import kmeans
 
-_NEIGHBOURS = 6  # pairs are looked for among a component's nearest so many
+_NEIGHBOURS = 6  # nearest components with which a component may be merged
 _LLOYD, _TRIALS = 10, 2
 _TINY = 1e-300  # in place of a mixing weight of zero
-_FLAT = 1e-12  # of a feature's variance: directions below it are no directions
-_WIDE = 128  # features, beyond which diagonal covariances are moved without d x d matrices
+_FLAT = 1e-12  # of the largest variance: directions with less are left out
+_WIDE = 128  # features, beyond which diagonal covariances are split without d x d matrices
 _TIED = 1e-3  # of a tied covariance is left at least, however much a split explains
-_ROWS = 4  # times the least of its family that a component needs to be split in two sound ones
+_ROWS = 4  # times its type's `least_rows`: fewer rows are too few to split a component
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """One component: its mixing weight (a scalar), mean (d,) and covariance (as its family's)."""
+    """One component: its mixing weight (a scalar), mean (d,) and covariance (as its type's)."""
 
     weight: Tensor
     mean: Tensor
@@ -63,7 +62,7 @@ def splits(
     labels: Int64[Tensor, " m"],
     generator: torch.Generator,
 ) -> list[Split]:
-    """Return for each component with rows enough its split in two by k-means, best first.
+    """Return the best split in two of each component with enough rows, the best first.
 
     Args:
         parameters: The mixture.
@@ -72,42 +71,42 @@ def splits(
         labels: The component (m,) of each row.
         generator: Source of random numbers.
     """
-    found = []
+    best_splits = []
     least = TYPE_OF[parameters.covariance_type].least_rows(parameters.n_features)
     for component in range(parameters.n_components):
         rows = (labels == component) & (weight > 0)
         if int(rows.sum()) < _ROWS * least:
             continue
         if split := _split(parameters, component, X[rows], weight[rows], generator):
-            found.append(split)
-    return sorted(found, key=lambda split: -split.gain)
+            best_splits.append(split)
+    return sorted(best_splits, key=lambda split: -split.gain)
 
 
 def _split(
     parameters: Parameters, component: int, X: Tensor, weight: Tensor, generator: torch.Generator
 ) -> Split | None:
-    """Return the best of a few splits: across two humps, and by k-means, whose optima differ."""
+    """Return the best of a few splits: by two humps, and by k-means from several seeds."""
     spread = X.std(0, correction=0)
     Z = X / torch.where(spread > 0, spread, 1.0)
     is_diagonal = parameters.covariance_type in ("diag", "spherical")
-    # d³ of work for a direction, where components know of none.
+    # Humps take d³ operations, for a direction that these types cannot represent.
     trials = [] if is_diagonal and X.shape[1] > _WIDE else [_humps(Z, weight)]
     for _ in range(_TRIALS):
         seeds = kmeans.k_means_plus_plus(Z, weight, 2, generator)
         trials.append(kmeans.nearest(Z, kmeans.lloyd(Z, weight, Z[seeds], _LLOYD)))
-    own = _own_type(parameters)
-    pooled = kmeans.Pooled.of(X, weight, own)
-    whole = kmeans.start_of(X, weight, torch.zeros(len(X), dtype=torch.int64), 1, own, pooled)
-    found = [
+    kind = _own_type(parameters)
+    pooled = kmeans.Pooled.of(X, weight, kind)
+    whole = kmeans.start_of(X, weight, torch.zeros(len(X), dtype=torch.int64), 1, kind, pooled)
+    tried = [
         _split_by(parameters, component, X, weight, labels, whole, pooled)
         for labels in trials
         if 0 < int(labels.sum()) < len(labels)
     ]
-    return max(found, key=lambda split: split.gain, default=None)
+    return max(tried, key=lambda split: split.gain, default=None)
 
 
 def _humps(X: Float64[Tensor, "m d"], weight: Float64[Tensor, " m"]) -> Int64[Tensor, " m"]:
-    """Part rows at their mean, across the direction in which they have the lightest tails.
+    """Label rows by the side of their mean, along the direction with the lightest tails.
 
     Two humps have lighter tails than one; in whitened coordinates z the direction is the
     eigenvector of least eigenvalue of E ‖z‖² z zᵀ (FOBI: Cardoso, ICASSP 1989), whatever the angle.
@@ -155,12 +154,12 @@ def _split_by(
 
 
 def _own_type(parameters: Parameters) -> str:
-    """Return the covariance type of a component by itself."""
+    """Return the covariance type of one component alone."""
     return "full" if parameters.covariance_type == "tied" else parameters.covariance_type
 
 
 def _between(parameters: Parameters, scale: Tensor, means: Float64[Tensor, "2 d"]) -> Tensor:
-    """Return the part of a tied covariance that two means make up: scale · δᵀ Σ⁻¹ δ."""
+    """Return the share of a tied covariance that two means explain: scale · δᵀ Σ⁻¹ δ."""
     difference = means[1] - means[0]
     distance: Tensor = difference @ torch.linalg.solve(parameters.covariances, difference)
     return scale * distance
@@ -170,10 +169,10 @@ def merges(parameters: Parameters, n_samples: float) -> list[Merge]:
     """Return the merges of neighbouring components, the cheapest first.
 
     The loss is Runnalls' bound ("Kullback-Leibler approach to Gaussian mixture reduction",
-    IEEE Trans. AES 43, 2007), less what one label instead of two saves.
+    IEEE Trans. AES 43, 2007), less the entropy of the two labels that become one.
     """
     weights, half = parameters.weights, _half_log_det(parameters)
-    found = []
+    pair_merges = []
     for i, j in _neighbours(parameters):
         part = _merged(parameters, i, j)
         if parameters.covariance_type == "tied":
@@ -183,8 +182,8 @@ def merges(parameters: Parameters, n_samples: float) -> list[Merge]:
             joint = _half_log_det(_alone(parameters, part))[0]
             shape = part.weight * joint - weights[i] * half[i] - weights[j] * half[j]
         label = torch.special.entr(weights[[i, j]]).sum() - torch.special.entr(part.weight)
-        found.append(Merge((i, j), part, n_samples * float(shape - label)))
-    return sorted(found, key=lambda merge: merge.loss)
+        pair_merges.append(Merge((i, j), part, n_samples * float(shape - label)))
+    return sorted(pair_merges, key=lambda merge: merge.loss)
 
 
 def _neighbours(parameters: Parameters) -> list[tuple[int, int]]:
@@ -199,7 +198,7 @@ def _neighbours(parameters: Parameters) -> list[tuple[int, int]]:
 
 
 def _merged(parameters: Parameters, i: int, j: int) -> Part:
-    """Return the component of the same weight, mean and covariance as two together."""
+    """Return the component with the weight, mean and covariance of two together."""
     kind, pair = parameters.covariance_type, torch.tensor([i, j])
     weight = parameters.weights[pair].sum()
     share = (parameters.weights[pair] + _TINY) / (weight + 2 * _TINY)
@@ -217,7 +216,7 @@ def _merged(parameters: Parameters, i: int, j: int) -> Part:
 def apply(
     parameters: Parameters, *, drop: Sequence[int] = (), add: Sequence[Part] = ()
 ) -> Parameters:
-    """Return a mixture without some components and with some parts more."""
+    """Return the mixture without the components `drop`, and with the parts `add`."""
     keep = [c for c in range(parameters.n_components) if c not in set(drop)]
     weights = torch.cat([parameters.weights[keep], *(part.weight[None] for part in add)])
     means = torch.cat([parameters.means[keep], *(part.mean[None] for part in add)])
@@ -233,16 +232,23 @@ def apply(
 
 
 def split_and_merge(
-    parameters: Parameters, found: Sequence[Split], cheap: Sequence[Merge], limit: int
+    parameters: Parameters,
+    best_splits: Sequence[Split],
+    cheapest_merges: Sequence[Merge],
+    limit: int,
 ) -> list[Parameters]:
     """Return the `limit` most promising mixtures of as many components: one split, one merge."""
     ranked = sorted(
-        ((s.gain - m.loss, i, j) for i, s in enumerate(found) for j, m in enumerate(cheap[:limit])),
+        (
+            (split.gain - merge.loss, i, j)
+            for i, split in enumerate(best_splits)
+            for j, merge in enumerate(cheapest_merges[:limit])
+        ),
         reverse=True,
     )
     moved = []
     for _, i, j in ranked:
-        split, merge = found[i], cheap[j]
+        split, merge = best_splits[i], cheapest_merges[j]
         if split.component in merge.pair:
             continue
         drop = (split.component, *merge.pair)
@@ -253,51 +259,52 @@ def split_and_merge(
 
 
 def replace(
-    parameters: Parameters, useless: Bool[Tensor, " k"], found: Sequence[Split]
+    parameters: Parameters, useless: Bool[Tensor, " k"], best_splits: Sequence[Split]
 ) -> Parameters | None:
-    """Return a mixture whose useless components went, and whose best splits came for them.
+    """Return the mixture with its useless components replaced by splits of others.
 
     None where there are not enough components to split.
     """
-    gone = [int(c) for c in useless.nonzero().flatten()]
-    chosen = [split for split in found if split.component not in gone][: len(gone)]
-    if len(chosen) < len(gone):
+    dropped = [int(c) for c in useless.nonzero().flatten()]
+    sound = [split for split in best_splits if split.component not in dropped]
+    chosen = sound[: len(dropped)]
+    if len(chosen) < len(dropped):
         return None
-    drop = [*gone, *(split.component for split in chosen)]
+    drop = [*dropped, *(split.component for split in chosen)]
     return apply(parameters, drop=drop, add=[part for split in chosen for part in split.parts])
 
 
 def halved(parameters: Parameters, k: int, *, shift: float = 0.2) -> Parameters:
-    """Return a mixture of k components in which the largest ones have been halved, one by one.
+    """Return a mixture of k components: the largest is halved until there are k.
 
-    The halves lie `shift` spreads off either side of their mean, narrower by as much: a pair has
-    the mean and the covariance of the whole (tied ones keep the covariance that all share). With
-    a shift of 0 they are copies, and the mixture is the same density.
+    The halves lie `shift` standard deviations to either side of their mean, with a covariance
+    reduced so that a pair keeps the mean and the covariance of the whole (tied ones keep the
+    covariance that all share). With a shift of 0 they are copies, and the density is the same.
     """
     while parameters.n_components < k:
         component = int(parameters.weights.argmax())
-        off, covariance = _narrowed(parameters, component, shift)
+        offset, covariance = _narrowed(parameters, component, shift)
         weight, mean = parameters.weights[component] / 2, parameters.means[component]
-        parts = [Part(weight, mean + side * off, covariance) for side in (1, -1)]
+        parts = [Part(weight, mean + side * offset, covariance) for side in (1, -1)]
         parameters = apply(parameters, drop=[component], add=parts)
     return parameters
 
 
 def _narrowed(parameters: Parameters, component: int, shift: float) -> tuple[Tensor, Tensor]:
-    """Return a way (d,) from the mean, and the covariance less what two parts so far off add."""
+    """Return the halves' offset (d,) from the mean, and their covariance."""
     kind = parameters.covariance_type
-    own = parameters.covariances if kind == "tied" else parameters.covariances[component]
+    covariance = parameters.covariances if kind == "tied" else parameters.covariances[component]
     if kind in ("full", "tied"):
-        # A column of the factor, which changes with the features' units as they do.
-        off = shift * torch.linalg.cholesky(own)[:, 0]
-        return off, own if kind == "tied" else own - torch.outer(off, off)
-    off = torch.zeros_like(parameters.means[component])
+        # A column of the Cholesky factor scales with the features' units.
+        offset = shift * torch.linalg.cholesky(covariance)[:, 0]
+        return offset, covariance if kind == "tied" else covariance - torch.outer(offset, offset)
+    offset = torch.zeros_like(parameters.means[component])
     if kind == "diag":
-        widest = int((own / _variances(parameters).mean(0)).argmax())
-        off[widest] = shift * own[widest].sqrt()
-        return off, own - off.square()
-    off[0] = shift * own.sqrt()
-    return off, own * (1 - shift**2 / len(off))
+        widest = int((covariance / _variances(parameters).mean(0)).argmax())
+        offset[widest] = shift * covariance[widest].sqrt()
+        return offset, covariance - offset.square()
+    offset[0] = shift * covariance.sqrt()
+    return offset, covariance * (1 - shift**2 / len(offset))
 
 
 def _alone(parameters: Parameters, part: Part) -> Parameters:

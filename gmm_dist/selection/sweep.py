@@ -33,7 +33,7 @@ _SLACK = 1e-7  # nats per row by which a fit may end below a smaller one: roundi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """Where a candidate stands after a pass, for progress."""
+    """A candidate's progress after a pass."""
 
     candidate: Candidate
     is_running: bool
@@ -42,7 +42,8 @@ class Standing:
     precision: str
 
 
-# Up to so many features their correlations cost nothing, and seeds are better for them.
+# Up to so many features the moments include all products: they cost little, and seeds drawn in
+# whitened coordinates are better.
 _WIDE = 128
 
 Watch = Callable[[Sequence[Standing]], None]
@@ -60,7 +61,7 @@ def sweep(
     centre: Tensor | None = None,
     criterion: str = "bic",
     holdout: bool = False,
-    given: Sequence[Parameters] | None = None,
+    initial: Sequence[Parameters] | None = None,
     warm: Sequence[Parameters] = (),
     watch: Watch = lambda standings: None,
     resume: Snapshot | None = None,
@@ -69,30 +70,30 @@ def sweep(
     """Fit every candidate in the same passes and rank them.
 
     Within a covariance type the likelihood of ranked fits does not fall as k grows: a fit that
-    ends below one of fewer components goes on from that one, with components halved.
+    ends below one of fewer components is repeated from that one, with components halved.
 
     Args:
         shards: All rows, about their shared centre.
-        candidates: What is fitted: (k, covariance type) each.
+        candidates: The mixtures to be fitted: (k, covariance type) each.
         config: Settings of the loop.
         start: Settings of the search for starts.
         n_features: Number of features d.
         feature_names: Their names, for messages.
         centre: The rows' shared centre (d,), in feature units; None for zero.
-        criterion: What ranks the fits.
-        holdout: Score the fits on the held-out rows too, in one pass more.
-        given: Starts about the centre, one per candidate, instead of our own.
-        warm: Mixtures about the centre that compete with our own starts of their shape.
-        watch: Sees where each candidate stands after each pass.
-        resume: A snapshot of the same rows and settings: the sweep goes on from there to the same
-            bits.
-        keep: Is told each pass's number, and how to take a snapshot.
+        criterion: The criterion that ranks the fits.
+        holdout: Whether one more pass scores the fits on the held-out rows.
+        initial: Starts about the centre, one per candidate, in place of a search.
+        warm: Mixtures about the centre that join the search for a candidate of their shape.
+        watch: Gets each candidate's `Standing` after each pass.
+        resume: A snapshot of a sweep with the same rows and settings, which goes on from there to
+            the same bits.
+        keep: Gets the pass's number after each pass, and a function that takes a snapshot.
 
     Raises UserError when there are fewer rows than components, no held-out rows to rank by, or
-    numbers beyond float64's range once they are squared.
+    numbers whose squares leave float64's range.
     """
     began = time.monotonic()
-    moments = SumMoments(n_features, n_features <= _WIDE or _read_products(candidates))
+    moments = SumMoments(n_features, n_features <= _WIDE or _need_products(candidates))
     total = shards.run(moments)
     scale = unit_of(total.max_weight)
     if scale != 1:
@@ -101,55 +102,58 @@ def sweep(
     require_rows(candidates, total.n_rows)
     names = feature_names or [f"x{j}" for j in range(n_features)]
     _require_range(total.overflowing_features(), names, "large")
-    seen = profile(shards, n_features, regularisation(config, total.scale))
-    _require_range(seen.vanishing, names, "small")
-    total = replace(total, spikes=seen.spikes)
+    sample_profile = profile(shards, n_features, regularisation(config, total.scale))
+    _require_range(sample_profile.vanishing, names, "small")
+    total = replace(total, spikes=sample_profile.spikes)
     if criterion == "holdout":
         _require_held_out(shards, n_features)
-    race = _Race(shards, candidates, config, total, began, watch, keep)
-    threads = os.cpu_count() or 1
+    lanes = _CandidateLanes(shards, candidates, config, total, began, watch, keep)
+    n_threads = os.cpu_count() or 1
     if resume is not None:
-        race.restore(resume)
-    elif given is not None:
-        race.enter([[parameters] for parameters in given])
+        lanes.restore(resume)
+    elif initial is not None:
+        lanes.add([[parameters] for parameters in initial])
     else:
-        pairs = [(candidate.k, candidate.covariance_type) for candidate in candidates]
-        race.enter(find_starts(shards, pairs, config, start, total, warm=warm, n_threads=threads))
-    race.run()
-    if not race.mended and given is None:
-        race.mended = True
-        fits = [outcome.fit for outcome in race.outcomes]
-        race.enter(repair_degenerate(shards, fits, config, start, total, n_threads=threads))
-        race.run()
-    if given is None:
-        race.lift()
+        lanes.add(
+            find_starts(shards, candidates, config, start, total, warm=warm, n_threads=n_threads)
+        )
+    lanes.run()
+    if not lanes.is_repaired and initial is None:
+        lanes.is_repaired = True
+        fits = [best.fit for best in lanes.best_fits]
+        lanes.add(repair_degenerate(shards, fits, config, start, total, n_threads=n_threads))
+        lanes.run()
+    if initial is None:
+        lanes.refit_below_smaller()
     likelihoods: Sequence[float | None] = [None] * len(candidates)
     if holdout or criterion == "holdout":
-        likelihoods = mean_log_likelihoods(shards, [o.fit.parameters for o in race.outcomes])
+        likelihoods = mean_log_likelihoods(
+            shards, [best.fit.parameters for best in lanes.best_fits]
+        )
     size = criterion_size(total, scale)
     scored = [
-        RankedCandidate.of(candidate, outcome.counted(size), likelihood)
-        for candidate, outcome, likelihood in zip(
-            candidates, race.outcomes, likelihoods, strict=True
+        RankedCandidate.of(candidate, best.counted(size), likelihood)
+        for candidate, best, likelihood in zip(
+            candidates, lanes.best_fits, likelihoods, strict=True
         )
     ]
     return SweepResult(
         scored=tuple(scored),
         criterion=criterion,
         total=as_given(total, scale),
-        n_passes=race.n_passes,
-        profile=seen,
+        n_passes=lanes.n_passes,
+        profile=sample_profile,
         centre=centre,
         weight=given_weight(total, scale),
     )
 
 
-def _read_products(candidates: Sequence[Candidate]) -> bool:
+def _need_products(candidates: Sequence[Candidate]) -> bool:
     return any(c.covariance_type in ("full", "tied") for c in candidates)
 
 
-class _Race:
-    """Lanes over all rows: several for a candidate, of which the best is its `outcome`."""
+class _CandidateLanes:
+    """The lanes over all rows: several for each candidate, of which the best counts."""
 
     def __init__(
         self,
@@ -164,17 +168,17 @@ class _Race:
         self._shards, self._candidates, self._config = shards, candidates, config
         self._total, self._began, self._watch, self._keep = total, began, watch, keep
         self._lanes: list[Lane] = []
-        self._owners: list[int] = []  # the candidate that each lane is for
+        self._owners: list[int] = []  # each lane's candidate
         self._seconds: list[float] = []
         self.n_passes = 0
-        self.mended = False
-        self._lifted: list[int] = []  # the candidates that went on from one of fewer components
+        self.is_repaired = False  # degenerate fits have been replaced
+        self._refitted: list[int] = []  # candidates fitted again from one of fewer components
 
-    def enter(self, starts: Sequence[Sequence[Parameters]]) -> None:
+    def add(self, starts: Sequence[Sequence[Parameters]]) -> None:
         """Add a lane for each start of each candidate."""
         scale = self._total.scale
-        for i, own in enumerate(starts):
-            for parameters in own:
+        for i, candidate_starts in enumerate(starts):
+            for parameters in candidate_starts:
                 self._lanes.append(Lane.start(parameters, self._config, scale))
                 self._owners.append(i)
                 self._seconds.append(time.monotonic() - self._began)
@@ -187,35 +191,36 @@ class _Race:
             self._config,
             self._total,
             rivals=self._owners,
-            watch=self._passed,
+            watch=self._after_pass,
         )
 
-    def lift(self) -> None:
-        """Have no ranked fit end below one of fewer components, of its covariance type."""
+    def refit_below_smaller(self) -> None:
+        """Fit again each ranked candidate that ends below one of fewer components of its type."""
         best: dict[str, loop.FitResult] = {}
-        outcomes = self.outcomes
+        best_fits = self.best_fits
         for i in sorted(range(len(self._candidates)), key=lambda i: self._candidates[i]):
-            kind, fit = self._candidates[i].covariance_type, outcomes[i].fit
+            kind, fit = self._candidates[i].covariance_type, best_fits[i].fit
             floor = best.get(kind)
-            if floor is not None and fit.is_ranked and self._lacks(fit, floor):
-                self._go_on_from(floor.parameters, i)
-                outcomes = self.outcomes
-                fit = outcomes[i].fit
+            if floor is not None and fit.is_ranked and self._is_below(fit, floor):
+                self._refit_from(floor.parameters, i)
+                best_fits = self.best_fits
+                fit = best_fits[i].fit
             if fit.is_ranked and (floor is None or fit.log_likelihood > floor.log_likelihood):
                 best[kind] = fit
 
-    def _lacks(self, fit: loop.FitResult, floor: loop.FitResult) -> bool:
+    def _is_below(self, fit: loop.FitResult, floor: loop.FitResult) -> bool:
         return floor.log_likelihood - fit.log_likelihood > _SLACK * self._total.n_samples
 
-    def _go_on_from(self, smaller: Parameters, i: int) -> None:
-        """Fit a candidate again from a smaller mixture; copies of components are the last resort.
+    def _refit_from(self, smaller: Parameters, i: int) -> None:
+        """Fit candidate `i` again from a smaller mixture, at most once.
 
-        These are scored as they are. Steps of EM from the same density would stand still, but
-        regularisation and rounding could lower what they come to. A candidate gets this once.
+        One lane starts from halved components. A second has copies of them, the same density, as
+        the last resort: it is scored without a step of EM, for steps would not raise its
+        likelihood, while regularisation and rounding could lower it.
         """
-        if i in self._lifted:
+        if i in self._refitted:
             return
-        self._lifted.append(i)
+        self._refitted.append(i)
         k, scale = self._candidates[i].k, self._total.scale
         copied = Lane.start(split_merge.halved(smaller, k, shift=0.0), self._config, scale)
         copied.policy.form, copied.verdict = Precision.CENTRED, Status.CONVERGED
@@ -226,46 +231,46 @@ class _Race:
         self.run()
 
     @property
-    def outcomes(self) -> list[BestFit]:
-        """The best of each candidate so far, in their order."""
+    def best_fits(self) -> list[BestFit]:
+        """The best fit of each candidate so far, in the candidates' order."""
         best: dict[int, BestFit] = {}
         for i, lane, seconds in zip(self._owners, self._lanes, self._seconds, strict=True):
-            outcome = BestFit.of(loop.result_of(lane, self._total), seconds)
-            best[i] = outcome if i not in best else best[i].against(outcome)
+            fit = BestFit.of(loop.result_of(lane, self._total), seconds)
+            best[i] = fit if i not in best else best[i].against(fit)
         return [best[i] for i in range(len(self._candidates))]
 
     def snapshot(self) -> Snapshot:
-        """Return all that the rest of the race depends on."""
+        """Return a snapshot from which the sweep can go on."""
         lanes = take_snapshot(self._lanes)
-        own: dict[str, Any] = {
+        sweep_state: dict[str, Any] = {
             "owners": list(self._owners),
             "seconds": list(self._seconds),
             "n_passes": self.n_passes,
-            "mended": self.mended,
-            "lifted": list(self._lifted),
+            "mended": self.is_repaired,
+            "lifted": list(self._refitted),
         }
-        return Snapshot(lanes.tensors, lanes.state | own)
+        return Snapshot(lanes.tensors, lanes.state | sweep_state)
 
     def restore(self, saved: Snapshot) -> None:
-        """Go on where a race was that a snapshot was taken of."""
+        """Take up the state of a snapshot."""
         self._lanes = restore_lanes(saved)
         self._owners, self._seconds = list(saved.state["owners"]), list(saved.state["seconds"])
-        self.n_passes, self.mended = saved.state["n_passes"], saved.state["mended"]
-        # Checkpoints of earlier versions do not have it.
-        self._lifted = list(saved.state.get("lifted", []))
+        self.n_passes, self.is_repaired = saved.state["n_passes"], saved.state["mended"]
+        # Checkpoints of earlier versions lack it.
+        self._refitted = list(saved.state.get("lifted", []))
 
-    def _passed(self, lanes: Sequence[Lane]) -> None:
+    def _after_pass(self, lanes: Sequence[Lane]) -> None:
         self.n_passes += 1
-        fields: dict[int, list[Lane]] = {}
+        lanes_of: dict[int, list[Lane]] = {}
         for j, (i, lane) in enumerate(zip(self._owners, lanes, strict=True)):
-            fields.setdefault(i, []).append(lane)
+            lanes_of.setdefault(i, []).append(lane)
             if lane.is_running:
                 self._seconds[j] = time.monotonic() - self._began
         self._keep(self.n_passes, self.snapshot)
-        self._watch([self._standing(i, own) for i, own in fields.items()])
+        self._watch([self._standing(i, group) for i, group in lanes_of.items()])
 
     def _standing(self, i: int, lanes: Sequence[Lane]) -> Standing:
-        """Say where a candidate stands, by the lane that leads."""
+        """Return a candidate's progress, that of its leading lane."""
         bounds = [lane.lower_bounds[-1] if lane.lower_bounds else math.nan for lane in lanes]
         lead = max(range(len(lanes)), key=lambda j: (not math.isnan(bounds[j]), bounds[j]))
         running = any(lane.is_running for lane in lanes)

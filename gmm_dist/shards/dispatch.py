@@ -38,11 +38,11 @@ _PULSES = 6  # per time of silence
 
 
 class Dispatcher:
-    """Hands out a pass to the workers, and hands it out again where it is lost.
+    """Hands out a pass to the workers, and repeats what failures lose.
 
-    Every worker has at most one call under way: the loading of one shard, or the task on all its
-    shards. A call outlives its pass when siblings have done its share meanwhile; its reply is
-    then dropped, as are those of workers that were given up.
+    Every worker has at most one call under way: it loads one shard, or runs the task on all its
+    shards. A call outlives its pass when siblings have done its shards meanwhile; its reply is
+    then dropped, as are the replies of abandoned workers.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class Dispatcher:
         self._iteration = 0
         self._source: Source | None = None
         self._is_loading = True
-        self._asked: Any = None  # the pass's Work, in the object store
+        self._work_ref: Any = None  # of the pass's Work, in the object store
         self._todo: set[int] = set()
-        self._work: list[set[int]] = [set() for _ in workers]  # what each should do in this pass
+        self._assigned: list[set[int]] = [set() for _ in workers]  # each one's shards in this pass
         self._sizes: dict[int, Loaded] = {}
         self._load_seconds: list[float] = []
         self._run_seconds: list[float] = []  # per shard, of this pass
@@ -72,7 +72,7 @@ class Dispatcher:
         self._listened = self._replied = self._reported = self._joined
 
     def gather(self, work: Work) -> Iterator[Reply]:
-        """Yield the replies that answer for all shards, each once."""
+        """Yield replies that cover every shard exactly once."""
         yield from self._begin(work)
         while self._todo:
             self._hand_out(time.monotonic())
@@ -81,7 +81,7 @@ class Dispatcher:
             self._look_around()
 
     def await_worker(self) -> Worker:
-        """Return a worker that is up, as soon as there is one."""
+        """Wait until a worker is up, and return it."""
         while True:
             for worker in self._workers:
                 if worker.state is State.UP:
@@ -103,7 +103,7 @@ class Dispatcher:
             worker.abandon(time.monotonic())
 
     def _begin(self, work: Work) -> Iterator[Reply]:
-        source, self._is_loading, self._asked = work.source, work.task is None, ray.put(work)
+        source, self._is_loading, self._work_ref = work.source, work.task is None, ray.put(work)
         if self._source is None or source.number != self._source.number:
             self._sizes, self._load_seconds = {}, []
             for worker in self._workers:
@@ -113,17 +113,19 @@ class Dispatcher:
         self._todo = {shard for w in self._workers for shard in self._placement.owned(w.index)}
         for worker in self._workers:
             self._give_back(worker)
-        self._work = [set(self._placement.owned(worker.index)) for worker in self._workers]
+        self._assigned = [set(self._placement.owned(worker.index)) for worker in self._workers]
         self._listened = self._replied = self._reported = time.monotonic()
         for worker in self._workers:
-            worker.heard = self._listened  # nobody has listened since the last pass
-            for shard in sorted(worker.held & self._work[worker.index]) if self._is_loading else ():
+            worker.heard = self._listened  # the driver has not listened since the last pass
+            for shard in (
+                sorted(worker.held & self._assigned[worker.index]) if self._is_loading else ()
+            ):
                 self._todo.discard(shard)
                 ticket = self._ticket([shard])
                 yield Reply(ticket, self._sizes[shard])
 
     def _give_back(self, worker: Worker) -> None:
-        """Let a worker that came back have its shards, once it holds them again."""
+        """Return its shards to a worker that came back, once it holds them again."""
         away = self._placement.away(worker.index)
         free = worker.state is State.UP and worker.call is None
         if away and free and worker.barred <= self._iteration and worker.held.issuperset(away):
@@ -144,14 +146,14 @@ class Dispatcher:
                 self._give_call(worker, now)
 
     def _give_call(self, worker: Worker, now: float) -> None:
-        wanted = self._work[worker.index] & self._todo
+        wanted = self._assigned[worker.index] & self._todo
         missing = wanted - worker.held
         if missing:
             self._send(worker, [min(missing)], now, is_load=True)
         elif wanted:
             self._send(worker, sorted(wanted), now, is_load=False)
         elif worker.barred <= self._iteration:
-            # In the shade of the others' pass: what it will get back.
+            # Meanwhile it loads the shards that it will get back.
             away = self._placement.away(worker.index)
             missing = set(away) - worker.held
             if missing and not self._is_loading:
@@ -162,17 +164,17 @@ class Dispatcher:
         worker.held.difference_update(forget)
         ticket = self._ticket(shards)
         method = worker.actor.load if is_load else worker.actor.run
-        ref = method.remote(Request(ticket, forget).packed(), self._asked)
+        ref = method.remote(Request(ticket, forget).packed(), self._work_ref)
         worker.call = Call(ref=ref, ticket=ticket, is_load=is_load, sent=now)
         worker.heard = now
 
     def _spare(self, worker: Worker) -> tuple[int, ...]:
-        """Return the shards that a worker holds and has no need of any more."""
+        """Return the shards that a worker holds and no longer needs."""
         owned = self._placement.owned(worker.index)
         if worker.held <= owned:
             return ()
         away = self._placement.away(worker.index)
-        return tuple(sorted(worker.held - owned - self._work[worker.index] - set(away)))
+        return tuple(sorted(worker.held - owned - self._assigned[worker.index] - set(away)))
 
     def _ticket(self, shards: Sequence[int]) -> Ticket:
         assert self._source is not None
@@ -188,26 +190,26 @@ class Dispatcher:
     # Listening.
 
     def _ready(self) -> list[tuple[Worker, Any]]:
-        """Wait for a moment, and return who has something to say."""
-        asked = {}
+        """Wait for a moment, and return the replies that are ready, with their workers."""
+        worker_of = {}
         for worker in self._workers:
             if worker.call is not None:
-                asked[worker.call.ref] = worker
+                worker_of[worker.call.ref] = worker
             if worker.hello is not None:
-                asked[worker.hello] = worker
+                worker_of[worker.hello] = worker
             if worker.pulse is not None:
-                asked[worker.pulse] = worker
+                worker_of[worker.pulse] = worker
         now = time.monotonic()
         waits = [worker.rested - now for worker in self._workers if worker.rested > now]
         timeout = min([self._faults.tick, *waits])
-        if not asked:
+        if not worker_of:
             time.sleep(timeout)
             return []
         # Replies may be large: they are fetched one at a time.
-        ready, rest = ray.wait(list(asked), timeout=timeout, fetch_local=False)
-        if ready and rest:  # all that are there, so as to ask less often
+        ready, rest = ray.wait(list(worker_of), timeout=timeout, fetch_local=False)
+        if ready and rest:  # take all that are ready, to wait less often
             ready += ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
-        return [(asked[ref], ref) for ref in ready]
+        return [(worker_of[ref], ref) for ref in ready]
 
     def _settle(self, worker: Worker, ref: Any) -> Iterator[Reply]:
         if not worker.expects(ref):  # given up since
@@ -235,7 +237,7 @@ class Dispatcher:
                 yield from self._count(worker, value)
 
     def _is_due(self, call: Call, reply: Reply) -> bool:
-        """Say whether a reply belongs to a call, and the call to what is being done now."""
+        """Say whether a reply belongs to a call, and the call to the present pass or loading."""
         assert self._source is not None
         ticket = reply.ticket
         if ticket != call.ticket or ticket.run != self._run:
@@ -249,8 +251,8 @@ class Dispatcher:
         if isinstance(reply.value, Loaded):
             (shard,) = shards
             worker.held.add(shard)
-            known = self._sizes.setdefault(shard, reply.value)
-            assert known.n_rows == reply.value.n_rows, f"shard {shard} has other rows than before"
+            size = self._sizes.setdefault(shard, reply.value)
+            assert size.n_rows == reply.value.n_rows, f"shard {shard} has other rows than before"
             self._require_room(worker)
             if not self._is_loading or shard not in self._todo:
                 return
@@ -259,7 +261,7 @@ class Dispatcher:
         yield reply
 
     def _keep(self, worker: Worker, shards: Sequence[int]) -> None:
-        """Let who answered first have the shards from now on."""
+        """Let the worker that replied first own the shards from now on."""
         others = [shard for shard in shards if shard not in self._placement.owned(worker.index)]
         if others:
             self._placement.move(others, worker.index)
@@ -270,19 +272,19 @@ class Dispatcher:
         self._joined = now
         if worker.failures:
             logger.info("%s is up", worker.name)
-        # What nobody has begun to load for it is its own again.
+        # It gets back the shards that no other worker holds or has begun to load.
         for shard in self._placement.away(worker.index):
             taker = self._workers[self._placement.owner(shard)]
             begun = taker.call is not None and shard in taker.call.ticket.shards
             if shard not in taker.held and not begun:
-                self._work[taker.index].discard(shard)
+                self._assigned[taker.index].discard(shard)
                 self._placement.move([shard], worker.index)
-                self._work[worker.index].add(shard)
+                self._assigned[worker.index].add(shard)
 
     # Failures.
 
     def _failed(self, worker: Worker, ref: Any, error: Exception) -> None:
-        if ref is worker.pulse:  # the call itself will say more
+        if ref is worker.pulse:  # the call's own failure says more
             worker.pulse = None
             return
         verdict = judge(error)
@@ -302,7 +304,7 @@ class Dispatcher:
     def _lost(
         self, worker: Worker, why: str, verdict: Verdict = Verdict.REPLACE, *, counts: bool = True
     ) -> None:
-        """Take note of a failure, and prepare what is done about it."""
+        """Record a failure, log it, and prepare the remedy."""
         now = time.monotonic()
         what, n_held = f"{worker.name}: {why}", len(worker.held)
         if verdict in (Verdict.REPLACE, Verdict.PREEMPTED):
@@ -317,13 +319,13 @@ class Dispatcher:
         logger.info("%s; %s%s (%s)", what, verdict.value, lost, which)
 
     def _look_around(self) -> None:
-        """See, now and then, who is silent, slow or away."""
+        """Check, once per tick, which workers are silent, slow or away."""
         now = time.monotonic()
         elapsed = now - self._listened
         if elapsed < self._faults.tick / 2:
             return
         self._listened = now
-        if elapsed > 4 * self._faults.tick:  # we were busy with a reply, and have not listened
+        if elapsed > 4 * self._faults.tick:  # the driver was busy with a reply, and did not listen
             for worker in self._workers:
                 worker.heard += elapsed
             return
@@ -354,30 +356,30 @@ class Dispatcher:
                 self._relieve(worker, call, lasted, usual)
 
     def _usual(self, call: Call) -> float | None:
-        """Return how long siblings took for as many shards."""
+        """Return how long siblings took for as many shards; None while that is unknown."""
         seconds = self._load_seconds if call.is_load else self._run_seconds
         if not seconds or self._is_late(call):
             return None
         return statistics.median(seconds) * len(call.ticket.shards)
 
     def _is_late(self, call: Call) -> bool:
-        """Say whether the pass that a call was for went by without it."""
+        """Say whether a call belongs to a pass that ended without it."""
         return not call.is_load and call.ticket.iteration != self._iteration
 
     def _relieve(self, worker: Worker, call: Call, lasted: float, usual: float) -> None:
-        """Have those who are done repeat what a straggler has not done."""
-        shards = self._work[worker.index] & self._todo
+        """Have idle workers repeat the shards that a straggler has not done."""
+        shards = self._assigned[worker.index] & self._todo
         if not shards or not shards <= self._placement.owned(worker.index):
-            return  # done, or being done elsewhere
+            return  # done, or under way elsewhere
         idle = [
             w
             for w in self._workers
-            if w.state is State.UP and w.call is None and not self._work[w.index] & self._todo
+            if w.state is State.UP and w.call is None and not self._assigned[w.index] & self._todo
         ]
         if not self._take_over(shards, idle):
             return
         if call.is_load:
-            self._work[worker.index] = set(call.ticket.shards)
+            self._assigned[worker.index] = set(call.ticket.shards)
         worker.strikes += 1
         worker.barred = self._iteration + 2**worker.strikes
         logger.info(
@@ -391,13 +393,13 @@ class Dispatcher:
         )
 
     def _watch_absence(self, worker: Worker, now: float) -> None:
-        # Each one that comes up gives the others hope, and time.
+        # Each worker that comes up gives the absent ones more time.
         if now - max(worker.since, self._joined) <= self._faults.grace:
             return
         shards = set(self._placement.owned(worker.index))
         survivors = [w for w in self._workers if w.state is State.UP]
         if self._take_over(shards, survivors):
-            self._work[worker.index] = set()
+            self._assigned[worker.index] = set()
             away, text = now - worker.since, "%s has been away for %.0f s: its %s go to %s"
             to = counted(len(shards), "shard"), counted(len(survivors), "other")
             logger.info(text, worker.name, away, *to)
@@ -422,13 +424,13 @@ class Dispatcher:
         room = {w.index: float(capacity - self._bytes_of(w)) for w in takers}
         sizes = {shard: size.n_bytes for shard, size in self._sizes.items()}
         dealt = shares(shards, room, sizes)
-        for taker, own in (dealt or {}).items():
-            self._placement.move(own, taker)
-            self._work[taker].update(own)
+        for taker, portion in (dealt or {}).items():
+            self._placement.move(portion, taker)
+            self._assigned[taker].update(portion)
         return dealt is not None
 
     def _bytes_of(self, worker: Worker) -> int:
-        shards = self._placement.owned(worker.index) | self._work[worker.index]
+        shards = self._placement.owned(worker.index) | self._assigned[worker.index]
         return sum(self._sizes[shard].n_bytes for shard in shards if shard in self._sizes)
 
     def _require_room(self, worker: Worker) -> None:

@@ -1,4 +1,4 @@
-"""What a failed call means, how long to wait after it, and how many of them a run bears."""
+"""What a failed call means, and how many failures a run tolerates."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from gmm_dist.errors import Option, RunFailed
 from gmm_dist.formats import counted
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-# Nor does repetition help with a forbidden or an impossible name.
+# Repetition does not help with a forbidden or an impossible name either.
 _PERMANENT = _FULL | {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 
 class Verdict(enum.Enum):
-    """What is to be done about a failed call."""
+    """What the dispatcher does about a failed call."""
 
-    REPEAT = "its call is repeated"  # the worker may well be there, and may even have done it
+    REPEAT = "its call is repeated"  # the worker may be alive, and may even have finished it
     REPLACE = "it starts anew"
     PREEMPTED = "its host is being taken away: it starts anew elsewhere"
-    OUTSIDE = "it tries again"  # what it reads from failed
-    HOPELESS = "the run ends"  # the user's to mend, or our bug: no repetition helps
+    OUTSIDE = "it tries again"  # the storage that it reads from failed
+    HOPELESS = "the run ends"  # an error of the user's, or a bug: no repetition helps
 
 
 def judge(error: Exception) -> Verdict:
     """Say what an exception that Ray raised for a call means."""
     if isinstance(error, RayTaskError):  # the call itself raised
-        # A file, a network, memory: not a value in a row, nor a bug, nor a storage that has
-        # been asked for long enough, nor a disk that no waiting empties.
+        # Files, network, memory may recover. A wrong value in a row, a bug, a storage whose retries
+        # are used up, and a full disk do not.
         outside = isinstance(error.cause, OSError | EOFError | MemoryError)
         outside = outside and not is_permanent(error.cause)
         return Verdict.OUTSIDE if outside else Verdict.HOPELESS
@@ -53,12 +53,12 @@ def judge(error: Exception) -> Verdict:
 
 
 def is_full(error: BaseException) -> bool:
-    """Say whether a disk takes no more, or nothing at all."""
+    """Say whether a disk is full or read-only."""
     return isinstance(error, OSError) and error.errno in _FULL
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Say whether the system refuses what no waiting will have it allow."""
+    """Say whether the system refuses for good, so that waiting does not help."""
     return isinstance(error, OSError) and error.errno in _PERMANENT
 
 
@@ -80,7 +80,7 @@ class Budget:
     _began: float = field(default=float("-inf"))
 
     def charge(self, what: str, now: float) -> str:
-        """Count a failure at time `now` and say which it is.
+        """Count a failure at time `now`, and say its number.
 
         Raises RunFailed when there have been too many.
         """
@@ -96,7 +96,7 @@ class Budget:
 
 
 def cause_in_worker(error: BaseException) -> Exception | None:
-    """Return what a task raised in a worker, if that is what Ray reports."""
+    """Return the exception that a task raised in a worker; None where Ray reports another."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         return error.cause
     return None

@@ -20,8 +20,8 @@ class LocalShards:
     """Shards in this process: for tests, for samples, and for data that fit here.
 
     `n_threads` shards are worked on at a time, each by one thread: torch releases the GIL, and
-    single-threaded operations on their own rows beat multi-threaded ones on the same rows. With
-    `n_threads` 0 the caller's own thread does the work, with torch's setting as it is.
+    single-threaded operations on separate rows beat multi-threaded ones on the same rows. With
+    `n_threads` 0 the caller's thread does the work, with torch's present number of threads.
     """
 
     def __init__(self, shards: Sequence[ShardRows], *, n_threads: int = 1) -> None:
@@ -70,7 +70,7 @@ def _one_thread() -> None:
 
 
 class _Threads:
-    """How many threads torch takes when nobody here computes, and how many of us do."""
+    """torch's number of threads outside `one_thread`, and how many callers are inside."""
 
     def __init__(self) -> None:
         self.lock, self.n_users, self.before = threading.Lock(), 0, 1
@@ -81,11 +81,10 @@ _threads = _Threads()
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Have torch take one thread for what the caller computes, and give back what was set.
+    """Have torch use one thread in the block, and restore the setting afterwards.
 
     Sums then have the same bits whatever the machine's cores. torch keeps the number per thread
-    and, for threads that are still to come, per process; both are as before in the end, also
-    where several threads fit at once.
+    and, for new threads, per process; both are restored, even if several threads fit at once.
     """
     with _threads.lock:
         if _threads.n_users == 0:

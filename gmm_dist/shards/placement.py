@@ -1,4 +1,4 @@
-"""Which worker holds which shards: its own range, and shards that were moved meanwhile."""
+"""Which worker owns which shards: its home range, and shards that were moved to it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Placement:
         return self._owned[worker]
 
     def away(self, worker: int) -> list[int]:
-        """Return the worker's own shards that others hold for it."""
+        """Return the worker's home shards that others own now."""
         return [shard for shard in self._homes[worker] if shard in self._moved]
 
     def owner(self, shard: int) -> int:
-        """Return who holds a shard that was moved."""
+        """Return the owner of a shard that was moved."""
         return self._moved[shard]
 
     def move(self, shards: Collection[int], worker: int) -> None:
-        """Let a worker hold these shards."""
+        """Let a worker own these shards."""
         for owned in self._owned:
             owned.difference_update(shards)
         self._owned[worker].update(shards)
@@ -48,8 +48,8 @@ def shares(
 ) -> dict[int, list[int]] | None:
     """Deal shards to takers as contiguous ranges, or return None where there is no room.
 
-    `room` has the free bytes of each taker, `sizes` the bytes of shards as far as they are
-    known; takers without room for their like share are left out.
+    `room` has the free bytes of each taker, `sizes` the bytes of those shards whose size is
+    known; takers without room for an equal range are left out.
     """
     typical = sum(sizes.values()) / len(sizes) if sizes else 0.0
     ordered, takers = sorted(shards), sorted(room)
@@ -60,10 +60,10 @@ def shares(
         }
         fitting = [
             taker
-            for taker, own in dealt.items()
-            if sum(sizes.get(shard, typical) for shard in own) <= room[taker]
+            for taker, portion in dealt.items()
+            if sum(sizes.get(shard, typical) for shard in portion) <= room[taker]
         ]
         if len(fitting) == len(takers):
-            return {taker: own for taker, own in dealt.items() if own}
+            return {taker: portion for taker, portion in dealt.items() if portion}
         takers = fitting
     return None

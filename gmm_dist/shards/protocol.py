@@ -1,8 +1,8 @@
-"""The one verb of everything that looks at rows: `Shards.run(task) -> Summary`.
+"""The one way to compute over rows: `Shards.run(task) -> Summary`.
 
-A task is a small picklable pure function over the column-major blocks of one shard; a summary
-has `+`. Summaries are added along a binary tree over shard numbers that belongs to the plan,
-so the result has the same bits wherever the shards lie and in whatever order they answer.
+A task is a small picklable pure function of the column-major blocks of one shard; a summary
+has `+`. Summaries are added along the plan's fixed binary tree over shard numbers, so the
+result has the same bits wherever the shards lie and in whatever order they finish.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Summary(Protocol):
-    """What a task returns: a value that can be added to its like, and its size is bounded."""
+    """What a task returns: a value of bounded size that can be added to others of its type."""
 
     def __add__(self, other: Self, /) -> Self: ...
 
@@ -53,8 +53,8 @@ class Block:
 class ShardRows:
     """One shard as a task sees it: its number, and its rows as an iterable of blocks.
 
-    `counts` is what reading the shard counted (a Summary; None for rows from memory).
-    `held_out` are rows that nothing is fitted to: a task sees them through `HeldOut` alone.
+    `counts` is the Summary of what was counted while the shard was read (None for rows from
+    memory). `held_out` are rows that nothing is fitted to; a task sees them only through `HeldOut`.
     """
 
     shard: int
@@ -64,7 +64,7 @@ class ShardRows:
 
     @property
     def n_rows(self) -> int:
-        """The rows to be fitted: those that every pass has to count exactly once."""
+        """The number of rows to be fitted; every pass counts each exactly once."""
         return sum(block.X.shape[1] for block in self.blocks)
 
     def to(self, device: torch.device) -> ShardRows:
@@ -89,12 +89,12 @@ class HeldOut(Generic[S]):
     task: Task[S]
 
     def __call__(self, rows: ShardRows) -> S:
-        # Whoever runs the task counts the shard's own rows: that each shard was seen once.
+        # The caller still checks the shard's fitted rows: that each shard was counted once.
         return self.task(ShardRows(shard=rows.shard, blocks=rows.held_out))
 
 
 Loader = Callable[[int], ShardRows]
-"""Makes the rows of a shard, the same bits each time it is called; picklable."""
+"""Loads the rows of a shard, with the same bits each time; picklable."""
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""Shards on a Ray cluster: the one verb, over workers that load their own rows and hold them."""
+"""Shards on a Ray cluster: `run`, over workers that load rows and hold them."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _LAST_PORT = 2**16 - 1
 _ACTION_BYTES = 512  # more than any system's struct sigaction has
 _ANSWER_SECONDS = 10.0  # for a cluster's head to answer
 _PLACES_SECONDS = 60.0  # for the first machine of a cluster to join
-# Of the longest name of a socket below Ray's folder: /ray/session_..._PID/sockets/plasma_store.
-_SOCKET = 68
-_ROOM_SECONDS = 5.0  # for which what is known of the machines' memory holds
+# The longest name of a socket below Ray's folder: /ray/session_..._PID/sockets/plasma_store.
+_SOCKET_BYTES = 68
+_ROOM_SECONDS = 5.0  # after which the machines' memory is looked up again
 
 
 @contextmanager
@@ -47,14 +47,13 @@ def connected(cluster: Cluster) -> Iterator[None]:
     """Connect to a Ray cluster, or start one here, and leave it again.
 
     Without an address: the cluster that the job runs in (RAY_ADDRESS), else an embedded one, with
-    as many CPUs as this machine or as `num_workers` asks for. A process that is connected
-    already, such as a notebook, stays so; no other cluster can be had there. The process keeps
-    the handlers of signals that it had.
+    as many CPUs as this machine has or, if more, `num_workers`. A process that is connected
+    already, such as a notebook, stays so and cannot use another cluster. The process keeps its
+    signal handlers.
 
     Raises:
-        UserError: there is no cluster at the address, none that answers soon, or it has neither
-            GPUs that are asked for nor machines that could come; the process is connected to
-            another cluster than the one at the address.
+        UserError: no cluster answers at the address; it lacks the CPUs or GPUs that workers need
+            and cannot grow; or the process is connected to another cluster.
         RunFailed: Ray does not start on this machine.
     """
     if ray.is_initialized():
@@ -78,7 +77,8 @@ def connected(cluster: Cluster) -> Iterator[None]:
 def most_memory(cluster: Cluster, n_shards: int) -> int:
     """Return the bytes that a worker can have at most, without asking Ray.
 
-    They are known where `connected` would start Ray on this machine, and workers use its CPUs.
+    They are known only where `connected` would start Ray on this machine, with workers on CPUs;
+    otherwise sys.maxsize.
     """
     may_use_gpu = cluster.use_gpu is not False and torch.cuda.is_available()
     if ray.is_initialized() or _where(cluster.address) != HERE or may_use_gpu:
@@ -93,7 +93,7 @@ def _where(address: str | None) -> str:
 
 
 def _n_cpus(cluster: Cluster) -> int:
-    """Return how many CPUs Ray is told that this machine has."""
+    """Return the number of CPUs that Ray starts with on this machine."""
     return max(os.cpu_count() or 1, cluster.num_workers or 1)
 
 
@@ -111,9 +111,9 @@ def _start(cluster: Cluster) -> None:
 
 
 def _join(address: str) -> None:
-    found = _require_ray(address)
+    head = _require_ray(address)
     try:
-        _init(found)
+        _init(head)
     except Exception as error:
         raise UserError(
             f"the Ray cluster at {address} cannot be joined ({_line(error)}): run the job on one "
@@ -122,16 +122,16 @@ def _join(address: str) -> None:
 
 
 def _init(address: str, **options: Any) -> None:
-    # A thread of Ray's prints a page to stdout where a worker dies; our log has a line on that.
+    # A thread of Ray's prints a page to stdout when a worker dies; our log has a line instead.
     hushed = _replaced(ray._private.worker, "listen_error_messages", lambda worker, over: None)
     with _kept_handlers(), hushed, warnings.catch_warnings(action="ignore"):
-        # Ray warns of what it did by default (token files and the like): not our user's concern.
+        # Ray warns of its own defaults (token files and the like), which users need not know.
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
 @contextmanager
 def _kept_handlers() -> Iterator[None]:
-    """Have the process keep its handlers of signals while Ray starts or ends.
+    """Keep the process's signal handlers while Ray starts or ends.
 
     In Python, Ray sets one for SIGTERM, whose SystemExit is lost where nobody catches it.
     """
@@ -152,11 +152,11 @@ def _kept_handlers() -> Iterator[None]:
 
 @contextmanager
 def _kept_action(number: int) -> Iterator[None]:
-    """Keep what the system does about a signal.
+    """Keep the system's action for a signal.
 
-    Below Python, Ray sets a handler that aborts the process, and takes it back to the system's
-    default long before all of Ray has ended. Who sets it cannot be asked not to: it is set back
-    a millisecond later.
+    Below Python, Ray sets a handler that aborts the process, and resets it to the system's
+    default long before all of Ray has ended. This cannot be switched off, so a thread restores
+    the action within a millisecond.
     """
     sigaction = ctypes.CDLL(None).sigaction
     ours = ctypes.create_string_buffer(_ACTION_BYTES)
@@ -188,13 +188,13 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _temp_dir() -> str | None:
-    """Return where Ray's sockets go: their names have 107 bytes at most. None: where Ray says."""
+    """Return a folder for Ray's sockets, with names of at most 107 bytes; None: Ray's default."""
     base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    return "/tmp/ray" if len(os.fsencode(base)) + _SOCKET > 107 else None
+    return "/tmp/ray" if len(os.fsencode(base)) + _SOCKET_BYTES > 107 else None
 
 
 def _line(error: BaseException) -> str:
-    """Return an error's first words, and those of what caused it."""
+    """Return the first words of an error and of its causes, in one line."""
     causes = [error]
     while (cause := causes[-1].__cause__) is not None and cause not in causes:
         causes.append(cause)
@@ -205,7 +205,7 @@ def _line(error: BaseException) -> str:
 def _require_ray(address: str) -> str:
     """Return the address to join; raise UserError soon where Ray would wait for minutes.
 
-    What answers at HOST:PORT must speak Ray's protocol.
+    The server at HOST:PORT must speak Ray's protocol.
     """
     if address == "auto":
         try:
@@ -263,9 +263,9 @@ def _silence(address: str, *, is_client: bool) -> str | None:
 
 
 def _require_places(cluster: Cluster) -> None:
-    """Wait for a moment for a machine with what a worker needs; raise where none can be hoped for.
+    """Wait a moment for a machine with a CPU or GPU for a worker; raise UserError without hope.
 
-    A cluster whose machines come in groups (`ray up`, KubeRay) starts one when it is asked to.
+    A cluster with node groups (`ray up`, KubeRay) starts machines on demand.
     """
     kind = "GPU" if cluster.use_gpu else "CPU"
     began, reported = time.monotonic(), float("-inf")
@@ -301,12 +301,12 @@ def _may_grow() -> bool:
 
 
 def _starter(make: Any, n_shards: int, name: str) -> Callable[[], Any]:
-    """Return what starts a worker's actor, each time under a name that the dashboard shows."""
+    """Return a function that starts a worker's actor, each time under a new name."""
     takes = itertools.count(1)
 
     def start() -> Any:
         take = next(takes)
-        # The one before may still be ending under its own.
+        # The previous actor may still be ending under its name.
         shown = name if take == 1 else f"{name} take {take}"
         return make(name=shown).remote(n_shards)
 
@@ -316,9 +316,9 @@ def _starter(make: Any, n_shards: int, name: str) -> Callable[[], Any]:
 class RayShards:
     """Shards dealt to actors as contiguous ranges of like length.
 
-    Whatever becomes of the actors (`faults` says how patient we are), a task's sum has the same
-    bits: every shard is counted once, along the plan's tree. `reserve` are the bytes that each
-    worker needs beside its rows, for the statistics of a pass.
+    A task's sum has the same bits even if actors fail (`faults` says how many failures, and how
+    long waits, are tolerated): every shard is counted once, along the plan's tree. `reserve` are
+    the bytes that each worker needs beside its rows, for the statistics of a pass.
     """
 
     def __init__(
@@ -363,7 +363,7 @@ class RayShards:
 
     @property
     def n_workers(self) -> int:
-        """The number of workers asked for; fewer may be up."""
+        """The number of workers that were started; fewer may be up."""
         return len(self._workers)
 
     @property
@@ -378,14 +378,14 @@ class RayShards:
             return sys.maxsize if who is None or who.memory is None else who.memory
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         places = [(m["memory"], min(m.get("CPU", 0), self.n_workers)) for m in machines]
-        # A machine may be yet to come: nothing is known of it.
+        # sys.maxsize where no machine is there yet.
         return int(min((memory / n for memory, n in places if n), default=sys.maxsize))
 
     def load(self, watch: Callable[[int, int], None] = lambda done, rows: None) -> int:
-        """Load all shards; `watch` sees how many are loaded, and their rows so far.
+        """Load all shards; `watch` gets the number loaded, and of their rows, so far.
 
-        Raises UserError for what the loader finds wrong, and where rows do not fit; RunFailed
-        when too much fails.
+        Raises UserError where the loader does, and where rows do not fit; RunFailed after too
+        many failures.
         """
         n_rows = 0
         for done, reply in enumerate(self._dispatcher.gather(Work(self._source)), start=1):
@@ -401,7 +401,7 @@ class RayShards:
     def run(self, task: Task[S]) -> S:
         """Apply the task to every shard once and add the summaries along the fixed tree.
 
-        Raises RunFailed when too much fails.
+        Raises RunFailed after too many failures.
         """
         tree: TreeSum[S] = TreeSum(self._n_shards)
         for reply in self._dispatcher.gather(Work(self._source, task)):
@@ -427,6 +427,6 @@ def _use_gpu(cluster: Cluster) -> bool:
 
 
 def _n_workers(n_shards: int, num_workers: int | None, resource: str) -> int:
-    """Return as many workers as asked for, or as the cluster has places."""
+    """Return `num_workers`, else the cluster's CPUs or GPUs; never more than shards."""
     places = int(ray.cluster_resources().get(resource, 1))
     return max(1, min(num_workers or places, n_shards))

@@ -1,8 +1,8 @@
 """Scale sample weights by a power of two: only their ratios count.
 
-Weights that sum to one, or are 1e-300 throughout, are the same rows as others. Passes see them
-multiplied by a power of two, which changes no digit, so that the largest is from 1 to 2: no
-square and no product with a small responsibility leaves the range of float32.
+Weights that sum to one, or that are all 1e-300, describe the same rows as others. Passes see
+them multiplied by a power of two, which changes no digit, so that the largest is between 1 and
+2: no square and no product with a small responsibility leaves the range of float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ S = TypeVar("S", bound=Summary)
 
 @dataclass(frozen=True, slots=True)
 class Reweighted(Generic[S]):
-    """The task that applies another one to rows whose weights are `scale` times theirs."""
+    """The task that applies another one to rows with their weights times `scale`."""
 
     task: Task[S]
     scale: float

@@ -1,4 +1,4 @@
-"""Whether the Ray cluster that this process is connected to is the one that is asked for."""
+"""Check that this process is connected to the Ray cluster at a requested address."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ HERE = "local"
 
 
 def require_same_cluster(address: str | None) -> None:
-    """Raise UserError where this process is connected to another cluster than the one asked for."""
+    """Raise UserError if this process is connected to another cluster than the one at `address`."""
     if address is None or address == "auto":
         return
     client = ray.util.client.ray
     if client.is_connected():
-        # Its gateway's port says nothing of the cluster's own.
+        # The client server's port is not that of the cluster: only hosts are compared.
         here = str(client.get_context().client_worker._conn_str)
         is_same = _hosts(address) & _hosts(here) != set()
     else:
@@ -53,7 +53,7 @@ def _hosts(address: str) -> set[str]:
     with suppress(OSError):
         ips = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     if any(ipaddress.ip_address(ip).is_loopback for ip in ips):
-        ips.add(str(ray.util.get_node_ip_address()))  # what Ray makes of this machine's own
+        ips.add(str(ray.util.get_node_ip_address()))  # the address that Ray uses for this machine
     return ips | {host}
 
 

@@ -1,4 +1,4 @@
-"""Sums along a fixed binary tree over shard numbers, whose bits no order of arrival changes."""
+"""Sums along a fixed binary tree over shard numbers: the same bits in any order of arrival."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Partial(Generic[S]):
 class TreeSum(Generic[S]):
     """Add summaries of shards along the plan's binary tree, as they come, in any order.
 
-    Two siblings are added, left + right, as soon as both are there; a left edge without a right
-    sibling moves up unchanged. What is left (`partials`) are complete subtrees: all that a
-    worker has to send. Every shard is counted exactly once: a second partial for the same
+    Two siblings are added, left + right, as soon as both are there; a left node without a right
+    sibling moves up unchanged. What is left (`partials`) are sums of complete subtrees: all that
+    a worker has to send. Every shard is counted exactly once: a second partial for the same
     subtree, or one that overlaps, is an error.
     """
 
@@ -35,7 +35,7 @@ class TreeSum(Generic[S]):
     _counted: int = 0  # one bit for each shard
 
     def push(self, partial: Partial[S]) -> None:
-        """Add a subtree's sum to what is there."""
+        """Add a subtree's sum."""
         span = 1 << partial.level
         shards = ((1 << span) - 1) << (partial.index * span)
         assert not self._counted & shards, f"shards were counted twice: {partial.index * span} on"
@@ -52,7 +52,7 @@ class TreeSum(Generic[S]):
         return list(self._waiting.values())
 
     def total(self, n_rows: int | None = None) -> S:
-        """Return the sum over all shards; `n_rows` is what it must have counted."""
+        """Return the sum over all shards; `n_rows` are the rows that it must have counted."""
         root = self._waiting.get((self._root_level, 0))
         assert root is not None, "a shard has not been counted"
         assert n_rows is None or root.n_rows == n_rows, f"{root.n_rows} rows, not {n_rows}"

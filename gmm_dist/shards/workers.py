@@ -33,7 +33,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
-    """Name a call, so that its reply is counted for what was asked: once, and not later.
+    """Identify a call, so that its reply counts once, for this call and pass alone.
 
     `attempt` numbers all calls of a run; `iteration` its passes and loadings.
     """
@@ -47,7 +47,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a pass asks of all workers: rows from a source, and a task (None: to load them).
+    """What a pass has all workers do: run a task (None: only load) on rows from a source.
 
     It is put into the object store once, and every call refers to it there.
     """
@@ -58,7 +58,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one call asks of its worker: the ticket's shards, held or not, and which to let go."""
+    """The arguments of one call: a ticket with its shards, and the shards to drop first."""
 
     ticket: Ticket
     forget: tuple[int, ...]
@@ -70,7 +70,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a call returned, with the ticket that it came with."""
+    """What a call returned, with the call's ticket."""
 
     ticket: Ticket
     value: Any
@@ -86,7 +86,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Introduction:
-    """What an actor says of itself when it is up; `memory` in bytes, of its GPU if it has one."""
+    """Where an actor runs; `memory` (bytes) is its GPU's, None without one."""
 
     host: str
     pid: int
@@ -107,13 +107,13 @@ class ShardActor:
         self._under_way: int | None = None
 
     def introduce(self) -> Introduction:
-        """Say who is there."""
+        """Return where this actor runs."""
         on_gpu = self._device.type == "cuda"
         memory = torch.cuda.get_device_properties(self._device).total_memory if on_gpu else None
         return Introduction(socket.gethostname(), os.getpid(), memory)
 
     def pulse(self) -> int | None:
-        """Say which attempt is under way; answered at once, beside it."""
+        """Return the attempt under way; Ray answers this while a call runs."""
         return self._under_way
 
     def load(self, packed: bytes, work: Work) -> Reply:
@@ -177,15 +177,15 @@ class State(enum.Enum):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Worker:
-    """The driver's view of a worker: a place that one actor after another may fill.
+    """The driver's view of a worker, whose actor may be replaced.
 
-    `start` makes an actor. At most one call is under way at a time, so that what is sent is
-    worked on at once and silence means something.
+    `start` makes an actor. At most one call is under way at a time: a worker begins it at once,
+    so a long silence means a fault.
     """
 
     index: int
     start: Callable[[], Any]
-    since: float  # when it went down, not having done anything since, or was first asked for
+    since: float  # when it went down without any success since, or was created
     state: State = State.DOWN
     actor: Any = None
     introduction: Introduction | None = None
@@ -193,11 +193,11 @@ class Worker:
     call: Call | None = None
     held: set[int] = field(default_factory=set)
     failures: int = 0  # in a row
-    rested: float = 0.0  # when it may be asked again
+    rested: float = 0.0  # when it may get a call again
     heard: float = 0.0  # its last sign of work on its call
     pulse: Any = None
-    strikes: int = 0  # how often its siblings had to do its share
-    barred: int = 0  # until which iteration it gets no shards back
+    strikes: int = 0  # how often siblings had to do its shards
+    barred: int = 0  # before this iteration it gets no shards back
 
     @property
     def name(self) -> str:
@@ -205,19 +205,20 @@ class Worker:
         return f"worker {self.index}" + (f" ({who.host}, pid {who.pid})" if who else "")
 
     def expects(self, ref: Any) -> bool:
-        """Say whether a reply is still waited for."""
-        return any(ref is own for own in (self.hello, self.pulse, self.call and self.call.ref))
+        """Say whether a reply is still expected."""
+        pending = (self.hello, self.pulse, self.call and self.call.ref)
+        return any(ref is each for each in pending)
 
     def restart(self) -> None:
-        """Ask for an actor."""
+        """Start an actor."""
         self.actor = self.start()
         self.hello = self.actor.introduce.remote()
         self.state = State.STARTING
 
     def abandon(self, now: float) -> None:
-        """Let go of the actor and of all it was doing: its replies are not looked at any more."""
+        """Kill the actor and forget its calls: later replies are ignored."""
         if self.actor is not None:
-            # Also of one that is cut off: it ends when it is reached again.
+            # Even if it is cut off: it ends once it can be reached again.
             with contextlib.suppress(Exception):
                 ray.kill(self.actor)
         if self.state is State.UP and not self.failures:
@@ -228,7 +229,7 @@ class Worker:
 
 
 def machines() -> str:
-    """Say what the cluster has, and how much of it nobody uses."""
+    """Say which CPUs and GPUs the cluster has, and how many are free."""
     total, free = ray.cluster_resources(), ray.available_resources()
     has = [f"{counted(total.get(k, 0), k)} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU")]
     n_machines = sum(node["Alive"] for node in ray.nodes())

@@ -89,6 +89,7 @@ def test_each_job_tells_the_version_and_its_options(
         ("/venv/bin/gmm-dist", ("gmm-dist", "fit")),
         ("jobs/fit.py", ("python", "jobs/fit.py")),
         ("/x/gmm_dist/__main__.py", ("python", "-m", "gmm_dist", "fit")),
+        ("/x/gmm_dist/commands/cli.py", ("python", "-m", "gmm_dist", "fit")),
         ("/x/pytest/__main__.py", ("gmm-dist", "fit")),
     ],
 )
@@ -124,9 +125,13 @@ def test_it_tells_of_what_ended_a_job_too(
     assert said.err == f"error: {facts['error']}\n"
 
 
-def test_the_scripts_and_the_module_are_the_command(tmp_path: Path) -> None:
+def test_the_scripts_and_the_modules_are_the_command(tmp_path: Path) -> None:
     root = Path(gmm_dist.__file__).parents[1]
-    for words in (["-m", "gmm_dist", "fit"], [str(root / "jobs" / "fit.py")]):
+    for words in (
+        ["-m", "gmm_dist", "fit"],
+        ["-m", "gmm_dist.commands.cli", "fit"],
+        [str(root / "jobs" / "fit.py")],
+    ):
         done = subprocess.run(
             [sys.executable, *words, "--version"],
             cwd=tmp_path,

@@ -32,7 +32,7 @@ class Best(SweepResult):
 
 def shards(n: int = 3000) -> tuple[LocalShards, SweepResult]:
     rows = mixtures.shards(mixtures.rows(mixtures.parameters("full", 3, 2), n), (n // 3,))
-    return rows, Best((), "bic", rows.run(SumMoments(2)))
+    return rows, Best(scored=(), criterion="bic", total=rows.run(SumMoments(2)))
 
 
 def test_the_report_is_committed_copied_and_repaired(tmp_path: Path) -> None:

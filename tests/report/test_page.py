@@ -283,7 +283,7 @@ def test_the_drift_that_is_shown_has_the_fields_of_the_one_that_is_computed():
     ):
         assert set(told[key][0]) == set(kind.__dataclass_fields__)
     assert set(told) == set(drift_module.Drift.__dataclass_fields__)
-    assert set(told["densities"]) == set(drift_module.Densities.__dataclass_fields__)
+    assert set(told["densities"]) == set(drift_module.DensityChange.__dataclass_fields__)
     bins = drift_module.DensityHistogram((0.0, 1.0), (1.0,), (1.0,))
     assert set(told["densities"]["histogram"]) == set(asdict(bins))
 

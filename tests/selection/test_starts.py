@@ -16,6 +16,7 @@ from gmm_dist.em.estep import SumMoments
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.selection import starts as search_module
 from gmm_dist.selection.kmeans import start_of
+from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.starts import _SHARD_ROWS, find_starts, repair_degenerate
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import ShardRows
@@ -41,7 +42,10 @@ def ones(n):
 def searched(X, pairs, *, edges=(), sample_weight=None, warm=(), n_threads=1, **start) -> Finalists:
     shards = mixtures.shards(X, edges, sample_weight)
     total, settings = shards.run(SumMoments(X.shape[1])), StartConfig(**start)
-    return find_starts(shards, pairs, EMConfig(), settings, total, warm=warm, n_threads=n_threads)
+    candidates = [Candidate(k, kind) for k, kind in pairs]
+    return find_starts(
+        shards, candidates, EMConfig(), settings, total, warm=warm, n_threads=n_threads
+    )
 
 
 def best(X, pairs, **settings) -> list[Parameters]:
@@ -274,11 +278,11 @@ def test_who_holds_which_shard_changes_no_bit(init):
     shards = [ShardRows(shard=i, blocks=[block]) for i, block in enumerate(cut)]
     total = LocalShards(shards).run(SumMoments(2))
     start = StartConfig(n_init=2, init=init, n_sample=120, moves=1)
-    pairs = [(3, "full"), (2, "diag")]
-    expected = find_starts(LocalShards(shards), pairs, EMConfig(), start, total)
+    candidates = [Candidate(3, "full"), Candidate(2, "diag")]
+    expected = find_starts(LocalShards(shards), candidates, EMConfig(), start, total)
     for n_workers in (1, 3):
         held = Scattered(shards, n_workers, seed=n_workers)
-        assert_same_finalists(find_starts(held, pairs, EMConfig(), start, total), expected)
+        assert_same_finalists(find_starts(held, candidates, EMConfig(), start, total), expected)
 
 
 # --- rows of every sort ---
@@ -375,7 +379,9 @@ def test_features_of_any_scale_start_alike():
     for Z in (X, X * scale):
         shards = mixtures.shards(Z)
         total, settings = shards.run(SumMoments(2)), StartConfig(n_init=2)
-        starts = find_starts(shards, [(3, "full")], EMConfig(reg_covar=0.0), settings, total)
+        starts = find_starts(
+            shards, [Candidate(3, "full")], EMConfig(reg_covar=0.0), settings, total
+        )
         found.append(starts[0][0])
     one, other = found
     torch.testing.assert_close(other.means / scale, one.means, rtol=1e-3, atol=1e-3)

@@ -185,7 +185,7 @@ def test_starts_that_are_given_are_used():
     centre = X.mean(0)
     given = [mixtures.parameters("diag", 2, 2).shifted(-centre)]
     config = replace(TIGHT, max_iter=1, precision="float64")
-    result = run(X, [Candidate(2, "diag")], config, given=given)
+    result = run(X, [Candidate(2, "diag")], config, initial=given)
     shifted = [start.shifted(centre) for start in given]
     (expected,) = mixtures.fit(X, shifted, config)
     found = result.scored[0].fit.parameters.shifted(centre)
@@ -271,10 +271,11 @@ def badly(monkeypatch, k: int, scale: float) -> None:
     """Have the search come back for one k with components that are all the same, and too wide."""
     searched = sweep_module.find_starts
 
-    def search(shards, pairs, *args, **options):
-        found = searched(shards, pairs, *args, **options)
-        for i, (size, kind) in enumerate(pairs):
-            if size == k:
+    def search(shards, candidates, *args, **options):
+        found = searched(shards, candidates, *args, **options)
+        for i, candidate in enumerate(candidates):
+            if candidate.k == k:
+                kind = candidate.covariance_type
                 one = mixtures.parameters(kind, k, 2, spread=0.0)
                 same = one.means[:1].expand(k, 2) * 0
                 wide = one.covariances * 0 + torch.eye(2, dtype=torch.float64) * scale

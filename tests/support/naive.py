@@ -76,7 +76,7 @@ def e_step(
             r = resp[n, k] = math.exp(value - log_norm[n])
             entropy -= row_weights[n] * r * math.log(r) if r > 0 else 0.0
         log_likelihood += row_weights[n] * log_norm[n]
-    return Scores(resp, log_norm, log_likelihood, entropy)
+    return Scores(resp=resp, log_norm=log_norm, log_likelihood=log_likelihood, entropy=entropy)
 
 
 def m_step(

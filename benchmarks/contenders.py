@@ -99,15 +99,15 @@ class Ours:
 
     def _iterate(self, starts: list[Any], iterations: int, details: dict[str, Any]) -> list[Any]:
         from gmm_dist.em.estep import Precision
-        from gmm_dist.em.lane import Lane, Outcome, grouped, task_of
+        from gmm_dist.em.lane import Lane, grouped, task_of
         from gmm_dist.em.mstep import advance
 
         lanes = [Lane.start(parameters, self._config) for parameters in starts]
         while running := [lane for lane in lanes if lane.n_iter < iterations]:
-            assert all(lane.outcome is Outcome.RUNNING for lane in running), "a lane has failed"
+            assert all(lane.is_running for lane in running), "a lane has failed"
             groups = grouped(running)
             began = time.perf_counter()
-            statistics = self._shards.run(task_of(groups))
+            statistics = self._shards.run(task_of(groups, self._total.n_rows))
             details["pass_seconds"] += time.perf_counter() - began
             details["passes"] += 1
             exact = any(group[0].precision is not Precision.FLOAT32 for group in groups)

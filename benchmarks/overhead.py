@@ -89,7 +89,10 @@ def starts(ks: Sequence[int], n_features: int) -> list[Parameters]:
 def rows_for(seconds: float, given: Sequence[Parameters], n_features: int) -> int:
     """Return how many rows a pass on all cores takes so long for, by one on few rows here."""
     lanes = [Lane.start(parameters, EMConfig(precision="float32")) for parameters in given]
-    task, rows = task_of(grouped(lanes)), Drawn(_CALIBRATION_ROWS, n_features, 1)(0)
+    task, rows = (
+        task_of(grouped(lanes), _CALIBRATION_ROWS),
+        Drawn(_CALIBRATION_ROWS, n_features, 1)(0),
+    )
     times = []
     for _ in range(3):
         began = time.perf_counter()

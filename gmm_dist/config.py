@@ -109,8 +109,10 @@ class EMConfig:
     covariance, in units of `reg_unit`: each feature's variance over all rows, so that the
     features' own units do not matter, or squared feature units, as scikit-learn has it.
     `precision` is the arithmetic of the passes: `auto` uses float32 while its measured error is
-    harmless (see `em`). `accelerate` has SQUAREM leap ahead of EM where that raises the
-    likelihood.
+    harmless (`em.precision`). `accelerate` has SQUAREM leap ahead of EM where that raises the
+    likelihood. A fit `returns` the parameters that were "scored" last, or those "stepped" from
+    them, as scikit-learn does. `on_singular` says what becomes of covariances that are not
+    positive definite: "regularise" raises their variances, "raise" ends the fit.
 
     Raises UserError for a value out of range.
     """
@@ -121,6 +123,8 @@ class EMConfig:
     precision: str = "auto"
     accelerate: bool = True
     reg_unit: str = RELATIVE
+    returns: str = "scored"
+    on_singular: str = "regularise"
 
     def __post_init__(self) -> None:
         _require(_is_size(self.tol), "tol", self.tol, "a number >= 0")

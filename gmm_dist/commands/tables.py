@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gmm_dist.commands.talking import bearing, say, screen
-from gmm_dist.em.loop import Status
+from gmm_dist.em.lane import Status
 from gmm_dist.formats import counted
 from gmm_dist.selection.ranking import RankedCandidate, SweepResult
 

@@ -63,14 +63,15 @@ class CentredForm:
             self._features.fill(x - mean[:, None])
             self._sums[:, k] += self._features.of[self._layout] @ r
 
-    def statistics(self, float32_error: Float64[Tensor, " L"]) -> SufficientStatistics:
-        """Return the sums since `clear`."""
+    def statistics(self, float32: Float64[Tensor, "2 L"]) -> SufficientStatistics:
+        """Return the sums since `clear`; `float32` are the errors of float32."""
         sums = (self._sums, self._log_likelihood, self._entropy, self._squares)
         moments, log_likelihood, entropy, squares = (total.cpu().clone() for total in sums)
         return SufficientStatistics(
             moments=moments,
             log_likelihood=log_likelihood,
             entropy=entropy,
-            float32_error=float32_error,
+            float32_error=float32[0],
+            float32_squares=float32[1],
             squares=squares,
         )

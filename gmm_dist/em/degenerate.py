@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from gmm_dist.em.lane import Lane, Outcome
+from gmm_dist.em.lane import Lane, Status
 from gmm_dist.em.statistics import (
     TotalMoments,
 )
@@ -30,22 +30,18 @@ def drop_laggards(lanes: Sequence[Lane], rivals: Sequence[int], total: TotalMome
     """
     for purpose in set(rivals):
         field = [lane for lane, own in zip(lanes, rivals, strict=True) if own == purpose]
-        late = [
-            lane
-            for lane in field
-            if lane.outcome is Outcome.RUNNING and len(lane.lower_bounds) > _WARM_UP
-        ]
+        late = [lane for lane in field if lane.is_running and len(lane.lower_bounds) > _WARM_UP]
         if late and len(field) > 1:
             lead = _lead(field, total)
             for lane in late:
                 gain = abs(lane.lower_bounds[-1] - lane.lower_bounds[-2])
                 if lead - lane.lower_bounds[-1] > _CATCH_UP * gain:
-                    lane.outcome = Outcome.DROPPED
+                    lane.status = Status.DROPPED
 
 
 def _lead(lanes: Sequence[Lane], total: TotalMoments) -> float:
     """Return the highest bound that a sound lane has come to."""
-    scored = [lane for lane in lanes if lane.lower_bounds and lane.outcome is not Outcome.SINGULAR]
+    scored = [lane for lane in lanes if lane.lower_bounds and lane.status is not Status.COLLAPSED]
     # From the highest down: whether a lane is sound costs more to know than its bound.
     for lane in sorted(scored, key=lambda lane: lane.lower_bounds[-1], reverse=True):
         if not is_useless(lane, total):
@@ -54,7 +50,8 @@ def _lead(lanes: Sequence[Lane], total: TotalMoments) -> float:
 
 
 def is_useless(lane: Lane, total: TotalMoments) -> bool:
-    if lane.outcome is Outcome.SINGULAR or bool(_have_few_rows(lane).any()):
+    """Say whether a lane has collapsed or has components that mean nothing."""
+    if lane.status is Status.COLLAPSED or bool(_have_few_rows(lane).any()):
         return True
     return bool(degenerate_components(lane, total).any())
 
@@ -66,7 +63,7 @@ def degenerate_components(lane: Lane, total: TotalMoments) -> Bool[Tensor, " k"]
     the rows together are flat (a constant column, a duplicated one) do not count, nor those in
     which a component lies on a value that many rows share (`TotalMoments.spikes`).
     """
-    d, reg, kind = lane.parameters.n_features, lane.reg, lane.parameters.covariance_type
+    d, reg, kind = lane.parameters.n_features, lane.model.reg, lane.parameters.covariance_type
     few = _have_few_rows(lane)
     # Nothing more to know: the eigenvalues of wide covariances take longer than a pass.
     if not bool((reg > 0).any()) or bool(few.all()):

@@ -25,9 +25,6 @@ from gmm_dist.em.statistics import PassStatistics, TotalMoments
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.shards.protocol import Block, ShardRows
 
-N_CHECKED = 64
-"""Rows per shard whose float32 log-density is held against float64."""
-
 _CHUNK_ELEMENTS = 1 << 20  # of Φ, logits and R together: a few MB, so that they stay in cache
 _MIN_CHUNK, _MAX_CHUNK = 256, 2048
 _CUDA_CHUNK_ELEMENTS, _CUDA_MAX_CHUNK = 1 << 28, 1 << 17
@@ -44,6 +41,8 @@ class EStep:
 
     groups: tuple[LaneBatch, ...]
     n_features: int
+    # Of so many rows, groups that check hold one's float32 log-density against float64.
+    check_every: int = 16
 
     def __call__(self, rows: ShardRows) -> PassStatistics:
         device = _device(rows)
@@ -66,7 +65,7 @@ class _Workspace:
     def __init__(self, task: EStep, device: torch.device) -> None:
         d, n_max = task.n_features, task.chunk_rows(device)
         self.task: EStep | None = None
-        self._n_max = n_max
+        self._d, self._n_max = d, n_max
         matrix = [group for group in task.groups if group.precision is not Precision.CENTRED]
         self._features = {
             dtype: Features(d, n_max, _kinds(matrix, dtype), dtype, device)
@@ -78,21 +77,20 @@ class _Workspace:
             else ProductForm(group, self._features[group.precision.dtype], n_max)
             for group in task.groups
         ]
-        self._checks = [
-            _Float32Check(group, d, device) if group.precision is Precision.FLOAT32 else None
-            for group in task.groups
-        ]
+        self._checks: dict[int, _Float32Check] = {}
         self._n_samples = torch.zeros((), dtype=torch.float64, device=device)
 
     def begin(self, task: EStep) -> None:
         """Take the parameters of a pass."""
-        for lanes, check, group in zip(self._passes, self._checks, task.groups, strict=True):
+        for lanes, group in zip(self._passes, task.groups, strict=True):
             lanes.begin(group)
-            if check is not None:
-                check.begin(group)
+        for i, check in self._checks.items():
+            check.begin(task.groups[i])
         self.task = task
 
     def run(self, rows: ShardRows) -> PassStatistics:
+        task = self.task
+        assert task is not None
         for lanes in self._passes:
             lanes.clear()
         self._n_samples.zero_()
@@ -103,42 +101,52 @@ class _Workspace:
                 lanes.add(chunk)
             weight = chunk.sample_weight
             self._n_samples += chunk.X.shape[1] if weight is None else weight.sum()
-        errors, n_checked = self._float32_errors(rows)
-        groups = [p.statistics(error) for p, error in zip(self._passes, errors, strict=True)]
-        return PassStatistics(tuple(groups), float(self._n_samples), n_checked)
+        pairs = zip(self._passes, task.groups, range(len(task.groups)), strict=True)
+        groups = [p.statistics(self._float32_errors(i, group, rows)) for p, group, i in pairs]
+        checked = sum(float(chunk.weights.sum()) for chunk in self._checked(rows))
+        return PassStatistics(tuple(groups), float(self._n_samples), checked)
 
-    def _float32_errors(self, rows: ShardRows) -> tuple[list[Float64[Tensor, " L"]], int]:
-        """Return, per group, Σ |log p in float32 - in float64| over the shard's first rows."""
+    def _float32_errors(self, i: int, group: LaneBatch, rows: ShardRows) -> Float64[Tensor, "2 L"]:
+        """Return, per lane of a group, Σ w e and Σ (w e)², e the error of log p in float32."""
+        errors = self._n_samples.new_zeros(2, len(group.sizes))
+        if group.checks:
+            if i not in self._checks:
+                self._checks[i] = _Float32Check(group, self._d, self._n_max, errors.device)
+                self._checks[i].begin(group)
+            for chunk in self._checked(rows):
+                weighted = self._checks[i].errors(chunk.X) * chunk.weights
+                errors += torch.stack([weighted.sum(1), weighted.square().sum(1)])
+        return errors.cpu()
+
+    def _checked(self, rows: ShardRows) -> Iterator[Block]:
+        """Yield the rows of a pass that checks: every so-manieth, in chunks."""
         assert self.task is not None
-        head = next((block.X[:, :N_CHECKED] for block in rows.blocks if block.X.shape[1]), None)
-        errors = []
-        for check, group in zip(self._checks, self.task.groups, strict=True):
-            if check is None or head is None:
-                errors.append(torch.zeros(len(group.sizes), dtype=torch.float64))
-            else:
-                errors.append(check.error(head))
-        return errors, 0 if head is None else head.shape[1]
+        if any(group.checks for group in self.task.groups):
+            step = self.task.check_every
+            yield from chunks([block.every(step) for block in rows.blocks], self._n_max)
 
 
 class _Float32Check:
     """Holds float32 log-densities of a few rows against float64 ones."""
 
-    def __init__(self, group: LaneBatch, d: int, device: torch.device) -> None:
+    def __init__(self, group: LaneBatch, d: int, n_max: int, device: torch.device) -> None:
         kinds = {group.covariance_type}
         self._passes = [
-            ProductForm(group, Features(d, N_CHECKED, kinds, dtype, device), N_CHECKED)
+            ProductForm(group, Features(d, n_max, kinds, dtype, device), n_max)
             for dtype in (torch.float32, torch.float64)
         ]
 
     def begin(self, group: LaneBatch) -> None:
+        """Take the parameters of a pass."""
         for lanes in self._passes:
             lanes.begin(group)
 
-    def error(self, X: Tensor) -> Float64[Tensor, " L"]:
+    def errors(self, X: Tensor) -> Float64[Tensor, "L n"]:
+        """Return the errors of log p, nats, of rows X (d, n)."""
         for lanes in self._passes:
             lanes.features.fill(X)
         single, double = (lanes.log_norm() for lanes in self._passes)
-        return (single.double() - double).abs().sum(1).cpu()
+        return single.double() - double
 
 
 @contextmanager

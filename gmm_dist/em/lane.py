@@ -1,7 +1,8 @@
 """A lane: one mixture that is being fitted, how far it has come, and snapshots to resume from.
 
-A lane shares its passes with others; a snapshot holds lanes as tensors and plain values, and
-gives them back to the bit.
+A lane shares its passes with others. It carries a model: a mixture of maximum likelihood, or a
+posterior over mixtures. A snapshot holds lanes as tensors and plain values, and gives them back
+to the bit.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float64
@@ -19,46 +20,86 @@ from torch import Tensor
 from gmm_dist.config import RELATIVE, EMConfig
 from gmm_dist.em.estep import EStep
 from gmm_dist.em.lane_batch import LaneBatch, Precision
+from gmm_dist.em.precision import PrecisionPolicy, check_every
 from gmm_dist.em.squarem import Squarem
 from gmm_dist.model.covariance import natural
 from gmm_dist.model.parameters import Parameters, ParameterStack
-
-_PLAIN = ("n_iter", "lower_bounds", "log_likelihood", "entropy", "last_bound", "strained")
-_LEAPS = ("max_step", "n_leaps", "n_failed", "saved", "last_gain")
+from gmm_dist.model.variational import Posterior, Prior
 
 
-class Outcome(enum.Enum):
-    """Where a lane stands."""
+class Status(enum.Enum):
+    """Why EM stopped; the value is the sentence to show a user."""
 
-    RUNNING = enum.auto()
-    CONVERGED = enum.auto()
-    MAX_ITER = enum.auto()
-    SINGULAR = enum.auto()
-    DROPPED = enum.auto()
+    CONVERGED = "converged: the gain in mean log-likelihood fell below tol"
+    MAX_ITER = "max_iter reached before convergence: raise max_iter or tol"
+    COLLAPSED = "collapsed: a covariance is singular; use fewer components or a larger reg_covar"
+    DEGENERATE = (
+        "degenerate: a component has fewer rows than its covariance needs or lies on the "
+        "regularisation floor; use fewer components"
+    )
+    DROPPED = "dropped: another start of the same candidate was ahead"
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A mixture about the rows' shared centre, and what its M-step adds to what the rows say."""
+
+    @property
+    def parameters(self) -> Parameters:
+        """The mixture whose responsibilities a pass takes."""
+
+    @property
+    def reg(self) -> Float64[Tensor, " d"]:
+        """What the M-step adds to the variances of the rows, squared feature units."""
+
+    @property
+    def empty(self) -> float:
+        """The rows added to each component, so that none has zero."""
+
+    def updated(self, nk: Float64[Tensor, " k"], fitted: Parameters) -> Model:
+        """Return the next model; `fitted` maximises the likelihood of components of `nk` rows."""
+
+    def lower_bound(self, log_likelihood: float, entropy: float, n_samples: float) -> float:
+        """Return this model's bound; the sums are of the pass that it was stepped from."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaximumLikelihood:
+    """The plain mixture."""
+
+    parameters: Parameters
+    reg: Float64[Tensor, " d"]
+    empty: float = 0.0
+
+    def updated(self, nk: Float64[Tensor, " k"], fitted: Parameters) -> MaximumLikelihood:
+        return replace(self, parameters=fitted)
+
+    def lower_bound(self, log_likelihood: float, entropy: float, n_samples: float) -> float:
+        return log_likelihood / n_samples
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Lane:
-    """One mixture being fitted: the parameters that the next pass scores, and its history."""
+    """One mixture being fitted: the model that the next pass scores, and its history."""
 
-    parameters: Parameters
+    model: Model
     theta: Float64[Tensor, "k P"]
-    precision: Precision
-    reg: Float64[Tensor, " d"]
+    policy: PrecisionPolicy
     nk: Float64[Tensor, " k"]
     # How many rows of equal weight each component's are worth: without weights, nk.
     rows: Float64[Tensor, " k"]
     # None: plain EM.
     squarem: Squarem | None = None
-    outcome: Outcome = Outcome.RUNNING
+    # None while the lane runs.
+    status: Status | None = None
     n_iter: int = 0
     lower_bounds: list[float] = field(default_factory=list)
     log_likelihood: float = -math.inf
     entropy: float = math.nan
-    # The bound before this one, if the present precision has scored it.
+    # The bound before this one, if the present precision may be compared with it.
     last_bound: float | None = None
-    # What the lane will have come to when float64 has scored its parameters.
-    verdict: Outcome | None = None
+    # What the lane will have come to when a better form has scored its parameters.
+    verdict: Status | None = None
     # Whether float64 products have gone on where the centred form would be right.
     strained: bool = False
 
@@ -73,36 +114,70 @@ class Lane:
 
         With a scale, and as `config` says, it leaps ahead of EM.
         """
-        exact, d = config.precision == "float64", parameters.n_features
-        at_start = natural(ParameterStack.of([parameters]))
-        lane = cls(
-            parameters=parameters,
-            theta=at_start.theta,
-            precision=Precision.FLOAT64 if exact else Precision.FLOAT32,
-            reg=regularisation(config, parameters.means.new_ones(d) if scale is None else scale),
-            nk=torch.zeros_like(parameters.weights),
-            rows=torch.zeros_like(parameters.weights),
-            squarem=Squarem(scale=scale) if config.accelerate and scale is not None else None,
-        )
-        if bool(at_start.failed.any()):
-            lane.outcome = Outcome.SINGULAR
+        unit = parameters.means.new_ones(parameters.n_features) if scale is None else scale
+        lane = cls.of(MaximumLikelihood(parameters, regularisation(config, unit)), config)
+        if config.accelerate and scale is not None:
+            lane.squarem = Squarem(scale=scale)
         return lane
+
+    @classmethod
+    def of(cls, model: Model, config: EMConfig, last_bound: float | None = None) -> Lane:
+        """Start from a model; `last_bound` is what the first bound is compared with."""
+        at_start = natural(ParameterStack.of([model.parameters]))
+        empty = torch.zeros_like(model.parameters.weights)
+        return cls(
+            model=model,
+            theta=at_start.theta,
+            policy=PrecisionPolicy.first(config, float(at_start.condition.max())),
+            nk=empty,
+            rows=empty.clone(),
+            status=Status.COLLAPSED if bool(at_start.failed.any()) else None,
+            last_bound=last_bound,
+        )
+
+    @property
+    def parameters(self) -> Parameters:
+        """The mixture that the next pass scores, or that the lane has come to."""
+        return self.model.parameters
+
+    @property
+    def is_running(self) -> bool:
+        return self.status is None
+
+    @property
+    def converged(self) -> bool:
+        return self.status is Status.CONVERGED
+
+    @property
+    def lower_bound(self) -> float:
+        """The last bound; -inf before the first."""
+        return self.lower_bounds[-1] if self.lower_bounds else -math.inf
 
     @property
     def is_leaping(self) -> bool:
         """Whether the next pass scores an extrapolation, which may fail."""
         return self.squarem is not None and self.squarem.is_leaping
 
+    @property
+    def precision(self) -> Precision:
+        """The form of the next pass."""
+        return self.policy.form
+
     def repeat_in(self, precision: Precision) -> None:
         """Have the next pass score the same parameters, more carefully."""
-        self.precision, self.last_bound = precision, None
+        self.policy.form, self.last_bound = precision, None
         if self.squarem is not None:
             self.squarem.forget()
+
+    def close(self) -> None:
+        """Have the remaining passes judge in float64 what float32 has come to."""
+        self.policy.close()
+        self.repeat_in(Precision.FLOAT64)
 
     def take_back(self) -> None:
         """Have the next pass score the EM step that a failed leap replaced."""
         assert self.squarem is not None
-        self.parameters = self.squarem.take_back()
+        self.model = self.model.updated(self.nk, self.squarem.take_back())
         self.theta = natural(ParameterStack.of([self.parameters])).theta
 
 
@@ -121,14 +196,22 @@ def grouped(lanes: Sequence[Lane]) -> list[list[Lane]]:
     return list(groups.values())
 
 
-def task_of(groups: Sequence[Sequence[Lane]]) -> EStep:
-    """Return the pass that scores all lanes."""
-    return EStep(tuple(_packed(group) for group in groups), groups[0][0].parameters.n_features)
+def task_of(groups: Sequence[Sequence[Lane]], n_rows: int) -> EStep:
+    """Return the pass over `n_rows` rows that scores all lanes."""
+    return EStep(
+        groups=tuple(_batch(group) for group in groups),
+        n_features=groups[0][0].parameters.n_features,
+        check_every=check_every(n_rows),
+    )
 
 
-def _packed(group: Sequence[Lane]) -> LaneBatch:
-    lanes, thetas = [lane.parameters for lane in group], [lane.theta for lane in group]
-    return LaneBatch.of(lanes, thetas, group[0].precision)
+def _batch(group: Sequence[Lane]) -> LaneBatch:
+    return LaneBatch.of(
+        [lane.parameters for lane in group],
+        [lane.theta for lane in group],
+        group[0].precision,
+        checks=any(lane.policy.measures_float32 for lane in group),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,73 +222,61 @@ class Snapshot:
     state: dict[str, Any] = field(default_factory=dict)
 
 
+_CLASSES = {
+    cls.__name__: cls
+    for cls in (
+        Lane,
+        MaximumLikelihood,
+        Parameters,
+        Posterior,
+        PrecisionPolicy,
+        Prior,
+        Squarem,
+    )
+}
+_ENUMS = {cls.__name__: cls for cls in (Precision, Status)}
+
+
 def take_snapshot(lanes: Sequence[Lane]) -> Snapshot:
     """Return all that the lanes' next passes depend on."""
     tensors: dict[str, Tensor] = {}
-    states = []
-    for i, lane in enumerate(lanes):
-        plain = {name: getattr(lane, name) for name in _PLAIN}
-        plain["lower_bounds"] = list(lane.lower_bounds)
-        plain |= {
-            "covariance_type": lane.parameters.covariance_type,
-            "precision": lane.precision.name,
-            "outcome": lane.outcome.name,
-            "verdict": None if lane.verdict is None else lane.verdict.name,
-        }
-        tensors |= {f"{i}.theta": lane.theta, f"{i}.reg": lane.reg, f"{i}.nk": lane.nk}
-        tensors[f"{i}.rows"] = lane.rows
-        tensors |= _tensors(f"{i}.parameters", lane.parameters)
-        if (squarem := lane.squarem) is not None:
-            plain["leaps"] = {name: getattr(squarem, name) for name in _LEAPS}
-            plain["n_trail"], plain["leaping"] = len(squarem.trail), squarem.is_leaping
-            tensors[f"{i}.scale"] = squarem.scale
-            for j, passed in enumerate(squarem.trail):
-                tensors |= _tensors(f"{i}.trail.{j}", passed)
-            if squarem.fallback is not None:
-                tensors |= _tensors(f"{i}.fallback", squarem.fallback)
-        states.append(plain)
+    states = [_plain(lane, str(i), tensors) for i, lane in enumerate(lanes)]
     return Snapshot(tensors, {"lanes": states})
 
 
 def restore_lanes(snapshot: Snapshot) -> list[Lane]:
     """Return the lanes that a snapshot was taken of."""
-    return [_lane(snapshot.tensors, i, one) for i, one in enumerate(snapshot.state["lanes"])]
+    return [_value(state, snapshot.tensors) for state in snapshot.state["lanes"]]
 
 
-def _lane(tensors: Mapping[str, Tensor], i: int, plain: Mapping[str, Any]) -> Lane:
-    kind = plain["covariance_type"]
-    squarem = None
-    if "leaps" in plain:
-        trail = [_parameters(tensors, f"{i}.trail.{j}", kind) for j in range(plain["n_trail"])]
-        fallback = _parameters(tensors, f"{i}.fallback", kind) if plain["leaping"] else None
-        squarem = Squarem(
-            scale=tensors[f"{i}.scale"], trail=trail, fallback=fallback, **plain["leaps"]
-        )
-    return Lane(
-        parameters=_parameters(tensors, f"{i}.parameters", kind),
-        theta=tensors[f"{i}.theta"],
-        precision=Precision[plain["precision"]],
-        reg=tensors[f"{i}.reg"],
-        nk=tensors[f"{i}.nk"],
-        # Snapshots of earlier versions lack them; the next pass counts anew.
-        rows=tensors.get(f"{i}.rows", tensors[f"{i}.nk"]),
-        squarem=squarem,
-        outcome=Outcome[plain["outcome"]],
-        verdict=None if plain["verdict"] is None else Outcome[plain["verdict"]],
-        **{name: plain[name] for name in _PLAIN},
-    )
-
-
-def _tensors(name: str, parameters: Parameters) -> dict[str, Tensor]:
+def _plain(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a value as JSON has it; its tensors are put among `tensors`, by their names."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, enum.Enum):
+        return {type(value).__name__: value.name}
+    if isinstance(value, list):
+        return [_plain(part, f"{name}.{i}", tensors) for i, part in enumerate(value)]
+    if not is_dataclass(value):
+        return value
+    parts = {part.name: getattr(value, part.name) for part in fields(value)}
     return {
-        f"{name}.weights": parameters.weights,
-        f"{name}.means": parameters.means,
-        f"{name}.covariances": parameters.covariances,
+        type(value).__name__: {
+            key: _plain(part, f"{name}.{key}", tensors) for key, part in parts.items()
+        }
     }
 
 
-def _parameters(tensors: Mapping[str, Tensor], name: str, kind: str) -> Parameters:
-    weights, means, covariances = (
-        tensors[f"{name}.{part}"] for part in ("weights", "means", "covariances")
-    )
-    return Parameters(weights=weights, means=means, covariances=covariances, covariance_type=kind)
+def _value(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return what `_plain` was given."""
+    if isinstance(plain, list):
+        return [_value(part, tensors) for part in plain]
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, content),) = plain.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind in _ENUMS:
+        return _ENUMS[kind][content]
+    return _CLASSES[kind](**{key: _value(part, tensors) for key, part in content.items()})

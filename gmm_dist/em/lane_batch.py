@@ -30,7 +30,7 @@ class LaneBatch:
     """Lanes of one covariance type and precision, as a worker needs them.
 
     `theta` (K, P) are the natural parameters of all their components; the centred form reads
-    `stack` instead.
+    `stack` instead. Where the batch `checks`, the pass holds float32 log-densities against float64.
     """
 
     covariance_type: str
@@ -38,6 +38,7 @@ class LaneBatch:
     sizes: tuple[int, ...]
     theta: Float64[Tensor, "K P"] | None = None
     stack: ParameterStack | None = None
+    checks: bool = False
 
     @classmethod
     def of(
@@ -45,6 +46,8 @@ class LaneBatch:
         lanes: Sequence[Parameters],
         thetas: Sequence[Float64[Tensor, "_ P"]],
         precision: Precision,
+        *,
+        checks: bool = False,
     ) -> LaneBatch:
         """Pack mixtures of one covariance type, and their natural parameters."""
         kind, sizes = lanes[0].covariance_type, tuple(lane.n_components for lane in lanes)
@@ -56,7 +59,9 @@ class LaneBatch:
                 stack=ParameterStack.of(lanes),
             )
         theta = thetas[0] if len(thetas) == 1 else torch.cat(list(thetas))
-        return cls(covariance_type=kind, precision=precision, sizes=sizes, theta=theta)
+        return cls(
+            covariance_type=kind, precision=precision, sizes=sizes, theta=theta, checks=checks
+        )
 
     @property
     def layout(self) -> tuple[str, Precision, tuple[int, ...]]:

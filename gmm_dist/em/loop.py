@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,24 +11,11 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em.degenerate import degenerate_components, drop_laggards
-from gmm_dist.em.lane import Lane, Outcome, grouped, task_of
-from gmm_dist.em.mstep import advance
+from gmm_dist.em.lane import Lane, Status, grouped, task_of
+from gmm_dist.em.mstep import SingularCovarianceError, advance
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.protocol import Shards
-
-
-class Status(enum.Enum):
-    """Why EM stopped; the value is the sentence to show a user."""
-
-    CONVERGED = "converged: the gain in mean log-likelihood fell below tol"
-    MAX_ITER = "max_iter reached before convergence: raise max_iter or tol"
-    COLLAPSED = "collapsed: a covariance is singular; use fewer components or a larger reg_covar"
-    DEGENERATE = (
-        "degenerate: a component has fewer rows than its covariance needs or lies on the "
-        "regularisation floor; use fewer components"
-    )
-    DROPPED = "dropped: another start of the same candidate was ahead"
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -123,15 +109,25 @@ def run(
         total: Moments of all rows.
         rivals: A number for each lane; of lanes with one number those that fall behind are dropped.
         watch: Sees the lanes after each pass.
+
+    Raises SingularCovarianceError, where `config` says so.
     """
-    while running := [lane for lane in lanes if lane.outcome is Outcome.RUNNING]:
+    if config.on_singular == "raise":
+        require_definite(lanes)
+    while running := [lane for lane in lanes if lane.is_running]:
         groups = grouped(running)
-        statistics = shards.run(task_of(groups))
+        statistics = shards.run(task_of(groups, total.n_rows))
         for group, sums in zip(groups, statistics.groups, strict=True):
             advance(group, sums, statistics, total, config)
         if rivals is not None:
             drop_laggards(lanes, rivals, total)
         watch(lanes)
+
+
+def require_definite(lanes: Sequence[Lane]) -> None:
+    """Raise SingularCovarianceError where a lane's covariances are not positive definite."""
+    if any(lane.status is Status.COLLAPSED for lane in lanes):
+        raise SingularCovarianceError
 
 
 def result_of(lane: Lane, total: TotalMoments) -> FitResult:
@@ -141,7 +137,7 @@ def result_of(lane: Lane, total: TotalMoments) -> FitResult:
         # The parameters returned are those that were scored.
         parameters=lane.parameters,
         status=_status(lane, degenerate),
-        converged=lane.outcome is Outcome.CONVERGED,
+        converged=lane.converged,
         n_iter=lane.n_iter,
         n_samples=total.n_samples,
         log_likelihood=lane.log_likelihood,
@@ -155,10 +151,9 @@ def result_of(lane: Lane, total: TotalMoments) -> FitResult:
 
 
 def _status(lane: Lane, degenerate: Bool[Tensor, " k"]) -> Status:
-    if lane.outcome is Outcome.DROPPED:
+    assert lane.status is not None, "the lane still runs"
+    if lane.status is Status.DROPPED:
         return Status.DROPPED
-    if lane.outcome is Outcome.SINGULAR or not math.isfinite(lane.log_likelihood):
+    if lane.status is Status.COLLAPSED or not math.isfinite(lane.log_likelihood):
         return Status.COLLAPSED
-    if bool(degenerate.any()):
-        return Status.DEGENERATE
-    return Status.CONVERGED if lane.outcome is Outcome.CONVERGED else Status.MAX_ITER
+    return Status.DEGENERATE if bool(degenerate.any()) else lane.status

@@ -117,15 +117,16 @@ class ProductForm:
         phi = self.features.of[self._kind]
         return self._in_order(self._softmax(phi, self._buffers(phi.shape[1])))
 
-    def statistics(self, float32_error: Float64[Tensor, " L"]) -> SufficientStatistics:
-        """Return the sums since `clear`, lanes in the group's order."""
+    def statistics(self, float32: Float64[Tensor, "2 L"]) -> SufficientStatistics:
+        """Return the sums since `clear`, lanes in the group's order; `float32` are its errors."""
         self._carry()
         squares = self._squares if self._is_weighted else self._sums[self._constant]
         return SufficientStatistics(
             moments=self._sums[:, self._places].cpu(),
             log_likelihood=self._in_order(self._log_likelihood).cpu(),
             entropy=self._in_order(self._entropy).cpu(),
-            float32_error=float32_error,
+            float32_error=float32[0],
+            float32_squares=float32[1],
             squares=squares[self._places].cpu(),
         )
 

@@ -29,7 +29,8 @@ class SufficientStatistics:
       type (see `families`), K components of all lanes;
     - `log_likelihood` (L,): sums of w_n log p(x_n), nats, one per lane;
     - `entropy` (L,): sums of -w_n Σ_k r_nk ln r_nk, nats; measured by float64 lanes, else 0;
-    - `float32_error` (L,): sums of |log p in float32 - log p in float64| over the checked rows;
+    - `float32_error` (L,): sums of w_n (log p in float32 - log p in float64) over the checked rows,
+      `float32_squares` (L,) of the squares of these terms; 0 where a pass checks none;
     - `squares` (K,): the sums of w_n² r_nk, of which Kish's number of rows is made
       (`effective_rows`); without weights those of r_nk.
     """
@@ -38,6 +39,7 @@ class SufficientStatistics:
     log_likelihood: Float64[Tensor, " L"]
     entropy: Float64[Tensor, " L"]
     float32_error: Float64[Tensor, " L"]
+    float32_squares: Float64[Tensor, " L"]
     squares: Float64[Tensor, " K"]
 
     def __add__(self, other: SufficientStatistics) -> SufficientStatistics:
@@ -46,6 +48,7 @@ class SufficientStatistics:
             log_likelihood=self.log_likelihood + other.log_likelihood,
             entropy=self.entropy + other.entropy,
             float32_error=self.float32_error + other.float32_error,
+            float32_squares=self.float32_squares + other.float32_squares,
             squares=self.squares + other.squares,
         )
 
@@ -75,19 +78,19 @@ class PassStatistics:
     """What one pass over the rows brings back: statistics per group of lanes, and row counts.
 
     `n_samples` is the sum of the sample weights (the number of rows without weights);
-    `n_checked` counts the rows whose float32 log-density was held against float64.
+    `checked_weight` is that of the rows whose float32 log-density was held against float64.
     """
 
     groups: tuple[SufficientStatistics, ...]
     n_samples: float
-    n_checked: int
+    checked_weight: float
 
     def __add__(self, other: PassStatistics) -> PassStatistics:
         pairs = zip(self.groups, other.groups, strict=True)
         return PassStatistics(
             tuple(mine + theirs for mine, theirs in pairs),
             self.n_samples + other.n_samples,
-            self.n_checked + other.n_checked,
+            self.checked_weight + other.checked_weight,
         )
 
 

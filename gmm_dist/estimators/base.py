@@ -21,20 +21,13 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight
 from torch import Tensor
 
-from gmm_dist.config import PRECISIONS, Cluster
-from gmm_dist.em.loop import Status
+from gmm_dist.config import ABSOLUTE, PRECISIONS, Cluster, EMConfig
+from gmm_dist.em.lane import Lane, Model, Status
+from gmm_dist.em.loop import Watch, require_definite, run
+from gmm_dist.em.mstep import SingularCovarianceError
 from gmm_dist.em.statistics import TotalMoments
-from gmm_dist.em.trials import (
-    Model,
-    Rules,
-    SingularCovarianceError,
-    Trial,
-    Watch,
-    moments_of_shares,
-    run,
-)
 from gmm_dist.estimators.fitted import FittedMixture
-from gmm_dist.estimators.init_params import INIT_PARAMS, shares_of
+from gmm_dist.estimators.init_params import INIT_PARAMS, moments_of_shares, shares_of
 from gmm_dist.estimators.local_rows import Resident
 from gmm_dist.estimators.restarts import Reporter, ranked
 from gmm_dist.estimators.settings import (
@@ -87,7 +80,7 @@ class CentredRows(Protocol):
 
 
 class BaseMixture(FittedMixture):
-    """What both estimators share of fitting: inputs, and the loop over trials.
+    """What both estimators share of fitting: inputs, and the loop over starts.
 
     A subclass makes its models, all about the rows' shared centre: `_first_model` from the
     moments of rows shared out among components (None unless `_needs_shares`), `_fitted_model`
@@ -152,7 +145,7 @@ class BaseMixture(FittedMixture):
                 is connected to, else one that is started here.
 
         Raises ValueError for bad parameters or rows, and for a singular covariance; warns with
-        ConvergenceWarning where the best of the trials did not converge.
+        ConvergenceWarning where the best of the starts did not converge.
         """
         if isinstance(X, Lake):
             require_lake_settings(sample_weight, self.device, self.n_shards, cluster)
@@ -209,17 +202,17 @@ class BaseMixture(FittedMixture):
             weight = self._in_unit(weight)
             resident = self._resident(rows, weight)
             require_range(resident.total, getattr(self, "feature_names_in_", ()))
-            best = self._best_trial(rows, weight, resident)
+            best = self._best_lane(rows, weight, resident)
             self._publish(best.model, resident, space_of(X, rows))
         self._conclude(best, n_samples)
 
-    def _conclude(self, best: Trial, n_samples: float) -> None:
-        """Set the attributes that say how the best trial ended; for `_fit` and `_fit_lake`."""
+    def _conclude(self, best: Lane, n_samples: float) -> None:
+        """Set the attributes that say how the best start ended; for `_fit` and `_fit_lake`."""
         self._n_samples = n_samples
         self._log_likelihood = self._bound_is_likelihood * best.lower_bound * n_samples
         self.converged_, self.n_iter_ = best.converged, best.n_iter
         self.lower_bound_, self.lower_bounds_ = best.lower_bound, best.lower_bounds
-        if not best.converged and self.max_iter > 0:
+        if not self.converged_ and self.max_iter > 0:
             warnings.warn(
                 f"{NOT_CONVERGED} ({Status.MAX_ITER.value})", ConvergenceWarning, stacklevel=4
             )
@@ -250,17 +243,33 @@ class BaseMixture(FittedMixture):
         weight = None if weight is None else weight.to(device)
         return Resident.of(X, weight, self.n_shards, whole=whole)
 
-    def _best_trial(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Trial:
+    def _best_lane(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Lane:
         if self.warm_start and hasattr(self, "converged_"):
             self._require_warm(rows.shape[1])
-            trials = [Trial(model=self._fitted_model(resident), last_bound=self.lower_bound_)]
+            lanes = [self._lane(self._fitted_model(resident), self.lower_bound_)]
         else:
-            trials = [Trial(model=model) for model in self._models(rows, weight, resident)]
-            # Without iterations scikit-learn keeps the last start.
-            trials = trials if self.max_iter > 0 else trials[-1:]
-        # The first runs alone, with the arithmetic of a single start: so more starts never end
-        # below it by a rounding. The others share their passes.
-        return self._best_of((trials[:1], trials[1:]), resident)
+            lanes = [self._lane(model) for model in self._models(rows, weight, resident)]
+            # Where none is iterated, scikit-learn keeps the last.
+            lanes = lanes if self.max_iter > 0 else lanes[-1:]
+        # The first goes alone, in the very arithmetic of a fit of one start: so more starts never
+        # end below it by a rounding. The others share their passes.
+        return self._best_of((lanes[:1], lanes[1:]), resident)
+
+    def _lane(self, model: Model, last_bound: float | None = None) -> Lane:
+        return Lane.of(model, self._rules(self.max_iter), last_bound)
+
+    def _rules(self, max_iter: int) -> EMConfig:
+        """Return scikit-learn's rules of EM."""
+        return EMConfig(
+            tol=self.tol,
+            max_iter=max(max_iter, 1),
+            reg_covar=self.reg_covar,
+            precision=self.precision or "float64",
+            accelerate=False,
+            reg_unit=ABSOLUTE,
+            returns="stepped",
+            on_singular="raise",
+        )
 
     def _require_warm(self, n_features: int) -> None:
         n_fitted, fitted = tensor_of(self.means_).shape
@@ -275,26 +284,31 @@ class BaseMixture(FittedMixture):
                 "give rows of the same features, or a new estimator"
             )
 
-    def _best_of(self, batches: Sequence[Sequence[Trial]], rows: CentredRows) -> Trial:
-        """Iterate the trials, those of a batch in the same passes, and return the best."""
-        trials = list(itertools.chain.from_iterable(batches))
-        reporter = Reporter(trials, self.verbose, self.verbose_interval)
+    def _best_of(self, batches: Sequence[Sequence[Lane]], rows: CentredRows) -> Lane:
+        """Iterate the lanes, those of a batch in the same passes, and return the best."""
+        lanes = list(itertools.chain.from_iterable(batches))
+        reporter = Reporter(lanes, self.verbose, self.verbose_interval)
         for batch in batches:
-            self._iterate(batch, rows, self.max_iter, watch=reporter.stepped)
+            self._iterate(batch, rows, self.max_iter, watch=reporter.passed)
         reporter.ended()
-        return ranked(trials)[0]
+        return ranked(lanes)[0]
 
     def _iterate(
         self,
-        trials: Sequence[Trial],
+        lanes: Sequence[Lane],
         rows: CentredRows,
         max_iter: int,
         *,
-        watch: Watch = lambda trial, change: None,
+        watch: Watch = lambda lanes: None,
     ) -> None:
-        rules = Rules(self.tol, max_iter, self.precision or "float64")
+        """Have lanes go on until they have converged, or have come to `max_iter` steps."""
+        for lane in lanes:
+            if lane.status is Status.MAX_ITER and lane.n_iter < max_iter:
+                lane.status = None
         try:
-            run(rows.shards, trials, rules, rows.total, watch=watch)
+            require_definite(lanes)
+            if max_iter > 0:
+                run(rows.shards, lanes, self._rules(max_iter), rows.total, watch=watch)
         except SingularCovarianceError:
             raise ValueError(SINGULAR) from None
 

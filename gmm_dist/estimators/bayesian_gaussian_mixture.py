@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gmm_dist.config import ABSOLUTE, Cluster, EMConfig
 from gmm_dist.em.estep import SumMoments
+from gmm_dist.em.lane import Lane
 from gmm_dist.em.statistics import TotalMoments
-from gmm_dist.em.trials import Trial
 from gmm_dist.estimators.attributes import exchanged, publish, require_class
 from gmm_dist.estimators.base import BaseMixture, CentredRows
 from gmm_dist.estimators.local_rows import Resident
@@ -206,19 +206,19 @@ class BayesianGaussianMixture(BaseMixture):
         with one_thread(), resident as (shards, centre):
             rows = _LakeRows(centre, shards, shards.run(SumMoments(plan.n_features)))
             require_rows(candidates, rows.total.n_rows)
-            best = self._best_of([self._lake_trials(rows)], rows)
+            best = self._best_of([self._lake_lanes(rows)], rows)
         self._publish(best.model, rows, Space(dtype=torch.float64))
         self._name_features(plan.n_features, plan.feature_names)
         self._conclude(best, rows.total.n_samples)
 
-    def _lake_trials(self, rows: CentredRows) -> list[Trial]:
-        """Return the best trials after a few passes, from starts of several sizes.
+    def _lake_lanes(self, rows: CentredRows) -> list[Lane]:
+        """Return the best lanes after a few passes, from starts of several sizes.
 
         Maximum likelihood uses every component, and from there the bound rises slowly: mixtures
         of k components are hardly ever the best start for a posterior of k.
         """
         if self.warm_start and hasattr(self, "converged_"):
-            return [Trial(model=self._fitted_model(rows), last_bound=self.lower_bound_)]
+            return [self._lane(self._fitted_model(rows), self.lower_bound_)]
         prior, k, n = self._prior(rows), self.n_components, rows.total.n_samples
         candidates = [Candidate(size, self.covariance_type) for size in _sizes(k)]
         # The search's tol is per row; ours is for the whole bound.
@@ -229,9 +229,9 @@ class BayesianGaussianMixture(BaseMixture):
         )
         # The largest first: it is the one kept where max_iter is 0.
         mixtures = [_filled(best, k) for (best,) in reversed(starts)]
-        trials = [Trial(model=updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]
-        self._iterate(trials, rows, min(_FIRST, self.max_iter))
-        return ranked(trials)[:_KEPT]
+        lanes = [self._lane(updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]
+        self._iterate(lanes, rows, min(_FIRST, self.max_iter))
+        return ranked(lanes)[:_KEPT]
 
     def _publish(self, model: Any, rows: CentredRows, space: Space) -> None:
         posterior = model.shifted(rows.centre)

@@ -15,14 +15,10 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from gmm_dist.config import ABSOLUTE, Cluster, EMConfig
-from gmm_dist.em.loop import FitResult, Status
+from gmm_dist.em.lane import MaximumLikelihood, Model, Status
+from gmm_dist.em.loop import FitResult
+from gmm_dist.em.mstep import maximised
 from gmm_dist.em.statistics import TotalMoments
-from gmm_dist.em.trials import (
-    MaximumLikelihood,
-    Model,
-    maximised,
-    mean_weight,
-)
 from gmm_dist.errors import UserError
 from gmm_dist.estimators.attributes import copied, exchanged, publish, require_class
 from gmm_dist.estimators.base import (
@@ -32,6 +28,7 @@ from gmm_dist.estimators.base import (
     BaseMixture,
     CentredRows,
 )
+from gmm_dist.estimators.init_params import empty_rows
 from gmm_dist.estimators.local_rows import Resident
 from gmm_dist.estimators.settings import feature_name, require_no_cluster, start_of
 from gmm_dist.lake.lake import Lake
@@ -256,19 +253,20 @@ class GaussianMixture(BaseMixture):
             initial["means"] = tensor_of(self.means_init) - rows.centre
         if self.precisions_init is not None:
             initial["covariances"] = self._covariances_init(d)
-        weight = mean_weight(rows.total)
         if moments is None:
-            start = Parameters(**initial, covariance_type=kind)
-            return MaximumLikelihood(start, self.reg_covar, weight)
-        estimated = maximised(kind, moments, self.reg_covar, weight)
+            return self._model(Parameters(**initial, covariance_type=kind), rows)
+        estimated = maximised(kind, moments, self.reg_covar, empty_rows(rows.total))
         # Of all rows, as in scikit-learn: where seeds share out k rows only, they sum to k / n.
         shared = float(moments.nk.sum()) / rows.total.n_samples
         estimated = replace(estimated, weights=estimated.weights * shared)
-        return MaximumLikelihood(replace(estimated, **initial), self.reg_covar, weight)
+        return self._model(replace(estimated, **initial), rows)
 
     def _fitted_model(self, rows: CentredRows) -> Model:
-        fitted = self._parameters().shifted(-rows.centre)
-        return MaximumLikelihood(fitted, self.reg_covar, mean_weight(rows.total))
+        return self._model(self._parameters().shifted(-rows.centre), rows)
+
+    def _model(self, parameters: Parameters, rows: CentredRows) -> MaximumLikelihood:
+        reg = torch.full_like(rows.total.sum_x, self.reg_covar)
+        return MaximumLikelihood(parameters, reg, empty_rows(rows.total))
 
     def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.

@@ -1,4 +1,7 @@
-"""How rows are shared out among components before the first M-step, by scikit-learn's seeds."""
+"""How rows are shared out among components before the first M-step, by scikit-learn's seeds.
+
+What an M-step reads of rows that are shared out is here too: without a pass, about the means.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ from jaxtyping import Float64
 from sklearn.cluster import KMeans, kmeans_plusplus
 from torch import Tensor
 
+from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.arrays import Rows, array_of
+from gmm_dist.model.covariance import Moments
 
 INIT_PARAMS = ("kmeans", "k-means++", "random", "random_from_data")
+_EMPTY = 10 * 2.0**-52  # scikit-learn's, of a row
 
 
 def shares_of(
@@ -53,3 +59,60 @@ def _seeds(rows: np.ndarray, n: int, k: int) -> Tensor:
     share = torch.zeros(n, k, dtype=torch.float64)
     share[torch.from_numpy(rows), torch.arange(k)] = 1
     return share
+
+
+def empty_rows(total: TotalMoments) -> float:
+    """Return what scikit-learn adds to each component's rows, so that none has zero."""
+    return _EMPTY * total.n_samples / total.n_rows
+
+
+def moments_of_shares(
+    kind: str,
+    X: Float64[Tensor, "n d"],
+    share: Float64[Tensor, "n k"],
+    total: TotalMoments,
+    centre: Float64[Tensor, " d"],
+) -> Moments:
+    """Return what an M-step reads of rows that are shared out among components.
+
+    Where a few rows make a component, as seeds do, a variance is what is left of two numbers
+    that are nearly equal; so these moments are about each component's mean. Not tied ones.
+
+    Args:
+        kind: The covariance type.
+        X: Rows (n, d) in feature units.
+        share: w_n r_nk (n, k): each row's weight times its responsibilities.
+        total: Moments of all rows.
+        centre: The rows' shared centre (d,).
+    """
+    nk = share.sum(0)
+    sum_x = share.T @ X
+    if kind == "tied":
+        return _tied_moments(nk.cpu(), sum_x.cpu(), total, centre)
+    means = sum_x / (nk + empty_rows(total))[:, None]
+    second = []
+    for mean, part in zip(means, share.T, strict=True):
+        x = X - mean  # one component's at a time: each is as large as the rows are
+        second.append((x.T * part) @ x if kind == "full" else part @ x.square())
+    sum_xx = torch.stack(second)
+    if kind == "spherical":
+        sum_xx = sum_xx.sum(1)
+    # What is left of Σ r (x - mean) is rounding.
+    return Moments(
+        nk=nk.cpu(), sum_x=torch.zeros_like(sum_x).cpu(), sum_xx=sum_xx.cpu(), about=means.cpu()
+    )
+
+
+def _tied_moments(
+    nk: Tensor, sum_x: Tensor, total: TotalMoments, centre: Float64[Tensor, " d"]
+) -> Moments:
+    """Return moments whose scatter is that of all rows about the origin, whatever is shared out.
+
+    So it is in scikit-learn, where seeds share out k rows only: their tied start is wider than
+    the rows, the more so the farther these lie from the origin. Where all rows are shared out,
+    the origin cancels.
+    """
+    left_n, left_x = total.n_samples - nk.sum(), total.sum_x - sum_x.sum(0)
+    across = centre[:, None] * left_x
+    apart = left_n * centre[:, None] * centre + across + across.T
+    return Moments(nk=nk, sum_x=sum_x, sum_xx=total.sum_xx + apart, about=torch.zeros_like(sum_x))

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from gmm_dist import config
-from gmm_dist.em.loop import Status
+from gmm_dist.em.lane import Status
 from gmm_dist.errors import UserError, renaming
 from gmm_dist.model.arrays import array_of, is_foreign
 from gmm_dist.model.mixture import Mixture

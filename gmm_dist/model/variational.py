@@ -110,9 +110,19 @@ class Posterior:
             log_weights=log_weights,
         )
 
-    def step(self, moments: Moments) -> Posterior:
-        """Return the posterior for the statistics of these responsibilities."""
-        return m_step(self.prior, moments)
+    @property
+    def reg(self) -> Float64[Tensor, " d"]:
+        """What is added to the variances that a component's rows have, squared feature units."""
+        return torch.full_like(self.prior.mean, self.prior.reg_covar)
+
+    @property
+    def empty(self) -> float:
+        """The rows added to each component: none, the prior stands in for them."""
+        return 0.0
+
+    def updated(self, nk: Float64[Tensor, " k"], fitted: Parameters) -> Posterior:
+        """Return the posterior of components with `nk` rows of these means and covariances."""
+        return updated(self.prior, nk, fitted)
 
     def lower_bound(self, log_likelihood: float, entropy: float, n_samples: float) -> float:
         """Return the lower bound on the log-evidence (nats, all rows), up to a constant.

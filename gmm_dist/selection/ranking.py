@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from gmm_dist.em.loop import FitResult, Status
+from gmm_dist.em.lane import Status
+from gmm_dist.em.loop import FitResult
 from gmm_dist.em.statistics import Spike, TotalMoments, counts_rows
 from gmm_dist.errors import Option, Spelling, Text, Words, in_python, joined, spelt
 from gmm_dist.formats import counted

@@ -27,6 +27,7 @@ from torch import Tensor
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em import loop
 from gmm_dist.em.estep import SumMoments
+from gmm_dist.em.lane import Status
 from gmm_dist.em.memory import lane_bytes
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.densities import Densities
@@ -194,7 +195,7 @@ def repair_degenerate(
     sampler = _Sampler(
         shards=shards, start=replace(start, init="k-means++"), total=total, n_threads=n_threads
     )
-    degenerate = [i for i, fit in enumerate(fits) if fit.status is loop.Status.DEGENERATE]
+    degenerate = [i for i, fit in enumerate(fits) if fit.status is Status.DEGENERATE]
     starts: list[list[Parameters]] = [[] for _ in fits]
     for i in sorted(degenerate, key=lambda i: fits[i].parameters.n_components):
         parameters = fits[i].parameters
@@ -415,7 +416,7 @@ def _gained(before: loop.FitResult, after: loop.FitResult, n_samples: float) -> 
 def _proposals(rows: _Rows, fit: loop.FitResult, generator: torch.Generator) -> list[Parameters]:
     """Return the mixtures one move away that promise most."""
     parameters = fit.parameters
-    if fit.status is loop.Status.COLLAPSED:
+    if fit.status is Status.COLLAPSED:
         return []
     splits = rows.splits(parameters, generator)
     merges = split_merge.merges(parameters, rows.total.n_samples)

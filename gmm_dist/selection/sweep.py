@@ -15,7 +15,7 @@ from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em import loop
 from gmm_dist.em.estep import SumMoments
 from gmm_dist.em.evaluate import mean_log_likelihoods
-from gmm_dist.em.lane import Lane, Outcome, Snapshot, regularisation, restore_lanes, take_snapshot
+from gmm_dist.em.lane import Lane, Snapshot, Status, regularisation, restore_lanes, take_snapshot
 from gmm_dist.em.lane_batch import Precision
 from gmm_dist.em.statistics import TotalMoments, as_given, criterion_size, given_weight
 from gmm_dist.errors import Option, TooFewRows, UserError
@@ -223,7 +223,7 @@ class _CandidateLanes:
         self._refitted.append(i)
         k, scale = self._candidates[i].k, self._total.scale
         copied = Lane.start(split_merge.halved(smaller, k, shift=0.0), self._config, scale)
-        copied.precision, copied.verdict = Precision.CENTRED, Outcome.CONVERGED
+        copied.policy.form, copied.verdict = Precision.CENTRED, Status.CONVERGED
         for lane in (Lane.start(split_merge.halved(smaller, k), self._config, scale), copied):
             self._lanes.append(lane)
             self._owners.append(i)
@@ -264,7 +264,7 @@ class _CandidateLanes:
         lanes_of: dict[int, list[Lane]] = {}
         for j, (i, lane) in enumerate(zip(self._owners, lanes, strict=True)):
             lanes_of.setdefault(i, []).append(lane)
-            if lane.outcome is Outcome.RUNNING:
+            if lane.is_running:
                 self._seconds[j] = time.monotonic() - self._began
         self._keep(self.n_passes, self.snapshot)
         self._watch([self._standing(i, group) for i, group in lanes_of.items()])
@@ -273,7 +273,7 @@ class _CandidateLanes:
         """Return a candidate's progress, that of its leading lane."""
         bounds = [lane.lower_bounds[-1] if lane.lower_bounds else math.nan for lane in lanes]
         lead = max(range(len(lanes)), key=lambda j: (not math.isnan(bounds[j]), bounds[j]))
-        running = any(lane.outcome is Outcome.RUNNING for lane in lanes)
+        running = any(lane.is_running for lane in lanes)
         lane, precision = lanes[lead], lanes[lead].precision.name.lower()
         return Standing(
             candidate=self._candidates[i],

@@ -39,6 +39,11 @@ class Block:
             return self.X.new_ones(self.X.shape[1], dtype=torch.float64)
         return self.sample_weight.double()
 
+    def every(self, step: int) -> Block:
+        """Return the first row of every `step` ones (a view)."""
+        weight = None if self.sample_weight is None else self.sample_weight[::step]
+        return Block(self.X[:, ::step], weight)
+
     def to(self, device: torch.device) -> Block:
         weight = None if self.sample_weight is None else self.sample_weight.to(device)
         return Block(self.X.to(device), weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import mixtures
 import naive
@@ -133,12 +134,24 @@ def test_float32_rows_are_only_rounded(kind):
 def test_the_error_of_float32_is_measured(kind):
     X = mixtures.rows(mixtures.parameters("full", 2, 3), 200)
     lanes = [mixtures.parameters(kind, k, 3, seed=k) for k in (1, 4)]
-    whole, _ = run(X, [group(lanes, Precision.FLOAT32), group(lanes, Precision.FLOAT64)])
-    single, double = whole.groups
-    assert 0 < whole.n_checked <= estep.N_CHECKED
-    assert (single.float32_error > 0).all()
-    assert (single.float32_error / whole.n_checked < 1e-5).all()
-    assert not double.float32_error.any()
+    batches = [group(lanes, Precision.FLOAT32), group(lanes, Precision.FLOAT64)]
+    weight = mixtures.row_weights(200)
+    plain = mixtures.shards(X, [60], weight).run(EStep(tuple(batches), 3))
+    assert plain.checked_weight == 0
+    assert not plain.groups[0].float32_squares.any()
+    checking = tuple(replace(batch, checks=True) for batch in batches)
+    whole = mixtures.shards(X, [60], weight).run(EStep(checking, 3, check_every=5))
+    # Of each shard the first of five rows.
+    rows = torch.cat([torch.arange(0, 60, 5), torch.arange(60, 200, 5)])
+    assert whole.checked_weight == pytest.approx(float(torch.as_tensor(weight)[rows].sum()))
+    # What float32 makes of these rows, less what float64 does, whichever form measures it.
+    whole = mixtures.shards(X, [60]).run(EStep(checking, 3, check_every=5))
+    single, double = mixtures.shards(X[rows]).run(EStep(tuple(batches), 3)).groups
+    expected = single.log_likelihood - double.log_likelihood
+    for sums in whole.groups:
+        torch.testing.assert_close(sums.float32_error, expected, rtol=1e-6, atol=1e-9)
+        assert (sums.float32_squares >= expected.square() / len(rows)).all()
+        assert (sums.float32_squares < 1e-10 * len(rows)).all()
 
 
 @every_type

@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.em.lane import Snapshot
+from gmm_dist.em.lane import Snapshot, restore_lanes
+from gmm_dist.em.lane_batch import Precision
 from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import sweep
@@ -57,11 +58,11 @@ def test_a_sweep_goes_on_from_any_pass_to_the_same_bits(accelerate, precision):
     kept = {}
     whole = swept(X, candidates, config, keep=lambda n, take: kept.update({n: take()}))
     assert sorted(kept) == list(range(1, whole.n_passes + 1))
-    states = [state for one in kept.values() for state in one.state["lanes"]]
+    lanes = [lane for snapshot in kept.values() for lane in restore_lanes(snapshot)]
     if accelerate:
-        assert any(state["leaping"] for state in states)
+        assert any(lane.is_leaping for lane in lanes)
     if precision == "auto":
-        assert {state["precision"] for state in states} >= {"FLOAT32", "FLOAT64"}
+        assert {lane.precision for lane in lanes} >= {Precision.FLOAT32, Precision.FLOAT64}
     for number in sorted({1, 3, whole.n_passes // 2, whole.n_passes}):
         again = swept(X, candidates, config, resume=through_files(kept[number]))
         assert_same_bits(again, whole)

@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from gmm_dist.config import ABSOLUTE, EMConfig, StartConfig
-from gmm_dist.em.loop import Status
+from gmm_dist.em.lane import Status
 from gmm_dist.model.densities import Densities
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, ParameterStack
 from gmm_dist.selection.kmeans import start_of as start_from

@@ -46,7 +46,7 @@ def parts(task, edges):
 
 def assert_equal_up_to_rounding(one, other):
     if isinstance(one, PassStatistics):
-        assert (one.n_samples, one.n_checked) == (other.n_samples, other.n_checked)
+        assert (one.n_samples, one.checked_weight) == (other.n_samples, other.checked_weight)
         for mine, theirs in zip(one.groups, other.groups, strict=True):
             assert_equal_up_to_rounding(mine, theirs)
         return

@@ -37,8 +37,10 @@ from test_reference import CASES, data, name, start_of
 
 import gmm_dist
 from gmm_dist import Cluster, GaussianMixture, Lake
+from gmm_dist.config import EMConfig
+from gmm_dist.em.lane import Lane
 from gmm_dist.em.statistics import TotalMoments
-from gmm_dist.em.trials import MaximumLikelihood, Trial, moments_of_shares
+from gmm_dist.estimators.init_params import moments_of_shares
 from gmm_dist.estimators.restarts import ranked
 from gmm_dist.model.arrays import tensor_of, viewed
 
@@ -327,12 +329,14 @@ def test_more_starts_never_end_below_one():
 
 
 def test_of_starts_that_rounding_alone_tells_apart_the_first_is_taken():
-    def trial(bound: float) -> Trial:
-        return Trial(model=MaximumLikelihood(start_of(CASES[0]), 0.0), lower_bounds=[bound])
+    def scored(bound: float) -> Lane:
+        lane = Lane.start(start_of(CASES[0]), EMConfig())
+        lane.lower_bounds = [bound]
+        return lane
 
     bounds = [-3.0, -2.0, -2.0 + 4e-16, math.nan, -2.0 - 1e-15, -1.999, -math.inf]
-    trials = [trial(bound) for bound in bounds]
-    assert [trials.index(t) for t in ranked(trials)] == [5, 1, 2, 4, 0, 3, 6]
+    lanes = [scored(bound) for bound in bounds]
+    assert [lanes.index(lane) for lane in ranked(lanes)] == [5, 1, 2, 4, 0, 3, 6]
 
 
 def test_shards_change_rounding_only():

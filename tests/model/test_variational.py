@@ -13,10 +13,12 @@ from scipy.special import betaln, digamma, gammaln, multigammaln
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import BayesianGaussianMixture
 
+from gmm_dist.config import ABSOLUTE, EMConfig
 from gmm_dist.em.estep import SumMoments
 from gmm_dist.em.features import Features
+from gmm_dist.em.lane import Lane
 from gmm_dist.em.lane_batch import Precision
-from gmm_dist.em.trials import Rules, Trial, run
+from gmm_dist.em.loop import run
 from gmm_dist.model.covariance import TYPE_OF, Moments, natural
 from gmm_dist.model.densities import Densities
 from gmm_dist.model.mixture import Mixture
@@ -68,9 +70,18 @@ def fitted(X, posteriors, *, tol=0.0, max_iter=30, edges=(), sample_weight=None,
     """Run variational EM from posteriors, all in the same passes; rows are centred on the way."""
     centre = X.mean(0) if centre is None else centre
     shards = mixtures.shards(X - centre, edges, sample_weight)
-    trials = [Trial(model=posterior.shifted(-centre)) for posterior in posteriors]
-    run(shards, trials, Rules(tol, max_iter), shards.run(SumMoments(X.shape[1])))
-    return [(trial, trial.model.shifted(centre)) for trial in trials]
+    config = EMConfig(
+        tol=tol,
+        max_iter=max_iter,
+        precision="float64",
+        accelerate=False,
+        reg_unit=ABSOLUTE,
+        returns="stepped",
+        on_singular="raise",
+    )
+    lanes = [Lane.of(posterior.shifted(-centre), config) for posterior in posteriors]
+    run(shards, lanes, config, shards.run(SumMoments(X.shape[1])))
+    return [(lane, lane.model.shifted(centre)) for lane in lanes]
 
 
 # ---- the textbook ----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pages
 import pytest
 from pages import Page, candidate, clusters, content, sample
 
-from gmm_dist.em.loop import Status
+from gmm_dist.em.lane import Status
 from gmm_dist.nightly import drift as drift_module
 from gmm_dist.report.page import Sample, render
 from gmm_dist.report.projection import Clusters

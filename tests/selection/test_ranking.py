@@ -9,7 +9,7 @@ import mixtures
 import pytest
 
 from gmm_dist.config import EMConfig
-from gmm_dist.em.loop import Status
+from gmm_dist.em.lane import Status
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.selection.ranking import BestFit, Candidate, RankedCandidate, SweepResult

@@ -13,8 +13,7 @@ from sklearn.mixture import GaussianMixture
 import gmm_dist.selection.sweep as sweep_module
 from gmm_dist import UserError
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.em.lane import Snapshot
-from gmm_dist.em.loop import Status
+from gmm_dist.em.lane import Snapshot, Status
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.selection.ranking import Candidate, SweepResult

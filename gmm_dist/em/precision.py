@@ -1,0 +1,147 @@
+"""The precision policy: which arithmetic each lane's next pass takes.
+
+A pass takes the fastest form that keeps the digits that matter. Two things can be lost:
+
+- the mean log-likelihood, of which convergence is judged. Its error is measured: on a part of the
+  rows, in a lane's first pass and in every fourth, log p in float32 is held against float64. The
+  signed errors largely cancel in the mean, so float32 goes on while their mean plus two standard
+  errors is below a quarter of tol. A lane that has left float32 for this comes back when that is
+  below an eighth.
+- a covariance, by cancellation in S/N - μμᵀ. `covariance.Natural.condition` bounds by how much
+  rounding is amplified in it. A pass whose M-step meets more than its form bears is repeated in a
+  better one; the lane comes back when the condition is well below that limit.
+
+What a lane is ranked by is always scored in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gmm_dist.config import EMConfig
+from gmm_dist.em.lane_batch import Precision
+from gmm_dist.em.statistics import PassStatistics, SufficientStatistics
+
+FORMS = (Precision.FLOAT32, Precision.FLOAT64, Precision.CENTRED)
+"""From the fastest to the last resort."""
+
+MAX_CONDITION = {Precision.FLOAT32: 1.7e3, Precision.FLOAT64: 1e7, Precision.CENTRED: math.inf}
+"""The largest amplification of rounding (covariance.Natural.condition) that each form may meet.
+
+2^-24 · 1.7e3 = 1e-4 of a covariance, 2^-53 · 1e7 = 1e-9.
+"""
+
+SMALLEST_TOL = 1e-5
+"""Gains below it drown in float32's rounding: float64 judges smaller ones."""
+
+_CHECK_PASSES = 4
+_CHECKED_ROWS, _CHECK_EVERY = 16_384, 16  # at most so many rows, and one in so many
+_BACK = 4.0  # how far below its limit a condition must be before a lane comes back to a form
+
+
+def check_every(n_rows: int) -> int:
+    """Return of how many rows one has its float32 log-density held against float64."""
+    return max(_CHECK_EVERY, -(-n_rows // _CHECKED_ROWS))
+
+
+def float32_error(sums: SufficientStatistics, lane: int, whole: PassStatistics) -> float:
+    """Return the mean signed error of log p in float32, and two standard errors, nats."""
+    if not whole.checked_weight > 0:
+        return math.inf
+    mean, spread = float(sums.float32_error[lane]), math.sqrt(float(sums.float32_squares[lane]))
+    return (abs(mean) + 2 * spread) / whole.checked_weight
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class PrecisionPolicy:
+    """One lane's choice: the `form` of its next pass, and what the choice depends on.
+
+    `mode` is what the user chose (`config.EMConfig.precision`), `tol` that of the fit. `least` is
+    the fastest form that the measured error of float32 admits. `next_check` is the pass, counted
+    from 0, that measures it next; None: none does.
+    """
+
+    mode: str
+    tol: float
+    form: Precision
+    least: Precision
+    next_check: int | None = None
+    n_passes: int = 0
+
+    @classmethod
+    def first(cls, config: EMConfig, condition: float) -> PrecisionPolicy:
+        """Return the choice for a lane that starts from parameters of such a condition."""
+        least = Precision.FLOAT64 if config.precision == "float64" else Precision.FLOAT32
+        form = least if config.precision == "float32" else _fastest(least, condition)
+        if config.returns == "scored" and form is Precision.CENTRED:
+            form = Precision.FLOAT64  # whether the lane deserves the slowest form, a pass shows
+        return cls(
+            mode=config.precision,
+            tol=config.tol,
+            form=form,
+            least=least,
+            next_check=0 if config.precision == "auto" else None,
+        )
+
+    @property
+    def measures_float32(self) -> bool:
+        """Whether the next pass holds float32 against float64, on a part of the rows."""
+        if self.next_check is None or self.n_passes < self.next_check:
+            return False
+        return self.form is self.least and self.form is not Precision.CENTRED
+
+    def has_lost(self, error: float, log_likelihood: float) -> bool:
+        """Take note of a pass; return whether float64 has to repeat it.
+
+        `error` is the measured one, nats per row, of which only a pass that measures takes note.
+        """
+        if self.measures_float32:
+            self.next_check = self.n_passes + _CHECK_PASSES
+            limit = max(self.tol, SMALLEST_TOL) / 4
+            if self.least is Precision.FLOAT32:
+                self.least = Precision.FLOAT32 if error <= limit else Precision.FLOAT64
+            elif error <= limit / 2:
+                self.least = Precision.FLOAT32
+        self.n_passes += 1
+        if self.mode != "auto" or self.form is not Precision.FLOAT32:
+            return False
+        if not math.isfinite(log_likelihood):
+            self.least, self.next_check = Precision.FLOAT64, None
+        return self.least is Precision.FLOAT64
+
+    def needed(self, condition: float, failed: bool) -> Precision:
+        """Return the form that keeps the digits of stepped covariances, this one or a better."""
+        if self.mode == "float32":
+            return self.form
+        if failed:
+            return FORMS[min(FORMS.index(self.form) + 1, len(FORMS) - 1)]
+        return _fastest(self.form, condition)
+
+    def come_back(self, condition: float) -> None:
+        """Take a faster form, if a step of such a condition has shown that it may."""
+        if self.mode == "float32" or self.form is self.least:
+            return
+        faster = _fastest(self.least, condition * _BACK)
+        if FORMS.index(faster) < FORMS.index(self.form):
+            self.form = faster
+            if self.next_check is not None:
+                self.next_check = self.n_passes
+
+    def close(self) -> None:
+        """Have the remaining passes judge in float64 what float32 has come to."""
+        self.form = self.least = Precision.FLOAT64
+        self.next_check = None
+
+    @property
+    def tolerance(self) -> float:
+        """The gain that ends a lane's passes in the present form, nats per row."""
+        if self.form is Precision.FLOAT32 and self.mode == "auto":
+            return max(self.tol, SMALLEST_TOL)
+        return self.tol
+
+
+def _fastest(least: Precision, condition: float) -> Precision:
+    """Return the fastest form, from `least` on, that bears a condition; NaN takes the best."""
+    forms = FORMS[FORMS.index(least) :]
+    return next((form for form in forms if condition <= MAX_CONDITION[form]), Precision.CENTRED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -412,6 +413,19 @@ def test_a_lost_answer_to_our_commit_is_no_lost_race(forgetful: str) -> None:
     Forgetful.lost = 1
     commit(forgetful)
     assert same(load(forgetful), mixture())
+
+
+def test_files_of_a_manifest_that_is_there_stay_when_its_disk_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        if (path / "manifest.json").exists():
+            raise OSError(errno.EIO, "the disk fails")
+
+    monkeypatch.setattr("gmm_dist.runs.compare_and_swap.sync", fail)
+    with pytest.raises(OSError, match="the disk fails"):
+        commit(str(tmp_path / "out"))
+    assert same(load(str(tmp_path / "out")), mixture())
 
 
 def test_files_of_a_commit_of_unknown_fate_stay(forgetful: str) -> None:

@@ -26,7 +26,7 @@ from gmm_dist.runs import claim, load
 from gmm_dist.runs import folder as places
 from gmm_dist.runs.checkpoint import checkpoint_names
 from gmm_dist.runs.folder import Folder, is_foreign, lies_within
-from gmm_dist.runs.lease_cells import Held
+from gmm_dist.runs.lease import Held
 from gmm_dist.scoring import run as score_runs
 from gmm_dist.scoring.files import Scored, ScoreFiles, collect
 from gmm_dist.shards.failures import Verdict, judge
@@ -42,7 +42,7 @@ def litter(folder: Path) -> None:
 
 def test_what_systems_leave_in_our_folders_is_passed_over(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for name in (".", "_attempts", "_attempts/lease", "_checkpoints", "model"):
+    for name in (".", "_attempts", "_checkpoints", "model"):
         litter(out / name)
     (out / "model" / "x").unlink(missing_ok=True)
     litter(tmp_path / "empty")
@@ -59,11 +59,11 @@ def test_what_systems_leave_in_our_folders_is_passed_over(tmp_path: Path) -> Non
 
 def test_a_lease_is_taken_where_others_left_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for name in ("_attempts", "_attempts/lease", "_checkpoints"):
+    for name in ("_attempts", "_checkpoints"):
         litter(out / name)
     assert checkpoint_names(Folder.of(str(out))) == []
     with claim.claim(str(out)) as run:
-        litter(out / "_attempts" / "lease")
+        litter(out / "_attempts")
         run.check()
         run.attempt.write_model(mixture(), PROVENANCE)
         run.attempt.commit()
@@ -113,7 +113,8 @@ def test_a_lease_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match="held"):
         Held.parse(text)
     if "/" not in text:
-        (tmp_path / "_attempts" / "lease" / text).mkdir(parents=True)
+        (tmp_path / "_attempts").mkdir()
+        (tmp_path / "_attempts" / "lease").write_text(text)
         with (
             pytest.raises(UserError, match=r"which is no lease of ours: remove it"),
             claim.claim(str(tmp_path)),
@@ -256,7 +257,7 @@ def test_what_a_fit_leaves_in_a_lake_is_not_read_as_rows(tmp_path: Path) -> None
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, after: int) -> Iterator[list[int]]:
     """Let writes to files fail with an errno, after so many that succeed."""
     calls: list[int] = []
-    write_out = places._write_out
+    write_out = places.write_out
 
     def write(path: Path, data: bytes, *, sync: bool) -> None:
         calls.append(1)
@@ -265,7 +266,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, after: int) -> Iterato
         write_out(path, data, sync=sync)
 
     with monkeypatch.context() as patch:
-        patch.setattr(places, "_write_out", write)
+        patch.setattr(places, "write_out", write)
         yield calls
 
 

@@ -31,7 +31,7 @@ from gmm_dist.em.lane import Status
 from gmm_dist.em.memory import lane_bytes
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import Parameters, ParameterStack
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import kmeans, split_merge
 from gmm_dist.selection.coreset import Coreset, DrawCoreset, Whitening, keyed_generator, whitening
 from gmm_dist.selection.ranking import Candidate
@@ -57,7 +57,6 @@ _SOUND = 2
 _PROPOSALS = 4  # moves tried in a round
 _GROWN, _FRESH = 2, 2  # splits and seeded starts that the trail tries for each size
 _SHARDS, _SHARD_ROWS = 8, 4096  # shards at the most, and rows of each at least
-_CHUNK_ROWS = 4096
 _STATISTICS_BYTES = 1 << 29  # of the lanes that run at once
 _REPAIR_STREAM, _TRAIL_STREAM = 4, 5  # of keyed random numbers
 
@@ -432,5 +431,5 @@ def _split(parameters: Parameters, split: split_merge.Split) -> Parameters:
 
 
 def _labels(parameters: Parameters, X: Float64[Tensor, "m d"]) -> Int64[Tensor, " m"]:
-    densities = Densities(ParameterStack.of([parameters]), X.device)
-    return torch.cat([densities(part.T).argmax(0) for part in X.split(_CHUNK_ROWS)])
+    densities = Densities.of(parameters, X.device)
+    return torch.cat([logits.argmax(0) for logits in densities.chunks(X)])

@@ -26,6 +26,7 @@ from gmm_dist.selection.kmeans import (
     nearest,
     start_of,
 )
+from gmm_dist.shards import protocol
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import ShardRows
 from gmm_dist.shards.tree_sum import Partial, TreeSum, run_on
@@ -106,7 +107,8 @@ def test_k_means_parallel_is_its_definition(edges, dtype):
 def test_chunks_do_not_change_which_rows_are_candidates(monkeypatch):
     X = mixtures.normal_rows(3000, 2)
     whole, counts = parallel(X, 5, edges=[1000])
-    monkeypatch.setattr(kmeans, "_chunk_rows", lambda *_: 64)
+    for module in (kmeans, protocol):
+        monkeypatch.setattr(module, "chunk_rows", lambda *_: 64)
     centres, weights = parallel(X, 5, edges=[1000])
     assert torch.equal(whole, centres)
     assert torch.equal(counts, weights)

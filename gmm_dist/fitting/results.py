@@ -18,9 +18,10 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.runs import load
 from gmm_dist.runs.load import Attempt
-from gmm_dist.selection.coreset import DrawCoreset, keyed_generator
+from gmm_dist.selection.coreset import DrawCoreset
 from gmm_dist.selection.ranking import RankedCandidate, SweepResult
 from gmm_dist.shards.protocol import Shards
+from gmm_dist.streams import Stream, keyed_generator
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")
 
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 # A coreset weighs no row more than twice the mean, so that half of it is a fair sample.
 _DRAWN, _KEPT = 4096, 2000  # rows
-_PICTURE = 3  # the stream of keyed random numbers
 
 DrawReport = Callable[[Attempt, Mapping[str, Any], Mixture | None, torch.Tensor | None], bool]
 """Draws report.html of sweep.json's content, the mixture and some rows; says whether it did."""
@@ -204,8 +204,9 @@ def sample_of(shards: Shards, result: SweepResult, random_state: int) -> torch.T
     if result.best is None:
         return None
     try:
-        coreset = shards.run(DrawCoreset.of(result.total, _DRAWN, random_state))
-        return coreset.fair(_KEPT, keyed_generator(random_state, _PICTURE))
+        task = DrawCoreset.of(result.total, _DRAWN, Stream.PICTURE_ROWS, random_state)
+        coreset = shards.run(task)
+        return coreset.fair(_KEPT, keyed_generator(Stream.PICTURE, random_state))
     except Exception as error:
         logger.warning("the report will have no picture of the rows: %s", one_line(error))
         return None

@@ -10,17 +10,9 @@ from torch import Tensor
 
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.shards.protocol import ShardRows
+from gmm_dist.streams import Stream, keyed_generator
 
-_CORESET = 2  # the stream of keyed random numbers that a coreset draws from
 _DEPENDENT = 1e-10  # of an eigenvalue of the correlations: below it the direction has no rows
-
-
-def keyed_generator(*key: int) -> torch.Generator:
-    """Return a generator keyed by a few whole numbers, the same everywhere."""
-    seed = 0
-    for part in key:  # a polynomial hash over a Mersenne prime
-        seed = (seed * 6_364_136_223_846_793_005 + part + 1) % (2**61 - 1)
-    return torch.Generator().manual_seed(seed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,21 +116,23 @@ class DrawCoreset:
     """
 
     size: int
+    stream: Stream
     random_state: int
     n_samples: float
     whitening: Whitening
 
     @classmethod
-    def of(cls, total: TotalMoments, size: int, random_state: int) -> DrawCoreset:
+    def of(cls, total: TotalMoments, size: int, stream: Stream, random_state: int) -> DrawCoreset:
         return cls(
             size=size,
+            stream=stream,
             random_state=random_state,
             n_samples=total.n_samples,
             whitening=whitening(total),
         )
 
     def __call__(self, rows: ShardRows) -> Coreset:
-        generator = keyed_generator(self.random_state, _CORESET, rows.shard)
+        generator = keyed_generator(self.stream, self.random_state, rows.shard)
         none = self.whitening.mean[:0]
         kept, weights = [none.new_empty(0, len(self.whitening.mean))], [none]
         whiten = self.whitening.to(rows.device)

@@ -19,8 +19,9 @@ from gmm_dist.chunks import chunk_rows
 from gmm_dist.em.statistics import CONSTANT, TotalMoments
 from gmm_dist.model.covariance import TYPE_OF, Moments, maximise
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.selection.coreset import Whitening, keyed_generator, whitening
+from gmm_dist.selection.coreset import Whitening, whitening
 from gmm_dist.shards.protocol import ShardRows, Shards
+from gmm_dist.streams import Stream, keyed_generator
 
 METHODS = ("kmeans", "k-means++", "random", "random_from_data")
 """Methods of seeding on a sample, by scikit-learn's names."""
@@ -29,7 +30,6 @@ _TRIALS = 4  # of greedy k-means++; not a function of k, so that seeds of a smal
 _EXACT = "donot_use_mm_for_euclid_dist"  # by differences: a row is at distance 0 from its copies
 _MAX_LLOYD = 50
 _OVERSAMPLING = 2  # rows that a round of k-means|| draws on average, times k
-_PARALLEL = 3  # the stream of keyed random numbers that k-means|| draws from
 _PER_CENTRE = 2  # numbers for each row of a chunk: products with the centre, and distances
 
 
@@ -292,7 +292,7 @@ class _DrawOne:
     n_features: int
 
     def __call__(self, rows: ShardRows) -> _One:
-        generator = keyed_generator(self.random_state, _PARALLEL, rows.shard, 0)
+        generator = keyed_generator(Stream.FIRST_CENTRE, self.random_state, rows.shard)
         none = torch.empty(0, self.n_features, dtype=torch.float64)
         earliest = _One(none[:, 0], none)
         for block in rows.blocks:
@@ -335,7 +335,7 @@ class _DrawFar:
     round: int
 
     def __call__(self, rows: ShardRows) -> _Far:
-        generator = keyed_generator(self.random_state, _PARALLEL, rows.shard, self.round)
+        generator = keyed_generator(Stream.MORE_CENTRES, self.random_state, rows.shard, self.round)
         none = self.whitening.mean.new_empty(0, len(self.whitening.mean))
         far = _Far(0.0, none[:, 0], none)
         whiten, centres = self.whitening.to(rows.device), self.centres.to(rows.device)

@@ -333,11 +333,11 @@ def _picture(clusters: Clusters, sample: Sample | None, kept: Sequence[int]) -> 
         f"A sample of {counted(n_rows, 'row')} in {picture_plane.kind}; ellipses reach {radius:g} "
         f"standard deviation{'s' if radius > 1 else ''} and bear their component's number."
     ]
-    for label, features in zip(picture_plane.labels, picture_plane.made_of, strict=False):
+    for axis, features in zip(picture_plane.labels, picture_plane.made_of, strict=False):
         parts = ", ".join(
             f"{shortened(printable(name), _LONGEST_NAME)} {signed(r, 2)}" for name, r in features
         )
-        said.append(f"{label.capitalize()} goes along with (correlation): {parts}.")
+        said.append(f"{axis.capitalize()} goes along with (correlation): {parts}.")
     if len(kept) > N_COLOURS:
         said.append(f"Colours repeat after {N_COLOURS}; the numbers do not.")
     if n_out := figures.n_outside(clusters, picture_plane, sample.X):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_scored_files import days, work_of, score
+from test_scored_files import days, score, work_of
 
 from gmm_dist.errors import UserError
 from gmm_dist.lake.plan import plan_lake

@@ -15,7 +15,7 @@ import pytest
 from conftest import S3Server
 from ray.exceptions import RayTaskError
 from test_commit import PROVENANCE, mixture
-from test_scored_files import days, work_of, score
+from test_scored_files import days, score, work_of
 from test_scoring_run import claimed
 
 from gmm_dist import storage

@@ -36,8 +36,11 @@ from jaxtyping import Float64
 from scipy.optimize import minimize
 from torch import Tensor
 
+from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
+from gmm_dist.selection.coreset import DrawCoreset
+from gmm_dist.streams import Stream
 
 _EPSILON = 0.01
 _STRANGE = math.log(1 / _EPSILON) / 2
@@ -61,6 +64,11 @@ class ColumnDrift:
     strangers: float
     columns: tuple[str, ...]
     change: str
+
+
+def draw_rows(before: Parameters, total: TotalMoments, random_state: int) -> DrawCoreset:
+    """Return the task that draws the rows to measure on, `total` all of tonight's."""
+    return DrawCoreset.of(total, sample_size(before), Stream.NIGHT, random_state)
 
 
 def sample_size(mixture: Parameters) -> int:

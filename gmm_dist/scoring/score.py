@@ -21,11 +21,12 @@ from gmm_dist.runs import load
 from gmm_dist.runs.checkpoint import RunIdentity, environment
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.model_folder import model_sha256
-from gmm_dist.scoring.files import Scored, ScoreFiles, collect
+from gmm_dist.scoring.files import Scored, ScoreFiles
 from gmm_dist.scoring.options import ScoreOptions
 from gmm_dist.scoring.run import claim, commit
 from gmm_dist.scoring.scorer import Scoring
 from gmm_dist.shards.ray_shards import RayShards, connected
+from gmm_dist.shards.work import Done, summary
 from gmm_dist.urls import redacted
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ class _Job:
     def score(self, run: Run) -> Scored:
         """Have the workers score all files that are not scored yet."""
         options, n_files = self.options, len(self.plan.files)
-        loader = ScoreFiles(self.plan, self.scoring, options.output, self.identity, run.attempt.id)
+        work = ScoreFiles(self.plan, self.scoring, options.output, self.identity, run.attempt.id)
         progress, cluster = self.progress, options.cluster.at_most(n_files)
 
         def watch(done: int, n_rows: int) -> None:
@@ -176,9 +177,9 @@ class _Job:
             progress.scoring(done, n_files, n_rows)
 
         with connected(cluster), progress.shown():
-            shards = RayShards(loader, n_files, cluster, self._faults)
+            shards = RayShards(Done(work), n_files, cluster, self._faults)
             shards.load(watch)
-            scored = shards.run(collect)
+            scored = shards.run(summary(work))
             shards.close()
         return scored
 

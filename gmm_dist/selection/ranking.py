@@ -337,8 +337,9 @@ class SweepResult:
             alternatives.append(Option("holdout", 0.1) + " " + Option("criterion", "holdout"))
         if alternatives:
             return "consider " + joined(" or ", alternatives)
-        names = {"bic": "BIC", "icl": "ICL", "holdout": "the held-out log-likelihood"}
-        refuted_names = " and ".join(names[criterion] for criterion in refuted)
+        refuted_names = " and ".join(
+            "the held-out log-likelihood" if name == "holdout" else name.upper() for name in refuted
+        )
         verb = "is" if len(refuted) == 1 else "are"
         return f"{refuted_names} {verb} best there, too: choose as many components as are of use"
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmm_dist.em import estep
+from gmm_dist import chunks
 from gmm_dist.em.estep import EStep, SumMoments
 from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.model.covariance import TYPE_OF, Moments, maximise, natural
@@ -189,7 +189,7 @@ def test_any_split_gives_the_same_statistics(kind, precision, cuts, cuts_of_bloc
 @pytest.mark.parametrize("precision", list(Precision))
 def test_several_chunks_equal_one_by_one(kind, precision):
     """Rows beyond one chunk, of uneven number, against the sum over single rows' densities."""
-    n = 2 * estep._MAX_CHUNK + 77
+    n = 2 * chunks._ONE_THREAD.most + 77
     X = mixtures.rows(mixtures.parameters("full", 3, 2), n)
     weight = mixtures.row_weights(n)
     lane = mixtures.parameters(kind, 3, 2)

@@ -13,7 +13,7 @@ import torch
 from sklearn.mixture import GaussianMixture
 
 from gmm_dist import Mixture, UserError
-from gmm_dist.model import mixture
+from gmm_dist.model import criteria, densities
 from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
@@ -90,7 +90,7 @@ def test_chunks_do_not_show(kind, monkeypatch):
     parameters, X = example(kind)
     model = Mixture(parameters=parameters)
     whole = model.predict_proba(X), model.score_samples(X), model.predict(X)
-    monkeypatch.setattr(mixture, "_CHUNK_ELEMENTS", 7 * 33)
+    monkeypatch.setattr(densities, "chunk_rows", lambda *_: 48)
     pieces = model.predict_proba(X), model.score_samples(X), model.predict(X)
     for one, other in zip(whole, pieces, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
@@ -130,10 +130,10 @@ def test_icl_adds_twice_the_soft_entropy(kind):
 def test_criteria_are_those_of_the_reference():
     text = (Path(__file__).parents[1] / "reference" / "gmm_cases.json").read_text()
     for case in json.loads(text)["cases"]:
-        bic = mixture.bic(case["ll"], case["df"], case["n"])
+        bic = criteria.bic(case["ll"], case["df"], case["n"])
         assert bic == pytest.approx(case["bic"], abs=2e-6)
-        assert mixture.aic(case["ll"], case["df"]) == pytest.approx(case["aic"], abs=2e-6)
-        assert mixture.icl(bic, case["entropy"]) == pytest.approx(case["icl_soft"], abs=4e-6)
+        assert criteria.aic(case["ll"], case["df"]) == pytest.approx(case["aic"], abs=2e-6)
+        assert criteria.icl(bic, case["entropy"]) == pytest.approx(case["icl_soft"], abs=4e-6)
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 5), (2, 5, 4)])

@@ -15,7 +15,7 @@ import pytest
 from conftest import S3Server
 from ray.exceptions import RayTaskError
 from test_commit import PROVENANCE, mixture
-from test_scored_files import days, loader_of, score
+from test_scored_files import days, score, work_of
 from test_scoring_run import claimed
 
 from gmm_dist import storage
@@ -28,7 +28,7 @@ from gmm_dist.runs.checkpoint import checkpoint_names
 from gmm_dist.runs.folder import Folder, is_foreign, lies_within
 from gmm_dist.runs.lease import Held
 from gmm_dist.scoring import run as score_runs
-from gmm_dist.scoring.files import Scored, ScoreFiles, collect
+from gmm_dist.scoring.files import Scored, ScoreFiles
 from gmm_dist.shards.failures import Verdict, judge
 
 FOREIGN = [".DS_Store", "._file", ".nfs000a1", "Thumbs.db", "desktop.ini", "x_$folder$"]
@@ -85,9 +85,9 @@ def test_scores_are_written_and_resumed_beside_others_files(tmp_path: Path) -> N
         litter(out / name)
     (out / "ds=1").rename(tmp_path / "elsewhere")
     with claimed(data, out):
-        score(loader_of(data, out))
+        score(work_of(data, out))
     with claimed(data, out, resume=True):
-        assert score(loader_of(data, out)).counts.rows == 900
+        assert score(work_of(data, out)).counts.rows == 900
 
 
 @pytest.mark.parametrize("name", ["model", "manifest.json", "_attempts", "part-0.parquet", ".part"])
@@ -128,16 +128,16 @@ def test_the_longest_names_that_a_disk_takes_are_scored_and_resumed(tmp_path: Pa
     for name in ("ü" * 123 + ".parquet", "x" * 247 + ".parquet"):
         one.with_name(name).write_bytes(one.read_bytes())
     with claimed(data, out):
-        first = _all(loader_of(data, out))
+        first = _all(work_of(data, out))
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
     with claimed(data, out, resume=True):
-        assert _all(loader_of(data, out)) == first
+        assert _all(work_of(data, out)) == first
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")} == times
     assert len(times) == 5
 
 
-def _all(loader: ScoreFiles) -> Scored:
-    return reduce(add, (collect(loader(shard)) for shard in range(5)))
+def _all(work: ScoreFiles) -> Scored:
+    return reduce(add, (work(shard) for shard in range(5)))
 
 
 def test_an_output_of_a_name_too_long_is_refused(tmp_path: Path) -> None:

@@ -190,8 +190,8 @@ class BayesianGaussianMixture(BaseMixture):
 
     def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.
-        from gmm_dist.fitting.lake_sweep import resident_lake
-        from gmm_dist.lake.session import plan_of
+        from gmm_dist.fitting.lake_sweep import loader_of, resident
+        from gmm_dist.lake.plan import plan_of
 
         self._validate_params()
         plan = plan_of(lake)
@@ -202,9 +202,10 @@ class BayesianGaussianMixture(BaseMixture):
         candidates = [
             Candidate(self.n_components, self.covariance_type) for _ in _sizes(self.n_components)
         ]
-        resident = resident_lake(plan, candidates, cluster)
-        with one_thread(), resident as (shards, centre):
-            rows = _LakeRows(centre, shards, shards.run(SumMoments(plan.n_features)))
+        loader = loader_of(plan, candidates, cluster)
+        with one_thread(), resident(loader, candidates, cluster) as (shards, _):
+            total = shards.run(SumMoments(plan.n_features))
+            rows = _LakeRows(torch.from_numpy(loader.centre), shards, total)
             require_rows(candidates, rows.total.n_rows)
             best = self._best_of([self._lake_lanes(rows)], rows)
         self._publish(best.model, rows, Space(dtype=torch.float64))

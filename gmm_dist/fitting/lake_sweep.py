@@ -11,15 +11,15 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig
+from gmm_dist.em.lane import Snapshot
 from gmm_dist.em.memory import lane_bytes, require_memory
 from gmm_dist.errors import UserError
-from gmm_dist.lake.lake import Lake
 from gmm_dist.lake.load import Counted, LakeLoader, loader_for
-from gmm_dist.lake.plan import Plan, plan_of
+from gmm_dist.lake.plan import Plan
 from gmm_dist.lake.session import Loaded, load_rows, require_rows_fit
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.ranking import Candidate, SweepResult
-from gmm_dist.selection.sweep import require_rows, sweep
+from gmm_dist.selection.sweep import Keep, require_rows, sweep
 from gmm_dist.shards.connection import most_memory
 from gmm_dist.shards.ray_shards import RayShards, session
 
@@ -34,7 +34,7 @@ class LakeSweep:
 
 
 def sweep_lake(
-    lake: Lake,
+    plan: Plan,
     candidates: Sequence[Candidate],
     config: EMConfig,
     start: StartConfig,
@@ -42,24 +42,27 @@ def sweep_lake(
     cluster: Cluster,
     criterion: str = "bic",
     initial_parameters: Parameters | None = None,
+    resume: Snapshot | None = None,
+    keep: Keep = lambda number, snapshot: None,
 ) -> LakeSweep:
-    """Plan, load on Ray, fit and rank.
+    """Load on Ray, fit and rank.
 
     Args:
-        lake: which rows.
+        plan: which rows.
         candidates: what is fitted to them, in the same passes.
         config: how EM goes, and when it stops.
         start: how starts are searched for, where `initial_parameters` is None.
         cluster: who holds the rows.
         criterion: what ranks the candidates.
         initial_parameters: the one candidate's start, in feature units.
+        resume: a snapshot to go on from, as `sweep` takes it.
+        keep: gets a snapshot after each pass, as `sweep` has it.
 
-    Raises UserError as `plan_lake`, `connected` and `sweep` do.
+    Raises UserError as `resident` and `sweep` do.
     """
-    plan = plan_of(lake)
     if initial_parameters is not None and initial_parameters.n_features != plan.n_features:
         raise UserError(
-            f"the start has {initial_parameters.n_features} features, but {lake.url} has "
+            f"the start has {initial_parameters.n_features} features, but {plan.url} has "
             f"{plan.n_features} ({', '.join(plan.feature_names)}): give a start of as many, or "
             "choose columns"
         )
@@ -77,6 +80,8 @@ def sweep_lake(
             criterion=criterion,
             holdout=plan.holdout > 0,
             initial=None if initial_parameters is None else [initial_parameters.shifted(-centre)],
+            resume=resume,
+            keep=keep,
         )
     return LakeSweep(result, centre, plan.feature_names)
 

@@ -146,6 +146,7 @@ def _ray_shards(problem: Problem, folder: Path) -> Any:
     n_shards = _n_shards(problem)
     cluster = Cluster(num_workers=n_cores(), use_gpu=False)
     shards = RayShards(Loader(folder / "X.npy", n_shards), n_shards, cluster)
+    shards.__enter__()  # they end with the process
     shards.load()
     return shards
 

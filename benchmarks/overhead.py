@@ -41,7 +41,7 @@ from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.sweep import Standing, sweep
 from gmm_dist.shards import dispatch
 from gmm_dist.shards.protocol import Block, ShardRows
-from gmm_dist.shards.ray_shards import RayShards, connected
+from gmm_dist.shards.ray_shards import RayShards, session
 from gmm_dist.shards.tree_sum import TreeSum
 
 AIMS = {"checkpoints": 0.02, "driver": 0.05}
@@ -221,11 +221,9 @@ def actors(count: int, loader: Drawn) -> Iterator[RayShards]:
     at_once = {"RAY_worker_maximum_startup_concurrency": str(2 * n_cores())}
     os.environ.update(at_once, RAY_worker_register_timeout_seconds="600", RAY_AUTH_MODE="disabled")
     cluster = Cluster("local", num_workers=count, use_gpu=False)
-    with connected(cluster):
-        shards = RayShards(loader, loader.n_shards, cluster, FailureConfig(grace=600))
+    with session(loader, loader.n_shards, cluster, FailureConfig(grace=600)) as shards:
         shards.load()
         yield shards
-        shards.close()
 
 
 def checkpoints(chosen: argparse.Namespace, seconds: float) -> dict[str, Any]:

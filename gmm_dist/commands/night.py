@@ -36,8 +36,8 @@ from gmm_dist.runs.json_files import FORMAT_VERSION
 from gmm_dist.runs.lease import Lease
 from gmm_dist.selection.coreset import Coreset
 from gmm_dist.selection.ranking import SweepResult
+from gmm_dist.shards.connection import connected
 from gmm_dist.shards.protocol import Shards
-from gmm_dist.shards.ray_shards import connected
 
 logger = logging.getLogger(__name__)
 

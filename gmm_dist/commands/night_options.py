@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from typing import Any
 
@@ -16,7 +16,8 @@ from gmm_dist.fitting.options import FitOptions
 from gmm_dist.lake import nights
 from gmm_dist.lake.filters.text import parse
 from gmm_dist.lake.filters.where import Where
-from gmm_dist.lake.plan import Missing, Plan, plan_lake
+from gmm_dist.lake.lake import Missing
+from gmm_dist.lake.plan import Plan, plan_of
 from gmm_dist.nightly.gate import Gate
 from gmm_dist.nightly.lineage import night_of
 from gmm_dist.nightly.registry import Registry
@@ -89,8 +90,6 @@ class NightlyOptions(FitOptions):
                 "--keep and --outliers are for --scores: give that too, or leave them out"
             )
         require_share(self.outliers)
-        if self.where is not None:
-            parse(self.where)  # its errors come before those of the lake
 
     @property
     def gate(self) -> Gate:
@@ -140,15 +139,9 @@ class NightRows:
         """Plan the rows of so many days; say so where there are none yet."""
         options = self._options
         try:
-            return plan_lake(
-                options.data,
-                columns=columns,
-                weight_column=options.weight_column,
-                where=self.where(days=days).text,
-                missing=missing,
-                holdout=options.holdout,
-                keep=keep,
-            )
+            where = self.where(days=days).text
+            rows = replace(options.lake, columns=columns, where=where, missing=missing)
+            return plan_of(rows, keep=keep)
         except NoRows as error:
             also = f" that match --where {options.where!r}" if options.where else ""
             raise NoRows(

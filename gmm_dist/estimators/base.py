@@ -8,10 +8,11 @@ to the same result. All arithmetic is float64, unless `precision` says otherwise
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from gmm_dist.estimators.restarts import Reporter, ranked
 from gmm_dist.estimators.settings import (
     require_lake_settings,
     require_no_cluster,
+    require_no_output,
     require_range,
     starts_of,
 )
@@ -51,9 +53,13 @@ from gmm_dist.model.arrays import (
     viewed,
 )
 from gmm_dist.model.covariance import Moments
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
 from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.protocol import Shards
+
+if TYPE_CHECKING:
+    from gmm_dist.estimators.kept import KeptFit
+    from gmm_dist.lake.plan import Plan
 
 SINGULAR = (
     "Fitting the mixture model failed because some components have ill-defined empirical "
@@ -65,6 +71,10 @@ NOT_CONVERGED = (
     "increase max_iter, tol, or check for degenerate data."
 )
 ARRAY_API_INITS = ("random", "random_from_data")
+
+
+def no_watch(lanes: Sequence[Lane]) -> None:
+    """Let passes go by."""
 
 
 class CentredRows(Protocol):
@@ -137,8 +147,15 @@ class BaseMixture(FittedMixture):
         sample_weight: Any = None,
         *,
         cluster: Cluster | None = None,
+        output: str | os.PathLike[str] | None = None,
+        resume: bool = False,
     ) -> Self:
         """Fit the mixture to rows X (n, d), or to a lake, by EM.
+
+        A fit to a lake with an `output` survives its process: after each pass a checkpoint is
+        written there. When the fit has ended, `gmm_dist.load(output)` returns the mixture that
+        was learned, as if `to_mixture()` had been saved (so of a posterior the expected weights,
+        means and covariances), and beside it lie all learned attributes, for `resume`.
 
         Args:
             X: rows (n, d) in memory, or a `gmm_dist.Lake`.
@@ -146,17 +163,32 @@ class BaseMixture(FittedMixture):
             sample_weight: of rows in memory, (n,): 0 is an absent row, 2 a doubled one.
             cluster: where a lake's rows are to be held; None for the Ray cluster that this process
                 is connected to, else one that is started here.
+            output: a new folder or URL that keeps the fit to a lake; None for none.
+            resume: go on, to the same bits, from the last checkpoint in `output`, if it has one. A
+                fit that has ended is not repeated: what it learned is read.
 
         Raises ValueError for bad parameters or rows, and for a singular covariance; warns with
         ConvergenceWarning where the best of the starts did not converge.
         """
         if isinstance(X, Lake):
             require_lake_settings(sample_weight, self.device, self.n_shards, cluster)
+            if resume and output is None:
+                raise ValueError("resume=True is for a fit that an output keeps: give output=")
             is_warm = self._is_warm()
-            self._fit_lake(X, cluster or Cluster())
+            self._validate_params()
+            self._start_parameters()  # errors come before those of the lake
+            # Only here are Ray and pyarrow needed: they would be most of the time of an import.
+            from gmm_dist.estimators.kept import kept_fit
+            from gmm_dist.lake.plan import plan_of
+
+            plan = plan_of(X)
+            with one_thread(), kept_fit(self, plan, output, resume=resume) as kept:
+                if not kept.is_finished:
+                    self._fit_lake(plan, cluster or Cluster(), kept)
             self._note_starts(is_lake=True, is_warm=is_warm)
         else:
             require_no_cluster(cluster)
+            require_no_output(output, resume)
             self._fit(X, sample_weight)
         return self
 
@@ -192,7 +224,11 @@ class BaseMixture(FittedMixture):
     def _publish(self, model: Any, rows: CentredRows, space: Space) -> None:
         raise NotImplementedError
 
-    def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
+    def _start_parameters(self) -> Parameters | None:
+        """Return the mixture that a lake's fit starts from; None for one to be found."""
+        return None
+
+    def _fit_lake(self, plan: Plan, cluster: Cluster, kept: KeptFit) -> None:
         raise NotImplementedError
 
     # Shared by both.
@@ -307,12 +343,23 @@ class BaseMixture(FittedMixture):
                 "give rows of the same features, or a new estimator"
             )
 
-    def _best_of(self, batches: Sequence[Sequence[Lane]], rows: CentredRows) -> Lane:
+    def _best_of(
+        self,
+        batches: Sequence[Sequence[Lane]],
+        rows: CentredRows,
+        *,
+        watch: Watch = no_watch,
+    ) -> Lane:
         """Iterate the lanes, those of a batch in the same passes, and return the best."""
         lanes = list(itertools.chain.from_iterable(batches))
         reporter = Reporter(lanes, self.verbose, self.verbose_interval)
+
+        def passed(lanes: Sequence[Lane]) -> None:
+            watch(lanes)
+            reporter.passed(lanes)
+
         for batch in batches:
-            self._iterate(batch, rows, self.max_iter, watch=reporter.passed)
+            self._iterate(batch, rows, self.max_iter, watch=passed)
         reporter.ended()
         return ranked(lanes)[0]
 
@@ -322,7 +369,7 @@ class BaseMixture(FittedMixture):
         rows: CentredRows,
         max_iter: int,
         *,
-        watch: Watch = lambda lanes: None,
+        watch: Watch = no_watch,
     ) -> None:
         """Have lanes go on until they have converged, or have come to `max_iter` steps."""
         for lane in lanes:

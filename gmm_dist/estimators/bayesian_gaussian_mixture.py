@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import sklearn.mixture
@@ -14,16 +14,15 @@ import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
-from gmm_dist.config import ABSOLUTE, Cluster, EMConfig
+from gmm_dist.config import ABSOLUTE, Cluster, EMConfig, StartConfig
 from gmm_dist.em.estep import SumMoments
-from gmm_dist.em.lane import Lane
+from gmm_dist.em.lane import Lane, restore_lanes
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.estimators.attributes import exchanged, publish, require_class
-from gmm_dist.estimators.base import BaseMixture, CentredRows
+from gmm_dist.estimators.base import BaseMixture, CentredRows, no_watch
 from gmm_dist.estimators.local_rows import Resident
 from gmm_dist.estimators.restarts import ranked
 from gmm_dist.estimators.settings import search_of
-from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
 from gmm_dist.model.covariance import TYPE_OF, Moments
 from gmm_dist.model.mixture import Mixture
@@ -32,8 +31,11 @@ from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, 
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.starts import find_starts
 from gmm_dist.selection.sweep import require_rows
-from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.protocol import Shards
+
+if TYPE_CHECKING:
+    from gmm_dist.estimators.kept import KeptFit
+    from gmm_dist.lake.plan import Plan
 
 _POSITIVE = Interval(Real, 0.0, None, closed="neither")
 _SIZES = 12  # numbers of components that starts on a lake have, at the most
@@ -190,13 +192,9 @@ class BayesianGaussianMixture(BaseMixture):
     def _fitted_model(self, rows: CentredRows) -> Posterior:
         return self._posterior(self._prior(rows).shifted(rows.centre)).shifted(-rows.centre)
 
-    def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
-        # Only here are Ray and pyarrow needed: they would be most of the time of an import.
-        from gmm_dist.fitting.lake_sweep import resident_lake
-        from gmm_dist.lake.session import plan_of
+    def _fit_lake(self, plan: Plan, cluster: Cluster, kept: KeptFit) -> None:
+        from gmm_dist.fitting.lake_sweep import loader_of, resident
 
-        self._validate_params()
-        plan = plan_of(lake)
         self._check_beliefs(plan.n_features)
         if self._is_warm():
             self._require_warm(plan.n_features)
@@ -204,41 +202,54 @@ class BayesianGaussianMixture(BaseMixture):
         candidates = [
             Candidate(self.n_components, self.covariance_type) for _ in _sizes(self.n_components)
         ]
-        resident = resident_lake(plan, candidates, cluster)
-        with one_thread(), resident as (shards, centre):
-            rows = _LakeRows(centre, shards, shards.run(SumMoments(plan.n_features)))
+        loader = loader_of(plan, candidates, cluster)
+        with resident(loader, candidates, cluster) as (shards, _):
+            total = shards.run(SumMoments(plan.n_features))
+            rows = _LakeRows(torch.from_numpy(loader.centre), shards, total)
             require_rows(candidates, rows.total.n_rows)
-            best = self._best_of([self._searched_lanes(rows)], rows)
+            best = self._best_searched(rows, kept)
         self._publish(best.model, rows, Space(dtype=torch.float64))
         self._name_features(plan.n_features, plan.feature_names)
         self._conclude(best, rows.total.n_samples)
 
     def _best_lane(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Lane:
         if self._searches() and not self._is_warm():
-            return self._best_of([self._searched_lanes(resident)], resident)
+            return self._best_searched(resident)
         return super()._best_lane(rows, weight, resident)
 
-    def _searched_lanes(self, rows: CentredRows) -> list[Lane]:
-        """Return the best lanes after a few passes, from starts of several sizes.
+    def _best_searched(self, rows: CentredRows, kept: KeptFit | None = None) -> Lane:
+        """Iterate starts of several sizes for a few passes, and those that lead to the end."""
+        is_sifted = self._is_warm()
+        if kept is not None and (saved := kept.latest) is not None:
+            lanes, is_sifted = restore_lanes(saved), bool(saved.state["sifted"])
+        elif is_sifted:
+            lanes = [self._lane(self._fitted_model(rows), self.lower_bound_)]
+        else:
+            lanes = self._searched_lanes(rows, search_of(self, kept.seed if kept else None))
+        if not is_sifted:
+            watch = kept.watch(sifted=False) if kept else no_watch
+            self._iterate(lanes, rows, min(_FIRST, self.max_iter), watch=watch)
+            lanes = ranked(lanes)[:_KEPT]
+        watch = kept.watch(sifted=True) if kept else no_watch
+        return self._best_of([lanes], rows, watch=watch)
+
+    def _searched_lanes(self, rows: CentredRows, start: StartConfig) -> list[Lane]:
+        """Return lanes from starts of several sizes.
 
         Maximum likelihood uses every component, and from there the bound rises slowly: mixtures
         of k components are hardly ever the best start for a posterior of k.
         """
-        if self._is_warm():
-            return [self._lane(self._fitted_model(rows), self.lower_bound_)]
         prior, k, n = self._prior(rows), self.n_components, rows.total.n_samples
         candidates = [Candidate(size, self.covariance_type) for size in _sizes(k)]
         # The search's tol is per row; ours is for the whole bound.
         config = EMConfig(reg_covar=float(self.reg_covar), reg_unit=ABSOLUTE)
-        start, n_threads = replace(search_of(self), finalists=1), os.cpu_count() or 1
+        start, n_threads = replace(start, finalists=1), os.cpu_count() or 1
         starts = find_starts(
             rows.shards, candidates, config, start, rows.total, n_threads=n_threads
         )
         # The largest first: it is the one kept where max_iter is 0.
         mixtures = [_filled(best, k) for (best,) in reversed(starts)]
-        lanes = [self._lane(updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]
-        self._iterate(lanes, rows, min(_FIRST, self.max_iter))
-        return ranked(lanes)[:_KEPT]
+        return [self._lane(updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]
 
     def _publish(self, model: Any, rows: CentredRows, space: Space) -> None:
         posterior = model.shifted(rows.centre)

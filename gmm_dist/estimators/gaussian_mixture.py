@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import sklearn.mixture
 import torch
@@ -50,6 +50,10 @@ from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import sweep
 from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.reweighted import unit_of
+
+if TYPE_CHECKING:
+    from gmm_dist.estimators.kept import KeptFit
+    from gmm_dist.lake.plan import Plan
 
 
 class GaussianMixture(BaseMixture):
@@ -278,21 +282,19 @@ class GaussianMixture(BaseMixture):
         reg = torch.full_like(rows.total.sum_x, self.reg_covar)
         return MaximumLikelihood(parameters, reg, empty_rows(rows.total))
 
-    def _fit_lake(self, lake: Lake, cluster: Cluster) -> None:
-        # Only here are Ray and pyarrow needed: they would be most of the time of an import.
+    def _fit_lake(self, plan: Plan, cluster: Cluster, kept: KeptFit) -> None:
         from gmm_dist.fitting.lake_sweep import sweep_lake
 
-        self._validate_params()
-        start = self._start_parameters()
-        with one_thread():
-            swept = sweep_lake(
-                lake,
-                [self._candidate()],
-                self._search_config(),
-                search_of(self),
-                cluster=cluster,
-                initial_parameters=start,
-            )
+        swept = sweep_lake(
+            plan,
+            [self._candidate()],
+            self._search_config(),
+            search_of(self, kept.seed),
+            cluster=cluster,
+            initial_parameters=self._start_parameters(),
+            resume=kept.latest,
+            keep=kept.keep,
+        )
         self._adopt(swept.result, swept.centre, swept.feature_names, Space(dtype=torch.float64))
 
     def _fit(self, X: Any, sample_weight: Any) -> None:
@@ -311,7 +313,6 @@ class GaussianMixture(BaseMixture):
             is_warm, start = self._is_warm(), self._start_parameters()
             resident = self._resident(rows, weight)
             names = tuple(getattr(self, "feature_names_in_", ()))
-            centre = resident.centre
             result = sweep(
                 resident.shards,
                 [self._candidate()],
@@ -319,10 +320,10 @@ class GaussianMixture(BaseMixture):
                 search_of(self),
                 n_features=rows.shape[1],
                 feature_names=names,
-                centre=centre,
-                initial=None if start is None else [start.shifted(-centre)],
+                centre=resident.centre,
+                initial=None if start is None else [start.shifted(-resident.centre)],
             )
-        self._adopt(result, centre, names, space_of(X, rows))
+        self._adopt(result, resident.centre, names, space_of(X, rows))
         self._note_starts(is_lake=False, is_warm=is_warm)
 
     def _candidate(self) -> Candidate:
@@ -433,8 +434,7 @@ def _warn_if_drowned(
 
 
 def _n_rows(scores: Any) -> int:
-    n: int = scores.shape[0]
-    return n
+    return int(scores.shape[0])
 
 
 def _require_weights(weights: Tensor) -> None:

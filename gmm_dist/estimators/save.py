@@ -95,7 +95,7 @@ def _mixture_of(model: Any) -> Mixture:
 
 def _files(model: Mixture | Estimator, mixture: Mixture, url: Url) -> dict[str, bytes]:
     """Return the files of the model folder; raise UserError where they would not load again."""
-    files = dump(mixture, _provenance(model))
+    files = dump(mixture, provenance_of(model))
     try:
         parse_model(files[CARD], files[TENSORS], url)
     except UserError as error:
@@ -106,12 +106,18 @@ def _files(model: Mixture | Estimator, mixture: Mixture, url: Url) -> dict[str, 
     return files
 
 
-def _provenance(model: Mixture | Estimator) -> Provenance:
+def settings_of(estimator: Estimator) -> dict[str, Any]:
+    """Return an estimator's class and parameters as plain JSON values."""
+    settings = {name: _plain(value) for name, value in estimator.get_params(deep=False).items()}
+    return {"estimator": type(estimator).__name__, **settings}
+
+
+def provenance_of(model: Mixture | Estimator) -> Provenance:
+    """Say how a model came about, as far as the model knows it."""
     config: dict[str, Any] = {}
     status, converged, n_iter = _UNKNOWN, False, 0
     if isinstance(model, Estimator):
-        settings = {name: _plain(value) for name, value in model.get_params(deep=False).items()}
-        config = {"estimator": type(model).__name__, **settings}
+        config = settings_of(model)
         converged = bool(getattr(model, "converged_", False))
         n_iter = int(getattr(model, "n_iter_", 0))
         # An estimator made from a mixture has no iterations.

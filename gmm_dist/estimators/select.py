@@ -187,10 +187,16 @@ def select(
         if isinstance(X, Lake):
             # Ray and pyarrow are needed only here.
             from gmm_dist.fitting.lake_sweep import sweep_lake
+            from gmm_dist.lake.plan import plan_of
 
             require_lake_settings(sample_weight, device, n_shards, cluster)
             swept = sweep_lake(
-                X, candidates, config, start, cluster=cluster or Cluster(), criterion=criterion
+                plan_of(X),
+                candidates,
+                config,
+                start,
+                cluster=cluster or Cluster(),
+                criterion=criterion,
             )
             space = Space(dtype=torch.float64)
             return _selected(

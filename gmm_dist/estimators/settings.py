@@ -54,6 +54,15 @@ def require_no_cluster(cluster: Any) -> None:
         )
 
 
+def require_no_output(output: Any, resume: bool) -> None:
+    """Raise ValueError where rows in memory come with what a lake's fit alone can keep."""
+    if output is not None or resume:
+        raise ValueError(
+            "output and resume are for a lake, gmm_dist.Lake(...): leave them out, and save what "
+            "rows in memory have taught with gmm_dist.save"
+        )
+
+
 def starts_of(estimator: BaseMixture, *, is_lake: bool) -> tuple[str, int]:
     """Return an estimator's `init_params` and `n_init`, with what None stands for."""
     init = estimator.init_params or (SEARCH if is_lake else "kmeans")
@@ -61,13 +70,16 @@ def starts_of(estimator: BaseMixture, *, is_lake: bool) -> tuple[str, int]:
     return init, estimator.n_init or (StartConfig().n_init if searches else 1)
 
 
-def search_of(estimator: BaseMixture) -> StartConfig:
-    """Return the settings of the search for an estimator's starts."""
+def search_of(estimator: BaseMixture, seed: int | None = None) -> StartConfig:
+    """Return the settings of the search for an estimator's starts.
+
+    They are drawn from `seed`; None for what `random_state` says.
+    """
     init, n_init = starts_of(estimator, is_lake=True)
     return StartConfig(
         n_init=n_init,
         init=StartConfig().init if init == SEARCH else init,
-        random_state=seed_of(estimator.random_state),
+        random_state=seed_of(estimator.random_state) if seed is None else seed,
     )
 
 

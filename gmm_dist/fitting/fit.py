@@ -14,27 +14,25 @@ from typing import Any, Self
 import torch
 
 from gmm_dist.em.evaluate import training_quantiles
-from gmm_dist.em.lane import Snapshot
 from gmm_dist.errors import Option, Spelling, UserError, Words, in_python, spelt
 from gmm_dist.fitting import results
-from gmm_dist.fitting.lake_sweep import require_means, started_workers
+from gmm_dist.fitting.checkpoints import FitCheckpoints
+from gmm_dist.fitting.lake_sweep import loader_of, resident
 from gmm_dist.fitting.options import FitOptions
 from gmm_dist.fitting.progress import FitProgress, Silent
 from gmm_dist.fitting.results import DrawReport, Fitted, no_report, sample_of
 from gmm_dist.formats import counted
-from gmm_dist.lake.load import Counted, LakeLoader, loader_for
-from gmm_dist.lake.plan import Plan, plan_lake
-from gmm_dist.lake.session import load_rows
+from gmm_dist.lake.load import Counted, LakeLoader
+from gmm_dist.lake.plan import Plan, plan_of
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.runs import claim, load
-from gmm_dist.runs.checkpoint import Checkpoint, RunIdentity, environment
+from gmm_dist.runs.checkpoint import RunIdentity, environment
 from gmm_dist.runs.claim import Run
 from gmm_dist.selection.ranking import Candidate, SweepResult
-from gmm_dist.selection.sweep import Keep, Watch, sweep
+from gmm_dist.selection.sweep import sweep
 from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.protocol import Shards
-from gmm_dist.shards.ray_shards import connected
 
 logger = logging.getLogger(__name__)
 
@@ -151,9 +149,7 @@ class Job:
             progress: Receives the fit's progress; None for silence.
         """
         candidates = _candidates(options, start_model)
-        plan = plan or plan_rows(options)
-        require_means(plan, candidates, options.cluster)
-        loader = loader_for(plan)
+        loader = loader_of(plan or plan_of(options.lake), candidates, options.cluster)
         starts, guests = (
             None if model is None else [about_centre(model, loader)]
             for model in (start_model, warm)
@@ -202,28 +198,20 @@ class Job:
 
         `look` is called with the shards and the result, while the rows are resident.
         """
-        checkpoints = run.checkpoints(self.identity, seconds=self.options.checkpoint_seconds)
-        latest = checkpoints.latest() if self.options.resume else None
-        progress = self.progress
-
-        def keep(number: int, snapshot: Callable[[], Snapshot]) -> None:
-            run.check()
-            if checkpoints.is_due:
-                taken = snapshot()
-                checkpoints.put(Checkpoint(number, taken.tensors, taken.state))
-
+        options, progress = self.options, self.progress
+        checkpoints = FitCheckpoints(
+            run, self.identity, resume=options.resume, seconds=options.checkpoint_seconds
+        )
         with progress.shown(), self.resident(progress) as (shards, counted):
-            resume = None
-            if latest is not None:
-                resume = Snapshot(dict(latest.tensors), dict(latest.state))
-                progress.resuming(latest.number)
+            if checkpoints.latest is not None:
+                progress.resuming(checkpoints.number)
             elif self.initial_parameters is None:
-                progress.starting(self.options.n_init)
-            result = self._sweep(shards, watch=progress.standings, resume=resume, keep=keep)
+                progress.starting(options.n_init)
+            result = self._sweep(shards, checkpoints)
             quantiles = None
             if result.best is not None:
                 quantiles = training_quantiles(shards, result.best.fit.parameters)
-            sample = sample_of(shards, result, self.options.random_state)
+            sample = sample_of(shards, result, options.random_state)
             look(shards, result)
         return Fitted(result=result, counted=counted, quantiles=quantiles, sample=sample)
 
@@ -231,18 +219,16 @@ class Job:
     def resident(self, progress: FitProgress) -> Iterator[tuple[Shards, Counted]]:
         """Keep the rows in the memory of a cluster's workers, and count them."""
         options = self.options
-        cluster = options.cluster.at_most(self.plan.n_shards)
-        started = started_workers(self.loader, self.candidates, cluster, options.faults)
-        with connected(cluster), started as shards:
 
-            def loaded(done: int, n_rows: int) -> None:
-                progress.loading(done, self.plan.n_shards, n_rows)
+        def loaded(done: int, n_rows: int) -> None:
+            progress.loading(done, self.plan.n_shards, n_rows)
 
-            yield shards, load_rows(shards, self.loader, loaded)
+        with resident(
+            self.loader, self.candidates, options.cluster, options.faults, watch=loaded
+        ) as rows:
+            yield rows
 
-    def _sweep(
-        self, shards: Shards, *, watch: Watch, resume: Snapshot | None, keep: Keep
-    ) -> SweepResult:
+    def _sweep(self, shards: Shards, checkpoints: FitCheckpoints) -> SweepResult:
         return sweep(
             shards,
             self.candidates,
@@ -255,9 +241,9 @@ class Job:
             holdout=self.plan.holdout > 0,
             initial=self.initial_parameters,
             warm=self.warm,
-            watch=watch,
-            resume=resume,
-            keep=keep,
+            watch=self.progress.standings,
+            resume=checkpoints.latest,
+            keep=checkpoints.keep,
         )
 
 
@@ -282,18 +268,6 @@ def _candidates(options: FitOptions, start_model: Mixture | None) -> list[Candid
             remedy="leave out " + k,
         )
     return [Candidate(start_model.n_components, start_model.covariance_type)]
-
-
-def plan_rows(options: FitOptions) -> Plan:
-    """Plan the rows that the options ask for."""
-    return plan_lake(
-        options.data,
-        columns=options.columns,
-        weight_column=options.weight_column,
-        where=options.where,
-        missing=options.missing,
-        holdout=options.holdout,
-    )
 
 
 def about_centre(model: Mixture, loader: LakeLoader) -> Parameters:

@@ -7,7 +7,6 @@ units, each row about each component's mean.
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
@@ -21,13 +20,12 @@ from gmm_dist.formats import first_few
 from gmm_dist.lake import read
 from gmm_dist.lake.lake import Lake
 from gmm_dist.lake.load import LakeLoader, column_means
-from gmm_dist.lake.plan import Plan
-from gmm_dist.lake.session import plan_of
+from gmm_dist.lake.plan import Plan, plan_of
 from gmm_dist.model.criteria import aic, bic, icl
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.protocol import Block, Loader, S, ShardRows, Task
-from gmm_dist.shards.ray_shards import RayShards, connected
+from gmm_dist.shards.ray_shards import RayShards, session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +64,9 @@ def scores_of_lake(
     """
     mixture = model if isinstance(model, Mixture) else Mixture(parameters=model)
     plan = _plan(lake, mixture)
-    where = (cluster or Cluster()).at_most(plan.n_shards)
     loader = LakeLoader(plan=plan, centre=np.zeros(plan.n_features), dtype=torch.float64)
-    with connected(where), closing(_StreamedShards(loader, where)) as shards:
+    with session(loader, plan.n_shards, cluster or Cluster()) as workers:
+        shards = _StreamedShards(loader, workers)
         if plan.missing == "mean":
             shards.loader = replace(loader, fill=column_means(shards, loader))
         sums = shards.run(SumScores(mixture.parameters))
@@ -136,27 +134,17 @@ def _summary(rows: ShardRows) -> Any:
 class _StreamedShards:
     """Shards of which a worker holds one at a time: each `run` reads the rows again."""
 
-    def __init__(self, loader: LakeLoader, cluster: Cluster) -> None:
+    def __init__(self, loader: LakeLoader, workers: RayShards) -> None:
         self.loader = loader
-        self._cluster = cluster
-        self._workers: RayShards | None = None
+        self._workers = workers
 
     @property
     def n_shards(self) -> int:
-        return self.loader.plan.n_shards
+        return self._workers.n_shards
 
     def run(self, task: Task[S]) -> S:
         """Apply the task to every shard once and add the summaries along the fixed tree."""
-        reduced = _Reduced(self.loader, task)
-        if self._workers is None:
-            self._workers = RayShards(reduced, self.n_shards, self._cluster)
-        else:
-            self._workers.replace(reduced)
+        self._workers.replace(_Reduced(self.loader, task))
         self._workers.load()
         summary: S = self._workers.run(_summary)
         return summary
-
-    def close(self) -> None:
-        """End the workers."""
-        if self._workers is not None:
-            self._workers.close()

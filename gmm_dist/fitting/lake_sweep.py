@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +11,17 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig
+from gmm_dist.em.lane import Snapshot
 from gmm_dist.em.memory import lane_bytes, require_memory
 from gmm_dist.errors import UserError
-from gmm_dist.lake.lake import Lake
-from gmm_dist.lake.load import LakeLoader, loader_for
+from gmm_dist.lake.load import Counted, LakeLoader, loader_for
 from gmm_dist.lake.plan import Plan
-from gmm_dist.lake.session import load_rows, plan_of, require_rows_fit
+from gmm_dist.lake.session import Loaded, load_rows, require_rows_fit
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.ranking import Candidate, SweepResult
-from gmm_dist.selection.sweep import require_rows, sweep
-from gmm_dist.shards.ray_shards import RayShards, connected, most_memory
+from gmm_dist.selection.sweep import Keep, require_rows, sweep
+from gmm_dist.shards.connection import most_memory
+from gmm_dist.shards.ray_shards import RayShards, session
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +34,7 @@ class LakeSweep:
 
 
 def sweep_lake(
-    lake: Lake,
+    plan: Plan,
     candidates: Sequence[Candidate],
     config: EMConfig,
     start: StartConfig,
@@ -41,28 +42,33 @@ def sweep_lake(
     cluster: Cluster,
     criterion: str = "bic",
     initial_parameters: Parameters | None = None,
+    resume: Snapshot | None = None,
+    keep: Keep = lambda number, snapshot: None,
 ) -> LakeSweep:
-    """Plan, load on Ray, fit and rank.
+    """Load on Ray, fit and rank.
 
     Args:
-        lake: which rows.
+        plan: which rows.
         candidates: what is fitted to them, in the same passes.
         config: how EM goes, and when it stops.
         start: how starts are searched for, where `initial_parameters` is None.
         cluster: who holds the rows.
         criterion: what ranks the candidates.
         initial_parameters: the one candidate's start, in feature units.
+        resume: a snapshot to go on from, as `sweep` takes it.
+        keep: gets a snapshot after each pass, as `sweep` has it.
 
-    Raises UserError as `plan_lake`, `connected` and `sweep` do.
+    Raises UserError as `resident` and `sweep` do.
     """
-    plan = plan_of(lake)
     if initial_parameters is not None and initial_parameters.n_features != plan.n_features:
         raise UserError(
-            f"the start has {initial_parameters.n_features} features, but {lake.url} has "
+            f"the start has {initial_parameters.n_features} features, but {plan.url} has "
             f"{plan.n_features} ({', '.join(plan.feature_names)}): give a start of as many, or "
             "choose columns"
         )
-    with resident_lake(plan, candidates, cluster) as (shards, centre):
+    loader = loader_of(plan, candidates, cluster)
+    centre = torch.from_numpy(loader.centre)
+    with resident(loader, candidates, cluster) as (shards, _):
         result = sweep(
             shards,
             candidates,
@@ -74,55 +80,52 @@ def sweep_lake(
             criterion=criterion,
             holdout=plan.holdout > 0,
             initial=None if initial_parameters is None else [initial_parameters.shifted(-centre)],
+            resume=resume,
+            keep=keep,
         )
     return LakeSweep(result, centre, plan.feature_names)
 
 
-@contextmanager
-def resident_lake(
-    plan: Plan, candidates: Sequence[Candidate], cluster: Cluster
-) -> Iterator[tuple[RayShards, Float64[Tensor, " d"]]]:
-    """Hold a lake's rows in Ray's workers until the block ends, to fit the candidates to.
+def loader_of(plan: Plan, candidates: Sequence[Candidate], cluster: Cluster) -> LakeLoader:
+    """Return the loader of a lake's rows, to fit the candidates to.
 
-    Yields the shards, and their rows' shared centre (d,) in feature units. Raises UserError as
-    `connected` does, and where rows or memory are too few.
+    Raises UserError where rows or memory are too few, as far as that is known without Ray.
     """
-    cluster = cluster.at_most(plan.n_shards)
-    require_means(plan, candidates, cluster)
-    loader = loader_for(plan)
-    with connected(cluster), started_workers(loader, candidates, cluster) as shards:
-        load_rows(shards, loader)
-        yield shards, torch.from_numpy(loader.centre)
-
-
-def require_means(plan: Plan, candidates: Sequence[Candidate], cluster: Cluster) -> None:
-    """Raise UserError where rows or memory are too few, as far as that is known without Ray."""
     require_rows(candidates, plan.n_rows)
     available = most_memory(cluster, plan.n_shards)
     require_memory(_lanes(candidates), plan.n_features, available)
-
-
-def _lanes(candidates: Sequence[Candidate]) -> list[tuple[int, str]]:
-    return [(candidate.k, candidate.covariance_type) for candidate in candidates]
+    return loader_for(plan)
 
 
 @contextmanager
-def started_workers(
+def resident(
     loader: LakeLoader,
     candidates: Sequence[Candidate],
     cluster: Cluster,
     faults: FailureConfig | None = None,
-) -> Iterator[RayShards]:
-    """Start workers that end with the block, and check that the rows fit into their memory.
+    *,
+    watch: Loaded = lambda done, rows: None,
+) -> Iterator[tuple[RayShards, Counted]]:
+    """Hold a lake's rows in Ray's workers until the block ends, to fit the candidates to.
 
-    In a process that stays connected, as a notebook does, they would else outlive a failed fit.
-    Raises UserError when the memory is too small.
+    Args:
+        loader: The rows.
+        candidates: What is fitted to them, in the same passes.
+        cluster: Who holds them.
+        faults: How patient the fit is with its workers.
+        watch: Gets the numbers of shards and of rows that are loaded.
+
+    Yields the shards, and what was counted as they were loaded. Raises UserError as `connected`
+    and `load_rows` do, and where memory is too small.
     """
-    lanes, n_features = _lanes(candidates), loader.plan.n_features
-    reserve = lane_bytes(lanes, n_features)
-    shards = RayShards(loader, loader.plan.n_shards, cluster, faults, reserve=reserve)
-    with closing(shards):
+    lanes, plan = _lanes(candidates), loader.plan
+    reserve = lane_bytes(lanes, plan.n_features)
+    with session(loader, plan.n_shards, cluster, faults, reserve=reserve) as shards:
         available = shards.worker_memory()
-        require_memory(lanes, n_features, available)
+        require_memory(lanes, plan.n_features, available)
         require_rows_fit(shards, loader, available=available, reserve=reserve)
-        yield shards
+        yield shards, load_rows(shards, loader, watch)
+
+
+def _lanes(candidates: Sequence[Candidate]) -> list[tuple[int, str]]:
+    return [(candidate.k, candidate.covariance_type) for candidate in candidates]

@@ -9,7 +9,7 @@ from typing import get_args
 from gmm_dist import config
 from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig, optional, several
 from gmm_dist.errors import Option, UserError
-from gmm_dist.lake.plan import Missing
+from gmm_dist.lake.lake import Lake, Missing
 from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.selection.ranking import CRITERIA
 
@@ -105,10 +105,7 @@ class FitOptions:
             checkpoint_seconds=config.number,
         )
         # Each raises its own errors.
-        _ = self.em, self.search, self.faults, self.cluster
-        if not 0 <= self.holdout < 1:
-            wanted = "give a share of the rows, 0 <= share < 1"
-            raise UserError(f"is {self.holdout:g}", option="holdout", remedy=wanted)
+        _ = self.lake, self.em, self.search, self.faults, self.cluster
         if not (self.checkpoint_seconds >= 0 and math.isfinite(self.checkpoint_seconds)):
             raise UserError(
                 f"is {self.checkpoint_seconds:g}",
@@ -126,6 +123,18 @@ class FitOptions:
                 option=Option("criterion", "holdout"),
                 remedy="add " + Option("holdout", 0.1),
             )
+
+    @property
+    def lake(self) -> Lake:
+        """The rows."""
+        return Lake(
+            self.data,
+            columns=self.columns,
+            where=self.where,
+            weight_column=self.weight_column,
+            missing=self.missing,
+            holdout=self.holdout,
+        )
 
     @property
     def em(self) -> EMConfig:

@@ -21,7 +21,7 @@ from gmm_dist.lake import listing, nights
 from gmm_dist.lake.deal import RowRange, deal
 from gmm_dist.lake.filters.expressions import filter_of
 from gmm_dist.lake.filters.where import Filter
-from gmm_dist.lake.lake import Missing as Missing
+from gmm_dist.lake.lake import Lake, Missing
 from gmm_dist.lake.listing import LakeFile, Listing
 from gmm_dist.lake.schema import NAME_COLUMNS, Columns
 from gmm_dist.lake.survey import (
@@ -131,6 +131,20 @@ class Plan:
         first = sum(file.rows[: part.row_group])
         hashes = _row_hashes(file.path, first + part.start, first + part.stop)
         return hashes < np.uint64(int(self.holdout * 2.0**64))
+
+
+def plan_of(lake: Lake, *, keep: Sequence[str] = (), remedy: Words = NAME_COLUMNS) -> Plan:
+    """Plan the rows of a lake; takes `keep` and `remedy`, and raises, as `plan_lake` does."""
+    return plan_lake(
+        lake.url,
+        columns=lake.columns,
+        weight_column=lake.weight_column,
+        where=lake.where,
+        missing=lake.missing,
+        holdout=lake.holdout,
+        keep=keep,
+        remedy=remedy,
+    )
 
 
 def plan_lake(

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from gmm_dist.errors import Option, TooFewRows, UserError, Words
 from gmm_dist.formats import gigabytes
-from gmm_dist.lake.lake import Lake
 from gmm_dist.lake.load import Counted, LakeLoader, column_means, count_rows
-from gmm_dist.lake.plan import Plan, plan_lake
+from gmm_dist.lake.plan import Plan
 from gmm_dist.shards.ray_shards import RayShards
 
 logger = logging.getLogger(__name__)
@@ -80,18 +79,6 @@ def _more_workers(need: RowsNeed, room: int) -> Words:
         return ""
     n_workers = math.ceil(need.n_shards / shards)
     return Option("num_workers", n_workers) + " on machines with as much memory for each, "
-
-
-def plan_of(lake: Lake) -> Plan:
-    """Plan the rows of a lake; raises as `plan_lake` does."""
-    return plan_lake(
-        lake.url,
-        columns=lake.columns,
-        weight_column=lake.weight_column,
-        where=lake.where,
-        missing=lake.missing,
-        holdout=lake.holdout,
-    )
 
 
 def require_rows_fit(

@@ -26,13 +26,15 @@ from torch import Tensor
 
 from gmm_dist.errors import Option, UserError
 from gmm_dist.runs.folder import Folder
-from gmm_dist.runs.json_files import FORMAT_VERSION, require_readable
+from gmm_dist.runs.json_files import require_readable
 from gmm_dist.runs.model_folder import library_versions
 from gmm_dist.storage import line_of
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "_checkpoints"
+# Of checkpoints alone: 1 held lanes of maximum likelihood only, in another shape.
+FORMAT_VERSION = 2
 _IDENTITY = "run.json"
 _NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.safetensors")
 _KEYS = {"format_version", "key", "environment", "number", "state"}
@@ -185,8 +187,8 @@ class CheckpointStore:
         """Return the newest whole checkpoint, None where there is none.
 
         Raises:
-            UserError: it belongs to another run (other files, columns or settings), or a newer
-                gmm_dist wrote it.
+            UserError: it belongs to another run (other files, columns or settings), or an older
+                or newer gmm_dist wrote it.
         """
         for name in reversed(_sorted(self._folder.names())):
             data = self._folder.read(name)
@@ -200,7 +202,16 @@ class CheckpointStore:
 
     def _refuse_other(self, name: str, content: Mapping[str, Any]) -> None:
         url = self._folder.url
-        require_readable(content["format_version"], name, url)
+        version = content["format_version"]
+        require_readable(version, name, url, newest=FORMAT_VERSION)
+        if version < FORMAT_VERSION:
+            raise UserError(
+                f"{url}: an older gmm_dist wrote checkpoint {content['number']} (format version "
+                f"{version}, this one resumes from {FORMAT_VERSION} only)",
+                remedy="finish the run with that gmm_dist, or pass another "
+                + Option("output")
+                + " to start afresh",
+            )
         if content["key"] != self._key:
             saved = self._folder.read(_IDENTITY)
             raise UserError(

@@ -111,12 +111,12 @@ def name_within(value: object, name: str, url: str) -> str:
     return "/".join(parts)
 
 
-def require_readable(version: int, name: str, url: str) -> None:
+def require_readable(version: int, name: str, url: str, *, newest: int = FORMAT_VERSION) -> None:
     """Raise UserError when a newer gmm_dist wrote the file `name` at `url`."""
-    if version > FORMAT_VERSION:
+    if version > newest:
         raise UserError(
-            f"{url}: {name} has format version {version}, this gmm_dist reads {FORMAT_VERSION} at "
-            "most: upgrade gmm_dist"
+            f"{url}: {name} has format version {version}, this gmm_dist reads {newest} at most: "
+            "upgrade gmm_dist"
         )
 
 

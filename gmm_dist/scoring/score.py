@@ -15,7 +15,8 @@ import pyarrow as pa
 from gmm_dist.config import FailureConfig
 from gmm_dist.errors import Option, UserError
 from gmm_dist.formats import counted
-from gmm_dist.lake.plan import Plan, plan_lake
+from gmm_dist.lake.lake import Lake
+from gmm_dist.lake.plan import Plan, plan_of
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs import load
 from gmm_dist.runs.checkpoint import RunIdentity, environment
@@ -25,7 +26,7 @@ from gmm_dist.scoring.files import Scored, ScoreFiles
 from gmm_dist.scoring.options import ScoreOptions
 from gmm_dist.scoring.run import claim, commit
 from gmm_dist.scoring.scorer import Scoring
-from gmm_dist.shards.ray_shards import RayShards, connected
+from gmm_dist.shards.ray_shards import session
 from gmm_dist.shards.work import Done, summary
 from gmm_dist.urls import redacted
 
@@ -102,14 +103,14 @@ class _Job:
                 "columns are found: pass a model that a fit or a sweep wrote"
             )
         threshold = _threshold(mixture, options)
-        plan = plan_lake(
+        rows = Lake(
             options.data,
             columns=mixture.feature_names,
             where=options.where,
             missing="mean",  # a row with a hole keeps its place
-            keep=options.keep,
-            remedy="the model needs all its features: score files that have them",
         )
+        remedy = "the model needs all its features: score files that have them"
+        plan = plan_of(rows, keep=options.keep, remedy=remedy)
         if plan.feature_names != mixture.feature_names:
             raise UserError(
                 f"{redacted(plan.url)} has the features {', '.join(plan.feature_names)}, the model "
@@ -170,18 +171,16 @@ class _Job:
         """Have the workers score all files that are not scored yet."""
         options, n_files = self.options, len(self.plan.files)
         work = ScoreFiles(self.plan, self.scoring, options.output, self.identity, run.attempt.id)
-        progress, cluster = self.progress, options.cluster.at_most(n_files)
+        progress = self.progress
 
         def watch(done: int, n_rows: int) -> None:
             run.check()
             progress.scoring(done, n_files, n_rows)
 
-        with connected(cluster), progress.shown():
-            shards = RayShards(Done(work), n_files, cluster, self._faults)
+        workers = session(Done(work), n_files, options.cluster, self._faults)
+        with workers as shards, progress.shown():
             shards.load(watch)
-            scored = shards.run(summary(work))
-            shards.close()
-        return scored
+            return shards.run(summary(work))
 
     @property
     def _faults(self) -> FailureConfig:

@@ -256,8 +256,7 @@ class _CandidateLanes:
         self._lanes = restore_lanes(saved)
         self._owners, self._seconds = list(saved.state["owners"]), list(saved.state["seconds"])
         self.n_passes, self.is_repaired = saved.state["n_passes"], saved.state["mended"]
-        # Checkpoints of earlier versions lack it.
-        self._refitted = list(saved.state.get("lifted", []))
+        self._refitted = list(saved.state["lifted"])
 
     def _after_pass(self, lanes: Sequence[Lane]) -> None:
         self.n_passes += 1

@@ -8,6 +8,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -98,9 +99,11 @@ class Dispatcher:
                 logger.info("waiting for a worker for %.0f s; %s", now - self._joined, machines())
 
     def close(self) -> None:
-        """End the actors; their rows go with them."""
-        for worker in self._workers:
-            worker.abandon(time.monotonic())
+        """End the actors, with their rows, and let go of what lies in the object store."""
+        self._source = self._work_ref = None
+        with ExitStack() as stack:  # all of them, even where a signal breaks one off
+            for worker in self._workers:
+                stack.callback(worker.abandon, time.monotonic())
 
     def _begin(self, work: Work) -> Iterator[Reply]:
         source, self._is_loading, self._work_ref = work.source, work.task is None, ray.put(work)

@@ -48,15 +48,11 @@ class Here:
     def run(self, task: Any) -> Any:
         return LocalShards(self.rows).run(task)
 
-    def close(self) -> None:
-        self.rows = []
-
 
 @pytest.fixture
 def here(monkeypatch):
     """Have a lake's rows scored in this process, three shards at the least."""
-    monkeypatch.setattr(lake_scores, "RayShards", Here)
-    monkeypatch.setattr(lake_scores, "connected", lambda cluster: nullcontext())
+    monkeypatch.setattr(lake_scores, "session", lambda *taken: nullcontext(Here(*taken)))
     plan_of = lake_scores.plan_of
 
     def dealt(lake: Lake) -> Plan:

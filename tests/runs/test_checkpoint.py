@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import safetensors.torch
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -210,10 +212,33 @@ def test_a_difference_that_cannot_be_named(local: Folder) -> None:
 
 def test_a_newer_format_is_refused(local: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr("gmm_dist.runs.checkpoint.FORMAT_VERSION", 2)
+        newer.setattr("gmm_dist.runs.checkpoint.FORMAT_VERSION", 3)
         write(local, 5)
-    with pytest.raises(UserError, match="has format version 2, this gmm_dist reads 1 at most"):
+    with pytest.raises(UserError, match="has format version 3, this gmm_dist reads 2 at most"):
         latest(local)
+
+
+def test_an_older_format_is_refused_in_one_line(local: Folder) -> None:
+    """Of this very run: so the lanes, which then had other parts, are not looked into."""
+    lane = {"n_iter": 4, "outcome": "RUNNING", "precision": "FLOAT64", "covariance_type": "full"}
+    content = {
+        "format_version": 1,
+        "key": IDENTITY.key,
+        "environment": dict(IDENTITY.environment),
+        "number": 4,
+        "state": {"lanes": [lane], "owners": [0], "seconds": [1.0], "n_passes": 4},
+    }
+    tensors = {"0.parameters.means": torch.zeros(1, 2, dtype=torch.float64)}
+    data = safetensors.torch.save(tensors, metadata={"checkpoint": json.dumps(content)})
+    sha256 = hashlib.sha256(data).hexdigest()
+    local.write(data, "_checkpoints", f"00000004-{sha256}.safetensors")
+    with pytest.raises(UserError) as raised:
+        latest(local)
+    assert str(raised.value) == (
+        f"{local.url}: an older gmm_dist wrote checkpoint 4 (format version 1, this "
+        "one resumes from 2 only): finish the run with that gmm_dist, or pass another output to "
+        "start afresh"
+    )
 
 
 def test_another_environment_is_only_said(local: Folder, caplog: pytest.LogCaptureFixture) -> None:

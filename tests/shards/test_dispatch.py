@@ -19,9 +19,10 @@ import torch
 
 from gmm_dist.config import Cluster, FailureConfig
 from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.shards.connection import connected
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, Loader, ShardRows
-from gmm_dist.shards.ray_shards import RayShards, connected
+from gmm_dist.shards.ray_shards import RayShards, session
 
 N_SHARDS, D = 9, 3
 # What takes minutes in life takes seconds here; each test shortens what it is about.
@@ -179,11 +180,10 @@ def cluster(ray_address: str) -> Iterator[None]:
 def shards_on(
     loader: Loader, faults: FailureConfig = CALM, n_workers: int = 2, reserve: int = 0
 ) -> Iterator[RayShards]:
-    shards = RayShards(loader, N_SHARDS, Cluster(n_workers), faults, reserve=reserve)
-    try:
+    with session(
+        loader, N_SHARDS, Cluster(num_workers=n_workers), faults, reserve=reserve
+    ) as shards:
         yield shards
-    finally:
-        shards.close()
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,11 @@ import torch
 from gmm_dist.config import Cluster, EMConfig, StartConfig
 from gmm_dist.errors import UserError
 from gmm_dist.selection.sweep import Candidate, SweepResult, sweep
-from gmm_dist.shards import ray_shards
+from gmm_dist.shards import connection
+from gmm_dist.shards.connection import connected, most_memory
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
-from gmm_dist.shards.ray_shards import RayShards, connected
+from gmm_dist.shards.ray_shards import RayShards, session
 
 N_SHARDS, D = 7, 3
 
@@ -73,10 +74,8 @@ def pid(rows: ShardRows) -> Pids:
 @contextmanager
 def on_ray(address: str, n_workers: int | None, loader: object = load) -> Iterator[RayShards]:
     cluster = Cluster(address, num_workers=n_workers)
-    with connected(cluster):
-        shards = RayShards(loader, N_SHARDS, cluster)  # type: ignore[arg-type]
+    with session(loader, N_SHARDS, cluster) as shards:  # type: ignore[arg-type]
         yield shards
-        shards.close()
 
 
 def fitted(shards: LocalShards | RayShards) -> SweepResult:
@@ -122,7 +121,7 @@ def test_more_workers_than_shards_are_not_started(ray_address: str) -> None:
 
 def test_actors_have_names_in_the_dashboard(ray_address: str) -> None:
     cluster = Cluster(ray_address, num_workers=2)
-    with connected(cluster), closing(RayShards(load, 4, cluster)):
+    with session(load, 4, cluster):
         names = [str(name) for name in ray.util.list_named_actors()]
         assert sorted(name.split()[-2:] for name in names) == [["worker", "0"], ["worker", "1"]]
         assert all(name.startswith("gmm_dist ") for name in names)
@@ -186,7 +185,7 @@ class Mute:
 def test_what_is_no_ray_is_told_in_time(
     monkeypatch: pytest.MonkeyPatch, scheme: str, reply: bytes
 ) -> None:
-    monkeypatch.setattr(ray_shards, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(connection, "_ANSWER_SECONDS", 1.0)
     with closing(Mute(reply)) as other:
         began = time.monotonic()
         with (
@@ -243,7 +242,7 @@ def test_gpus_that_nobody_has_are_refused_in_seconds(ray_address: str) -> None:
 def test_a_cluster_without_cpus_says_so_and_ends_in_time(
     ray_address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ray_shards, "_PLACES_SECONDS", 0.3)
+    monkeypatch.setattr(connection, "_PLACES_SECONDS", 0.3)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})
     with (
         caplog.at_level(logging.INFO),
@@ -268,9 +267,9 @@ def test_sockets_get_names_that_are_short_enough(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     for base in ("/t", "/" + 38 * "t", "/" + 39 * "t", "/" + 90 * "t", "/" + 30 * "ü"):
         monkeypatch.setenv("TMPDIR", base)
-        folder = ray_shards._temp_dir() or f"{base}/ray"
+        folder = connection._temp_dir() or f"{base}/ray"
         assert len(os.fsencode(folder + longest)) <= 107
-        assert (ray_shards._temp_dir() is None) is (len(os.fsencode(base)) <= 39)
+        assert (connection._temp_dir() is None) is (len(os.fsencode(base)) <= 39)
 
 
 def test_the_process_keeps_its_handlers_of_signals(ray_address: str) -> None:
@@ -310,7 +309,7 @@ def test_a_signal_while_ray_starts_or_ends_reaches_the_process_own_handler(
     seen: list[int] = []
     for name in ("init", "shutdown"):
         monkeypatch.setattr(ray, name, meddle if name == at else lambda *asked, **options: None)
-    monkeypatch.setattr(ray_shards, "_require_places", lambda cluster: None)
+    monkeypatch.setattr(connection, "_require_places", lambda cluster: None)
     before = signal.signal(signal.SIGTERM, ours)
     try:
         with connected(Cluster("local")):
@@ -357,12 +356,12 @@ def test_memory_is_known_without_ray_only_where_ray_would_start(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    one, two = (ray_shards.most_memory(Cluster(None, n, False), 8) for n in (1, 2))
+    one, two = (most_memory(Cluster(None, n, False), 8) for n in (1, 2))
     assert 2 * two <= one <= total
-    assert ray_shards.most_memory(Cluster(None, 2, False), 1) == one  # one shard, one worker
-    assert ray_shards.most_memory(Cluster("head:6379"), 8) == sys.maxsize
+    assert most_memory(Cluster(None, 2, False), 1) == one  # one shard, one worker
+    assert most_memory(Cluster("head:6379"), 8) == sys.maxsize
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert ray_shards.most_memory(Cluster(), 8) == sys.maxsize
+    assert most_memory(Cluster(), 8) == sys.maxsize
 
 
 def test_ray_prints_nothing_of_workers_that_die(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +373,7 @@ def test_ray_prints_nothing_of_workers_that_die(monkeypatch: pytest.MonkeyPatch)
 
     theirs = ray._private.worker.listen_error_messages
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray_shards, "_require_places", lambda cluster: None)
+    monkeypatch.setattr(connection, "_require_places", lambda cluster: None)
     with connected(Cluster("local")):
         pass
     assert said == [None]
@@ -387,7 +386,7 @@ def test_ray_is_started_for_no_more_workers_than_have_shards(
     """It starts a process for each CPU that it is told of, before any is asked for."""
     asked: list[object] = []
     monkeypatch.setattr(ray, "init", lambda *_, **options: asked.append(options["num_cpus"]))
-    monkeypatch.setattr(ray_shards, "_require_places", lambda cluster: None)
+    monkeypatch.setattr(connection, "_require_places", lambda cluster: None)
     n_cpus = os.cpu_count() or 1
     for n_workers in (None, 10**23, 1):
         with connected(Cluster("local", n_workers).at_most(n_cpus + 3)):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 from gmm_dist.commands.progress import Progress
+from gmm_dist.config import Cluster, FailureConfig
 from gmm_dist.fitting import fit
 from gmm_dist.lake.load import Counted
 from gmm_dist.lake.session import load_rows
@@ -18,8 +20,18 @@ from gmm_dist.shards.ray_shards import RayShards
 class HereShards(RayShards):
     """Shards in this process; to those who pass them on, they are a cluster's."""
 
+    n_workers, on_gpu = 1, False  # type: ignore[assignment]
+
     def __init__(self, loader: Loader, n_shards: int) -> None:
         self._loader, self._n_shards = loader, n_shards
+
+    def worker_memory(self) -> int:
+        return 1 << 40
+
+    def __enter__(self) -> Self:
+        return self
+
+    def close(self) -> None: ...
 
     def replace(self, loader: Loader) -> None:
         self._loader = loader
@@ -35,6 +47,19 @@ class HereShards(RayShards):
 
     def run(self, task: Task[S]) -> S:
         return self._local.run(task)
+
+
+@contextmanager
+def session(
+    loader: Loader,
+    n_shards: int,
+    cluster: Cluster,
+    faults: FailureConfig | None = None,
+    *,
+    reserve: int = 0,
+) -> Iterator[RayShards]:
+    """Do what `ray_shards.session` does, without a cluster."""
+    yield HereShards(loader, n_shards)
 
 
 @contextmanager

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em.loop import FitResult
-from gmm_dist.model.covariance import TYPE_OF
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import COVARIANCE_TYPES, ParameterStack
+from gmm_dist.model.parameters import ParameterStack
 from gmm_dist.selection.kmeans import start_of
 from tests.support import mixtures
 
@@ -109,8 +109,10 @@ def faults(X: Tensor, auto: FitResult, exact: FitResult, kind: str) -> list[str]
             found.append(f"likelihood {gap:.1e} away from float64's")
         variances = family.variances(ParameterStack.of([exact.parameters]).covariances, X.shape[1])
         spread = variances.sqrt()
-        unit = spread[:, :, None] * spread[:, None] if kind in ("full", "tied") else variances
-        unit = unit[:, 0] if kind == "spherical" else unit
+        if family.has_products:
+            unit = spread[:, :, None] * spread[:, None]
+        else:
+            unit = family.nearest(variances)
         mine = stack.covariances - ParameterStack.of([exact.parameters]).covariances
         if (gap := float((mine / unit).abs().max())) > 1e-4:
             found.append(f"covariances {gap:.1e} away from float64's")

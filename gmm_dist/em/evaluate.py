@@ -27,7 +27,6 @@ from torch import Tensor
 
 from gmm_dist.em.estep import chunks
 from gmm_dist.em.statistics import TotalMoments, criterion_size
-from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.densities import Densities
 from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.model.quantiles import LEVELS, Quantiles
@@ -181,8 +180,7 @@ def mean_log_likelihoods(shards: Shards, mixtures: Sequence[Parameters]) -> list
 
 
 def _has_density(mixture: Parameters) -> bool:
-    stack = ParameterStack.of([mixture])
-    _, failed = TYPE_OF[mixture.covariance_type].precisions_cholesky(stack.covariances)
+    _, failed = mixture.type.precisions_cholesky(mixture.stacked_covariances)
     return not bool(failed.any()) and math.isfinite(float(mixture.means.sum()))
 
 

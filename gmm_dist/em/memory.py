@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from gmm_dist.errors import Option, Text, UserError
 from gmm_dist.formats import gigabytes
-from gmm_dist.model.covariance import TYPE_OF
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 
 # Parameters, their padded copy, sums in the working precision and in float64, the summary that
 # is sent and the partial sums that it meets on the way: so many float64 copies at once.

@@ -14,7 +14,7 @@ from gmm_dist.model.arrays import (
     array_of,
     is_foreign,
 )
-from gmm_dist.model.covariance import TYPE_OF
+from gmm_dist.model.covariance import CovarianceType
 from gmm_dist.model.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -40,16 +40,14 @@ def copied(parameters: Parameters) -> Parameters:
 
 def publish(estimator: BaseMixture, learned: Parameters, space: Space) -> None:
     """Set an estimator's attributes to a mixture's parameters, in feature units."""
-    family = TYPE_OF[learned.covariance_type]
-    tied = learned.covariance_type == "tied"
-    covariances = learned.covariances[None] if tied else learned.covariances
-    factors, _ = family.precisions_cholesky(covariances)
+    family = learned.type
+    factors, _ = family.precisions_cholesky(learned.stacked_covariances)
     precisions = family.precisions(factors)
     estimator.weights_ = space.of(learned.weights)
     estimator.means_ = space.of(learned.means)
     estimator.covariances_ = space.of(learned.covariances)
-    estimator.precisions_cholesky_ = space.of(factors[0] if tied else factors)
-    estimator.precisions_ = space.of(precisions[0] if tied else precisions)
+    estimator.precisions_cholesky_ = space.of(family.unstacked(factors))
+    estimator.precisions_ = space.of(family.unstacked(precisions))
 
 
 def exchanged(source: Any, target: Any) -> Any:
@@ -64,24 +62,19 @@ def exchanged(source: Any, target: Any) -> Any:
     return target
 
 
-def have_factors(kind: str, covariances: Tensor, factors: Tensor) -> bool:
+def have_factors(family: CovarianceType, covariances: Tensor, factors: Tensor) -> bool:
     """Say whether these are the factors of the covariances' precisions, up to rounding."""
     if not bool(factors.isfinite().all()):
         return False
-    expected, failed = TYPE_OF[kind].precisions_cholesky(covariances)
+    expected, failed = family.precisions_cholesky(covariances)
     atol = 1e-9 * float(factors.abs().max())
     return not bool(failed.any()) and torch.allclose(expected, factors, rtol=1e-9, atol=atol)
 
 
-def covariances_of(kind: str, factors: Tensor) -> Tensor:
+def covariances_of(family: CovarianceType, factors: Tensor) -> Tensor:
     """Return the inverses of U Uᵀ, or of 1/σ squared."""
-    if kind in ("full", "tied"):
-        eye = torch.eye(factors.shape[-1], dtype=factors.dtype)
-        lower = torch.linalg.solve_triangular(factors.mT, eye.expand_as(factors), upper=False)
-        covariances: Tensor = lower @ lower.mT
-    else:
-        covariances = factors.square().reciprocal()
-    _, failed = TYPE_OF[kind].precisions_cholesky(covariances)
+    covariances = family.of_factors(factors)
+    _, failed = family.precisions_cholesky(covariances)
     if bool(failed.any()):
         raise ValueError(
             "precisions_cholesky_ are not the factors of positive-definite precisions, or so "

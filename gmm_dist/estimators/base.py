@@ -49,8 +49,7 @@ from gmm_dist.model.arrays import (
     unmasked,
     viewed,
 )
-from gmm_dist.model.covariance import Moments
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES, Moments
 from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.protocol import Shards
 
@@ -236,12 +235,11 @@ class BaseMixture(FittedMixture):
         return (rows, None) if weight is None else _present(rows, weight)
 
     def _resident(self, rows: Rows, weight: Tensor | None) -> Resident:
-        whole = self.covariance_type in ("full", "tied")
         X = viewed(rows)
         device = X.device if self.device is None else device_of(self.device)
         X = X.to(device, torch.float64)
         weight = None if weight is None else weight.to(device)
-        return Resident.of(X, weight, self.n_shards, whole=whole)
+        return Resident.of(X, weight, self.n_shards, whole=self._type.has_products)
 
     def _best_lane(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Lane:
         if self.warm_start and hasattr(self, "converged_"):

@@ -25,7 +25,7 @@ from gmm_dist.estimators.restarts import ranked
 from gmm_dist.estimators.settings import start_of
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
-from gmm_dist.model.covariance import TYPE_OF, Moments
+from gmm_dist.model.covariance import Moments
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
@@ -313,10 +313,9 @@ class BayesianGaussianMixture(BaseMixture):
                 "for covariance_prior, takes more than one row; give covariance_prior, or "
                 "weights that count rows"
             )
-        if self.covariance_type in ("full", "tied"):
-            return rows.total.covariance * (n / (n - 1))
-        variances: Tensor = rows.total.variances * (n / (n - 1))
-        return variances if self.covariance_type == "diag" else variances.mean()
+        total = rows.total
+        spread = total.covariance if self._type.has_products else total.variances
+        return self._type.nearest(spread * (n / (n - 1)))
 
     def _given_mean(self, n_features: int) -> Tensor | None:
         if self.mean_prior is None:
@@ -327,16 +326,12 @@ class BayesianGaussianMixture(BaseMixture):
         """Return covariance_prior in float64; raise ValueError if it is not a covariance."""
         if self.covariance_prior is None:
             return None
-        kind, d, array = self.covariance_type, n_features, array_of(self.covariance_prior)
-        shape = {"diag": (d,), "spherical": ()}.get(kind, (d, d))
-        # check_array takes no scalars.
-        array = array[None] if array.ndim == 0 and kind == "spherical" else array
-        covariance = checked_start(array, shape or (1,), f"{kind} covariance_prior").view(shape)
+        name, shape = f"{self.covariance_type} covariance_prior", self._type.cell(n_features)
+        covariance = checked_start(self.covariance_prior, shape, name)
         symmetric = covariance.ndim < 2 or torch.allclose(covariance, covariance.mT)
-        _, failed = TYPE_OF[kind].precisions_cholesky(covariance[None])
+        _, failed = self._type.precisions_cholesky(covariance[None])
         if not symmetric or bool(failed.any()):
-            wanted = "symmetric, positive-definite" if covariance.ndim == 2 else "positive"
-            raise ValueError(f"'{kind} covariance_prior' should be {wanted}")
+            raise ValueError(f"'{name}' should be {self._type.validity}")
         return covariance
 
 
@@ -357,8 +352,9 @@ def _filled(mixture: Parameters, k: int) -> Parameters:
     order = torch.cat([order, order[:1].expand(k - size)])
     weights = mixture.weights[order]
     weights[size:] = 0.0
-    tied = mixture.covariance_type == "tied"
-    covariances = mixture.covariances if tied else mixture.covariances[order]
+    covariances = mixture.covariances
+    if not mixture.type.is_shared:
+        covariances = covariances[order]
     return replace(mixture, weights=weights, means=mixture.means[order], covariances=covariances)
 
 

@@ -229,17 +229,11 @@ class GaussianMixture(BaseMixture):
 
     def _covariances_init(self, d: int) -> Tensor:
         """Return the inverses of `precisions_init`."""
-        kind, k = self.covariance_type, self.n_components
-        shapes = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}
-        precisions = checked_start(self.precisions_init, shapes[kind], f"{kind} precision")
-        if kind in ("diag", "spherical"):
-            if not bool((precisions > 0).all()):
-                raise ValueError(f"'{kind} precision' should be positive")
-            return precisions.reciprocal()
-        factors, info = torch.linalg.cholesky_ex(precisions)
-        if bool((info != 0).any()) or not torch.allclose(precisions, precisions.mT):
-            raise ValueError(f"'{kind} precision' should be symmetric, positive-definite")
-        return torch.cholesky_inverse(factors)
+        shape, name = self._type.shape(self.n_components, d), f"{self._type.name} precision"
+        covariances = self._type.of_precisions(checked_start(self.precisions_init, shape, name))
+        if covariances is None:
+            raise ValueError(f"'{name}' should be {self._type.validity}")
+        return covariances
 
     def _needs_shares(self) -> bool:
         return any(v is None for v in (self.weights_init, self.means_init, self.precisions_init))

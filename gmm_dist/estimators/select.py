@@ -22,8 +22,8 @@ from gmm_dist.estimators.settings import (
 from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Space, require_rows_or_lake, space_of
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.criteria import most_components
-from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.selection.ranking import CRITERIA, Candidate, RankedCandidate, SweepResult
 from gmm_dist.selection.sweep import require_rows, sweep
 from gmm_dist.shards.local import one_thread

@@ -17,8 +17,9 @@ from sklearn.mixture import GaussianMixture
 
 from gmm_dist.config import ABSOLUTE, EMConfig, StartConfig
 from gmm_dist.em.lane import Status
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, ParameterStack
+from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.selection.kmeans import start_of as start_from
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.sweep import sweep

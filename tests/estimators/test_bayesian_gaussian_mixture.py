@@ -18,7 +18,7 @@ from gmm_dist import Cluster, Lake
 from gmm_dist.errors import UserError
 from gmm_dist.estimators.bayesian_gaussian_mixture import BayesianGaussianMixture
 from gmm_dist.estimators.init_params import INIT_PARAMS
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.variational import WEIGHT_PRIORS
 from gmm_dist.runs.model_folder import model_sha256
 

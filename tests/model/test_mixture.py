@@ -14,7 +14,8 @@ from sklearn.mixture import GaussianMixture
 
 from gmm_dist import Mixture, UserError
 from gmm_dist.model import mixture
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.covariance import COVARIANCE_TYPES
+from gmm_dist.model.parameters import Parameters
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 FORMS = {
@@ -199,7 +200,7 @@ def test_its_repr_is_one_short_line():
     assert len(repr(wide)) < 500
 
 
-@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+@every_type
 @pytest.mark.parametrize("far", [1e20, 1e160, -1.7e308])
 def test_rows_beyond_every_component_have_one_component(kind, far):
     """Distances that overflow, or have no digits left for what sets components apart."""

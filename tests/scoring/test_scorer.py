@@ -9,8 +9,8 @@ import pytest
 from sklearn.mixture import GaussianMixture
 
 from gmm_dist.errors import UserError
-from gmm_dist.model.covariance import TYPE_OF
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.scoring.scorer import Scorer, Scoring
 
 NONE = pa.schema([])

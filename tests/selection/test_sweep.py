@@ -14,8 +14,9 @@ import gmm_dist.selection.sweep as sweep_module
 from gmm_dist import UserError
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em.lane import Snapshot, Status
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import require_rows, sweep
 from gmm_dist.shards.local import LocalShards

@@ -17,7 +17,7 @@ import torch
 
 from gmm_dist.commands import nightly as nightly_job
 from gmm_dist.commands import score as score_job
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import load
 

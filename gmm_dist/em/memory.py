@@ -41,7 +41,10 @@ def require_memory(lanes: Sequence[tuple[int, str]], n_features: int, available:
 
 
 def _by_width() -> list[str]:
-    return sorted(COVARIANCE_TYPES, key=lambda kind: _width(kind, 100))
+    """Return the covariance types from the cheapest to the richest."""
+    return sorted(
+        COVARIANCE_TYPES, key=lambda kind: (_width(kind, 100), TYPE_OF[kind].n_values(100))
+    )
 
 
 def _width(kind: str, n_features: int) -> int:

@@ -13,8 +13,9 @@ from gmm_dist.model.arrays import (
     Space,
     array_of,
     is_foreign,
+    tensor_of,
 )
-from gmm_dist.model.covariance import CovarianceType
+from gmm_dist.model.covariance import TYPE_OF, CovarianceType
 from gmm_dist.model.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -59,6 +60,27 @@ def exchanged(source: Any, target: Any) -> Any:
     for name, value in vars(source).items():
         if name.endswith("_") and not name.startswith("_"):
             setattr(target, name, _plain(value))
+    return target
+
+
+def expanded(source: BaseMixture, target: Any) -> Any:
+    """Give scikit-learn's estimator a type that it knows, with a covariance for each component."""
+    family = TYPE_OF[source.covariance_type]
+    if family.in_sklearn == family.name:
+        return target
+    target.covariance_type = family.in_sklearn
+    means = getattr(target, "means_", target.means_init)
+    for name in ("precisions_init", "covariances_", "precisions_", "precisions_cholesky_"):
+        if (value := getattr(target, name, None)) is not None:
+            stack = family.stacked(tensor_of(value))
+            if means is None and stack.ndim < 2:
+                raise ValueError(
+                    "precisions_init is one number, and scikit-learn wants one for each feature: "
+                    "give means_init too, or fit"
+                )
+            shape = (source.n_components, *stack.shape[1:]) if means is None else np.shape(means)
+            each = family.variances(stack, shape[1]).expand(shape).contiguous().numpy()
+            setattr(target, name, each.astype(np.asarray(value).dtype))
     return target
 
 

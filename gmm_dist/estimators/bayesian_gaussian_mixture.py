@@ -28,7 +28,14 @@ from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_o
 from gmm_dist.model.covariance import Moments
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
+from gmm_dist.model.variational import (
+    VARIATIONAL_TYPES,
+    WEIGHT_PRIORS,
+    Posterior,
+    Prior,
+    m_step,
+    updated,
+)
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.starts import find_starts
 from gmm_dist.selection.sweep import require_rows
@@ -74,6 +81,7 @@ class BayesianGaussianMixture(BaseMixture):
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **{k: v for k, v in BaseMixture._parameter_constraints.items() if k != "precision"},
+        "covariance_type": [StrOptions(set(VARIATIONAL_TYPES))],
         "weight_concentration_prior_type": [StrOptions(set(WEIGHT_PRIORS))],
         "weight_concentration_prior": [None, _POSITIVE],
         "mean_precision_prior": [None, _POSITIVE],

@@ -20,7 +20,7 @@ from gmm_dist.em.loop import FitResult
 from gmm_dist.em.mstep import maximised
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.errors import UserError
-from gmm_dist.estimators.attributes import copied, exchanged, publish, require_class
+from gmm_dist.estimators.attributes import copied, exchanged, expanded, publish, require_class
 from gmm_dist.estimators.base import (
     ARRAY_API_INITS,
     NOT_CONVERGED,
@@ -64,7 +64,8 @@ class GaussianMixture(BaseMixture):
     scikit-learn would. `verbose` tells nothing of it, and `device` and `n_shards` are refused.
 
     Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
-    `precisions_cholesky_` (full (k, d, d), tied (d, d), diag (k, d), spherical (k,)),
+    `precisions_cholesky_` (full (k, d, d), tied (d, d), diag (k, d), spherical (k,), tied-diag
+    (d,)),
     `converged_`, `n_iter_`, `lower_bound_` (nats per row) and `lower_bounds_`, `n_features_in_`
     and `feature_names_in_`.
     """
@@ -191,9 +192,10 @@ class GaussianMixture(BaseMixture):
     def to_sklearn(self) -> Any:
         """Return scikit-learn's own GaussianMixture with these parameters and what was learned.
 
-        Learned numbers are the same to the bit. Raises ImportError without scikit-learn.
+        Learned numbers are the same to the bit. A covariance type that scikit-learn lacks becomes
+        `diag`, with as many covariances as components: its `bic` and `aic` count them all.
         """
-        return exchanged(self, sklearn.mixture.GaussianMixture())
+        return expanded(self, exchanged(self, sklearn.mixture.GaussianMixture()))
 
     @classmethod
     def from_sklearn(cls, fitted: Any) -> Self:

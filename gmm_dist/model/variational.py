@@ -32,6 +32,8 @@ from gmm_dist.model.covariance import TYPE_OF, CovarianceType, Moments
 from gmm_dist.model.natural import maximise
 from gmm_dist.model.parameters import Parameters
 
+VARIATIONAL_TYPES = ("full", "tied", "diag", "spherical")
+"""The covariance types that have a posterior: scikit-learn's."""
 WEIGHT_PRIORS = ("dirichlet_process", "dirichlet_distribution")
 
 

@@ -104,6 +104,7 @@ def test_the_types_share_one_feature_matrix(kind, d):
         "diag": 2 * d + 1,
         "spherical": d + 2,
         "tied": d + 1,
+        "tied-diag": d + 1,
     }
     assert len(phi[TYPE_OF[kind].rows(d)]) == expected_length[kind]
 
@@ -121,6 +122,8 @@ def test_the_types_share_one_feature_matrix(kind, d):
         ("diag", 10, 64, 9 + 640 + 640),
         ("spherical", 3, 2, 2 + 6 + 3),
         ("spherical", 10, 64, 9 + 640 + 10),
+        ("tied-diag", 3, 2, 2 + 6 + 2),
+        ("tied-diag", 10, 64, 9 + 640 + 64),
     ],
 )
 def test_free_parameters(kind, k, d, expected):
@@ -178,7 +181,7 @@ def test_moments_about_the_means_give_the_same_covariances(kind):
     mixtures.assert_same(fitted, naive.m_step(X, resp.numpy(), kind), rtol=1e-10)
 
 
-@every_type
+@pytest.mark.parametrize("kind", mixtures.SCIKIT_LEARNS)
 def test_precisions_cholesky_is_scikit_learns(kind):
     from sklearn.mixture._gaussian_mixture import _compute_precision_cholesky
 

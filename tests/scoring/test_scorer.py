@@ -19,11 +19,12 @@ K, D = 5, 4
 
 def reference(mixture: Parameters) -> GaussianMixture:
     """Return scikit-learn's mixture of the same parameters."""
+    mixture = mixtures.in_scikit_learn(mixture)
     model = GaussianMixture(mixture.n_components, covariance_type=mixture.covariance_type)
     model.weights_, model.means_ = mixture.weights.numpy(), mixture.means.numpy()
     model.covariances_ = mixture.covariances.numpy()
-    factors, _ = TYPE_OF[mixture.covariance_type].precisions_cholesky(mixture.covariances)
-    model.precisions_cholesky_ = factors.numpy()
+    factors, _ = TYPE_OF[mixture.covariance_type].precisions_cholesky(mixture.stacked_covariances)
+    model.precisions_cholesky_ = mixture.type.unstacked(factors).numpy()
     return model
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import mixtures
+import naive
+import numpy as np
 import pytest
 import torch
 from sklearn.mixture import GaussianMixture
@@ -60,11 +63,21 @@ def test_bic_finds_the_three_clusters():
     assert all(scored.fit.is_ranked for scored in result.scored[:3])
 
 
-@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+@pytest.mark.parametrize("kind", mixtures.SCIKIT_LEARNS)
 def test_equals_scikit_learns_best_of_ten_starts(kind):
     X = classic()
     result = run(X, [Candidate(3, kind)])
     assert result.scored[0].bic == pytest.approx(scikit_learns_bic(X, 3, kind), rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "n_parameters"), [("tied-diag", 2 + 6 + 2)])
+def test_other_types_equal_the_naive_loop_from_the_clusters(kind, n_parameters):
+    X, resp = classic(), np.repeat(np.eye(3), 100, axis=0)
+    start = naive.m_step(X, resp, kind)
+    _, log_likelihoods = naive.em(X, start, 60)
+    assert log_likelihoods[-1] - log_likelihoods[-2] < 1e-6
+    bic = -2 * log_likelihoods[-1] + n_parameters * math.log(300)
+    assert run(X, [Candidate(3, kind)]).scored[0].bic == pytest.approx(bic, rel=1e-6)
 
 
 @pytest.mark.unchecked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gmm_dist.model.covariance.covariance_type import TINY, CovarianceType, Moments
+from gmm_dist.model.covariance.covariance_type import TINY, CovarianceType, Moments, Shared
 from gmm_dist.model.covariance.features import CONSTANT_ROW
 
 
@@ -113,6 +113,12 @@ class Diag(_Independent):
         self, covariance: Tensor, scale: Tensor, difference: Tensor, least: float = -1.0
     ) -> Tensor:
         return torch.log1p((scale * difference.square() / covariance).clamp_min(least)).sum()
+
+
+class TiedDiag(Shared, Diag):
+    """A variance for each feature, shared by all components of a lane."""
+
+    name = "tied-diag"
 
 
 class Spherical(_Independent):

@@ -65,7 +65,7 @@ class GaussianMixture(BaseMixture):
 
     Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
     `precisions_cholesky_` (full (k, d, d), tied (d, d), diag (k, d), spherical (k,), tied-diag
-    (d,)),
+    (d,), tied-spherical ()),
     `converged_`, `n_iter_`, `lower_bound_` (nats per row) and `lower_bounds_`, `n_features_in_`
     and `feature_names_in_`.
     """

@@ -141,7 +141,8 @@ def select(
         X: what `GaussianMixture.fit` takes: rows (n, d) in memory, or a `gmm_dist.Lake`.
         n_components: numbers of components. Default ones for which rows in memory are too few are
             left out; those named here are fitted in any case, even if they cannot be ranked.
-        covariance_type: "full", "tied", "diag", "spherical", "tied-diag", or several of them.
+        covariance_type: "full", "tied", "diag", "spherical", "tied-diag", "tied-spherical", or
+            several of them.
         criterion: "bic", "aic", "icl" (lower is better), or "holdout", the mean log-likelihood of
             a lake's held-out rows.
         sample_weight: of rows in memory, (n,).

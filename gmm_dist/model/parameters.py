@@ -22,7 +22,7 @@ class Parameters:
     - `weights` (k,): mixing weights, sum to one;
     - `means` (k, d), in feature units;
     - `covariances`, in squared feature units: full (k, d, d), tied (d, d), diag (k, d),
-      spherical (k,), as in scikit-learn; tied-diag (d,);
+      spherical (k,), as in scikit-learn; tied-diag (d,), tied-spherical ();
     - `log_weights` (k,): the expected log-weights of a posterior over mixtures (see
       `variational`), which densities use in place of ln `weights`; None for a plain mixture.
     """

@@ -13,7 +13,7 @@ from gmm_dist import BayesianGaussianMixture, GaussianMixture
 from gmm_dist.model.parameters import Parameters
 
 # Each with the shape of its covariances for three features.
-SHAPES = {"tied-diag": (3,)}
+SHAPES = {"tied-diag": (3,), "tied-spherical": ()}
 every_type = pytest.mark.parametrize("kind", SHAPES)
 LEARNED = ("covariances_", "precisions_", "precisions_cholesky_")
 
@@ -112,3 +112,11 @@ def test_precisions_that_are_not_positive_are_refused(kind, bad):
 def test_the_variational_mixture_refuses_them_in_one_line(kind):
     with pytest.raises(ValueError, match=r"^The 'covariance_type' parameter of [^\n]*$"):
         BayesianGaussianMixture(covariance_type=kind).fit(rows())
+
+
+def test_one_number_for_scikit_learn_needs_the_number_of_features():
+    model = GaussianMixture(3, covariance_type="tied-spherical", precisions_init=0.25)
+    with pytest.raises(ValueError, match="give means_init too, or fit"):
+        model.to_sklearn()
+    model.set_params(means_init=rows()[:3])
+    assert model.to_sklearn().precisions_init.tolist() == [[0.25] * 3] * 3

@@ -105,6 +105,7 @@ def test_the_types_share_one_feature_matrix(kind, d):
         "spherical": d + 2,
         "tied": d + 1,
         "tied-diag": d + 1,
+        "tied-spherical": d + 1,
     }
     assert len(phi[TYPE_OF[kind].rows(d)]) == expected_length[kind]
 
@@ -124,6 +125,8 @@ def test_the_types_share_one_feature_matrix(kind, d):
         ("spherical", 10, 64, 9 + 640 + 10),
         ("tied-diag", 3, 2, 2 + 6 + 2),
         ("tied-diag", 10, 64, 9 + 640 + 64),
+        ("tied-spherical", 3, 2, 2 + 6 + 1),
+        ("tied-spherical", 10, 64, 9 + 640 + 1),
     ],
 )
 def test_free_parameters(kind, k, d, expected):

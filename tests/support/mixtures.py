@@ -43,6 +43,7 @@ def parameters(
         "diag": variances.clone(),
         "spherical": variances.mean(-1),
         "tied-diag": variances[0].clone(),
+        "tied-spherical": variances[0].mean(),
     }[covariance_type]
     return Parameters(
         weights=weights,

@@ -39,6 +39,8 @@ def covariance_matrices(parameters: Parameters) -> Array:
             matrices.append(values)
         elif parameters.covariance_type == "tied-diag":
             matrices.append(np.diag(values))
+        elif parameters.covariance_type == "tied-spherical":
+            matrices.append(values * np.eye(d))
         elif parameters.covariance_type == "diag":
             matrices.append(np.diag(values[k]))
         else:
@@ -117,6 +119,8 @@ def _covariances(scatter: Array, nk: Array, covariance_type: str, reg_covar: flo
         return pooled
     if covariance_type == "tied-diag":
         return np.diag(pooled).copy()
+    if covariance_type == "tied-spherical":
+        return np.array(np.trace(pooled) / d)
     each = [own / mass + reg_covar * np.eye(d) for own, mass in zip(scatter, nk, strict=True)]
     if covariance_type == "full":
         return np.array(each)

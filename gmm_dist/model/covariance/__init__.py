@@ -8,7 +8,7 @@ features are contiguous:
     row            0     1   2 .. d+1   d+2 .. 2d+1   then
     feature      ‖x‖²    1      x_i         x_i²      x_i x_j (i < j, see product_pairs)
     spherical    |-----------------|
-    tied, tied-diag      |---------|
+    tied, tied-*         |---------|
     diag                 |-----------------------|
     full                 |---------------------------------------|
 
@@ -23,13 +23,13 @@ A further type is one class and its place in `TYPE_OF`.
 
 from gmm_dist.model.covariance.covariance_type import CovarianceType, Moments
 from gmm_dist.model.covariance.matrices import Full, Tied
-from gmm_dist.model.covariance.variances import Diag, Spherical, TiedDiag
+from gmm_dist.model.covariance.variances import Diag, Spherical, TiedDiag, TiedSpherical
 
 __all__ = ["COVARIANCE_TYPES", "TYPE_OF", "CovarianceType", "Moments"]
 
 TYPE_OF: dict[str, CovarianceType] = {
     covariance_type.name: covariance_type
-    for covariance_type in (Full(), Tied(), Diag(), Spherical(), TiedDiag())
+    for covariance_type in (Full(), Tied(), Diag(), Spherical(), TiedDiag(), TiedSpherical())
 }
 """The covariance types by their names."""
 COVARIANCE_TYPES = tuple(TYPE_OF)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -202,3 +204,14 @@ class Spherical(_Independent):
     ) -> Tensor:
         change = (scale * difference.square().mean() / covariance).clamp_min(least)
         return len(difference) * torch.log1p(change)
+
+
+class TiedSpherical(Shared, Spherical):
+    """One variance for all components of a lane, the same in every direction."""
+
+    name = "tied-spherical"
+    in_sklearn = "diag"
+
+    def covariances(self, moments: Moments, lane: Tensor) -> Tensor:
+        mean_squares = moments.sum_xx / moments.sum_x.shape[1]
+        return super().covariances(replace(moments, sum_xx=mean_squares), lane)

@@ -139,7 +139,10 @@ def _goes_on(lane: Lane, n_samples: float, config: EMConfig) -> bool:
         lane.status = Status.COLLAPSED
     elif lane.verdict is not None:
         lane.status = lane.verdict
-    elif lane.n_iter == config.max_iter or (gain < lane.policy.tolerance and not leapt):
+    # Gains between leaps do not tell the next one.
+    elif lane.n_iter == config.max_iter or (
+        not leapt and lane.policy.ends_at(gain, () if lane.squarem else lane.lower_bounds)
+    ):
         _stop(lane, gain, config)
         return False
     return lane.is_running
@@ -210,7 +213,7 @@ def _accepts(lane: Lane, model: Model, n_samples: float, config: EMConfig) -> bo
     change = math.inf if lane.last_bound is None else abs(bound - lane.last_bound)
     is_last = lane.n_iter + 1 == config.max_iter
     is_float32 = lane.precision is Precision.FLOAT32 and config.precision == "auto"
-    if is_float32 and (is_last or not change >= lane.policy.tolerance):
+    if is_float32 and (is_last or lane.policy.ends_at(change, [*lane.lower_bounds, bound])):
         lane.close()
         return False
     lane.last_bound = bound

@@ -17,6 +17,7 @@ What a lane is ranked by is always scored in float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gmm_dist.config import EMConfig
@@ -133,12 +134,17 @@ class PrecisionPolicy:
         self.form = self.least = Precision.FLOAT64
         self.next_check = None
 
-    @property
-    def tolerance(self) -> float:
-        """The gain that ends a lane's passes in the present form, nats per row."""
-        if self.form is Precision.FLOAT32 and self.mode == "auto":
-            return max(self.tol, SMALLEST_TOL)
-        return self.tol
+    def ends_at(self, gain: float, bounds: Sequence[float]) -> bool:
+        """Say whether this form has no more to do, after a gain (nats per row) to the last bound.
+
+        Float32 leaves the last gain to float64: it ends where the next gain, by the last two, would
+        be below tol. So a lane ends where float64 alone would, after two passes of it.
+        """
+        if self.form is not Precision.FLOAT32 or self.mode != "auto":
+            return gain < self.tol
+        if len(bounds) > 2 and math.isfinite(gain) and (last := abs(bounds[-2] - bounds[-3])) > 0:
+            gain *= min(gain / last, 1.0)
+        return not gain >= max(self.tol, SMALLEST_TOL)
 
 
 def _fastest(least: Precision, condition: float) -> Precision:

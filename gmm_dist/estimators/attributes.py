@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gmm_dist.estimators.init_params import SEARCH
 from gmm_dist.model.arrays import (
     Space,
     array_of,
@@ -55,7 +56,11 @@ def exchanged(source: Any, target: Any) -> Any:
     """Copy to `target` the parameters that both have, and all that `source` has learned."""
     target_params = target.get_params(deep=False)
     source_params = source.get_params(deep=False).items()
-    shared = {name: _plain(value) for name, value in source_params if name in target_params}
+    shared = {
+        name: _plain(value)
+        for name, value in source_params
+        if name in target_params and not _is_ours_alone(name, value)
+    }
     target.set_params(**shared)
     for name, value in vars(source).items():
         if name.endswith("_") and not name.startswith("_"):
@@ -82,6 +87,11 @@ def expanded(source: BaseMixture, target: Any) -> Any:
             each = family.variances(stack, shape[1]).expand(shape).contiguous().numpy()
             setattr(target, name, each.astype(np.asarray(value).dtype))
     return target
+
+
+def _is_ours_alone(name: str, value: Any) -> bool:
+    """Say whether a parameter has a value that scikit-learn lacks; its own default stands in."""
+    return name in ("n_init", "init_params") and value in (None, SEARCH)
 
 
 def have_factors(family: CovarianceType, covariances: Tensor, factors: Tensor) -> bool:

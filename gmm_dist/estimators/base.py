@@ -27,13 +27,14 @@ from gmm_dist.em.loop import Watch, require_definite, run
 from gmm_dist.em.mstep import SingularCovarianceError
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.estimators.fitted import FittedMixture
-from gmm_dist.estimators.init_params import INIT_PARAMS, moments_of_shares, shares_of
-from gmm_dist.estimators.local_rows import Resident
+from gmm_dist.estimators.init_params import INIT_PARAMS, SEARCH, moments_of_shares, shares_of
+from gmm_dist.estimators.local_rows import Resident, robust_centre
 from gmm_dist.estimators.restarts import Reporter, ranked
 from gmm_dist.estimators.settings import (
     require_lake_settings,
     require_no_cluster,
     require_range,
+    starts_of,
 )
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import (
@@ -94,8 +95,8 @@ class BaseMixture(FittedMixture):
         "tol": [Interval(Real, 0.0, None, closed="left")],
         "reg_covar": [Interval(Real, 0.0, None, closed="left")],
         "max_iter": [Interval(Integral, 0, None, closed="left")],
-        "n_init": [Interval(Integral, 1, None, closed="left")],
-        "init_params": [StrOptions(set(INIT_PARAMS))],
+        "n_init": [Interval(Integral, 1, None, closed="left"), None],
+        "init_params": [StrOptions({*INIT_PARAMS, SEARCH}), None],
         "random_state": ["random_state"],
         "warm_start": ["boolean"],
         "verbose": ["verbose"],
@@ -112,8 +113,8 @@ class BaseMixture(FittedMixture):
     tol: float
     reg_covar: float
     max_iter: int
-    n_init: int
-    init_params: str
+    n_init: int | None
+    init_params: str | None
     warm_start: bool
     verbose: int
     verbose_interval: int
@@ -121,6 +122,8 @@ class BaseMixture(FittedMixture):
     device: str | torch.device | None
     n_shards: int | None
 
+    init_params_: str
+    n_init_: int
     converged_: bool
     n_iter_: int
     lower_bound_: float
@@ -148,7 +151,9 @@ class BaseMixture(FittedMixture):
         """
         if isinstance(X, Lake):
             require_lake_settings(sample_weight, self.device, self.n_shards, cluster)
+            is_warm = self._is_warm()
             self._fit_lake(X, cluster or Cluster())
+            self._note_starts(is_lake=True, is_warm=is_warm)
         else:
             require_no_cluster(cluster)
             self._fit(X, sample_weight)
@@ -201,9 +206,21 @@ class BaseMixture(FittedMixture):
             weight = self._in_unit(weight)
             resident = self._resident(rows, weight)
             require_range(resident.total, getattr(self, "feature_names_in_", ()))
+            is_warm = self._is_warm()
             best = self._best_lane(rows, weight, resident)
             self._publish(best.model, resident, space_of(X, rows))
         self._conclude(best, n_samples)
+        self._note_starts(is_lake=False, is_warm=is_warm)
+
+    def _is_warm(self) -> bool:
+        """Say whether a fit goes on from the last one."""
+        return self.warm_start and hasattr(self, "converged_")
+
+    def _note_starts(self, *, is_lake: bool, is_warm: bool) -> None:
+        """Set the attributes that say where a fit started."""
+        self.init_params_, self.n_init_ = starts_of(self, is_lake=is_lake)
+        if is_warm or not self._needs_shares():
+            self.init_params_, self.n_init_ = "given", 1
 
     def _conclude(self, best: Lane, n_samples: float) -> None:
         """Set the attributes that say how the best start ended; for `_fit` and `_fit_lake`."""
@@ -234,15 +251,22 @@ class BaseMixture(FittedMixture):
             )
         return (rows, None) if weight is None else _present(rows, weight)
 
-    def _resident(self, rows: Rows, weight: Tensor | None) -> Resident:
+    def _searches(self) -> bool:
+        """Say whether a search finds the starts of rows in memory."""
+        return starts_of(self, is_lake=False)[0] == SEARCH
+
+    def _resident(self, rows: Rows, weight: Tensor | None, *, searched: bool = False) -> Resident:
+        whole = self._type.has_products
         X = viewed(rows)
         device = X.device if self.device is None else device_of(self.device)
         X = X.to(device, torch.float64)
         weight = None if weight is None else weight.to(device)
-        return Resident.of(X, weight, self.n_shards, whole=self._type.has_products)
+        # A search works about the centre that a lake's rows have.
+        centre = robust_centre(X) if searched or self._searches() else None
+        return Resident.of(X, weight, self.n_shards, whole=whole, centre=centre)
 
     def _best_lane(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Lane:
-        if self.warm_start and hasattr(self, "converged_"):
+        if self._is_warm():
             self._require_warm(rows.shape[1])
             lanes = [self._lane(self._fitted_model(resident), self.lower_bound_)]
         else:
@@ -313,10 +337,11 @@ class BaseMixture(FittedMixture):
     def _models(self, rows: Rows, weight: Tensor | None, resident: Resident) -> list[Model]:
         random_state = check_random_state(self.random_state)
         models = []
-        for _ in range(self.n_init):
+        init_params, n_init = starts_of(self, is_lake=False)
+        for _ in range(n_init):
             moments = None
             if self._needs_shares():
-                share = shares_of(self.init_params, rows, weight, self.n_components, random_state)
+                share = shares_of(init_params, rows, weight, self.n_components, random_state)
                 moments = moments_of_shares(
                     self.covariance_type,
                     resident.X,

@@ -22,7 +22,7 @@ from gmm_dist.estimators.attributes import exchanged, publish, require_class
 from gmm_dist.estimators.base import BaseMixture, CentredRows
 from gmm_dist.estimators.local_rows import Resident
 from gmm_dist.estimators.restarts import ranked
-from gmm_dist.estimators.settings import start_of
+from gmm_dist.estimators.settings import search_of
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
 from gmm_dist.model.covariance import Moments
@@ -65,10 +65,11 @@ class BayesianGaussianMixture(BaseMixture):
     not of its mean over rows, so many rows want a larger one. Priors that are
     not given are scikit-learn's: the covariance prior is that of all rows, with n - 1 for n.
 
-    A lake (`gmm_dist.Lake`) is fitted on Ray, also in float64. A search on a sample
-    (`n_init` seeded starts by `init_params`; 16 where `n_init` is 1) finds mixtures of several
-    numbers of components up to `n_components`; each, with empty components beside it, is a
-    start, and those that lead after a few passes over all rows are followed to the end.
+    A lake (`gmm_dist.Lake`) is fitted on Ray, also in float64. A search on a sample (`n_init`
+    seeded starts; None for 16) finds mixtures of several numbers of components up to
+    `n_components`; each, with empty components beside it, is a start, and those that lead after a
+    few passes over all rows are followed to the end. `init_params="search"` does so with rows in
+    memory; None is "kmeans" for these, as in scikit-learn.
 
     Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
     `precisions_cholesky_` as in `GaussianMixture`, `weight_concentration_` (k,), or two of them
@@ -76,7 +77,8 @@ class BayesianGaussianMixture(BaseMixture):
     tied (); the priors that were used, `weight_concentration_prior_`, `mean_precision_prior_`,
     `mean_prior_`, `degrees_of_freedom_prior_`, `covariance_prior_`; `converged_`, `n_iter_`,
     `lower_bound_` (nats, without constants) and `lower_bounds_`, `n_features_in_` and
-    `feature_names_in_`.
+    `feature_names_in_`; `init_params_` and `n_init_`, how it was started ("given": from the last
+    fit).
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -110,8 +112,8 @@ class BayesianGaussianMixture(BaseMixture):
         tol: float = 1e-3,
         reg_covar: float = 1e-6,
         max_iter: int = 100,
-        n_init: int = 1,
-        init_params: str = "kmeans",
+        n_init: int | None = None,
+        init_params: str | None = None,
         weight_concentration_prior_type: str = "dirichlet_process",
         weight_concentration_prior: float | None = None,
         mean_precision_prior: float | None = None,
@@ -204,7 +206,7 @@ class BayesianGaussianMixture(BaseMixture):
         self._validate_params()
         plan = plan_of(lake)
         self._check_beliefs(plan.n_features)
-        if self.warm_start and hasattr(self, "converged_"):
+        if self._is_warm():
             self._require_warm(plan.n_features)
         # One lane per start in the first passes; each start has all the components.
         candidates = [
@@ -214,24 +216,29 @@ class BayesianGaussianMixture(BaseMixture):
         with one_thread(), resident as (shards, centre):
             rows = _LakeRows(centre, shards, shards.run(SumMoments(plan.n_features)))
             require_rows(candidates, rows.total.n_rows)
-            best = self._best_of([self._lake_lanes(rows)], rows)
+            best = self._best_of([self._searched_lanes(rows)], rows)
         self._publish(best.model, rows, Space(dtype=torch.float64))
         self._name_features(plan.n_features, plan.feature_names)
         self._conclude(best, rows.total.n_samples)
 
-    def _lake_lanes(self, rows: CentredRows) -> list[Lane]:
+    def _best_lane(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Lane:
+        if self._searches() and not self._is_warm():
+            return self._best_of([self._searched_lanes(resident)], resident)
+        return super()._best_lane(rows, weight, resident)
+
+    def _searched_lanes(self, rows: CentredRows) -> list[Lane]:
         """Return the best lanes after a few passes, from starts of several sizes.
 
         Maximum likelihood uses every component, and from there the bound rises slowly: mixtures
         of k components are hardly ever the best start for a posterior of k.
         """
-        if self.warm_start and hasattr(self, "converged_"):
+        if self._is_warm():
             return [self._lane(self._fitted_model(rows), self.lower_bound_)]
         prior, k, n = self._prior(rows), self.n_components, rows.total.n_samples
         candidates = [Candidate(size, self.covariance_type) for size in _sizes(k)]
         # The search's tol is per row; ours is for the whole bound.
         config = EMConfig(reg_covar=float(self.reg_covar), reg_unit=ABSOLUTE)
-        start, n_threads = replace(start_of(self), finalists=1), os.cpu_count() or 1
+        start, n_threads = replace(search_of(self), finalists=1), os.cpu_count() or 1
         starts = find_starts(
             rows.shards, candidates, config, start, rows.total, n_threads=n_threads
         )

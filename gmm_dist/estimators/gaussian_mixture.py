@@ -30,13 +30,15 @@ from gmm_dist.estimators.base import (
 )
 from gmm_dist.estimators.init_params import empty_rows
 from gmm_dist.estimators.local_rows import Resident
-from gmm_dist.estimators.settings import feature_name, require_no_cluster, start_of
+from gmm_dist.estimators.settings import feature_name, require_no_cluster, search_of, starts_of
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import (
     Rows,
     Space,
     checked_start,
     mean_of,
+    require_rows_or_lake,
+    space_of,
     tensor_of,
 )
 from gmm_dist.model.covariance import Moments
@@ -44,7 +46,8 @@ from gmm_dist.model.criteria import aic, bic, icl, n_parameters
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.soundness import flaw
-from gmm_dist.selection.ranking import Candidate
+from gmm_dist.selection.ranking import Candidate, SweepResult
+from gmm_dist.selection.sweep import sweep
 from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.reweighted import unit_of
 
@@ -58,16 +61,22 @@ class GaussianMixture(BaseMixture):
     they are), `n_shards` into how many parts they are dealt (None: by their number; sums have the
     same bits for the same number of shards).
 
-    A lake (`gmm_dist.Lake`) is fitted on Ray, from the best starts that a search on a
-    sample finds (`n_init` seeded ones by `init_params`; 16 where `n_init` is 1), leaping ahead
+    `init_params="search"` fits rows in memory as a lake is fitted: from the best starts that a
+    search on a sample finds, by `n_init` seeded ones and moves of their components, leaping ahead
     of EM where that raises the likelihood; it stops where it has scored, a step before
-    scikit-learn would. `verbose` tells nothing of it, and `device` and `n_shards` are refused.
+    scikit-learn would. `init_params` and `n_init` are None by default: "kmeans" and 1 for rows in
+    memory, as in scikit-learn, "search" and 16 for a lake; any other `init_params` seeds a lake's
+    search.
+
+    A lake (`gmm_dist.Lake`) is fitted on Ray. `verbose` tells nothing of a search, and `device` and
+    `n_shards` are for rows in memory.
 
     Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
     `precisions_cholesky_` (full (k, d, d), tied (d, d), diag (k, d), spherical (k,), tied-diag
     (d,), tied-spherical ()),
     `converged_`, `n_iter_`, `lower_bound_` (nats per row) and `lower_bounds_`, `n_features_in_`
-    and `feature_names_in_`.
+    and `feature_names_in_`; `init_params_` and `n_init_`, how it was started ("given": from
+    parameters).
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -85,8 +94,8 @@ class GaussianMixture(BaseMixture):
         tol: float = 1e-3,
         reg_covar: float = 1e-6,
         max_iter: int = 100,
-        n_init: int = 1,
-        init_params: str = "kmeans",
+        n_init: int | None = None,
+        init_params: str | None = None,
         weights_init: Any = None,
         means_init: Any = None,
         precisions_init: Any = None,
@@ -214,10 +223,11 @@ class GaussianMixture(BaseMixture):
 
     def _check_parameters(self, rows: Rows) -> None:
         k, d = self.n_components, rows.shape[1]
-        if get_config()["array_api_dispatch"] and self.init_params not in ARRAY_API_INITS:
+        init_params, _ = starts_of(self, is_lake=False)
+        if get_config()["array_api_dispatch"] and init_params not in ARRAY_API_INITS:
             raise NotImplementedError(
                 f"Allowed `init_params` are {list(ARRAY_API_INITS)} if 'array_api_dispatch' is "
-                f"enabled. You passed init_params={self.init_params!r}: k-means runs on NumPy"
+                f"enabled. You passed init_params={init_params!r}: k-means runs on NumPy"
             )
         if self.weights_init is not None:
             _require_weights(checked_start(self.weights_init, (k,), "weights"))
@@ -270,23 +280,66 @@ class GaussianMixture(BaseMixture):
 
         self._validate_params()
         start = self._start_parameters()
-        candidate = Candidate(self.n_components, self.covariance_type)
-        precision = self.precision or "auto"
-        config = EMConfig(
+        with one_thread():
+            swept = sweep_lake(
+                lake,
+                [self._candidate()],
+                self._search_config(),
+                search_of(self),
+                cluster=cluster,
+                initial_parameters=start,
+            )
+        self._adopt(swept.result, swept.centre, swept.feature_names, Space(dtype=torch.float64))
+
+    def _fit(self, X: Any, sample_weight: Any) -> None:
+        if self._searches():
+            self._fit_searched(X, sample_weight)
+        else:
+            super()._fit(X, sample_weight)
+
+    def _fit_searched(self, X: Any, sample_weight: Any) -> None:
+        """Fit rows in memory as a lake is fitted, to the same bits."""
+        require_rows_or_lake(X)
+        self._validate_params()
+        with one_thread():
+            rows, weight = self._checked_rows(X, sample_weight)
+            self._check_parameters(rows)
+            is_warm, start = self._is_warm(), self._start_parameters()
+            resident = self._resident(rows, weight)
+            names = tuple(getattr(self, "feature_names_in_", ()))
+            centre = resident.centre
+            result = sweep(
+                resident.shards,
+                [self._candidate()],
+                self._search_config(),
+                search_of(self),
+                n_features=rows.shape[1],
+                feature_names=names,
+                centre=centre,
+                initial=None if start is None else [start.shifted(-centre)],
+            )
+        self._adopt(result, centre, names, space_of(X, rows))
+        self._note_starts(is_lake=False, is_warm=is_warm)
+
+    def _candidate(self) -> Candidate:
+        return Candidate(self.n_components, self.covariance_type)
+
+    def _search_config(self) -> EMConfig:
+        """Return the rules of EM from starts that a search finds."""
+        return EMConfig(
             tol=self.tol,
             max_iter=self.max_iter,
             reg_covar=self.reg_covar,
-            precision=precision,
+            precision=self.precision or "auto",
             reg_unit=ABSOLUTE,
         )
-        with one_thread():
-            swept = sweep_lake(
-                lake, [candidate], config, start_of(self), cluster=cluster, initial_parameters=start
-            )
-        fit, space = swept.result.scored[0].fit, Space(dtype=torch.float64)
-        adopt(self, fit, swept.centre, swept.feature_names, space)
-        names, total = swept.feature_names, swept.result.total
-        _warn_if_drowned(fit.parameters, total, self.reg_covar, names, stacklevel=4)
+
+    def _adopt(
+        self, result: SweepResult, centre: Tensor, names: Sequence[str], space: Space
+    ) -> None:
+        fit = result.scored[0].fit
+        adopt(self, fit, centre, names, space)
+        _warn_if_drowned(fit.parameters, result.total, self.reg_covar, names, stacklevel=5)
 
     def _start_parameters(self) -> Parameters | None:
         """Return the start set by `warm_start` or the `*_init` parameters; None for neither."""
@@ -298,7 +351,8 @@ class GaussianMixture(BaseMixture):
             return None
         if any(init is None for init in inits):
             raise ValueError(
-                "a lake takes weights_init, means_init and precisions_init together, or none"
+                "a search takes the place of weights_init, means_init and precisions_init: give "
+                "all three, or none"
             )
         means = tensor_of(self.means_init)
         covariances = self._covariances_init(means.shape[1])

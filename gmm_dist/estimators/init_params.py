@@ -16,6 +16,8 @@ from gmm_dist.model.arrays import Rows, array_of
 from gmm_dist.model.covariance import TYPE_OF, Moments
 
 INIT_PARAMS = ("kmeans", "k-means++", "random", "random_from_data")
+SEARCH = "search"
+"""The `init_params` of starts that a search on a sample finds, by `selection.starts`."""
 _EMPTY = 10 * 2.0**-52  # scikit-learn's, of a row
 
 

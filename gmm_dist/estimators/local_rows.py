@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from jaxtyping import Float64
 from torch import Tensor
 
@@ -13,6 +15,19 @@ from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.shards.local import LocalShards
 
 _SHARD_ROWS, _MOST_SHARDS = 16_384, 64
+_PROBED_PLACES, _PROBED_EACH = 16, 1024
+
+
+def robust_centre(X: Float64[Tensor, "n d"]) -> Float64[Tensor, " d"]:
+    """Return the median (d,) of rows spread over X: of all, where they are few.
+
+    A lake's rows have the same centre: one outlier must not move it away from the rows.
+    """
+    n, most = len(X), _PROBED_PLACES * _PROBED_EACH
+    if n > most:
+        first = torch.linspace(0, n - _PROBED_EACH, _PROBED_PLACES).round().long()
+        X = X[(first[:, None] + torch.arange(_PROBED_EACH)).flatten().to(X.device)]
+    return torch.from_numpy(np.median(X.cpu().numpy(), axis=0))
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -36,15 +51,21 @@ class Resident:
         n_shards: int | None,
         *,
         whole: bool = True,
+        centre: Float64[Tensor, " d"] | None = None,
     ) -> Resident:
-        """Centre rows and deal them to `n_shards` shards; None: as their number suggests.
+        """Centre rows and deal them to `n_shards` shards.
 
-        `whole` is as in `estep.SumMoments`.
+        Args:
+            X: Rows (n, d).
+            sample_weight: Their weights (n,).
+            n_shards: Number of shards; None: as the number of rows suggests.
+            whole: As in `estep.SumMoments`.
+            centre: The rows' shared centre (d,); None for their mean.
         """
         n = len(X)
         wanted = min(n // _SHARD_ROWS, _MOST_SHARDS) if n_shards is None else min(n_shards, n)
         wanted = max(wanted, 1)
-        centre = X.mean(0)
+        centre = X.mean(0) if centre is None else centre.to(X.device)
         columns = (X - centre).T.contiguous()
         # One shard is worked on in the caller's thread: a call to another thread costs more than a
         # pass over a thousand rows.

@@ -14,6 +14,7 @@ from torch import Tensor
 from gmm_dist.config import Cluster, EMConfig, StartConfig
 from gmm_dist.errors import TooFewRows, UserError
 from gmm_dist.estimators.gaussian_mixture import GaussianMixture, adopt
+from gmm_dist.estimators.init_params import SEARCH
 from gmm_dist.estimators.settings import (
     require_lake_settings,
     require_no_cluster,
@@ -193,7 +194,7 @@ def select(
             )
             space = Space(dtype=torch.float64)
             return _selected(
-                best, swept.result, swept.centre, swept.feature_names, space, is_lake=True
+                best, start, swept.result, swept.centre, swept.feature_names, space, is_lake=True
             )
         require_no_cluster(cluster)
         if criterion == "holdout":
@@ -207,7 +208,7 @@ def select(
         left_out = _left_out(requested, candidates, n, d)
         best.set_params(covariance_type=candidates[0].covariance_type)
         names = tuple(getattr(best, "feature_names_in_", ()))
-        resident = best._resident(rows, weight)
+        resident = best._resident(rows, weight, searched=True)
         result = sweep(
             resident.shards,
             candidates,
@@ -219,7 +220,7 @@ def select(
             criterion=criterion,
         )
         space = space_of(X, rows)
-        return _selected(best, result, resident.centre, names, space, left_out=left_out)
+        return _selected(best, start, result, resident.centre, names, space, left_out=left_out)
 
 
 def _candidates(k: int | Iterable[int], kinds: str | Sequence[str]) -> list[Candidate]:
@@ -277,6 +278,7 @@ def _left_out(
 
 def _selected(
     best: GaussianMixture,
+    start: StartConfig,
     result: SweepResult,
     centre: Tensor,
     names: tuple[str, ...],
@@ -292,7 +294,10 @@ def _selected(
         )
     candidate = result.best.candidate
     best.set_params(n_components=candidate.k, covariance_type=candidate.covariance_type)
+    # Fitted again, it searches as it was searched for.
+    best.set_params(n_init=start.n_init, init_params=SEARCH)
     adopt(best, result.best.fit, centre, names, space)
+    best.init_params_, best.n_init_ = start.init, start.n_init
     return Selection(
         result=result, best=best, feature_names=names, is_lake=is_lake, left_out=left_out
     )

@@ -11,6 +11,7 @@ from sklearn.utils import check_random_state
 
 from gmm_dist.config import Cluster, StartConfig
 from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.estimators.init_params import SEARCH
 
 if TYPE_CHECKING:
     from gmm_dist.estimators.base import BaseMixture
@@ -53,11 +54,19 @@ def require_no_cluster(cluster: Any) -> None:
         )
 
 
-def start_of(estimator: BaseMixture) -> StartConfig:
+def starts_of(estimator: BaseMixture, *, is_lake: bool) -> tuple[str, int]:
+    """Return an estimator's `init_params` and `n_init`, with what None stands for."""
+    init = estimator.init_params or (SEARCH if is_lake else "kmeans")
+    searches = is_lake or init == SEARCH
+    return init, estimator.n_init or (StartConfig().n_init if searches else 1)
+
+
+def search_of(estimator: BaseMixture) -> StartConfig:
     """Return the settings of the search for an estimator's starts."""
+    init, n_init = starts_of(estimator, is_lake=True)
     return StartConfig(
-        n_init=estimator.n_init if estimator.n_init > 1 else StartConfig().n_init,
-        init=estimator.init_params,
+        n_init=n_init,
+        init=StartConfig().init if init == SEARCH else init,
         random_state=seed_of(estimator.random_state),
     )
 

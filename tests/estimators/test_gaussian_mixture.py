@@ -43,6 +43,7 @@ from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.estimators.init_params import moments_of_shares
 from gmm_dist.estimators.restarts import ranked
 from gmm_dist.model.arrays import tensor_of, viewed
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 
 KINDS = ("full", "tied", "diag", "spherical")
 INITS = ("kmeans", "k-means++", "random", "random_from_data")
@@ -546,7 +547,7 @@ def test_what_a_lake_does_not_take():
         GaussianMixture().fit(lake, sample_weight=[1])
     with pytest.raises(TypeError, match="`gmm-dist score` writes"):
         GaussianMixture().fit_predict(lake)
-    with pytest.raises(ValueError, match="together, or none"):
+    with pytest.raises(ValueError, match="give all three, or none"):
         GaussianMixture(1, means_init=[[0.0]]).fit(lake)
     with pytest.raises(ValueError, match="nowhere"):
         GaussianMixture(1).fit(lake)
@@ -800,3 +801,63 @@ def test_of_starts_that_nothing_iterates_the_last_is_kept():
     ours = GaussianMixture(3, **options).fit(X)
     theirs = sklearn.mixture.GaussianMixture(3, **options).fit(X)
     np.testing.assert_allclose(ours.means_, theirs.means_, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_and_the_lake_that_holds_them_have_the_same_bits(
+    kind, weighted, tmp_path, ray_address
+):
+    """Same rows, start and rules: whether they lie in memory or in a file changes nothing."""
+    X = blobs(700, d=3, k=4, seed=1) * [1.0, 1e3, 1e-2]
+    weight = np.random.default_rng(2).uniform(0.5, 3, len(X)) if weighted else None
+    columns = {name: X[:, j] for j, name in enumerate("abc")}
+    if weighted:
+        columns["w"] = weight
+    lakes.write(tmp_path / "lake.parquet", columns, rows_per_group=len(X))
+    lake = Lake(
+        str(tmp_path / "lake.parquet"),
+        columns=["a", "b", "c"],
+        weight_column="w" if weighted else None,
+    )
+    options = {"covariance_type": kind, "random_state": 3, "tol": 1e-6}
+    cluster = Cluster(ray_address, num_workers=1)
+    of_lake = GaussianMixture(4, n_init=2, **options).fit(lake, cluster=cluster)
+    model = GaussianMixture(4, n_init=2, init_params="search", n_shards=1, **options)
+    of_rows = model.fit(X, sample_weight=weight)
+    for attribute in ("weights_", "means_", "covariances_", "precisions_cholesky_"):
+        np.testing.assert_array_equal(getattr(of_rows, attribute), getattr(of_lake, attribute))
+    assert of_rows.lower_bounds_ == of_lake.lower_bounds_
+    assert (of_rows.init_params_, of_rows.n_init_) == ("search", 2)
+    assert (of_lake.init_params_, of_lake.n_init_) == ("search", 2)
+
+
+def test_the_defaults_of_starts_are_told_and_never_rewritten():
+    X = blobs(300, d=2, k=3)
+    plain = GaussianMixture(3, random_state=0).fit(X)
+    assert (plain.n_init, plain.init_params) == (None, None)
+    assert (plain.n_init_, plain.init_params_) == (1, "kmeans")
+    expected = sklearn.mixture.GaussianMixture(3, random_state=0).fit(X)
+    np.testing.assert_allclose(plain.means_, expected.means_, rtol=1e-9)
+    searched = GaussianMixture(3, init_params="search", random_state=0).fit(X)
+    assert (searched.n_init_, searched.init_params_) == (16, "search")
+    one = GaussianMixture(3, init_params="search", n_init=1, random_state=0).fit(X)
+    assert (one.n_init, one.n_init_) == (1, 1)
+    assert searched.to_sklearn().get_params()["init_params"] == "kmeans"
+    searched.warm_start = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        searched.fit(X)
+    assert (searched.n_init_, searched.init_params_) == (1, "given")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_search_ends_no_lower_than_one_start(weighted):
+    X = blobs(900, d=2, k=9, seed=5)
+    weight = np.random.default_rng(0).uniform(0.5, 2, len(X)) if weighted else None
+    options = {"tol": 1e-6, "max_iter": 3000, "random_state": 0}
+    one = GaussianMixture(9, **options).fit(X, sample_weight=weight)
+    searched = GaussianMixture(9, init_params="search", **options).fit(X, sample_weight=weight)
+    assert searched.lower_bound_ >= one.lower_bound_ - 1e-6
+    mean = np.average(searched.score_samples(X), weights=weight)
+    assert mean == pytest.approx(searched.lower_bound_, abs=1e-9)

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em.loop import FitResult
-from gmm_dist.model.covariance import TYPE_OF
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import COVARIANCE_TYPES, ParameterStack
+from gmm_dist.model.parameters import ParameterStack
 from gmm_dist.selection.kmeans import start_of
 from tests.support import mixtures
 
@@ -124,8 +124,10 @@ def apart(one: FitResult, exact: FitResult, kind: str) -> float:
     reference = ParameterStack.of([exact.parameters]).covariances
     variances = TYPE_OF[kind].variances(reference, exact.parameters.n_features)
     spread = variances.sqrt()
-    unit = spread[:, :, None] * spread[:, None] if kind in ("full", "tied") else variances
-    unit = unit[:, 0] if kind == "spherical" else unit
+    family = TYPE_OF[kind]
+    unit = (
+        spread[:, :, None] * spread[:, None] if family.has_products else family.nearest(variances)
+    )
     return float(((ParameterStack.of([one.parameters]).covariances - reference) / unit).abs().max())
 
 

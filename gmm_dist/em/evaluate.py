@@ -26,9 +26,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.em.statistics import TotalMoments, criterion_size
-from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import Parameters, ParameterStack
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.quantiles import LEVELS, Quantiles
 from gmm_dist.shards.protocol import HeldOut, ShardRows, Shards
 from gmm_dist.shards.reweighted import unit_of
@@ -187,8 +186,7 @@ def mean_log_likelihoods(shards: Shards, mixtures: Sequence[Parameters]) -> list
 
 
 def _has_density(mixture: Parameters) -> bool:
-    stack = ParameterStack.of([mixture])
-    _, failed = TYPE_OF[mixture.covariance_type].precisions_cholesky(stack.covariances)
+    _, failed = mixture.type.precisions_cholesky(mixture.stacked_covariances)
     return not bool(failed.any()) and math.isfinite(float(mixture.means.sum()))
 
 

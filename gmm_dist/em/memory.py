@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from gmm_dist.chunks import SHORTEST
 from gmm_dist.errors import Option, Text, UserError
 from gmm_dist.formats import gigabytes
-from gmm_dist.model.covariance import TYPE_OF
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 
 # Parameters, their padded copy, sums in the working precision and in float64, the summary that
 # is sent and the partial sums that it meets on the way: so many float64 copies at once.
@@ -42,7 +41,10 @@ def require_memory(lanes: Sequence[tuple[int, str]], n_features: int, available:
 
 
 def _by_width() -> list[str]:
-    return sorted(COVARIANCE_TYPES, key=lambda kind: _width(kind, 100))
+    """Return the covariance types from the cheapest to the richest."""
+    return sorted(
+        COVARIANCE_TYPES, key=lambda kind: (_width(kind, 100), TYPE_OF[kind].n_values(100))
+    )
 
 
 def _width(kind: str, n_features: int) -> int:

@@ -23,8 +23,8 @@ from gmm_dist.estimators.settings import (
 from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Space, require_rows_or_lake, space_of
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.criteria import most_components
-from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.selection.ranking import CRITERIA, Candidate, RankedCandidate, SweepResult
 from gmm_dist.selection.sweep import require_rows, sweep
 from gmm_dist.selection.table import label, listed
@@ -143,7 +143,8 @@ def select(
         X: what `GaussianMixture.fit` takes: rows (n, d) in memory, or a `gmm_dist.Lake`.
         n_components: numbers of components. Default ones for which rows in memory are too few are
             left out; those named here are fitted in any case, even if they cannot be ranked.
-        covariance_type: "full", "tied", "diag", "spherical", or several of them.
+        covariance_type: "full", "tied", "diag", "spherical", "tied-diag", "tied-spherical", or
+            several of them.
         criterion: "bic", "aic", "icl" (lower is better), or "holdout", the mean log-likelihood of
             a lake's held-out rows.
         sample_weight: of rows in memory, (n,).

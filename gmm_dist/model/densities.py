@@ -13,7 +13,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.chunks import chunk_rows, cuts
-from gmm_dist.model.covariance import LOG_2PI, TYPE_OF, log_weights
+from gmm_dist.model.natural import LOG_2PI, log_weights
 from gmm_dist.model.parameters import Parameters, ParameterStack
 
 Rows = npt.NDArray[Any] | Tensor
@@ -32,7 +32,7 @@ class Densities:
     """
 
     def __init__(self, stack: ParameterStack, device: torch.device) -> None:
-        self._family, d = TYPE_OF[stack.covariance_type], stack.means.shape[1]
+        self._family, d = stack.type, stack.means.shape[1]
         factors, failed = self._family.precisions_cholesky(stack.covariances)
         assert not bool(failed.any()), "a covariance is not positive definite"
         half = stack.per_component(self._family.half_log_det(factors, d))

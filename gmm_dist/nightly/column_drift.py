@@ -74,7 +74,7 @@ def draw_rows(before: Parameters, total: TotalMoments, random_state: int) -> Dra
 def sample_size(mixture: Parameters) -> int:
     """Return how many rows to measure on: fewer where each takes long."""
     k, d = mixture.means.shape
-    squares = d if mixture.covariance_type in ("diag", "spherical") else d * d
+    squares = d * d if mixture.type.has_products else d
     return max(_FEWEST_ROWS, min(_MOST_ROWS, _WORK // (k * squares)))
 
 

@@ -8,7 +8,7 @@ seeds of a smaller k are the first of a larger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from gmm_dist.chunks import chunk_rows
 from gmm_dist.em.statistics import CONSTANT, TotalMoments
-from gmm_dist.model.covariance import TYPE_OF, Moments, maximise
+from gmm_dist.model.covariance import TYPE_OF, Moments
+from gmm_dist.model.natural import maximise
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.coreset import Whitening, whitening
 from gmm_dist.shards.protocol import ShardRows, Shards
@@ -153,14 +154,10 @@ class Pooled:
     def of(cls, X: Float64[Tensor, "m d"], weight: Float64[Tensor, " m"], kind: str) -> Pooled:
         """Compute the moments once, for `start_of` of each start."""
         mean = (weight @ X) / weight.sum()
-        spread = _scatter(kind)(X - mean, weight) / weight.sum()
+        spread = TYPE_OF[kind].scatter(X - mean, weight) / weight.sum()
         return cls(
             mean=mean, counted=(weight > 0).double(), spread=spread, floor=_floor(X, weight, mean)
         )
-
-
-def _scatter(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-    return _diagonal_scatter if kind in ("diag", "spherical") else _full_scatter
 
 
 def start_of(
@@ -186,8 +183,8 @@ def start_of(
         pooled: Moments of all these rows; None to compute them.
     """
     pooled = Pooled.of(X, weight, kind) if pooled is None else pooled
-    scatter, counted = _scatter(kind), pooled.counted
-    more = TYPE_OF[kind].least_rows(X.shape[1])
+    family, counted = TYPE_OF[kind], pooled.counted
+    more = family.least_rows(X.shape[1])
     floor = pooled.floor if pooled.spread.ndim == 1 else pooled.floor.diag()
     prior = more * (pooled.spread + floor)
     nk, means, within = [], [], []
@@ -201,7 +198,7 @@ def start_of(
         centred = x - centre
         nk.append(mass + per_row * more)
         means.append(centre)
-        within.append(scatter(centred, row_mass) + per_row * prior)
+        within.append(family.scatter(centred, row_mass) + per_row * prior)
     return _about_means(torch.stack(nk), torch.stack(means), torch.stack(within), kind)
 
 
@@ -214,14 +211,6 @@ def _members(assignment: Tensor, component: int) -> tuple[Tensor, Tensor]:
     return rows, assignment[rows, component]
 
 
-def _full_scatter(centred: Tensor, weight: Tensor) -> Tensor:
-    return (centred.T * weight) @ centred
-
-
-def _diagonal_scatter(centred: Tensor, weight: Tensor) -> Tensor:
-    return weight @ centred.square()
-
-
 def _floor(X: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
     """Return a billionth of each feature's variance; of the largest, where it is constant."""
     second = weight @ X.square() / weight.sum()
@@ -232,9 +221,9 @@ def _floor(X: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
 
 
 def _about_means(nk: Tensor, means: Tensor, within: Tensor, kind: str) -> Parameters:
-    sum_xx = within.sum(-1) if kind == "spherical" else within
-    moments = Moments(nk=nk, sum_x=torch.zeros_like(means), sum_xx=sum_xx, about=means)
-    return maximise(kind, moments, (len(nk),), torch.zeros_like(means)).lanes()[0]
+    zeros, sum_xx = torch.zeros_like(means), TYPE_OF[kind].second(within)
+    moments = Moments(nk=nk, sum_x=zeros, sum_xx=sum_xx, about=means)
+    return maximise(kind, moments, (len(nk),), zeros).lanes()[0]
 
 
 def k_means_parallel(

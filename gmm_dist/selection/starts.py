@@ -351,7 +351,8 @@ def _noise_gain(fit: loop.FitResult) -> float:
     far from all others is worth far more than that.
     """
     few = fit.rows < _SOUND * (fit.parameters.n_features + 1)
-    if fit.parameters.covariance_type != "full" or not bool(few.any()):
+    family = fit.parameters.type
+    if family.is_shared or not family.has_products or not bool(few.any()):
         return 0.0
     covariances = fit.parameters.covariances[few]
     diagonal_log_det = covariances.diagonal(dim1=-2, dim2=-1).log().sum(-1)

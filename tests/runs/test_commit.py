@@ -24,8 +24,9 @@ from conftest import S3Server
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gmm_dist.errors import UserError
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.runs import load as artifacts
 from gmm_dist.runs.folder import Folder
@@ -691,7 +692,7 @@ def test_rounding_is_no_fault_and_neither_are_empty_components(kind: str, local:
     part = model.parameters
     weights = doubles(0.0, 1 / 3, 2 / 3).float().double()
     covariances = part.covariances.clone()
-    if kind in ("full", "tied"):
+    if part.type.has_products:
         covariances[..., 0, 1] *= 1 + 1e-9
     model = replace(model, parameters=replace(part, weights=weights, covariances=covariances))
     levels = Quantiles((0.0, 0.5, 0.75, 1.0), (math.nan, 1.0, 1.0 - 1e-15, 2.0))

@@ -15,7 +15,7 @@ import torch
 from scipy.stats import chisquare
 
 from gmm_dist.em.estep import SumMoments
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.selection import kmeans
 from gmm_dist.selection.coreset import Whitening, whitening
 from gmm_dist.selection.kmeans import (

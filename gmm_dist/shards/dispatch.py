@@ -53,14 +53,10 @@ class Dispatcher:
         faults: FailureConfig,
         capacity: Callable[[], int],
     ) -> None:
-        self._workers = workers
-        self._placement = placement
-        self._faults = faults
-        self._budget = Budget(faults)
+        self._workers, self._placement = workers, placement
+        self._faults, self._budget = faults, Budget(faults)
         self._capacity = capacity  # bytes that a worker has for rows
-        self._run = uuid.uuid4().hex
-        self._attempts = itertools.count()
-        self._iteration = 0
+        self._run, self._attempts, self._iteration = uuid.uuid4().hex, itertools.count(), 0
         self._source: Source | None = None
         self._is_loading = True
         self._work_ref: Any = None  # of the pass's Work, in the object store
@@ -120,12 +116,10 @@ class Dispatcher:
         self._listened = self._replied = self._reported = time.monotonic()
         for worker in self._workers:
             worker.heard = self._listened  # the driver has not listened since the last pass
-            for shard in (
-                sorted(worker.held & self._assigned[worker.index]) if self._is_loading else ()
-            ):
+            loaded = worker.held & self._assigned[worker.index] if self._is_loading else ()
+            for shard in sorted(loaded):
                 self._todo.discard(shard)
-                ticket = self._ticket([shard])
-                yield Reply(ticket, self._sizes[shard])
+                yield Reply(self._ticket([shard]), self._sizes[shard])
 
     def _give_back(self, worker: Worker) -> None:
         """Return its shards to a worker that came back, once it holds them again."""
@@ -181,10 +175,9 @@ class Dispatcher:
 
     def _ticket(self, shards: Sequence[int]) -> Ticket:
         assert self._source is not None
-        attempt = next(self._attempts)
         return Ticket(
             run=self._run,
-            attempt=attempt,
+            attempt=next(self._attempts),
             iteration=self._iteration,
             source=self._source.number,
             shards=tuple(shards),
@@ -196,12 +189,8 @@ class Dispatcher:
         """Wait for a moment, and return the replies that are ready, with their workers."""
         worker_of = {}
         for worker in self._workers:
-            if worker.call is not None:
-                worker_of[worker.call.ref] = worker
-            if worker.hello is not None:
-                worker_of[worker.hello] = worker
-            if worker.pulse is not None:
-                worker_of[worker.pulse] = worker
+            refs = (worker.call and worker.call.ref, worker.hello, worker.pulse)
+            worker_of |= {ref: worker for ref in refs if ref is not None}
         now = time.monotonic()
         waits = [worker.rested - now for worker in self._workers if worker.rested > now]
         timeout = min([self._faults.tick, *waits])

@@ -187,7 +187,7 @@ class Dispatcher:
 
     def _ready(self) -> list[tuple[Worker, Any]]:
         """Wait for a moment, and return the replies that are ready, with their workers."""
-        worker_of = {}
+        worker_of: dict[Any, Worker] = {}
         for worker in self._workers:
             refs = (worker.call and worker.call.ref, worker.hello, worker.pulse)
             worker_of |= {ref: worker for ref in refs if ref is not None}

@@ -32,8 +32,8 @@ from gmm_dist.em.lane import Lane, grouped, task_of
 from gmm_dist.em.mstep import advance
 from gmm_dist.em.precision import float32_error
 from gmm_dist.em.statistics import PassStatistics
-from gmm_dist.model.covariance import TYPE_OF
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.shards.tree_sum import run_on
 

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
 
 from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.urls import Url, links_of, reveal, split_query, without_secrets
@@ -145,53 +146,69 @@ def patiently(call: Callable[[], T], url: str, *, patience: Patience | None = No
     Raises:
         StorageFailed: it has failed for longer than `patience.seconds`.
     """
-    trouble = _Trouble(redacted(url), patience or PATIENCE)
-    while True:
-        try:
-            return call()
-        except Exception as error:
-            if not trouble.may_pass(error):
-                raise
-            trouble.wait(error)
+    outage = _Outage(redacted(url), patience or PATIENCE)
+    retrying = Retrying(
+        retry=retry_if_exception(outage.may_pass),
+        wait=outage.pause,
+        stop=outage.is_too_long,
+        before_sleep=outage.report,
+        retry_error_callback=outage.give_up,
+    )
+    return retrying(call)
 
 
-class _Trouble:
-    """One call's retries: which errors may pass, how long they have lasted, when to try again."""
+class _Outage:
+    """What is ours of one call's retries: which errors may pass, how long, and what is said."""
 
     def __init__(self, url: str, patience: Patience) -> None:
         self._url, self._patience = url, patience
+        self._growing = wait_exponential(patience.first_pause, max=patience.longest_pause)
         self._began: float | None = None
         self._last_line = -math.inf
-        self._pause = patience.first_pause
         self._rereads = 0
 
-    def may_pass(self, error: Exception) -> bool:
+    def may_pass(self, error: BaseException) -> bool:
+        if self._began is None:
+            self._began = time.monotonic()
         if isinstance(error, DamagedError):
             self._rereads += 1
             return self._rereads <= _REREADS
-        return is_transient(error)
+        return isinstance(error, Exception) and is_transient(error)
 
-    def wait(self, error: Exception) -> None:
-        """Say what is wrong, and pause; raise StorageFailed when it is too much."""
+    def pause(self, state: RetryCallState) -> float:
+        # Of many workers that wait for one storage, not all should come back at once.
+        return self._growing(state) * random.uniform(0.5, 1)
+
+    @property
+    def _lasted(self) -> float:
+        """Return the seconds since the first failure: what came before was no outage."""
+        return 0.0 if self._began is None else time.monotonic() - self._began
+
+    def is_too_long(self, state: RetryCallState) -> bool:
+        return self._lasted + state.upcoming_sleep > self._patience.seconds
+
+    def report(self, state: RetryCallState) -> None:
         now = time.monotonic()
-        self._began = now if self._began is None else self._began
-        lasted, budget = now - self._began, self._patience.seconds
-        root = _root(error)
-        reason = line_of(root)
-        if lasted + self._pause > budget:
-            raise StorageFailed(
-                f"{self._url}: the storage failed for {lasted:.0f} s ({reason}); check the network "
-                "and the endpoint, and run again when it works"
-            ) from error
         if now - self._last_line >= _LOG_SECONDS:
             self._last_line = now
             logger.warning(
                 "%s: the storage fails for %.0f s now, trying for up to %.0f s (%s)",
-                *(self._url, lasted, budget, reason),
+                *(self._url, self._lasted, self._patience.seconds, line_of(_root(_error(state)))),
             )
-        # Of many workers that wait for one storage, not all should come back at once.
-        time.sleep(self._pause * random.uniform(0.5, 1))
-        self._pause = min(2 * self._pause, self._patience.longest_pause)
+
+    def give_up(self, state: RetryCallState) -> NoReturn:
+        error = _error(state)
+        raise StorageFailed(
+            f"{self._url}: the storage failed for {self._lasted:.0f} s ({line_of(_root(error))}); "
+            "check the network and the endpoint, and run again when it works"
+        ) from error
+
+
+def _error(state: RetryCallState) -> BaseException:
+    assert state.outcome is not None
+    error = state.outcome.exception()
+    assert error is not None
+    return error
 
 
 def absolute(url: str) -> Url:

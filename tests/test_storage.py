@@ -234,6 +234,31 @@ def test_a_damaged_file_is_read_twice_more_before_it_is_blamed():
     assert call.calls == 3
 
 
+def test_patience_begins_with_the_first_failure_not_with_the_call():
+    calls = []
+
+    def slow_at_first() -> int:
+        calls.append(1)
+        if len(calls) == 1:
+            time.sleep(1.5 * QUICK.seconds)
+        if len(calls) < 4:
+            raise ConnectionResetError
+        return 7
+
+    assert storage.patiently(slow_at_first, "s3://lake", patience=QUICK) == 7
+
+
+def test_whoever_interrupts_is_not_kept_waiting():
+    def interrupted() -> None:
+        calls.append(1)
+        raise KeyboardInterrupt from ConnectionResetError("reset")
+
+    calls: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        storage.patiently(interrupted, "s3://lake", patience=QUICK)
+    assert len(calls) == 1
+
+
 def test_patience_ends_in_one_line_that_travels(caplog):
     call = Failing(ConnectionRefusedError(111, "refused\n by all"), times=10**6)
     message = (

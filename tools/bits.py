@@ -37,6 +37,7 @@ from conftest import S3Server, ray_cluster, s3_server  # noqa: E402
 import gmm_dist  # noqa: E402
 
 FAMILIES = ("full", "tied", "diag", "spherical")
+SHARED_VARIANCES = ("tied-diag", "tied-spherical")
 _SECONDS = 300  # for a job
 
 
@@ -136,7 +137,7 @@ def fits(jobs: Jobs, data: str, remote: str, server: S3Server) -> Iterator[tuple
         *(name for name in pq.read_schema(next(Path(data).glob("*"))).names[:3]),
     ]
     ks = ["--k", "2..5", "--n-init", "4"]
-    for family in FAMILIES:
+    for family in (*FAMILIES, *SHARED_VARIANCES):
         out = jobs.fit(family, "sweep", data, *columns, *ks, "--covariance-type", family)
         yield f"sweep, {family}", of_fit(out)
     together = ["--covariance-type", *FAMILIES, "--num-workers", "2"]
@@ -185,10 +186,12 @@ def estimators(data: str) -> Iterator[tuple[str, str]]:
     table = pq.read_table(data)
     X = np.column_stack([table.column(i).to_numpy() for i in range(3)])
     weights = table.column("w").to_numpy()
-    for family in FAMILIES:
+    for family in (*FAMILIES, *SHARED_VARIANCES):
         model = gmm_dist.GaussianMixture(4, covariance_type=family, random_state=0).fit(X)
         arrays = (model.weights_, model.means_, model.covariances_, model.score_samples(X))
         yield f"estimator, {family}", of_arrays(*arrays)
+        if family in SHARED_VARIANCES:
+            continue
         bayes = gmm_dist.BayesianGaussianMixture(
             n_components=6, covariance_type=family, random_state=0
         ).fit(X)

@@ -24,7 +24,7 @@ from gmm_dist.fitting.results import Fitted, mixture_of, spell_best
 from gmm_dist.lake.plan import Plan
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.nightly import gate
-from gmm_dist.nightly.column_drift import ColumnDrift, column_drift, sample_size
+from gmm_dist.nightly.column_drift import ColumnDrift, column_drift, draw_rows
 from gmm_dist.nightly.drift import DensityChange, Drift, Numbered, compare_densities, drift
 from gmm_dist.nightly.lineage import DRIFT, GATE, LINEAGE, Lineage, Published
 from gmm_dist.nightly.matching import Matching, match
@@ -34,7 +34,7 @@ from gmm_dist.runs import commit
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.json_files import FORMAT_VERSION
 from gmm_dist.runs.lease import Lease
-from gmm_dist.selection.coreset import Coreset, DrawCoreset
+from gmm_dist.selection.coreset import Coreset
 from gmm_dist.selection.ranking import SweepResult
 from gmm_dist.shards.connection import connected
 from gmm_dist.shards.protocol import Shards
@@ -105,8 +105,8 @@ class Night:
         def look(shards: Shards, result: SweepResult) -> None:
             if job.warm and result.best is not None:
                 tonight = result.best.fit.parameters
-                size, seed = sample_size(job.warm[0]), self.options.random_state
-                rows = shards.run(DrawCoreset.of(result.total, size, seed))
+                seed = self.options.random_state
+                rows = shards.run(draw_rows(job.warm[0], result.total, seed))
                 comparisons.append((compare_densities(shards, job.warm[0], tonight), rows))
 
         if self.options.scores is not None:  # the scoring goes on with the fit's Ray

@@ -17,7 +17,7 @@ from gmm_dist import __version__
 from gmm_dist.config import INITS, PRECISIONS, EMConfig, FailureConfig, StartConfig
 from gmm_dist.errors import UserError
 from gmm_dist.formats import printable
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.urls import Url, redacted, without_secrets
 
 _EM, _START = EMConfig(), StartConfig()  # the defaults

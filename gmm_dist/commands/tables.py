@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,12 +12,20 @@ from gmm_dist.commands.talking import bearing, say, screen
 from gmm_dist.em.lane import Status
 from gmm_dist.formats import counted
 from gmm_dist.selection.ranking import RankedCandidate, SweepResult
+from gmm_dist.selection.table import ABSENT, COLUMNS, ranks
 
-_PER_ROW = "mean log-likelihood,\nnats per row"  # on two lines: most terminals have 80 columns
+# As in `selection.table`, or shorter: most terminals have 80 columns.
+_SHOWN = {
+    "rank": "rank",
+    **{name: COLUMNS[name].head for name in ("k", "covariance_type", "bic", "aic", "icl")},
+    "mean_log_likelihood": COLUMNS["mean_log_likelihood"].head + ",\nnats per row",
+    "holdout": COLUMNS["holdout"].head,
+    "n_starts": COLUMNS["n_starts"].head,
+    "n_iter": "iter.",
+    "status": COLUMNS["status"].head,
+}
 
-_ALL = ("rank", "k", "covariance", "BIC", "AIC", "ICL", _PER_ROW, "held-out", "starts")
-
-_MOST = ("AIC", "ICL", "starts")  # what a narrow table goes without
+_MOST = ("aic", "icl", "n_starts")  # what a narrow table goes without
 
 
 def ranking(result: SweepResult, width: int) -> RenderableType:
@@ -25,10 +33,10 @@ def ranking(result: SweepResult, width: int) -> RenderableType:
 
     No number is cut: a table that does not fit has fewer columns, and then none.
     """
-    names = [*_ALL, "iter.", "status"]
+    names = list(_SHOWN)
     if all(s.holdout is None for s in result.scored):
-        names.remove("held-out")
-    rows = [(_cells(s, rank), _style(s, result)) for rank, s in _ranks(result)]
+        names.remove("holdout")
+    rows = [(_cells(s, rank), _style(s, result)) for rank, s in ranks(result)]
     for columns in (names, [name for name in names if name not in _MOST]):
         if _natural_width(columns, rows) <= width:
             return _table(columns, rows)
@@ -38,34 +46,20 @@ def ranking(result: SweepResult, width: int) -> RenderableType:
 _Rows = Sequence[tuple[dict[str, str], str]]
 
 
-def _ranks(result: SweepResult) -> Iterator[tuple[str, RankedCandidate]]:
-    for rank, s in enumerate(result.ranked, start=1):
-        yield str(rank) if s.fit.is_ranked else "-", s
-
-
 def _style(scored: RankedCandidate, result: SweepResult) -> str:
     return "bold" if scored is result.best else "" if scored.fit.is_ranked else "dim"
 
 
-def _cells(s: RankedCandidate, rank: str) -> dict[str, str]:
-    return {
-        "rank": rank,
-        "k": str(s.candidate.k),
-        "covariance": s.candidate.covariance_type,
-        "BIC": f"{s.bic:,.1f}",
-        "AIC": f"{s.aic:,.1f}",
-        "ICL": f"{s.icl:,.1f}",
-        _PER_ROW: f"{s.mean_log_likelihood:.6f}",
-        "held-out": "-" if s.holdout is None else f"{s.holdout:.6f}",
-        "starts": _starts(s),
-        "iter.": str(s.fit.n_iter),
-        "status": s.fit.status.name.lower(),
-    }
+def _cells(s: RankedCandidate, rank: int | None) -> dict[str, str]:
+    shown = {name: COLUMNS[name] for name in _SHOWN if name != "rank"}
+    cells = {name: column.text(column.value(s)) for name, column in shown.items()}
+    return {"rank": ABSENT if rank is None else str(rank)} | cells | {"n_starts": _starts(s)}
 
 
 def _natural_width(columns: Sequence[str], rows: _Rows) -> int:
     widths = [
-        max(map(len, [*name.split("\n"), *(cells[name] for cells, _ in rows)])) for name in columns
+        max(map(len, [*_SHOWN[name].split("\n"), *(cells[name] for cells, _ in rows)]))
+        for name in columns
     ]
     return sum(widths) + 2 * len(widths)  # two spaces after each
 
@@ -73,8 +67,8 @@ def _natural_width(columns: Sequence[str], rows: _Rows) -> int:
 def _table(columns: Sequence[str], rows: _Rows) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in columns:
-        left = name in ("covariance", "status")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        left = name in ("covariance_type", "status")
+        table.add_column(_SHOWN[name], justify="left" if left else "right", no_wrap=True)
     for cells, style in rows:
         table.add_row(*(cells[name] for name in columns), style=style)
     return table
@@ -84,9 +78,9 @@ def _list(names: Sequence[str], rows: _Rows) -> Group:
     """Return a few lines for each candidate, one for each number."""
     lines = []
     for cells, style in rows:
-        head = f"{cells['rank']}. k={cells['k']} {cells['covariance']}"
+        head = f"{cells['rank']}. k={cells['k']} {cells['covariance_type']}"
         lines.append(Text(head, style=style))
-        texts = "\n".join(f"{name} {cells[name]}" for name in names[3:])
+        texts = "\n".join(f"{_SHOWN[name]} {cells[name]}" for name in names[3:])
         lines += [Text(f"  {line}", style=style) for line in texts.split("\n")]
     return Group(*lines)
 

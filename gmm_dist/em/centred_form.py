@@ -18,13 +18,13 @@ class CentredForm:
     """Sums the statistics of lanes about their components' means, in float64.
 
     Right where the matrix form has lost its digits to cancellation, and many times slower. The
-    moments come in the layout of Full, Diag or Spherical; tied lanes use Full's.
+    moments come in the layout of the type that one component alone has.
     """
 
     def __init__(self, group: LaneBatch, n_max: int, device: torch.device) -> None:
         assert group.stack is not None
         self._sizes = list(group.sizes)
-        layout = "full" if group.covariance_type == "tied" else group.covariance_type
+        layout = TYPE_OF[group.covariance_type].alone
         d = group.stack.means.shape[1]
         self._features = Features(d, n_max, {layout}, torch.float64, device)
         self._layout, rows = layout, TYPE_OF[layout].rows(d)

@@ -10,11 +10,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from gmm_dist.em.lane import Lane, Status
-from gmm_dist.em.statistics import (
-    TotalMoments,
-)
-from gmm_dist.model.covariance import TYPE_OF
-from gmm_dist.model.parameters import ParameterStack
+from gmm_dist.em.statistics import TotalMoments
 
 # Iterations before a lane is compared with its rivals, and the gains that it may still hope for.
 _WARM_UP, _CATCH_UP = 3, 10.0
@@ -63,20 +59,15 @@ def degenerate_components(lane: Lane, total: TotalMoments) -> Bool[Tensor, " k"]
     the rows together are flat (a constant column, a duplicated one) do not count, nor those in
     which a component lies on a value that many rows share (`TotalMoments.spikes`).
     """
-    d, reg, kind = lane.parameters.n_features, lane.model.reg, lane.parameters.covariance_type
+    parameters, reg = lane.parameters, lane.model.reg
     few = _have_few_rows(lane)
     # Nothing more to know: the eigenvalues of wide covariances take longer than a pass.
     if not bool((reg > 0).any()) or bool(few.all()):
         return few
-    stack = ParameterStack.of([lane.parameters])
-    if kind == "spherical":  # whose one variance takes the mean
-        reg = reg.mean().expand_as(reg)
-    if kind in ("full", "tied"):
-        flat = _n_below(stack.covariances, 2 * reg)
-        allowed = _n_below(total.covariance[None], reg)
-    else:
-        flat = (TYPE_OF[kind].variances(stack.covariances, d) < 2 * reg).sum(-1)
-        allowed = (total.variances < reg).sum()
+    family, reg = parameters.type, parameters.type.added(reg)
+    spread = family.spread(parameters.stacked_covariances, parameters.n_features)
+    of_all = total.covariance if family.has_products else total.variances
+    flat, allowed = _n_below(spread, 2 * reg), _n_below(of_all[None], reg)
     return few | (flat > allowed + _n_on_spikes(lane, reg, total))
 
 
@@ -93,19 +84,22 @@ def _n_on_spikes(lane: Lane, reg: Float64[Tensor, " d"], total: TotalMoments) ->
 
 def _have_few_rows(lane: Lane) -> Bool[Tensor, " k"]:
     """Say which components have fewer rows than their covariance type needs."""
-    family, d = TYPE_OF[lane.parameters.covariance_type], lane.parameters.n_features
+    family, d = lane.parameters.type, lane.parameters.n_features
     in_all = float(lane.rows.sum()) < family.least_rows_in_all(d) - _NEARLY
     return (lane.rows < family.least_rows(d) - _NEARLY) | in_all
 
 
-def _n_below(covariances: Float64[Tensor, "c d d"], floor: Float64[Tensor, " d"]) -> Tensor:
+def _n_below(spread: Float64[Tensor, "c ..."], floor: Float64[Tensor, " d"]) -> Tensor:
     """Return in how many directions each covariance is below that of variances `floor`.
 
-    They are the negative eigenvalues of Σ - diag(floor), whose number no change of the
-    features' scales alters (Sylvester); where the variances are one, rounding alters it least.
+    Variances (c, d) stand for covariances of independent features. Of matrices (c, d, d) they are
+    the negative eigenvalues of Σ - diag(floor), whose number no change of the features' scales
+    alters (Sylvester); where the variances are one, rounding alters it least.
     """
-    scale = torch.maximum(covariances.diagonal(dim1=-2, dim2=-1), floor).rsqrt()
-    shifted = covariances - floor.diag()
+    if spread.ndim == 2:
+        return (spread < floor).sum(-1)
+    scale = torch.maximum(spread.diagonal(dim1=-2, dim2=-1), floor).rsqrt()
+    shifted = spread - floor.diag()
     scaled = shifted * scale[:, :, None] * scale[:, None, :]
     below: Tensor = (torch.linalg.eigvalsh(scaled) < 0).sum(-1)
     return below

@@ -7,7 +7,6 @@ the buffers hold one chunk, whose length follows from the shapes alone.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from gmm_dist.chunks import chunk_rows
 from gmm_dist.em.centred_form import CentredForm
 from gmm_dist.em.features import Features
 from gmm_dist.em.lane_batch import LaneBatch, Precision
@@ -24,11 +24,6 @@ from gmm_dist.em.product_form import ProductForm
 from gmm_dist.em.statistics import PassStatistics, TotalMoments
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.shards.protocol import Block, ShardRows
-
-_CHUNK_ELEMENTS = 1 << 20  # of Φ, logits and R together: a few MB, so that they stay in cache
-_MIN_CHUNK, _MAX_CHUNK = 256, 2048
-_CUDA_CHUNK_ELEMENTS, _CUDA_MAX_CHUNK = 1 << 28, 1 << 17
-_ALIGNED = 16  # chunks are cut at multiples of this many rows: a cache line of float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,25 +40,23 @@ class EStep:
     check_every: int = 16
 
     def __call__(self, rows: ShardRows) -> PassStatistics:
-        device = _device(rows)
         with _denormals_as_zeros():
-            return _workspace(self, device).run(rows)
+            return _workspace(self, rows.device).run(rows)
 
-    def chunk_rows(self, device: torch.device) -> int:
-        """Return how many rows are worked on at once: a function of the shapes."""
+    @property
+    def width(self) -> int:
+        """The numbers that each row of a chunk needs: of Φ, logits and R together."""
         last = [TYPE_OF[g.covariance_type].rows(self.n_features).stop for g in self.groups]
         components = sum(sum(group.sizes) for group in self.groups)
         width: int = max(last) + 2 * components
-        if device.type == "cuda":
-            return max(_MAX_CHUNK, min(_CUDA_CHUNK_ELEMENTS // width, _CUDA_MAX_CHUNK))
-        return max(_MIN_CHUNK, min(_CHUNK_ELEMENTS // width, _MAX_CHUNK))
+        return width
 
 
 class _Workspace:
     """The buffers of one layout of lanes, kept from shard to shard and from pass to pass."""
 
-    def __init__(self, task: EStep, device: torch.device) -> None:
-        d, n_max = task.n_features, task.chunk_rows(device)
+    def __init__(self, task: EStep, n_max: int, device: torch.device) -> None:
+        d = task.n_features
         self.task: EStep | None = None
         self._d, self._n_max = d, n_max
         matrix = [group for group in task.groups if group.precision is not Precision.CENTRED]
@@ -94,7 +87,7 @@ class _Workspace:
         for lanes in self._passes:
             lanes.clear()
         self._n_samples.zero_()
-        for chunk in chunks(rows.blocks, self._n_max):
+        for chunk in rows.chunks(task.width):
             for features in self._features.values():
                 features.fill(chunk.X)
             for lanes in self._passes:
@@ -122,8 +115,7 @@ class _Workspace:
         """Yield the rows of a pass that checks: every so-manieth, in chunks."""
         assert self.task is not None
         if any(group.checks for group in self.task.groups):
-            step = self.task.check_every
-            yield from chunks([block.every(step) for block in rows.blocks], self._n_max)
+            yield from rows.every(self.task.check_every).chunks(self.task.width)
 
 
 class _Float32Check:
@@ -169,18 +161,15 @@ _local = threading.local()
 
 def _workspace(task: EStep, device: torch.device) -> _Workspace:
     """Return this thread's buffers for the task; only those of the last layout are kept."""
-    key = (task.n_features, device, tuple(group.layout for group in task.groups))
+    n_max = chunk_rows(task.width, device)
+    key = (task.n_features, device, n_max, tuple(group.layout for group in task.groups))
     if getattr(_local, "key", None) != key:
         _local.key = _local.workspace = None  # freed before the next is made
-        _local.key, _local.workspace = key, _Workspace(task, device)
+        _local.key, _local.workspace = key, _Workspace(task, n_max, device)
     workspace: _Workspace = _local.workspace
     if workspace.task is not task:
         workspace.begin(task)
     return workspace
-
-
-def _device(rows: ShardRows) -> torch.device:
-    return rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
 
 
 def _kinds(groups: Sequence[LaneBatch], dtype: torch.dtype) -> set[str]:
@@ -198,11 +187,11 @@ class SumMoments:
     whole: bool = True
 
     def __call__(self, rows: ShardRows) -> TotalMoments:
-        device, d = _device(rows), self.n_features
+        device, d = rows.device, self.n_features
         sums = torch.zeros((d if self.whole else 1) + 1, d, dtype=torch.float64, device=device)
         counts = torch.zeros(3, dtype=torch.float64, device=device)
         largest = 0.0
-        for chunk in chunks(rows.blocks, _CUDA_MAX_CHUNK if device.type == "cuda" else _MAX_CHUNK):
+        for chunk in rows.chunks(d):
             x = chunk.X.double()
             weight = chunk.weights
             weighted = x * weight
@@ -223,15 +212,3 @@ class SumMoments:
             sum_ww=sum_ww,
             max_weight=largest,
         )
-
-
-def chunks(blocks: Sequence[Block], n_max: int) -> Iterator[Block]:
-    """Cut blocks into chunks of at most `n_max` rows (a multiple of 16), as equal as can be."""
-    for block in blocks:
-        n = block.X.shape[1]
-        lines = -(-n // _ALIGNED)
-        n_chunks = -(-lines // (n_max // _ALIGNED))
-        edges = [min(lines * i // max(n_chunks, 1) * _ALIGNED, n) for i in range(n_chunks + 1)]
-        for a, b in itertools.pairwise(edges):
-            weight = None if block.sample_weight is None else block.sample_weight[a:b]
-            yield Block(block.X[:, a:b], weight)

@@ -18,23 +18,20 @@ of the gap far out, down to 1e9 nats below the top. Within a bin rows are taken 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.em.estep import chunks
 from gmm_dist.em.statistics import TotalMoments, criterion_size
-from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import Parameters, ParameterStack
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.quantiles import LEVELS, Quantiles
 from gmm_dist.shards.protocol import HeldOut, ShardRows, Shards
 from gmm_dist.shards.reweighted import unit_of
 
-_CHUNK, _CUDA_CHUNK = 2048, 1 << 14
 _SCALE, _STEP = 16.0, 1 / 1024
 _LAST_GAP = 1e9
 _N_BINS = math.ceil(math.asinh(_LAST_GAP / _SCALE) / _STEP) + 1  # the last one has no end
@@ -51,6 +48,19 @@ class LogLikelihoods:
         return LogLikelihoods(self.sums + other.sums, self.n_samples + other.n_samples)
 
 
+def _densities(rows: ShardRows, mixtures: Sequence[Parameters]) -> list[Densities]:
+    return [Densities.of(mixture, rows.device) for mixture in mixtures]
+
+
+def _log_norms(
+    rows: ShardRows, densities: Sequence[Densities]
+) -> Iterator[tuple[Float64[Tensor, " b"], Float64[Tensor, "L b"]]]:
+    """Yield the weights of a chunk's rows, and their log-density under each mixture."""
+    for chunk in rows.chunks(max(density.width for density in densities)):
+        x = chunk.X.double()
+        yield chunk.weights, torch.stack([density(x).logsumexp(0) for density in densities])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Score:
     """The task that sums the rows' log-likelihood under each mixture.
@@ -63,14 +73,10 @@ class Score:
     mixtures: tuple[Parameters, ...]
 
     def __call__(self, rows: ShardRows) -> LogLikelihoods:
-        device = rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
-        densities = [Densities(ParameterStack.of([mixture]), device) for mixture in self.mixtures]
-        sums = torch.zeros(len(densities), dtype=torch.float64, device=device)
-        n_samples = torch.zeros((), dtype=torch.float64, device=device)
-        for chunk in chunks(rows.blocks, _CUDA_CHUNK if device.type == "cuda" else _CHUNK):
-            x = chunk.X.double()
-            weight = chunk.weights
-            log_norm = torch.stack([density(x).logsumexp(0) for density in densities])
+        densities = _densities(rows, self.mixtures)
+        sums = torch.zeros(len(densities), dtype=torch.float64, device=rows.device)
+        n_samples = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for weight, log_norm in _log_norms(rows, densities):
             sums += log_norm @ weight
             n_samples += weight.sum()
         return LogLikelihoods(sums.cpu(), float(n_samples))
@@ -141,12 +147,11 @@ class SumScores:
     mixture: Parameters
 
     def __call__(self, rows: ShardRows) -> ScoreSums:
-        device = rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
-        density = Densities(ParameterStack.of([self.mixture]), device)
+        (density,) = _densities(rows, [self.mixture])
         weights = [block.weights for block in rows.blocks if block.X.shape[1]]
         unit = unit_of(max((float(w.max()) for w in weights), default=1.0))
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
-        for chunk in chunks(rows.blocks, _CUDA_CHUNK if device.type == "cuda" else _CHUNK):
+        sums = torch.zeros(4, dtype=torch.float64, device=rows.device)
+        for chunk in rows.chunks(density.width):
             logits, weight = density(chunk.X.double()), chunk.weights * unit
             resp = logits.softmax(0)
             entropy = -torch.special.xlogy(resp, resp).sum(0)
@@ -181,8 +186,7 @@ def mean_log_likelihoods(shards: Shards, mixtures: Sequence[Parameters]) -> list
 
 
 def _has_density(mixture: Parameters) -> bool:
-    stack = ParameterStack.of([mixture])
-    _, failed = TYPE_OF[mixture.covariance_type].precisions_cholesky(stack.covariances)
+    _, failed = mixture.type.precisions_cholesky(mixture.stacked_covariances)
     return not bool(failed.any()) and math.isfinite(float(mixture.means.sum()))
 
 
@@ -270,16 +274,10 @@ class Tally:
     mixtures: tuple[Parameters, ...]
 
     def __call__(self, rows: ShardRows) -> Histograms:
-        device = rows.blocks[0].X.device if rows.blocks else torch.device("cpu")
-        densities = [Densities(ParameterStack.of([mixture]), device) for mixture in self.mixtures]
+        densities = _densities(rows, self.mixtures)
         tally = _Counter(torch.stack([density.peaks.logsumexp(0) for density in densities]))
-        for chunk in chunks(rows.blocks, _CUDA_CHUNK if device.type == "cuda" else _CHUNK):
-            x = chunk.X.double()
-            log_norm = torch.stack([density(x).logsumexp(0) for density in densities]).cpu()
-            weight = torch.ones(x.shape[1], dtype=torch.float64)
-            if chunk.sample_weight is not None:
-                weight = chunk.sample_weight.cpu()
-            tally.add(log_norm, weight)
+        for weight, log_norm in _log_norms(rows, densities):
+            tally.add(log_norm.cpu(), weight.cpu())
         return tally.histograms()
 
 

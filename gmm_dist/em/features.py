@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gmm_dist.model.covariance import PRODUCT_BLOCK, TYPE_OF, n_feature_rows
+from gmm_dist.model.covariance import TYPE_OF
+from gmm_dist.model.covariance.features import CONSTANT_ROW, PRODUCT_BLOCK, n_feature_rows
 
 _MAX_VIEWS = 256  # chunk lengths whose views are kept
 
@@ -27,7 +28,7 @@ class _Views:
 
 
 class Features:
-    """Φ (P, n), as model/covariance.py lays it out: a buffer that is filled again for each chunk.
+    """Φ (P, n), as model/covariance lays it out: a buffer that is filled again for each chunk.
 
     `of` has each covariance type's rows of it, (P of the type, n).
 
@@ -41,8 +42,9 @@ class Features:
     ) -> None:
         self.d, self.dtype = d, dtype
         self._kinds = kinds
-        last: int = max(TYPE_OF[kind].rows(d).stop for kind in kinds)
-        self._has_norm = "spherical" in kinds
+        rows = [TYPE_OF[kind].rows(d) for kind in kinds]
+        last: int = max(part.stop for part in rows)
+        self._has_norm = any(part.start < CONSTANT_ROW for part in rows)
         self._has_squares = self._has_norm or last > 2 + d
         self._has_products = last > 2 + 2 * d
         n_rows = n_feature_rows(d) if self._has_products else 2 + 2 * d
@@ -80,7 +82,12 @@ class Features:
         products = _products(x, phi[2 + 2 * d :]) if self._has_products else []
         of = {kind: phi[TYPE_OF[kind].rows(d)] for kind in self._kinds}
         views = _Views(
-            of=of, x=x, ones=phi[1], squares=phi[2 + d : 2 + 2 * d], norm=phi[0], products=products
+            of=of,
+            x=x,
+            ones=phi[CONSTANT_ROW],
+            squares=phi[2 + d : 2 + 2 * d],
+            norm=phi[0],
+            products=products,
         )
         self._views[n] = views
         return views

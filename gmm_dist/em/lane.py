@@ -22,7 +22,7 @@ from gmm_dist.em.estep import EStep
 from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.precision import PrecisionPolicy, check_every
 from gmm_dist.em.squarem import Squarem
-from gmm_dist.model.covariance import natural
+from gmm_dist.model.natural import natural
 from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.model.variational import Posterior, Prior
 

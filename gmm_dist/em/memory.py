@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gmm_dist.chunks import SHORTEST
 from gmm_dist.errors import Option, Text, UserError
 from gmm_dist.formats import gigabytes
-from gmm_dist.model.covariance import TYPE_OF
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 
 # Parameters, their padded copy, sums in the working precision and in float64, the summary that
 # is sent and the partial sums that it meets on the way: so many float64 copies at once.
 _COPIES = 8
-_LEAST_CHUNK_ROWS = 256
 
 
 def lane_bytes(lanes: Sequence[tuple[int, str]], n_features: int) -> int:
     """Return the bytes that a worker needs for lanes (k, covariance type), beside its rows."""
     widths = {kind: _width(kind, n_features) for _, kind in lanes}
     statistics = sum(k * widths[kind] for k, kind in lanes)
-    chunk = _LEAST_CHUNK_ROWS * (max(widths.values()) + 2 * sum(k for k, _ in lanes))
+    chunk = SHORTEST * (max(widths.values()) + 2 * sum(k for k, _ in lanes))
     return 8 * (_COPIES * statistics + chunk)
 
 
@@ -42,7 +41,10 @@ def require_memory(lanes: Sequence[tuple[int, str]], n_features: int, available:
 
 
 def _by_width() -> list[str]:
-    return sorted(COVARIANCE_TYPES, key=lambda kind: _width(kind, 100))
+    """Return the covariance types from the cheapest to the richest."""
+    return sorted(
+        COVARIANCE_TYPES, key=lambda kind: (_width(kind, 100), TYPE_OF[kind].n_values(100))
+    )
 
 
 def _width(kind: str, n_features: int) -> int:

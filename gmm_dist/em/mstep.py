@@ -21,7 +21,8 @@ from gmm_dist.em.statistics import (
     TotalMoments,
     effective_rows,
 )
-from gmm_dist.model.covariance import TYPE_OF, Moments, Natural, maximise, natural
+from gmm_dist.model.covariance import TYPE_OF, Moments
+from gmm_dist.model.natural import Natural, maximise, natural
 from gmm_dist.model.parameters import Parameters, ParameterStack
 
 _LADDER = [0.0] + [10.0**rung for rung in range(-10, -3)]
@@ -76,19 +77,18 @@ def advance(
 
 def moments_of(lane: Lane, sums: Float64[Tensor, "P k"], total: TotalMoments) -> Moments:
     """Name the sums that a pass brings back for a lane."""
-    kind = lane.parameters.covariance_type
+    family = lane.parameters.type
     if lane.precision is not Precision.CENTRED:
-        return TYPE_OF[kind].moments(sums, total.sum_xx)
-    layout = TYPE_OF["full" if kind == "tied" else kind]
+        return family.moments(sums, total.sum_xx)
+    layout = TYPE_OF[family.alone]
     return replace(layout.moments(sums, total.sum_xx), about=lane.parameters.means)
 
 
 def shared_quadratic(lane: Lane, total: TotalMoments) -> float:
-    """Return what the products of a tied lane leave out of Σ log p: -½ tr(Σ⁻¹ S)."""
-    if lane.parameters.covariance_type != "tied" or lane.precision is Precision.CENTRED:
+    """Return what the products of a lane with one covariance leave out of Σ log p."""
+    if lane.precision is Precision.CENTRED:
         return 0.0
-    factors, _ = TYPE_OF["tied"].precisions_cholesky(lane.parameters.covariances[None])
-    return -0.5 * float(((factors[0].T @ total.sum_xx) * factors[0].T).sum())
+    return lane.parameters.type.left_out(lane.parameters.covariances, total.sum_xx)
 
 
 def step(models: Sequence[Model], moments: Sequence[Moments]) -> tuple[list[Model], Natural]:
@@ -235,23 +235,15 @@ def _follow(lane: Lane, stepped: Model, theta: Float64[Tensor, "k P"]) -> None:
     if proposed is lane.parameters:
         return
     at = natural(ParameterStack.of([proposed]))
-    variances = _least_variances(proposed)
+    variances = proposed.type.conditional_variances(
+        proposed.stacked_covariances, proposed.n_features
+    )
     # A leap must neither dive below the regularisation floor nor ask for better arithmetic.
     safe = bool((at.condition <= MAX_CONDITION[lane.precision]).all())
     if safe and not bool(at.failed.any()) and bool((variances > 2 * stepped.reg).all()):
         lane.model, lane.theta = stepped.updated(lane.nk, proposed), at.theta
     else:
         lane.squarem.forget()
-
-
-def _least_variances(parameters: Parameters) -> Tensor:
-    """Return variances per component and feature, of correlated ones given those before."""
-    if parameters.covariance_type in ("full", "tied"):
-        factors: Tensor = torch.linalg.cholesky_ex(parameters.covariances)[0]
-        return factors.diagonal(dim1=-2, dim2=-1) ** 2
-    return TYPE_OF[parameters.covariance_type].variances(
-        parameters.covariances, parameters.n_features
-    )
 
 
 def _regularise(lane: Lane, moments: Moments, total: TotalMoments, config: EMConfig) -> None:
@@ -278,11 +270,11 @@ def _filled(moments: Moments, model: Model) -> Moments:
 def _stacked(moments: Sequence[Moments]) -> Moments:
     if len(moments) == 1:
         return moments[0]
-    # A tied type's scatter is that of all rows, the same for every lane.
-    shared = moments[0].sum_xx is moments[1].sum_xx
+    is_total = moments[0].is_total  # the same for every lane
     return Moments(
         nk=torch.cat([m.nk for m in moments]),
         sum_x=torch.cat([m.sum_x for m in moments]),
-        sum_xx=moments[0].sum_xx if shared else torch.cat([m.sum_xx for m in moments]),
+        sum_xx=moments[0].sum_xx if is_total else torch.cat([m.sum_xx for m in moments]),
         about=torch.cat([m.about for m in moments]),
+        is_total=is_total,
     )

@@ -12,7 +12,9 @@ from torch import Tensor
 from gmm_dist.em.features import Features
 from gmm_dist.em.lane_batch import LaneBatch
 from gmm_dist.em.statistics import SufficientStatistics
-from gmm_dist.model.covariance import NEVER
+from gmm_dist.model.covariance import TYPE_OF
+from gmm_dist.model.covariance.features import CONSTANT_ROW
+from gmm_dist.model.natural import NEVER
 from gmm_dist.shards.protocol import Block
 
 _CARRY_ROWS = 2048  # rows after which sums in the working precision are carried to float64
@@ -53,7 +55,7 @@ class ProductForm:
         assert group.theta is not None
         self.features = features
         self._kind = group.covariance_type
-        self._constant = 1 if group.covariance_type == "spherical" else 0
+        self._constant = CONSTANT_ROW - TYPE_OF[self._kind].rows(features.d).start
         self._buckets, self._places = _lay_out(group.sizes)
         self._lanes = [lane for bucket in self._buckets for lane in bucket.lanes]
         n_places = sum(bucket.n_places for bucket in self._buckets)

@@ -101,39 +101,23 @@ class Squarem:
 def coordinates(parameters: Parameters, scale: Float64[Tensor, " d"]) -> Float64[Tensor, " p"]:
     """Return parameters as a vector of which every value is valid.
 
-    Logarithms of the weights; means; and Cholesky factors of the covariances with logarithms on
-    the diagonal (of variances, for families without correlations), in units of `scale` (d,).
+    Logarithms of the weights, means, and the coordinates of the covariances, all in units of
+    `scale` (d,).
     """
     weights, means = parameters.weights.log(), (parameters.means / scale).flatten()
-    covariances = parameters.covariances
-    if parameters.covariance_type == "spherical":
-        return torch.cat([weights, means, covariances.log() / 2])
-    if parameters.covariance_type == "diag":
-        return torch.cat([weights, means, (covariances.log() / 2 - scale.log()).flatten()])
-    factors = torch.linalg.cholesky(covariances) / scale[:, None]
-    diagonals = factors.diagonal(dim1=-2, dim2=-1).log()
-    return torch.cat([weights, means, diagonals.flatten(), factors.tril(-1).flatten()])
+    spread = parameters.type.coordinates(parameters.covariances, scale)
+    return torch.cat([weights, means, spread])
 
 
 def parameters_at(
     x: Float64[Tensor, " p"], like: Parameters, scale: Float64[Tensor, " d"]
 ) -> Parameters:
     """Return the parameters at coordinates `x`, of the shapes of `like`."""
-    k, d, kind = like.n_components, like.n_features, like.covariance_type
+    k, d = like.n_components, like.n_features
     weights, means, spread = x.split([k, k * d, len(x) - k - k * d])
-    if kind == "spherical":
-        covariances = (2 * spread).exp()
-    elif kind == "diag":
-        covariances = (2 * (spread.view(k, d) + scale.log())).exp()
-    else:
-        n_factors = len(spread) // (d + d * d)
-        diagonals, below = spread.split([n_factors * d, n_factors * d * d])
-        factors = below.view(-1, d, d).tril(-1) + torch.diag_embed(diagonals.view(-1, d).exp())
-        factors = factors * scale[:, None]
-        covariances = (factors @ factors.mT).view_as(like.covariances)
     return Parameters(
         weights=torch.softmax(weights, 0),
         means=means.view(k, d) * scale,
-        covariances=covariances,
-        covariance_type=kind,
+        covariances=like.type.at(spread, scale).view_as(like.covariances),
+        covariance_type=like.covariance_type,
     )

@@ -14,8 +14,9 @@ from gmm_dist.model.arrays import (
     Space,
     array_of,
     is_foreign,
+    tensor_of,
 )
-from gmm_dist.model.covariance import TYPE_OF
+from gmm_dist.model.covariance import TYPE_OF, CovarianceType
 from gmm_dist.model.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -41,16 +42,14 @@ def copied(parameters: Parameters) -> Parameters:
 
 def publish(estimator: BaseMixture, learned: Parameters, space: Space) -> None:
     """Set an estimator's attributes to a mixture's parameters, in feature units."""
-    family = TYPE_OF[learned.covariance_type]
-    tied = learned.covariance_type == "tied"
-    covariances = learned.covariances[None] if tied else learned.covariances
-    factors, _ = family.precisions_cholesky(covariances)
+    family = learned.type
+    factors, _ = family.precisions_cholesky(learned.stacked_covariances)
     precisions = family.precisions(factors)
     estimator.weights_ = space.of(learned.weights)
     estimator.means_ = space.of(learned.means)
     estimator.covariances_ = space.of(learned.covariances)
-    estimator.precisions_cholesky_ = space.of(factors[0] if tied else factors)
-    estimator.precisions_ = space.of(precisions[0] if tied else precisions)
+    estimator.precisions_cholesky_ = space.of(family.unstacked(factors))
+    estimator.precisions_ = space.of(family.unstacked(precisions))
 
 
 def exchanged(source: Any, target: Any) -> Any:
@@ -69,29 +68,45 @@ def exchanged(source: Any, target: Any) -> Any:
     return target
 
 
+def expanded(source: BaseMixture, target: Any) -> Any:
+    """Give scikit-learn's estimator a type that it knows, with a covariance for each component."""
+    family = TYPE_OF[source.covariance_type]
+    if family.in_sklearn == family.name:
+        return target
+    target.covariance_type = family.in_sklearn
+    means = getattr(target, "means_", target.means_init)
+    for name in ("precisions_init", "covariances_", "precisions_", "precisions_cholesky_"):
+        if (value := getattr(target, name, None)) is not None:
+            stack = family.stacked(tensor_of(value))
+            if means is None and stack.ndim < 2:
+                raise ValueError(
+                    "precisions_init is one number, and scikit-learn wants one for each feature: "
+                    "give means_init too, or fit"
+                )
+            shape = (source.n_components, *stack.shape[1:]) if means is None else np.shape(means)
+            each = family.variances(stack, shape[1]).expand(shape).contiguous().numpy()
+            setattr(target, name, each.astype(np.asarray(value).dtype))
+    return target
+
+
 def _is_ours_alone(name: str, value: Any) -> bool:
     """Say whether a parameter has a value that scikit-learn lacks; its own default stands in."""
     return name in ("n_init", "init_params") and value in (None, SEARCH)
 
 
-def have_factors(kind: str, covariances: Tensor, factors: Tensor) -> bool:
+def have_factors(family: CovarianceType, covariances: Tensor, factors: Tensor) -> bool:
     """Say whether these are the factors of the covariances' precisions, up to rounding."""
     if not bool(factors.isfinite().all()):
         return False
-    expected, failed = TYPE_OF[kind].precisions_cholesky(covariances)
+    expected, failed = family.precisions_cholesky(covariances)
     atol = 1e-9 * float(factors.abs().max())
     return not bool(failed.any()) and torch.allclose(expected, factors, rtol=1e-9, atol=atol)
 
 
-def covariances_of(kind: str, factors: Tensor) -> Tensor:
+def covariances_of(family: CovarianceType, factors: Tensor) -> Tensor:
     """Return the inverses of U Uᵀ, or of 1/σ squared."""
-    if kind in ("full", "tied"):
-        eye = torch.eye(factors.shape[-1], dtype=factors.dtype)
-        lower = torch.linalg.solve_triangular(factors.mT, eye.expand_as(factors), upper=False)
-        covariances: Tensor = lower @ lower.mT
-    else:
-        covariances = factors.square().reciprocal()
-    _, failed = TYPE_OF[kind].precisions_cholesky(covariances)
+    covariances = family.of_factors(factors)
+    _, failed = family.precisions_cholesky(covariances)
     if bool(failed.any()):
         raise ValueError(
             "precisions_cholesky_ are not the factors of positive-definite precisions, or so "

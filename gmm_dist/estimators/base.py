@@ -53,8 +53,8 @@ from gmm_dist.model.arrays import (
     unmasked,
     viewed,
 )
-from gmm_dist.model.covariance import Moments
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.covariance import COVARIANCE_TYPES, Moments
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.protocol import Shards
 
@@ -295,7 +295,7 @@ class BaseMixture(FittedMixture):
         return starts_of(self, is_lake=False)[0] == SEARCH
 
     def _resident(self, rows: Rows, weight: Tensor | None, *, searched: bool = False) -> Resident:
-        whole = self.covariance_type in ("full", "tied")
+        whole = self._type.has_products
         X = viewed(rows)
         device = X.device if self.device is None else device_of(self.device)
         X = X.to(device, torch.float64)

@@ -24,10 +24,17 @@ from gmm_dist.estimators.local_rows import Resident
 from gmm_dist.estimators.restarts import ranked
 from gmm_dist.estimators.settings import search_of
 from gmm_dist.model.arrays import Rows, Space, array_of, checked_start, tensor_of
-from gmm_dist.model.covariance import TYPE_OF, Moments
+from gmm_dist.model.covariance import Moments
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step, updated
+from gmm_dist.model.variational import (
+    VARIATIONAL_TYPES,
+    WEIGHT_PRIORS,
+    Posterior,
+    Prior,
+    m_step,
+    updated,
+)
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.starts import find_starts
 from gmm_dist.selection.sweep import require_rows
@@ -78,6 +85,7 @@ class BayesianGaussianMixture(BaseMixture):
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **{k: v for k, v in BaseMixture._parameter_constraints.items() if k != "precision"},
+        "covariance_type": [StrOptions(set(VARIATIONAL_TYPES))],
         "weight_concentration_prior_type": [StrOptions(set(WEIGHT_PRIORS))],
         "weight_concentration_prior": [None, _POSITIVE],
         "mean_precision_prior": [None, _POSITIVE],
@@ -331,10 +339,9 @@ class BayesianGaussianMixture(BaseMixture):
                 "for covariance_prior, takes more than one row; give covariance_prior, or "
                 "weights that count rows"
             )
-        if self.covariance_type in ("full", "tied"):
-            return rows.total.covariance * (n / (n - 1))
-        variances: Tensor = rows.total.variances * (n / (n - 1))
-        return variances if self.covariance_type == "diag" else variances.mean()
+        total = rows.total
+        spread = total.covariance if self._type.has_products else total.variances
+        return self._type.nearest(spread * (n / (n - 1)))
 
     def _given_mean(self, n_features: int) -> Tensor | None:
         if self.mean_prior is None:
@@ -345,16 +352,12 @@ class BayesianGaussianMixture(BaseMixture):
         """Return covariance_prior in float64; raise ValueError if it is not a covariance."""
         if self.covariance_prior is None:
             return None
-        kind, d, array = self.covariance_type, n_features, array_of(self.covariance_prior)
-        shape = {"diag": (d,), "spherical": ()}.get(kind, (d, d))
-        # check_array takes no scalars.
-        array = array[None] if array.ndim == 0 and kind == "spherical" else array
-        covariance = checked_start(array, shape or (1,), f"{kind} covariance_prior").view(shape)
+        name, shape = f"{self.covariance_type} covariance_prior", self._type.cell(n_features)
+        covariance = checked_start(self.covariance_prior, shape, name)
         symmetric = covariance.ndim < 2 or torch.allclose(covariance, covariance.mT)
-        _, failed = TYPE_OF[kind].precisions_cholesky(covariance[None])
+        _, failed = self._type.precisions_cholesky(covariance[None])
         if not symmetric or bool(failed.any()):
-            wanted = "symmetric, positive-definite" if covariance.ndim == 2 else "positive"
-            raise ValueError(f"'{kind} covariance_prior' should be {wanted}")
+            raise ValueError(f"'{name}' should be {self._type.validity}")
         return covariance
 
 
@@ -375,8 +378,9 @@ def _filled(mixture: Parameters, k: int) -> Parameters:
     order = torch.cat([order, order[:1].expand(k - size)])
     weights = mixture.weights[order]
     weights[size:] = 0.0
-    tied = mixture.covariance_type == "tied"
-    covariances = mixture.covariances if tied else mixture.covariances[order]
+    covariances = mixture.covariances
+    if not mixture.type.is_shared:
+        covariances = covariances[order]
     return replace(mixture, weights=weights, means=mixture.means[order], covariances=covariances)
 
 

@@ -33,6 +33,7 @@ from gmm_dist.model.arrays import (
     tensor_of,
     viewed,
 )
+from gmm_dist.model.covariance import TYPE_OF, CovarianceType
 from gmm_dist.model.mixture import Mixture, labels, log_densities, responsibilities
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.soundness import flaw
@@ -126,6 +127,10 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
             log_likelihood=getattr(self, "_log_likelihood", math.nan),
         )
 
+    @property
+    def _type(self) -> CovarianceType:
+        return TYPE_OF[self.covariance_type]
+
     def _parameters(self) -> Parameters:
         """Return the learned mixture, which densities use."""
         means = tensor_of(self.means_)
@@ -152,22 +157,22 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         Published as float32, covariances may round to singular ones; factors do not. Where
         `covariances_` have these factors, they are returned unchanged.
         """
-        kind, (k, d) = self.covariance_type, tensor_of(self.means_).shape
+        family, (k, d) = self._type, tensor_of(self.means_).shape
         factors = tensor_of(self.precisions_cholesky_)
-        shape = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[kind]
+        shape = family.shape(k, d)
         if factors.shape != shape:
             raise ValueError(
                 f"precisions_cholesky_ has shape {tuple(factors.shape)}, not {shape}, that of "
-                f"{k} {kind} covariances of {d} features: fit anew, without warm_start"
+                f"{k} {family.name} covariances of {d} features: fit anew, without warm_start"
             )
-        factors = factors[None] if kind == "tied" else factors
+        factors = family.stacked(factors)
         if hasattr(self, "covariances_"):
             covariances = tensor_of(self.covariances_)
             if covariances.shape == shape and have_factors(
-                kind, covariances.view(factors.shape), factors
+                family, covariances.view(factors.shape), factors
             ):
                 return covariances
-        return covariances_of(kind, factors).view(shape)
+        return covariances_of(family, factors).view(shape)
 
     def _lake_scores(self, lake: Lake, cluster: Cluster | None) -> LakeScores:
         # Only here are Ray and pyarrow needed: they would be most of the time of an import.
@@ -205,14 +210,14 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
 def _drawn(mixture: Parameters, n_samples: int, rng: np.random.RandomState) -> tuple[Array, Array]:
     """Draw rows and components in scikit-learn's order, from the same random numbers."""
-    kind, d = mixture.covariance_type, mixture.n_features
-    means, covariances = mixture.means.numpy(), mixture.covariances.numpy()
+    family, d = mixture.type, mixture.n_features
+    spread = family.spread(mixture.stacked_covariances, d)
+    spreads = spread.expand(mixture.n_components, *spread.shape[1:]).numpy()
     counts = rng.multinomial(n_samples, mixture.weights.numpy())
     parts = []
-    for k, (mean, n) in enumerate(zip(means, counts, strict=True)):
-        if kind in ("full", "tied"):
-            covariance = covariances if kind == "tied" else covariances[k]
-            parts.append(rng.multivariate_normal(mean, covariance, int(n)))
+    for mean, spread_of_one, n in zip(mixture.means.numpy(), spreads, counts, strict=True):
+        if family.has_products:
+            parts.append(rng.multivariate_normal(mean, spread_of_one, int(n)))
         else:
-            parts.append(mean + rng.standard_normal(size=(n, d)) * np.sqrt(covariances[k]))
+            parts.append(mean + rng.standard_normal(size=(n, d)) * np.sqrt(spread_of_one))
     return np.vstack(parts), np.repeat(np.arange(len(counts)), counts)

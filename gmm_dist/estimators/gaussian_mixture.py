@@ -20,7 +20,7 @@ from gmm_dist.em.loop import FitResult
 from gmm_dist.em.mstep import maximised
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.errors import UserError
-from gmm_dist.estimators.attributes import copied, exchanged, publish, require_class
+from gmm_dist.estimators.attributes import copied, exchanged, expanded, publish, require_class
 from gmm_dist.estimators.base import (
     ARRAY_API_INITS,
     NOT_CONVERGED,
@@ -76,7 +76,8 @@ class GaussianMixture(BaseMixture):
     `n_shards` are for rows in memory.
 
     Learned: `weights_` (k,), `means_` (k, d), `covariances_`, `precisions_` and
-    `precisions_cholesky_` (full (k, d, d), tied (d, d), diag (k, d), spherical (k,)),
+    `precisions_cholesky_` (full (k, d, d), tied (d, d), diag (k, d), spherical (k,), tied-diag
+    (d,), tied-spherical ()),
     `converged_`, `n_iter_`, `lower_bound_` (nats per row) and `lower_bounds_`, `n_features_in_`
     and `feature_names_in_`; `init_params_` and `n_init_`, how it was started ("given": from
     parameters).
@@ -204,9 +205,10 @@ class GaussianMixture(BaseMixture):
     def to_sklearn(self) -> Any:
         """Return scikit-learn's own GaussianMixture with these parameters and what was learned.
 
-        Learned numbers are the same to the bit. Raises ImportError without scikit-learn.
+        Learned numbers are the same to the bit. A covariance type that scikit-learn lacks becomes
+        `diag`, with as many covariances as components: its `bic` and `aic` count them all.
         """
-        return exchanged(self, sklearn.mixture.GaussianMixture())
+        return expanded(self, exchanged(self, sklearn.mixture.GaussianMixture()))
 
     @classmethod
     def from_sklearn(cls, fitted: Any) -> Self:
@@ -243,17 +245,11 @@ class GaussianMixture(BaseMixture):
 
     def _covariances_init(self, d: int) -> Tensor:
         """Return the inverses of `precisions_init`."""
-        kind, k = self.covariance_type, self.n_components
-        shapes = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}
-        precisions = checked_start(self.precisions_init, shapes[kind], f"{kind} precision")
-        if kind in ("diag", "spherical"):
-            if not bool((precisions > 0).all()):
-                raise ValueError(f"'{kind} precision' should be positive")
-            return precisions.reciprocal()
-        factors, info = torch.linalg.cholesky_ex(precisions)
-        if bool((info != 0).any()) or not torch.allclose(precisions, precisions.mT):
-            raise ValueError(f"'{kind} precision' should be symmetric, positive-definite")
-        return torch.cholesky_inverse(factors)
+        shape, name = self._type.shape(self.n_components, d), f"{self._type.name} precision"
+        covariances = self._type.of_precisions(checked_start(self.precisions_init, shape, name))
+        if covariances is None:
+            raise ValueError(f"'{name}' should be {self._type.validity}")
+        return covariances
 
     def _needs_shares(self) -> bool:
         return any(v is None for v in (self.weights_init, self.means_init, self.precisions_init))

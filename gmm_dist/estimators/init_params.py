@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.arrays import Rows, array_of
-from gmm_dist.model.covariance import Moments
+from gmm_dist.model.covariance import TYPE_OF, Moments
 
 INIT_PARAMS = ("kmeans", "k-means++", "random", "random_from_data")
 SEARCH = "search"
@@ -78,7 +78,8 @@ def moments_of_shares(
     """Return what an M-step reads of rows that are shared out among components.
 
     Where a few rows make a component, as seeds do, a variance is what is left of two numbers
-    that are nearly equal; so these moments are about each component's mean. Not tied ones.
+    that are nearly equal; so these moments are about each component's mean. Not those of a
+    covariance that all components share.
 
     Args:
         kind: The covariance type.
@@ -89,32 +90,33 @@ def moments_of_shares(
     """
     nk = share.sum(0)
     sum_x = share.T @ X
-    if kind == "tied":
-        return _tied_moments(nk.cpu(), sum_x.cpu(), total, centre)
+    family = TYPE_OF[kind]
+    if family.is_shared:
+        sums = torch.cat([nk[:, None], sum_x], 1).T.cpu()
+        return family.moments(sums, _scatter_about_origin(sums, total, centre))
     means = sum_x / (nk + empty_rows(total))[:, None]
     second = []
     for mean, part in zip(means, share.T, strict=True):
         x = X - mean  # one component's at a time: each is as large as the rows are
-        second.append((x.T * part) @ x if kind == "full" else part @ x.square())
-    sum_xx = torch.stack(second)
-    if kind == "spherical":
-        sum_xx = sum_xx.sum(1)
+        second.append(family.scatter(x, part))
+    sum_xx = family.second(torch.stack(second))
     # What is left of Σ r (x - mean) is rounding.
     return Moments(
         nk=nk.cpu(), sum_x=torch.zeros_like(sum_x).cpu(), sum_xx=sum_xx.cpu(), about=means.cpu()
     )
 
 
-def _tied_moments(
-    nk: Tensor, sum_x: Tensor, total: TotalMoments, centre: Float64[Tensor, " d"]
-) -> Moments:
-    """Return moments whose scatter is that of all rows about the origin, whatever is shared out.
+def _scatter_about_origin(
+    sums: Float64[Tensor, "P k"], total: TotalMoments, centre: Float64[Tensor, " d"]
+) -> Tensor:
+    """Return the scatter of all rows about the origin, less what is shared out of it.
 
     So it is in scikit-learn, where seeds share out k rows only: their tied start is wider than
     the rows, the more so the farther these lie from the origin. Where all rows are shared out,
-    the origin cancels.
+    the origin cancels. `sums` are each component's rows and their sums about the centre.
     """
-    left_n, left_x = total.n_samples - nk.sum(), total.sum_x - sum_x.sum(0)
+    left_n, left_x = total.n_samples - sums[0].sum(), total.sum_x - sums[1:].T.sum(0)
+    if not total.is_whole:
+        return total.sum_xx + centre * (left_n * centre + 2 * left_x)
     across = centre[:, None] * left_x
-    apart = left_n * centre[:, None] * centre + across + across.T
-    return Moments(nk=nk, sum_x=sum_x, sum_xx=total.sum_xx + apart, about=torch.zeros_like(sum_x))
+    return total.sum_xx + (left_n * centre[:, None] * centre + across + across.T)

@@ -23,10 +23,11 @@ from gmm_dist.estimators.settings import (
 from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import Space, require_rows_or_lake, space_of
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.criteria import most_components
-from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.selection.ranking import CRITERIA, Candidate, RankedCandidate, SweepResult
 from gmm_dist.selection.sweep import require_rows, sweep
+from gmm_dist.selection.table import label, listed
 from gmm_dist.shards.local import one_thread
 
 SIZES, KINDS = range(2, 21), ("full", "diag")
@@ -61,7 +62,7 @@ class Selection:
         `log_likelihood` is the sum over all rows (nats), as in sweep.json, and
         `mean_log_likelihood` that per row; of `bic`, `aic` and `icl` lower is better.
         """
-        return [_row(rank, scored) for rank, scored in enumerate(self.result.ranked, start=1)]
+        return listed(self.result)
 
     def warnings(self) -> list[str]:
         """Return what a reader of the table should know, each with what to do."""
@@ -91,13 +92,13 @@ class Selection:
             if line := sorted(_point(s, self.criterion) for s in of_kind):
                 ax.plot(*zip(*line, strict=True), marker="o", label=kind)
         ax.plot(*_point(ranked[0], self.criterion), marker="*", markersize=14, linestyle="none")
-        ax.set(xlabel="k", ylabel=_LABELS[self.criterion])
+        per_row = " per row" if self.criterion == "holdout" else ""
+        ax.set(xlabel="k", ylabel=label(self.criterion) + per_row)
         ax.legend()
         return ax
 
     def __str__(self) -> str:
-        means = [scored.mean_log_likelihood for scored in self.result.ranked]
-        rows = [row | {_PER_ROW: mean} for row, mean in zip(self.rows(), means, strict=True)]
+        rows = [row | {_PER_ROW: row["mean_log_likelihood"]} for row in self.rows()]
         shown = [_PER_ROW if name == "log_likelihood" else name for name in _COLUMNS]
         shown += ["holdout"] if "holdout" in rows[0] else []
         cells = [shown, *([_cell(row[name]) for name in shown] for row in rows)]
@@ -142,7 +143,8 @@ def select(
         X: what `GaussianMixture.fit` takes: rows (n, d) in memory, or a `gmm_dist.Lake`.
         n_components: numbers of components. Default ones for which rows in memory are too few are
             left out; those named here are fitted in any case, even if they cannot be ranked.
-        covariance_type: "full", "tied", "diag", "spherical", or several of them.
+        covariance_type: "full", "tied", "diag", "spherical", "tied-diag", "tied-spherical", or
+            several of them.
         criterion: "bic", "aic", "icl" (lower is better), or "holdout", the mean log-likelihood of
             a lake's held-out rows.
         sample_weight: of rows in memory, (n,).
@@ -308,33 +310,11 @@ def _selected(
     )
 
 
-_LABELS = {"bic": "BIC", "aic": "AIC", "icl": "ICL", "holdout": "held-out log-likelihood per row"}
-
-
 def _select_again(k: str) -> str:
     """Spell the next grid of k, `3..6` or `3,5,9`, as Python reads it."""
     first, dots, last = k.partition("..")
     grid = f"range({first}, {int(last) + 1})" if dots else f"({k.replace(',', ', ')})"
     return f"select again with n_components={grid}"
-
-
-def _row(rank: int, scored: RankedCandidate) -> dict[str, Any]:
-    fit = scored.fit
-    row: dict[str, Any] = {
-        "rank": rank if fit.is_ranked else None,
-        "k": scored.candidate.k,
-        "covariance_type": scored.candidate.covariance_type,
-        "bic": scored.bic,
-        "aic": scored.aic,
-        "icl": scored.icl,
-        "log_likelihood": fit.log_likelihood,
-        "mean_log_likelihood": scored.mean_log_likelihood,
-        "n_parameters": scored.n_parameters,
-        "n_iter": fit.n_iter,
-        "converged": fit.converged,
-        "status": fit.status.name.lower(),
-    }
-    return row if scored.holdout is None else row | {"holdout": scored.holdout}
 
 
 def _cell(value: Any) -> str:

@@ -10,7 +10,7 @@ from gmm_dist import config
 from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig, optional, several
 from gmm_dist.errors import Option, UserError
 from gmm_dist.lake.lake import Lake, Missing
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.selection.ranking import CRITERIA
 
 _EM, _START, _FAULTS = EMConfig(), StartConfig(), FailureConfig()

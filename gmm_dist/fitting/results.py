@@ -18,9 +18,11 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.runs import load
 from gmm_dist.runs.load import Attempt
-from gmm_dist.selection.coreset import DrawCoreset, keyed_generator
-from gmm_dist.selection.ranking import RankedCandidate, SweepResult
+from gmm_dist.selection.coreset import DrawCoreset
+from gmm_dist.selection.ranking import CRITERIA, RankedCandidate, SweepResult
+from gmm_dist.selection.table import COLUMNS, label, saved
 from gmm_dist.shards.protocol import Shards
+from gmm_dist.streams import Stream, keyed_generator
 
 _PACKAGES = ("torch", "numpy", "pyarrow", "ray", "fsspec", "s3fs", "safetensors")
 
@@ -28,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 # A coreset weighs no row more than twice the mean, so that half of it is a fair sample.
 _DRAWN, _KEPT = 4096, 2000  # rows
-_PICTURE = 3  # the stream of keyed random numbers
 
 DrawReport = Callable[[Attempt, Mapping[str, Any], Mixture | None, torch.Tensor | None], bool]
 """Draws report.html of sweep.json's content, the mixture and some rows; says whether it did."""
@@ -114,8 +115,8 @@ def spell_best(best: RankedCandidate, criterion: str) -> str:
     """Name the best candidate and what ranked it."""
     name = f"k={best.candidate.k} {best.candidate.covariance_type}"
     if criterion == "holdout":
-        return f"held-out log-likelihood: {name}, {best.holdout:.6f} nats per row"
-    return f"{criterion.upper()}: {name}, {best.value(criterion):,.1f}"
+        return f"{label(criterion)}: {name}, {best.holdout:.6f} nats per row"
+    return f"{label(criterion)}: {name}, {best.value(criterion):,.1f}"
 
 
 def mixture_of(fitted: Fitted, loader: LakeLoader, ids: tuple[int, ...] | None = None) -> Mixture:
@@ -133,11 +134,9 @@ def mixture_of(fitted: Fitted, loader: LakeLoader, ids: tuple[int, ...] | None =
 
 
 def _provenance(best: RankedCandidate, plan: Plan, settings: dict[str, Any]) -> load.Provenance:
-    criteria = {"bic": best.bic, "aic": best.aic, "icl": best.icl}
-    if best.holdout is not None:
-        criteria["holdout"] = best.holdout
+    criteria = {name: COLUMNS[name].value(best) for name in CRITERIA}
     return load.Provenance(
-        criteria=criteria,
+        criteria={name: value for name, value in criteria.items() if value is not None},
         status=best.fit.status.value,
         converged=best.fit.converged,
         n_iter=best.fit.n_iter,
@@ -150,11 +149,11 @@ def _provenance(best: RankedCandidate, plan: Plan, settings: dict[str, Any]) -> 
 def _report(
     result: SweepResult, plan: Plan, counted: Counted, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    best, ranked = result.best, result.ranked
+    best = result.best
     return {
         "criterion": result.criterion,
         "best": None if best is None else asdict(best.candidate),
-        "candidates": [_entry(s, ranked.index(s) + 1) for s in result.scored],
+        "candidates": saved(result),
         "n_passes": result.n_passes,
         "n_samples": result.n_samples,
         "n_rows": counted.n_rows,
@@ -173,28 +172,6 @@ def _versions() -> dict[str, str | None]:
     return {"gmm_dist": __version__, **load.library_versions(_PACKAGES)}
 
 
-def _entry(scored: RankedCandidate, rank: int) -> dict[str, Any]:
-    fit = scored.fit
-    return {
-        **asdict(scored.candidate),
-        "rank": rank if fit.is_ranked else None,
-        "status": fit.status.value,
-        "converged": fit.converged,
-        "n_iter": fit.n_iter,
-        "n_starts": scored.outcome.n_starts,
-        "n_dropped": scored.outcome.n_dropped,
-        "passes_saved": scored.outcome.passes_saved,
-        "log_likelihood": fit.log_likelihood,
-        "lower_bounds": fit.lower_bounds,
-        "n_parameters": scored.n_parameters,
-        "bic": scored.bic,
-        "aic": scored.aic,
-        "icl": scored.icl,
-        "holdout": scored.holdout,
-        "seconds": scored.outcome.seconds,
-    }
-
-
 def sample_of(shards: Shards, result: SweepResult, random_state: int) -> torch.Tensor | None:
     """Return a fair sample (m, d) of the fitted rows, about their centre, for the picture.
 
@@ -204,8 +181,9 @@ def sample_of(shards: Shards, result: SweepResult, random_state: int) -> torch.T
     if result.best is None:
         return None
     try:
-        coreset = shards.run(DrawCoreset.of(result.total, _DRAWN, random_state))
-        return coreset.fair(_KEPT, keyed_generator(random_state, _PICTURE))
+        task = DrawCoreset.of(result.total, _DRAWN, Stream.PICTURE_ROWS, random_state)
+        coreset = shards.run(task)
+        return coreset.fair(_KEPT, keyed_generator(Stream.PICTURE, random_state))
     except Exception as error:
         logger.warning("the report will have no picture of the rows: %s", one_line(error))
         return None

@@ -183,13 +183,16 @@ def array_of(value: Any) -> Array:
 
 
 def checked_start(value: Any, shape: tuple[int, ...], name: str) -> Tensor:
-    """Return a user's start of that shape in float64.
+    """Return a user's start of that shape in float64; one number may stand in an array of one.
 
     Raises ValueError in scikit-learn's words.
     """
-    array = check_array(
-        array_of(value), dtype=[np.float64, np.float32], ensure_2d=False, allow_nd=True
-    )
+    array = array_of(value)
+    # check_array takes no scalars.
+    array = array[None] if array.ndim == 0 and shape == () else array
+    array = check_array(array, dtype=[np.float64, np.float32], ensure_2d=False, allow_nd=True)
+    if shape == () and array.shape == (1,):
+        array = array.reshape(())
     if array.shape != shape:
         raise ValueError(
             f"The parameter '{name}' should have the shape of {shape}, but got {array.shape}"

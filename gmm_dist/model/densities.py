@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.model.covariance import LOG_2PI, TYPE_OF, log_weights
-from gmm_dist.model.parameters import ParameterStack
+from gmm_dist.chunks import chunk_rows, cuts
+from gmm_dist.model.natural import LOG_2PI, log_weights
+from gmm_dist.model.parameters import Parameters, ParameterStack
+
+Rows = npt.NDArray[Any] | Tensor
 
 _TINY = torch.finfo(torch.float64).tiny
 _FAR = -1e12  # log-densities below it have no digits left for what sets components apart
@@ -21,17 +28,29 @@ class Densities:
 
     The textbook form by Cholesky factors: K triangular products per chunk, and accurate where
     the matrix-product form loses its digits to cancellation. `peaks` (K,) are the largest values,
-    those at the means.
+    those at the means. `width` is how many numbers a row of a chunk needs.
     """
 
     def __init__(self, stack: ParameterStack, device: torch.device) -> None:
-        self._family, d = TYPE_OF[stack.covariance_type], stack.means.shape[1]
+        self._family, d = stack.type, stack.means.shape[1]
         factors, failed = self._family.precisions_cholesky(stack.covariances)
         assert not bool(failed.any()), "a covariance is not positive definite"
         half = stack.per_component(self._family.half_log_det(factors, d))
         self.peaks = log_weights(stack) + half - 0.5 * d * LOG_2PI
         parts = (stack.means, stack.per_component(factors), self.peaks)
         self._components = list(zip(*(part.to(device) for part in parts), strict=True))
+        self.width, self._device = d + len(self.peaks), device
+
+    @classmethod
+    def of(cls, mixture: Parameters, device: torch.device) -> Densities:
+        """Return those of one mixture."""
+        return cls(ParameterStack.of([mixture]), device)
+
+    def chunks(self, X: Rows) -> Iterator[Float64[Tensor, "K b"]]:
+        """Yield log w_k + log N(x; k) of rows (n, d), some at a time; of no rows once."""
+        parts = cuts(len(X), chunk_rows(self.width, self._device)) if len(X) else [slice(0)]
+        for part in parts:
+            yield self(_columns(X[part]).to(self._device))
 
     def __call__(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
         """Return log w_k + log N(x; k) of rows `x`, one per column."""
@@ -84,3 +103,10 @@ class Densities:
         size = mean.abs().max().clamp_min(_TINY)
         unit = (mean / size)[:, None]
         return (distance(x + unit, zero, factor) - distance(x - unit, zero, factor)) * size
+
+
+def _columns(X: Rows) -> Float64[Tensor, "d b"]:
+    """Return a few rows as columns; a copy, for arrays may be read-only, reversed or swapped."""
+    if isinstance(X, Tensor):
+        return X.T.double()
+    return torch.from_numpy(np.array(X.T, dtype=np.float64, order="C"))

@@ -6,21 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from gmm_dist.errors import UserError
 from gmm_dist.model.criteria import aic, bic, icl, n_parameters
-from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import Parameters, ParameterStack
+from gmm_dist.model.densities import Densities, Rows
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.quantiles import Quantiles
 
-Rows = npt.NDArray[Any] | Tensor
-
-_CHUNK_ELEMENTS = 1 << 22  # of log-densities at a time
 _MOST_NAMES, _LONGEST_NAME = 4, 60  # of features, in a repr
 
 
@@ -147,20 +142,10 @@ def log_densities(mixture: Parameters, X: Rows) -> Float64[Tensor, " n"]:
 
 
 def _chunks(mixture: Parameters, X: Rows) -> Iterator[Float64[Tensor, "k b"]]:
-    """Yield log w_k + log N(x | k) for a few rows at a time."""
+    """Yield log w_k + log N(x | k) for a few rows at a time, on their device."""
     device = X.device if isinstance(X, Tensor) else torch.device("cpu")
-    densities = Densities(ParameterStack.of([mixture]), device)
-    n_chunk = max(1, _CHUNK_ELEMENTS // (mixture.n_components + mixture.n_features))
-    for first in range(0, max(len(X), 1), n_chunk):
-        yield densities(_columns(X[first : first + n_chunk]))
+    return Densities.of(mixture, device).chunks(X)
 
 
 def _short(text: str) -> str:
     return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 4]}...'"
-
-
-def _columns(X: Rows) -> Float64[Tensor, "d b"]:
-    """Return a few rows as columns; a copy, for arrays may be read-only, reversed or swapped."""
-    if isinstance(X, Tensor):
-        return X.T.double()
-    return torch.from_numpy(np.array(X.T, dtype=np.float64, order="C"))

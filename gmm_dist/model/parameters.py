@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
+from gmm_dist.model.covariance import TYPE_OF, CovarianceType
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -22,7 +22,7 @@ class Parameters:
     - `weights` (k,): mixing weights, sum to one;
     - `means` (k, d), in feature units;
     - `covariances`, in squared feature units: full (k, d, d), tied (d, d), diag (k, d),
-      spherical (k,), as in scikit-learn;
+      spherical (k,), as in scikit-learn; tied-diag (d,), tied-spherical ();
     - `log_weights` (k,): the expected log-weights of a posterior over mixtures (see
       `variational`), which densities use in place of ln `weights`; None for a plain mixture.
     """
@@ -41,23 +41,27 @@ class Parameters:
     def n_features(self) -> int:
         return self.means.shape[1]
 
+    @property
+    def type(self) -> CovarianceType:
+        return TYPE_OF[self.covariance_type]
+
+    @property
+    def stacked_covariances(self) -> Float64[Tensor, "c ..."]:
+        """The covariances with an axis to number them: one for each component, or one for all."""
+        return self.type.stacked(self.covariances)
+
     def shifted(self, offset: Float64[Tensor, " d"]) -> Parameters:
         """Return the same mixture of rows that were moved by `offset` (feature units)."""
         return replace(self, means=self.means + offset)
 
     def covariance_matrices(self) -> Float64[Tensor, "k d d"]:
         """Return each component's covariance as a matrix, whatever the type (a view, if it can)."""
-        if self.covariance_type in ("full", "tied"):
-            return self.covariances.expand(self.n_components, -1, -1)
-        return self.variances().diag_embed()
+        matrices = self.type.matrices(self.stacked_covariances, self.n_features)
+        return matrices.expand(self.n_components, -1, -1)
 
     def variances(self) -> Float64[Tensor, "k d"]:
         """Return each component's variance of each feature, whatever the type."""
-        if self.covariance_type in ("full", "tied"):
-            return self.covariance_matrices().diagonal(dim1=1, dim2=2)
-        if self.covariance_type == "diag":
-            return self.covariances
-        return self.covariances[:, None].expand_as(self.means)
+        return self.type.variances(self.stacked_covariances, self.n_features).expand_as(self.means)
 
 
 @functools.lru_cache(maxsize=64)
@@ -71,8 +75,8 @@ class ParameterStack:
     """Hold the parameters of L mixtures of one covariance type, component after component.
 
     K is the number of components of all lanes together: `weights` (K,), `means` (K, d),
-    `covariances` as in `Parameters` with K in place of k, and (L, d, d) for tied; `log_weights`
-    (K,) if the lanes have them.
+    `covariances` as in `Parameters` with K in place of k, and (L, ...) where components share
+    one; `log_weights` (K,) if the lanes have them.
     """
 
     weights: Float64[Tensor, " K"]
@@ -88,13 +92,12 @@ class ParameterStack:
         if len(lanes) == 1:
             return cls._of_one(lanes[0])
         covariance_type = lanes[0].covariance_type
-        join = torch.stack if covariance_type == "tied" else torch.cat
         log_weights = [lane.log_weights for lane in lanes if lane.log_weights is not None]
         assert len(log_weights) in (0, len(lanes)), "lanes with and without log_weights"
         return cls(
             weights=torch.cat([lane.weights for lane in lanes]),
             means=torch.cat([lane.means for lane in lanes]),
-            covariances=join([lane.covariances for lane in lanes]),
+            covariances=torch.cat([lane.stacked_covariances for lane in lanes]),
             covariance_type=covariance_type,
             sizes=tuple(lane.n_components for lane in lanes),
             log_weights=torch.cat(log_weights) if log_weights else None,
@@ -103,17 +106,18 @@ class ParameterStack:
     @classmethod
     def _of_one(cls, lane: Parameters) -> ParameterStack:
         """Return the stack of a single mixture without copying it: most calls at small shapes."""
-        kind, covariances = lane.covariance_type, lane.covariances
-        covariances = covariances[None] if kind == "tied" else covariances
-        sizes = (lane.n_components,)
         return cls(
             weights=lane.weights,
             means=lane.means,
-            covariances=covariances,
-            covariance_type=kind,
-            sizes=sizes,
+            covariances=lane.stacked_covariances,
+            covariance_type=lane.covariance_type,
+            sizes=(lane.n_components,),
             log_weights=lane.log_weights,
         )
+
+    @property
+    def type(self) -> CovarianceType:
+        return TYPE_OF[self.covariance_type]
 
     @property
     def lane_of_component(self) -> Int64[Tensor, " K"]:
@@ -121,25 +125,13 @@ class ParameterStack:
 
     def per_component(self, values: Tensor) -> Tensor:
         """Return one value per component from values that come one per covariance."""
-        return values[self.lane_of_component] if self.covariance_type == "tied" else values
+        return values[self.lane_of_component] if self.type.is_shared else values
 
     def lanes(self) -> list[Parameters]:
         """Return the mixtures, one by one (views)."""
         sizes = list(self.sizes)
-        tied = self.covariance_type == "tied"
-        if len(sizes) == 1:
-            only = self.covariances[0] if tied else self.covariances
-            kind, log_weights = self.covariance_type, self.log_weights
-            return [
-                Parameters(
-                    weights=self.weights,
-                    means=self.means,
-                    covariances=only,
-                    covariance_type=kind,
-                    log_weights=log_weights,
-                )
-            ]
-        covariances = self.covariances.unbind() if tied else self.covariances.split(sizes)
+        counts = [1] * len(sizes) if self.type.is_shared else sizes
+        covariances = map(self.type.unstacked, self.covariances.split(counts))
         logs = [None] * len(sizes) if self.log_weights is None else self.log_weights.split(sizes)
         parts = zip(
             self.weights.split(sizes), self.means.split(sizes), covariances, logs, strict=True

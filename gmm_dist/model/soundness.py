@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gmm_dist.model.covariance import TYPE_OF
+from gmm_dist.model.covariance import CovarianceType
 from gmm_dist.model.parameters import Parameters
 
 # Weights stored as float32 sum to one only up to their rounding.
@@ -43,29 +43,27 @@ def _of_weights(weights: Tensor) -> str | None:
 
 
 def _of_covariances(mixture: Parameters) -> str | None:
-    kind, covariances = mixture.covariance_type, mixture.covariances
-    covariances = covariances[None] if kind == "tied" else covariances
-    _, failed = TYPE_OF[kind].precisions_cholesky(covariances)
+    family, covariances = mixture.type, mixture.stacked_covariances
+    _, failed = family.precisions_cholesky(covariances)
     if (place := _first(failed)) is not None:
         wrong = "a variance that is not positive"
-        if kind in ("full", "tied"):
+        if family.has_products:
             wrong = "a covariance that is not positive definite"
-        return _whose(kind, place[0], wrong)
-    if kind not in ("full", "tied"):
+        return _whose(family, place[0], wrong)
+    if not family.has_products:
         return None
     spread = covariances.diagonal(dim1=-2, dim2=-1).sqrt()
     room = _ASYMMETRY * spread[:, :, None] * spread[:, None, :]
     if (place := _first((covariances - covariances.mT).abs() > room)) is not None:
         c, i, j = place
         cells = f"{float(covariances[c, i, j]):g} at ({i}, {j}), {float(covariances[c, j, i]):g}"
-        return _whose(kind, c, f"a covariance that is not symmetric: {cells} at ({j}, {i})")
+        return _whose(family, c, f"a covariance that is not symmetric: {cells} at ({j}, {i})")
     return None
 
 
-def _whose(kind: str, component: int, wrong: str) -> str:
-    return (
-        f"all components share {wrong}" if kind == "tied" else f"component {component} has {wrong}"
-    )
+def _whose(family: CovarianceType, component: int, wrong: str) -> str:
+    whose = "all components share" if family.is_shared else f"component {component} has"
+    return f"{whose} {wrong}"
 
 
 def _first(wrong: Tensor) -> tuple[int, ...] | None:

@@ -28,9 +28,12 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.model.covariance import TYPE_OF, Moments, maximise
+from gmm_dist.model.covariance import TYPE_OF, CovarianceType, Moments
+from gmm_dist.model.natural import maximise
 from gmm_dist.model.parameters import Parameters
 
+VARIATIONAL_TYPES = ("full", "tied", "diag", "spherical")
+"""The covariance types that have a posterior: scikit-learn's."""
 WEIGHT_PRIORS = ("dirichlet_process", "dirichlet_distribution")
 
 
@@ -55,6 +58,10 @@ class Prior:
     degrees_of_freedom: float
     covariance: Float64[Tensor, ...]
     reg_covar: float = 0.0
+
+    @property
+    def type(self) -> CovarianceType:
+        return TYPE_OF[self.covariance_type]
 
     def shifted(self, offset: Float64[Tensor, " d"]) -> Prior:
         """Return the same prior for rows that were moved by `offset` (feature units)."""
@@ -163,14 +170,13 @@ class Posterior:
 
     def _log_wishart(self) -> Tensor:
         """Return the log-normaliser of the Wisharts, without the powers of π."""
-        family, (k, d) = TYPE_OF[self.prior.covariance_type], self.means.shape
-        nu, is_tied = self.degrees_of_freedom, self.prior.covariance_type == "tied"
-        covariances = self.covariances[None] if is_tied else self.covariances
-        factors, _ = family.precisions_cholesky(covariances)
+        family, (k, d) = self.prior.type, self.means.shape
+        nu = self.degrees_of_freedom
+        factors, _ = family.precisions_cholesky(family.stacked(self.covariances))
         half_log_det = family.half_log_det(factors, d).view(nu.shape) - 0.5 * d * nu.log()
         gamma = torch.lgamma(self._halves).sum(0)
         log_norms = nu * half_log_det + 0.5 * d * math.log(2) * nu + gamma
-        return log_norms * k if is_tied else log_norms.sum()
+        return log_norms * k if family.is_shared else log_norms.sum()
 
 
 def m_step(prior: Prior, moments: Moments) -> Posterior:
@@ -188,8 +194,9 @@ def updated(prior: Prior, nk: Float64[Tensor, " k"], rows: Parameters) -> Poster
     """
     mean_precision = prior.mean_precision + nk
     means = prior.mean_precision * prior.mean + nk[:, None] * rows.means
-    scatter = _scatter_of_means(prior, nk / mean_precision * prior.mean_precision, rows)
-    if prior.covariance_type == "tied":
+    mass = nk / mean_precision * prior.mean_precision
+    scatter = prior.type.outer(mass, rows.means - prior.mean)
+    if prior.type.is_shared:
         nk_each, scatter = nk.mean(), scatter.mean(0)
     else:
         nk_each = nk
@@ -203,16 +210,6 @@ def updated(prior: Prior, nk: Float64[Tensor, " k"], rows: Parameters) -> Poster
         degrees_of_freedom=degrees_of_freedom,
         covariances=scatter / _spread(degrees_of_freedom, scatter),
     )
-
-
-def _scatter_of_means(prior: Prior, mass: Float64[Tensor, " k"], rows: Parameters) -> Tensor:
-    """Return each component's `mass` times the square of its mean about the prior's."""
-    away = rows.means - prior.mean
-    if prior.covariance_type == "diag":
-        return mass[:, None] * away.square()
-    if prior.covariance_type == "spherical":
-        return mass * away.square().mean(1)
-    return mass[:, None, None] * away[:, :, None] * away[:, None, :]
 
 
 def _weight_concentration(prior: Prior, nk: Float64[Tensor, " k"]) -> Tensor:

@@ -36,8 +36,11 @@ from jaxtyping import Float64
 from scipy.optimize import minimize
 from torch import Tensor
 
+from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
+from gmm_dist.selection.coreset import DrawCoreset
+from gmm_dist.streams import Stream
 
 _EPSILON = 0.01
 _STRANGE = math.log(1 / _EPSILON) / 2
@@ -63,10 +66,15 @@ class ColumnDrift:
     change: str
 
 
+def draw_rows(before: Parameters, total: TotalMoments, random_state: int) -> DrawCoreset:
+    """Return the task that draws the rows to measure on, `total` all of tonight's."""
+    return DrawCoreset.of(total, sample_size(before), Stream.NIGHT, random_state)
+
+
 def sample_size(mixture: Parameters) -> int:
     """Return how many rows to measure on: fewer where each takes long."""
     k, d = mixture.means.shape
-    squares = d if mixture.covariance_type in ("diag", "spherical") else d * d
+    squares = d * d if mixture.type.has_products else d
     return max(_FEWEST_ROWS, min(_MOST_ROWS, _WORK // (k * squares)))
 
 

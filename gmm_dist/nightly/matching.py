@@ -82,7 +82,7 @@ def overlaps(one: Parameters, other: Parameters) -> Float64[Tensor, "k m"]:
     The covariance types may differ; covariances are positive definite. Weights play no part. Takes
     k m d³ / 3 flops and m d² numbers for full or tied covariances, k m d and m d for the others.
     """
-    full = any(p.covariance_type in ("full", "tied") for p in (one, other))
+    full = any(p.type.has_products for p in (one, other))
     spreads = [p.covariance_matrices() if full else p.variances() for p in (one, other)]
     distances = _by_matrices if full else _by_variances
     rows = [

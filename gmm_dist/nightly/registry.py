@@ -8,10 +8,10 @@
     REG/candidates/2026-11-21/    what the gate kept back, of the night's last attempt
     REG/_turn                     the lease of whoever publishes or prunes
 
-The pointer, the counter and the list of the pruned are compared and swapped, so of two writers
-neither undoes the other. New ids are above the counter and, in case that is lost or out of date,
-above every id in the registry. So they stay unique when a night comes late, is computed again or
-is pruned; a run that dies between the counter and its commit leaves a gap.
+The pointer, the counter and the list of the pruned are cells (`compare_and_swap`), so of two
+writers neither undoes the other. New ids are above the counter and, in case that is lost or out
+of date, above every id in the registry. So they stay unique when a night comes late, is computed
+again or is pruned; a run that dies between the counter and its commit leaves a gap.
 
 A night is matched against the newest one published *before* it, by date. Runs of several nights at
 once keep the nights' order: each waits for the earlier ones (`await_earlier`), and one at a time
@@ -32,18 +32,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from gmm_dist.errors import UserError
 from gmm_dist.nightly.lineage import DRIFT, LINEAGE, Lineage, Published, _shown, is_night
-from gmm_dist.runs import compare_and_swap
 from gmm_dist.runs.checkpoint import checkpoint_names
 from gmm_dist.runs.commit import ATTEMPTS, LEASE, MANIFEST, MODEL
+from gmm_dist.runs.compare_and_swap import Version, cell_at
 from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.json_files import FORMAT_VERSION, parse, to_json, whole
-from gmm_dist.runs.lease import Lease, Terms, acquire, await_end
-from gmm_dist.runs.lease_cells import SECONDS, cell_at
+from gmm_dist.runs.lease import SECONDS, Lease, Terms, acquire, await_end, lease_at
 from gmm_dist.runs.load import LATEST
-from gmm_dist.storage import explained, join
+from gmm_dist.storage import explained, join, patiently
 from gmm_dist.urls import Url
 
 logger = logging.getLogger(__name__)
@@ -144,9 +144,7 @@ class Registry:
             if LEASE not in self._folder.below(MODELS, earlier, ATTEMPTS).names():
                 continue
             logger.info("%s: waits for %s, a run is at work on it", self._folder.url, earlier)
-            await_end(
-                cell_at(self._folder.below(MODELS, earlier, ATTEMPTS, LEASE)), self._folder.url
-            )
+            await_end(lease_at(self._folder, MODELS, earlier, ATTEMPTS, LEASE), self._folder.url)
             if self._has_manifest(earlier):
                 return
 
@@ -159,7 +157,7 @@ class Registry:
         """
         with explained(self._folder.url):
             terms = Terms(url=self._folder.url, seconds=seconds, patience=math.inf)
-            cell = cell_at(self._folder.below(TURN), seconds)
+            cell = lease_at(self._folder, TURN, seconds=seconds)
             lease = acquire(cell, secrets.token_hex(8), terms, finish=lambda attempt: None)
         assert lease is not None, "nobody decides anything by this lease"
         try:
@@ -224,7 +222,7 @@ class Registry:
         nights = sorted(filter(is_night, folder.names()))
         return [(n, a) for n in nights for a in sorted(folder.below(n).names())]
 
-    def _next_id(self, seen: compare_and_swap.Version, name: str) -> int:
+    def _next_id(self, seen: Version, name: str) -> int:
         return _whole_number(parse(seen.data, name, self._folder.url), name, self._folder.url)
 
     def point_to(self, night: str) -> bool:
@@ -294,7 +292,7 @@ class Registry:
             if self._swap(PRUNED, seen, {"nights": sorted(together), "next_id": next_id}):
                 return together
 
-    def _pruned(self, seen: compare_and_swap.Version | None) -> _Pruned:
+    def _pruned(self, seen: Version | None) -> _Pruned:
         if seen is None:
             return _Pruned(frozenset(), 0)
         content = parse(seen.data, PRUNED, self._folder.url)
@@ -330,17 +328,18 @@ class Registry:
             names = self._folder.below(MODELS).names()
         return sorted(name for name in names if is_night(name))
 
-    def _seen(self, name: str) -> compare_and_swap.Version | None:
+    def _seen(self, name: str) -> Version | None:
         with explained(self._folder.url):
-            return compare_and_swap.read(self._folder, name)
+            return patiently(cell_at(self._folder, name).read, self._folder.url)
 
-    def _swap(self, name: str, seen: compare_and_swap.Version | None, content: object) -> bool:
+    def _swap(self, name: str, seen: Version | None, content: object) -> bool:
         assert isinstance(content, dict)
         with explained(self._folder.url):
             data = to_json({"format_version": FORMAT_VERSION, **content})
-            return compare_and_swap.swap(self._folder, name, seen, data)
+            swap = partial(cell_at(self._folder, name).swap, seen, data)
+            return patiently(swap, self._folder.url) is not None
 
-    def _pointed_to(self, seen: compare_and_swap.Version | None) -> str | None:
+    def _pointed_to(self, seen: Version | None) -> str | None:
         if seen is None:
             return None
         with whole(LATEST, self._folder.url):

@@ -69,8 +69,9 @@ def _rendered(
     clusters = Clusters(
         weights=parameters.weights.numpy(),
         means=parameters.means.numpy(),
-        covariances=parameters.covariances.numpy(),
-        covariance_type=parameters.covariance_type,
+        covariances=parameters.type.spread(
+            parameters.stacked_covariances, len(parameters.means[0])
+        ).numpy(),
         feature_names=tuple(mixture.feature_names),
         numbers=tuple("new" if number is None else str(number) for number in ids),
     )

@@ -33,13 +33,9 @@ from gmm_dist.report import figures
 from gmm_dist.report.of_night import Json, Table, drift_table, gate_table, number_or_nan
 from gmm_dist.report.projection import Clusters, Floats, plane
 from gmm_dist.report.svg import N_COLOURS, Drawing
+from gmm_dist.selection.ranking import CRITERIA
+from gmm_dist.selection.table import COLUMNS, label
 
-_CRITERIA = {
-    "bic": "BIC",
-    "aic": "AIC",
-    "icl": "ICL",
-    "holdout": "held-out log-likelihood",
-}
 _MOST_FEATURES, _MOST_CLUSTERS = 60, 100  # of the tables and the heat map
 _MOST_LINES = 240  # candidates in the chart of iterations
 _LONGEST_NAME = 64  # of a feature, in a table; drawings have less room
@@ -165,7 +161,7 @@ def _facts(content: Json, chosen: Json, clusters: Clusters) -> list[tuple[str, s
     if criterion == "holdout":
         facts.append(("held-out", f"{fixed(number_or_nan(chosen['holdout']), 4)} nats per row"))
     else:
-        facts.append((_CRITERIA[criterion], f"{fixed(number_or_nan(chosen[criterion]), 1)} nats"))
+        facts.append((label(criterion), f"{fixed(number_or_nan(chosen[criterion]), 1)} nats"))
     if content.get("seconds") is not None:
         facts.append(("took", duration(content["seconds"])))
     return facts
@@ -183,13 +179,13 @@ def _why(content: Json, chosen: Json | None) -> list[str]:
     if n == 1:
         return [f"One candidate was fitted, {_named(chosen)}: {chosen['status']}."]
     order = "highest" if criterion == "holdout" else "lowest"
-    line = f"{_named(chosen)} has the {order} {_CRITERIA[criterion]} of {n:,} candidates"
+    line = f"{_named(chosen)} has the {order} {label(criterion)} of {n:,} candidates"
     if len(ranked) > 1:
         gap = abs(number_or_nan(ranked[1][criterion]) - number_or_nan(chosen[criterion]))
         unit = "nats per row" if criterion == "holdout" else "nats"
         line += f", {number(gap)} {unit} ahead of the next, {_named(ranked[1])}"
     others = [
-        f"{_CRITERIA[name]} would choose {_named(choice)}"
+        f"{label(name)} would choose {_named(choice)}"
         for name in _present(content)
         if name != criterion and (choice := _best_by(name, ranked)) is not None and choice != chosen
     ]
@@ -201,7 +197,7 @@ def _why(content: Json, chosen: Json | None) -> list[str]:
 def _present(content: Json) -> list[str]:
     """Return the criteria that any candidate has, the one that ranked first."""
     names = [
-        name for name in _CRITERIA if any(c.get(name) is not None for c in content["candidates"])
+        name for name in CRITERIA if any(c.get(name) is not None for c in content["candidates"])
     ]
     return sorted(names, key=lambda name: name != content["criterion"])
 
@@ -222,32 +218,31 @@ def _criteria(content: Json, chosen: Json) -> list[Drawing]:
         best = _best_by(name, ranked)
         if best is None:
             continue
-        sign, label = 1, f"{_CRITERIA[name]} above its lowest, nats"
+        sign, axis = 1, f"{label(name)} above its lowest, nats"
         if name == "holdout":
-            sign, label = -1, "held-out below its highest, nats/row"
+            sign, axis = -1, "held-out below its highest, nats/row"
         families: dict[str, list[figures.Point]] = {}
         for c in content["candidates"]:
             gap = sign * (number_or_nan(c[name]) - number_or_nan(best[name]))
             point = figures.Point(c["k"], gap, c["rank"] is not None)
             families.setdefault(c["covariance_type"], []).append(point)
         choice = (chosen["k"], chosen["covariance_type"])
-        drawings.append(figures.criterion(f"by-{name}", label, families, choice))
+        drawings.append(figures.criterion(f"by-{name}", axis, families, choice))
     return drawings
 
 
 def _candidates(content: Json) -> Table:
-    criteria = _present(content)
-    head = ["rank", "K", "covariances", "parameters"]
-    head += [_headed(name) for name in criteria]
-    head += ["log-lik., nats/row", "iterations", "seconds", "status"]
+    numbers = ["n_parameters", *_present(content), "mean_log_likelihood", "n_iter", "seconds"]
+    names = ["k", "covariance_type", *numbers, "status"]
+    head = ["rank", *(COLUMNS[name].head_with_unit for name in names)]
     ordered = sorted(content["candidates"], key=lambda c: (c["rank"] is None, c["rank"] or 0))
     rows = []
     for c in ordered:
+        values = {**c, "mean_log_likelihood": _per_row(content, c)}
         cells = [ABSENT if c["rank"] is None else f"{c['rank']}", f"{c['k']:,}"]
-        cells += [c["covariance_type"], f"{c['n_parameters']:,}"]
-        cells += [fixed(number_or_nan(c[name]), 6 if name == "holdout" else 1) for name in criteria]
-        cells += [fixed(_per_row(content, c), 6), f"{c['n_iter']:,}"]
-        cells += [fixed(number_or_nan(c["seconds"]), 1), _word(c)]
+        cells.append(c["covariance_type"])
+        cells += [fixed(number_or_nan(values[name]), COLUMNS[name].digits or 0) for name in numbers]
+        cells.append(_word(c))
         rows.append({"cells": cells, "is_chosen": c["rank"] == 1, "is_ranked": c["rank"]})
     statuses: dict[str, list[str]] = {}
     for c in ordered:
@@ -260,10 +255,6 @@ def _candidates(content: Json) -> Table:
 def _word(candidate: Json) -> str:
     """Return the word that a status begins with."""
     return "not converged" if "max_iter" in (s := candidate["status"]) else s.partition(":")[0]
-
-
-def _headed(criterion: str) -> str:
-    return "held-out, nats/row" if criterion == "holdout" else f"{_CRITERIA[criterion]}, nats"
 
 
 def _largest(clusters: Clusters) -> list[int]:
@@ -342,11 +333,11 @@ def _picture(clusters: Clusters, sample: Sample | None, kept: Sequence[int]) -> 
         f"A sample of {counted(n_rows, 'row')} in {picture_plane.kind}; ellipses reach {radius:g} "
         f"standard deviation{'s' if radius > 1 else ''} and bear their component's number."
     ]
-    for label, features in zip(picture_plane.labels, picture_plane.made_of, strict=False):
+    for axis, features in zip(picture_plane.labels, picture_plane.made_of, strict=False):
         parts = ", ".join(
             f"{shortened(printable(name), _LONGEST_NAME)} {signed(r, 2)}" for name, r in features
         )
-        said.append(f"{label.capitalize()} goes along with (correlation): {parts}.")
+        said.append(f"{axis.capitalize()} goes along with (correlation): {parts}.")
     if len(kept) > N_COLOURS:
         said.append(f"Colours repeat after {N_COLOURS}; the numbers do not.")
     if n_out := figures.n_outside(clusters, picture_plane, sample.X):

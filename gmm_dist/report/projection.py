@@ -18,29 +18,27 @@ _MOST_FEATURES = 256  # of a plane: its eigenvectors cost d³
 class Clusters:
     """A mixture as arrays, in data units, float64.
 
-    `weights` (k,), `means` (k, d), `covariances` as scikit-learn has them for `covariance_type`:
-    full (k, d, d), tied (d, d), diag (k, d), spherical (k,). `numbers` (k) are the
-    components' names.
+    `weights` (k,), `means` (k, d), `covariances` (c, d, d), or (c, d) for the variances of
+    independent features, where c is 1 if all components share them, else k. `numbers` (k) are
+    the components' names.
     """
 
     weights: Floats
     means: Floats
     covariances: Floats
-    covariance_type: str
     feature_names: tuple[str, ...]
     numbers: tuple[str, ...]
 
     @property
     def variances(self) -> Floats:
         """The variance (k, d) of each feature within each component."""
-        k, d = self.means.shape
-        if self.covariance_type == "full":
-            return np.diagonal(self.covariances, axis1=1, axis2=2)
-        if self.covariance_type == "tied":
-            return np.broadcast_to(np.diagonal(self.covariances), (k, d))
-        if self.covariance_type == "diag":
-            return self.covariances
-        return np.broadcast_to(self.covariances[:, None], (k, d))
+        each = self.covariances
+        each = np.diagonal(each, axis1=1, axis2=2) if self._has_matrices else each
+        return np.broadcast_to(each, self.means.shape)
+
+    @property
+    def _has_matrices(self) -> bool:
+        return self.covariances.ndim == 3
 
     @property
     def centre(self) -> Floats:
@@ -79,11 +77,8 @@ class Clusters:
 
     def narrowed(self, kept: npt.NDArray[np.intp]) -> Clusters:
         """Return the mixture over some of its features."""
-        covariances = self.covariances
-        if self.covariance_type in ("full", "tied"):
-            covariances = covariances[..., kept[:, None], kept]
-        elif self.covariance_type == "diag":
-            covariances = covariances[:, kept]
+        cells = (kept[:, None], kept) if self._has_matrices else (kept,)
+        covariances = self.covariances[:, *cells]
         names = tuple(self.feature_names[j] for j in kept)
         return replace(
             self, means=self.means[:, kept], covariances=covariances, feature_names=names
@@ -91,21 +86,19 @@ class Clusters:
 
     def projected(self, axes: Floats) -> Floats:
         """Return the covariances (k, m, m) of the components along `axes` (d, m)."""
-        if self.covariance_type == "full":
-            return np.asarray(axes.T @ self.covariances @ axes)
-        if self.covariance_type == "tied":
-            once = axes.T @ self.covariances @ axes
-            return np.broadcast_to(once, (len(self.weights), *once.shape))
-        return np.asarray(np.einsum("dm,kd,dn->kmn", axes, self.variances, axes, optimize=True))
+        each = self.covariances
+        if self._has_matrices:
+            projected = axes.T @ each @ axes
+        else:
+            projected = np.einsum("dm,cd,dn->cmn", axes, each, axes, optimize=True)
+        return np.broadcast_to(projected, (len(self.weights), *projected.shape[1:]))
 
     @property
     def within(self) -> Floats:
         """The covariance (d, d) within the components, by weight."""
-        if self.covariance_type == "tied":
-            return self.covariances
-        if self.covariance_type == "full":
-            return np.asarray(np.tensordot(self.weights, self.covariances, 1))
-        return np.asarray(np.diag(self.weights @ self.variances))
+        is_shared = len(self.covariances) < len(self.weights)
+        mean = np.tensordot(np.ones(1) if is_shared else self.weights, self.covariances, 1)
+        return mean if self._has_matrices else np.diag(mean)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -12,8 +12,7 @@ from gmm_dist.runs import commit
 from gmm_dist.runs.checkpoint import CHECKPOINTS, CheckpointStore, RunIdentity, checkpoint_names
 from gmm_dist.runs.commit import ATTEMPTS, LEASE, MANIFEST, MODEL, Attempt, Result
 from gmm_dist.runs.folder import Folder
-from gmm_dist.runs.lease import Lease, Terms, acquire
-from gmm_dist.runs.lease_cells import SECONDS, Cell, cell_at
+from gmm_dist.runs.lease import SECONDS, Lease, LeaseCell, Terms, acquire, lease_at
 from gmm_dist.storage import explained, line_of
 
 logger = logging.getLogger(__name__)
@@ -97,7 +96,7 @@ def claim(url: str, *, resume: bool = False, lease_seconds: float = SECONDS) -> 
 
 
 def _opened(folder: Folder, resume: bool, seconds: float) -> Run:
-    cell = cell_at(folder.below(ATTEMPTS, LEASE), seconds)
+    cell = lease_at(folder, ATTEMPTS, LEASE, seconds=seconds)
     if (winner := _winner(folder, resume)) is None:
         attempt = Attempt(folder)
         lease = _acquired(folder, attempt, cell, resume, seconds)
@@ -125,7 +124,7 @@ def _opened(folder: Folder, resume: bool, seconds: float) -> Run:
 
 
 def _acquired(
-    folder: Folder, attempt: Attempt, cell: Cell, resume: bool, seconds: float
+    folder: Folder, attempt: Attempt, cell: LeaseCell, resume: bool, seconds: float
 ) -> Lease | None:
     terms = Terms(url=folder.url, seconds=seconds, wait=resume, who=partial(commit.who, folder))
     try:
@@ -150,7 +149,7 @@ def _winner(folder: Folder, resume: bool) -> str | None:
     return None
 
 
-def _tidy(folder: Folder, winner: str, cell: Cell | None = None) -> None:
+def _tidy(folder: Folder, winner: str, cell: LeaseCell | None = None) -> None:
     """Remove what is no longer needed once `winner` has committed."""
     try:
         folder.remove(CHECKPOINTS)

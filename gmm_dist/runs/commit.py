@@ -26,11 +26,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from gmm_dist.errors import Option, UserError, Words
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs import model_folder
+from gmm_dist.runs.compare_and_swap import cell_at
 from gmm_dist.runs.folder import Folder, sync
 from gmm_dist.runs.json_files import (
     FORMAT_VERSION,
@@ -43,7 +45,7 @@ from gmm_dist.runs.json_files import (
 )
 from gmm_dist.runs.lease import Lease, LeaseLost
 from gmm_dist.runs.model_folder import Provenance
-from gmm_dist.storage import explained, line_of
+from gmm_dist.storage import explained, line_of, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -157,17 +159,13 @@ class Attempt:
             Path(self._home.path).mkdir(parents=True)
         facts = {"attempt": self.id, "host": socket.gethostname(), "pid": os.getpid()}
         who = to_json(facts | {"began": datetime.now(UTC).isoformat(), "leased": leased})
-        with suppress(FileExistsError):  # Our own, if an answer was lost.
-            self._home.create(who, WHO, scratch=self._home.at("scratch"))
-        try:
-            self._home.create(who, WHO, scratch=self._home.at("scratch"))
-        except FileExistsError:
-            return
-        raise UserError(
-            f"{self._folder.url} overwrites files where create-if-absent was asked for, so two "
-            "runs could destroy each other's results",
-            remedy=OTHER_OUTPUT + ", on S3 or a local disk",
-        )
+        _create(self._home, WHO, who, scratch=self._home)  # There now, be an answer lost or not.
+        if _create(self._home, WHO, who, scratch=self._home):
+            raise UserError(
+                f"{self._folder.url} overwrites files where create-if-absent was asked for, so "
+                "two runs could destroy each other's results",
+                remedy=OTHER_OUTPUT + ", on S3 or a local disk",
+            )
 
     def write(self, name: str, data: bytes) -> None:
         """Write one file of the result; `name` is its path below the output."""
@@ -229,12 +227,12 @@ class Attempt:
         """Create the manifest if there is none, and return the attempt that it names."""
         decided, self._undecided = self._undecided, True
         try:
-            self._folder.create(manifest, MANIFEST, scratch=self._home.at("scratch"))
-        except FileExistsError:
-            pass  # Our own, if the answer to an earlier try was lost.
+            # If there is one already, it is our own if the answer to an earlier try was lost.
+            _create(self._folder, MANIFEST, manifest, scratch=self._home)
         except Exception:
-            # A disk has answered; a request to a store may still be under way.
-            self._undecided = decided or not self._folder.is_local
+            # A disk shows whether it is there; a request to a store may still be under way.
+            is_absent = self._folder.is_local and self._folder.read(MANIFEST) is None
+            self._undecided = decided or not is_absent
             raise
         return Result.at(self._folder).attempt
 
@@ -272,6 +270,15 @@ class Attempt:
                 folder.rmdir()
 
 
+def _create(folder: Folder, name: str, data: bytes, *, scratch: Folder) -> bool:
+    """Create a file with all of its bytes in one step if there is none; say whether there was none.
+
+    Where an answer was lost, the file that is there may be ours.
+    """
+    cell = cell_at(folder, name, timeout=None, scratch=scratch)
+    return patiently(partial(cell.swap, None, data), folder.url) is not None
+
+
 def finish(folder: Folder, attempt: str) -> None:
     """Complete the commit of an attempt that had decided to; several processes may at once.
 
@@ -284,9 +291,7 @@ def finish(folder: Folder, attempt: str) -> None:
             f"{folder.url}: attempt {attempt} had decided to commit, and its {MANIFEST} is gone",
             remedy="delete the output and run again, or " + OTHER_OUTPUT,
         )
-    with suppress(FileExistsError):
-        scratch = folder.at(ATTEMPTS, attempt, f"scratch-{secrets.token_hex(4)}")
-        folder.create(manifest, MANIFEST, scratch=scratch)
+    _create(folder, MANIFEST, manifest, scratch=folder.below(ATTEMPTS, attempt))
     if folder.is_local:
         sync(Path(folder.path))
     logger.info("%s: completed the commit of attempt %s", folder.url, attempt)

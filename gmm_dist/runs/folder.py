@@ -1,4 +1,4 @@
-"""A folder on any fsspec URL: whole files, and files created only where there are none."""
+"""A folder on any fsspec URL, of files that are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Folder:
         # Not made of the file's name, which may be as long as names can be.
         scratch = final.with_name(f".{secrets.token_hex(8)}{_PART}")
         try:
-            _write_out(scratch, data, sync=durable)
+            write_out(scratch, data, sync=durable)
             scratch.replace(final)
         except BaseException:
             with suppress(OSError):
@@ -161,29 +161,6 @@ class Folder:
         self.fs.invalidate_cache()
         files = patiently(lambda: self.fs.find(self.path, detail=True), self.url)
         return {name.removeprefix(f"{self.path}/"): info["size"] for name, info in files.items()}
-
-    def create(self, data: bytes, *parts: str, scratch: str) -> None:
-        """Create a file with all of its bytes in one step, or raise FileExistsError.
-
-        fsspec's mode="create" looks and then writes on a local disk, which loses races; a
-        hard link to a finished file appears in one step and never replaces another. Where a
-        store's answer was lost, the file that exists may be ours.
-        """
-        path = self.at(*parts)
-        if self.is_local:
-            _write_out(Path(scratch), data, sync=True)
-            try:
-                Path(path).hardlink_to(scratch)
-            finally:
-                Path(scratch).unlink()
-            return
-        try:
-            patiently(lambda: self.fs.pipe_file(path, data, mode="create"), self.url)
-        except OSError as error:
-            # s3fs recognises AWS's wording of "precondition failed" and no other store's.
-            if answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode") == 412:
-                raise FileExistsError(path) from error
-            raise
 
     def remove(self, *parts: str) -> None:
         """Remove a file, or a folder with all that is in it; absent is fine.
@@ -332,7 +309,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_out(path: Path, data: bytes, *, sync: bool) -> None:
+def write_out(path: Path, data: bytes, *, sync: bool) -> None:
+    """Write a local file; with `sync` it is on the disk when this returns."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()

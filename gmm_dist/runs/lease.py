@@ -3,13 +3,15 @@
 A lease is one small value beside the run, and every change of it is conditional on what it was
 before: created if absent, renewed or taken over if unchanged. Of those that compete one
 succeeds, whatever their clocks say. Whoever waits for a lease measures with a clock of its own
-how long the value has not changed; times of two machines are never compared.
+how long the value has not changed; times of two machines are never compared. What one that was
+stopped may still hold, `compare_and_swap` says.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -18,10 +20,14 @@ from functools import partial
 from typing import Literal
 
 from gmm_dist.errors import Option, RunFailed, UserError
-from gmm_dist.runs.lease_cells import SECONDS, Cell, Held, Stored
+from gmm_dist.runs.compare_and_swap import Cell, Version, cell_at
+from gmm_dist.runs.folder import Folder
 from gmm_dist.storage import line_of, patiently
 
 logger = logging.getLogger(__name__)
+
+SECONDS = 15.0
+_LONGEST = 86_400.0
 
 # With `wait`, a lease that is being renewed is watched for so many times its length: its holder
 # may be a driver that is being stopped.
@@ -30,6 +36,86 @@ _PATIENCE = 3
 
 class LeaseLost(RunFailed):
     """Say that another attempt has taken the run over: this one must stop."""
+
+
+# ---------------------------------------------------------------------------- where it is kept
+
+_HELD = re.compile(
+    r"(\w[\w.-]{0,199}),(\d{1,18}),(\d+(?:\.\d+)?(?:e[+-]?\d{1,3})?),(held|decided)", re.ASCII
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Say who holds a lease: an attempt, for `seconds` after each change.
+
+    `count` goes up with each change and each takeover. `decided`: the holder commits, and
+    whoever finds this may complete the commit, but not take the run over.
+    """
+
+    attempt: str
+    count: int
+    seconds: float
+    state: Literal["held", "decided"] = "held"
+
+    @property
+    def text(self) -> str:
+        """Write the value as one line."""
+        return f"{self.attempt},{self.count},{self.seconds:g},{self.state}"
+
+    @classmethod
+    def parse(cls, text: str) -> Held:
+        """Return the value that `text` spells.
+
+        Raises ValueError for any other text: an attempt is part of paths, and a lease must end.
+        """
+        match = _HELD.fullmatch(text)
+        if match is None or not 0 < float(match[3]) <= _LONGEST:
+            raise ValueError(text)
+        state: Literal["held", "decided"] = "decided" if match[4] == "decided" else "held"
+        return cls(attempt=match[1], count=int(match[2]), seconds=float(match[3]), state=state)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A value as it is stored, and the version that a change of it must name."""
+
+    held: Held
+    version: Version
+
+
+class LeaseCell:
+    """A cell that holds a lease; `at` is for messages."""
+
+    def __init__(self, cell: Cell, at: str) -> None:
+        self._cell, self._at = cell, at
+
+    def read(self) -> Stored | None:
+        version = self._cell.read()
+        if version is None:
+            return None
+        try:
+            return Stored(Held.parse(version.data.decode()), version)
+        except ValueError as error:
+            raise UserError(
+                f"{self._at}: holds {version.data[:80]!r}, which is no lease of ours: remove it, "
+                "if no run is at work there"
+            ) from error
+
+    def swap(self, old: Stored | None, new: Held) -> Stored | None:
+        """Store `new` if the cell still holds `old`, see `Cell.swap`."""
+        version = self._cell.swap(None if old is None else old.version, new.text.encode())
+        return None if version is None else Stored(new, version)
+
+    def remove(self, old: Stored) -> None:
+        self._cell.remove(old.version)
+
+
+def lease_at(folder: Folder, *parts: str, seconds: float = SECONDS) -> LeaseCell:
+    """Return where a lease that lasts `seconds` is kept."""
+    # A renewal that hangs must leave time for another.
+    cell = cell_at(folder, *parts, timeout=max(seconds / 3, 3.0))
+    return LeaseCell(cell, folder.at(*parts))
 
 
 # ---------------------------------------------------------------------------- waiting for it
@@ -64,7 +150,7 @@ class _Watch:
         self.changes = -1
         self.announced = False
 
-    def read(self, cell: Cell, terms: Terms) -> Stored | None:
+    def read(self, cell: LeaseCell, terms: Terms) -> Stored | None:
         """Read the cell; a store that fails to answer is waited for."""
         sent = time.monotonic()
         current = patiently(cell.read, terms.url)
@@ -87,7 +173,7 @@ class _Watch:
 
 
 def acquire(
-    cell: Cell, attempt: str, terms: Terms, *, finish: Callable[[str], None]
+    cell: LeaseCell, attempt: str, terms: Terms, *, finish: Callable[[str], None]
 ) -> Lease | None:
     """Take the lease for `attempt`, if need be from a holder that no longer renews it.
 
@@ -105,7 +191,7 @@ def acquire(
         stored = None
         if current is None:
             stored = patiently(
-                partial(cell.create, Held(attempt=attempt, count=0, seconds=terms.seconds)),
+                partial(cell.swap, None, Held(attempt=attempt, count=0, seconds=terms.seconds)),
                 terms.url,
             )
             if stored is not None:
@@ -121,14 +207,14 @@ def acquire(
             return None
         else:
             ours = Held(attempt=attempt, count=current.held.count + 1, seconds=terms.seconds)
-            stored = patiently(partial(cell.replace, current, ours), terms.url)
+            stored = patiently(partial(cell.swap, current, ours), terms.url)
             if stored is not None:
                 logger.info("%s: goes on after %s", terms.url, terms.who(current.held.attempt))
         if stored is not None:
             return Lease(cell, stored, terms, since=since)
 
 
-def await_end(cell: Cell, url: str) -> None:
+def await_end(cell: LeaseCell, url: str) -> None:
     """Wait until nobody holds the lease in `cell`, or its holder no longer renews it."""
     watch = _Watch()
     while (current := watch.read(cell, Terms(url=url))) is not None:
@@ -155,10 +241,10 @@ def _refuse_living(watch: _Watch, holder: Held, terms: Terms) -> None:
         )
 
 
-def _require_conditions(cell: Cell, stored: Stored, terms: Terms) -> None:
+def _require_conditions(cell: LeaseCell, stored: Stored, terms: Terms) -> None:
     """Refuse a store that replaces a value without regard to the condition."""
-    stale = Stored(stored.held, '"00000000000000000000000000000000"')
-    if cell.replace(stale, replace(stored.held, count=1)) is not None:
+    never = Version(b"never stored", '"00000000000000000000000000000000"')
+    if cell.swap(Stored(stored.held, never), replace(stored.held, count=1)) is not None:
         raise UserError(
             f"{terms.url}: the store overwrites where a conditional replacement was asked for, so "
             "two drivers could not tell who holds the run",
@@ -176,7 +262,7 @@ class Lease:
     it over before a renewal says so.
     """
 
-    def __init__(self, cell: Cell, stored: Stored, terms: Terms, *, since: float) -> None:
+    def __init__(self, cell: LeaseCell, stored: Stored, terms: Terms, *, since: float) -> None:
         self._cell, self._stored, self._terms = cell, stored, terms
         self._lock = threading.Lock()
         self._lost: LeaseLost | None = None
@@ -262,9 +348,8 @@ class Lease:
         """Replace our value by its successor."""
         for _ in range(3):
             ours = self._stored.held
-            stored = self._cell.replace(
-                self._stored, replace(ours, count=ours.count + 1, state=state)
-            )
+            new = replace(ours, count=ours.count + 1, state=state)
+            stored = self._cell.swap(self._stored, new)
             if stored is None:
                 stored = self._cell.read()
                 if stored is None or stored.held.attempt != ours.attempt:

@@ -17,8 +17,9 @@ import safetensors.torch
 import torch
 
 from gmm_dist.errors import UserError
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.model.soundness import flaw
 from gmm_dist.runs.json_files import FORMAT_VERSION, FileEntry, parse, to_json, whole
@@ -148,13 +149,12 @@ def _parameters(card: Mapping[str, Any], tensors: bytes, url: str) -> Parameters
         parts = safetensors.torch.load(tensors)
     except safetensors.SafetensorError as error:
         raise _wrong(f"is no such file ({error})", url, TENSORS) from error
-    shapes = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}
     tensor_shapes = {name: tuple(part.shape) for name, part in parts.items()}
-    is_known = isinstance(covariance_type, str) and covariance_type in COVARIANCE_TYPES
+    is_known = isinstance(covariance_type, str) and covariance_type in TYPE_OF
     if not is_known or tensor_shapes != {
         "weights": (k,),
         "means": (k, d),
-        "covariances": shapes[covariance_type],
+        "covariances": TYPE_OF[covariance_type].shape(k, d),
     }:
         raise UserError(
             f"{url}: {TENSORS} holds {tensor_shapes}, and {CARD} says {covariance_type!r}, "

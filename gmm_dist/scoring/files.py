@@ -30,7 +30,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from gmm_dist.errors import RunFailed
 from gmm_dist.lake.listing import name_of
@@ -50,7 +49,6 @@ from gmm_dist.scoring.scorer import (
     Scoring,
     device,
 )
-from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.storage import absolute, explained
 
 HOME = "_scored"
@@ -123,11 +121,10 @@ class Scored:
         """The counts over all files."""
         return reduce(add, (file.counts for file in self.files.values()))
 
-
-def collect(rows: ShardRows) -> Scored:
-    """Return the counts of a shard: the task that runs on what `ScoreFiles` has loaded."""
-    assert isinstance(rows.counts, Scored)
-    return rows.counts
+    @property
+    def n_rows(self) -> int:
+        """The rows that were written."""
+        return self.counts.rows
 
 
 def home_of(folder: Folder) -> Folder:
@@ -141,7 +138,7 @@ def records_of(folder: Folder) -> Folder:
 
 
 class ScoreFiles:
-    """The loader that scores a file and writes it, and holds its counts in place of its rows.
+    """The work on a shard of a scoring: read a file, score it, write it, and count.
 
     Shard i is one file; neighbours are of all sizes, so that ranges of shards are alike. It may be
     called again, and elsewhere: a file that this run has finished on such a processor is kept.
@@ -157,18 +154,13 @@ class ScoreFiles:
         self._groups = row_groups(plan)
         self._order = spread([file.size for file in plan.files])
 
-    def __call__(self, shard: int) -> ShardRows:
+    def __call__(self, shard: int) -> Scored:
         index = self._order[shard]
         path = self._plan.files[index].path
         folder = Folder.of(self._output)
         with explained(folder.url):
             file = self._recorded(folder, path) or self._score(folder, index)
-        # Rows without features: they take no memory, and are counted like any others.
-        return ShardRows(
-            shard=shard,
-            blocks=[Block(torch.empty(0, file.counts.rows))],
-            counts=Scored({path: file}),
-        )
+        return Scored({path: file})
 
     def _recorded(self, folder: Folder, path: str) -> ScoredFile | None:
         """Return the record of a file that this run has finished."""

@@ -22,11 +22,12 @@ from gmm_dist.runs import load
 from gmm_dist.runs.checkpoint import RunIdentity, environment
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.model_folder import model_sha256
-from gmm_dist.scoring.files import Scored, ScoreFiles, collect
+from gmm_dist.scoring.files import Scored, ScoreFiles
 from gmm_dist.scoring.options import ScoreOptions
 from gmm_dist.scoring.run import claim, commit
 from gmm_dist.scoring.scorer import Scoring
 from gmm_dist.shards.ray_shards import session
+from gmm_dist.shards.work import Done, summary
 from gmm_dist.urls import redacted
 
 logger = logging.getLogger(__name__)
@@ -169,17 +170,17 @@ class _Job:
     def score(self, run: Run) -> Scored:
         """Have the workers score all files that are not scored yet."""
         options, n_files = self.options, len(self.plan.files)
-        loader = ScoreFiles(self.plan, self.scoring, options.output, self.identity, run.attempt.id)
+        work = ScoreFiles(self.plan, self.scoring, options.output, self.identity, run.attempt.id)
         progress = self.progress
 
         def watch(done: int, n_rows: int) -> None:
             run.check()
             progress.scoring(done, n_files, n_rows)
 
-        workers = session(loader, n_files, options.cluster, self._faults)
+        workers = session(Done(work), n_files, options.cluster, self._faults)
         with workers as shards, progress.shown():
             shards.load(watch)
-            return shards.run(collect)
+            return shards.run(summary(work))
 
     @property
     def _faults(self) -> FailureConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +12,11 @@ from torch import Tensor
 
 from gmm_dist.errors import UserError
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import Parameters, ParameterStack
+from gmm_dist.model.parameters import Parameters
 
 COMPONENT, PROBABILITY, LOG_DENSITY = "component", "probability", "log_density"
 PROBABILITIES, OUTLIER = "probabilities", "outlier"
 
-_CHUNK, _CUDA_CHUNK = 2048, 1 << 16  # rows
 _LEAST = -1e300  # of a log-density, nats: no -inf, from which nothing can be subtracted
 
 
@@ -94,16 +92,14 @@ def device() -> torch.device:
 class Scorer:
     """Scores batches of rows; holds the factors of the mixture between them.
 
-    Float64, each component centred on its own mean. On a CPU in chunks of 2048 rows, whose
-    log-densities stay in its cache; on a GPU, where there is one, 65,536 rows at a time.
+    Float64, each component centred on its own mean; on a GPU where there is one.
     """
 
     def __init__(self, scoring: Scoring) -> None:
         self._scoring, self._schema = scoring, scoring.schema
-        self._device = device()
         ids = scoring.ids or range(scoring.mixture.n_components)
         self._numbers = np.array(ids, dtype=np.int32)
-        self._densities = Densities(ParameterStack.of([scoring.mixture]), self._device)
+        self._densities = Densities.of(scoring.mixture, device())
 
     def table(self, kept: pa.Table, X: npt.NDArray[np.float64]) -> pa.Table:
         """Return the scored table of rows `X` (d, n); null where a feature is missing (NaN)."""
@@ -127,7 +123,7 @@ class Scorer:
 
     def scores(self, X: npt.NDArray[np.float64]) -> Scores:
         """Return the scores of rows `X` (d, n)."""
-        parts = [self._chunk(x) for x in self._cut(X)]
+        parts = [self._of(logits) for logits in self._densities.chunks(X.T)]
         joined = [torch.cat(chunks).cpu().numpy() for chunks in zip(*parts, strict=True)]
         return Scores(
             components=joined[0],
@@ -136,13 +132,7 @@ class Scorer:
             resp=joined[3] if len(joined) > 3 else None,
         )
 
-    def _cut(self, X: npt.NDArray[np.float64]) -> Iterator[Tensor]:
-        step = _CUDA_CHUNK if self._device.type == "cuda" else _CHUNK
-        for first in range(0, max(X.shape[1], 1), step):
-            yield torch.from_numpy(X[:, first : first + step]).to(self._device)
-
-    def _chunk(self, x: Tensor) -> tuple[Tensor, ...]:
-        logits = self._densities(x)
+    def _of(self, logits: Tensor) -> tuple[Tensor, ...]:
         top, component = logits.max(0)
         if bool(top.isinf().any()):  # so far out that every distance overflows
             logits = logits.clamp_min(_LEAST)

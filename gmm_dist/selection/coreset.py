@@ -8,21 +8,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.em.estep import chunks
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.shards.protocol import ShardRows
+from gmm_dist.streams import Stream, keyed_generator
 
-_CORESET = 2  # the stream of keyed random numbers that a coreset draws from
-_CHUNK, _CUDA_CHUNK = 2048, 1 << 17  # rows
 _DEPENDENT = 1e-10  # of an eigenvalue of the correlations: below it the direction has no rows
-
-
-def keyed_generator(*key: int) -> torch.Generator:
-    """Return a generator keyed by a few whole numbers, the same everywhere."""
-    seed = 0
-    for part in key:  # a polynomial hash over a Mersenne prime
-        seed = (seed * 6_364_136_223_846_793_005 + part + 1) % (2**61 - 1)
-    return torch.Generator().manual_seed(seed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,34 +116,33 @@ class DrawCoreset:
     """
 
     size: int
+    stream: Stream
     random_state: int
     n_samples: float
     whitening: Whitening
 
     @classmethod
-    def of(cls, total: TotalMoments, size: int, random_state: int) -> DrawCoreset:
+    def of(cls, total: TotalMoments, size: int, stream: Stream, random_state: int) -> DrawCoreset:
         return cls(
             size=size,
+            stream=stream,
             random_state=random_state,
             n_samples=total.n_samples,
             whitening=whitening(total),
         )
 
     def __call__(self, rows: ShardRows) -> Coreset:
-        generator = keyed_generator(self.random_state, _CORESET, rows.shard)
+        generator = keyed_generator(self.stream, self.random_state, rows.shard)
         none = self.whitening.mean[:0]
         kept, weights = [none.new_empty(0, len(self.whitening.mean))], [none]
-        if rows.blocks:
-            device = rows.blocks[0].X.device
-            whiten = self.whitening.to(device)
-            for chunk in chunks(rows.blocks, _CUDA_CHUNK if device.type == "cuda" else _CHUNK):
-                x = chunk.X.double()
-                weight = chunk.weights
-                probability = self.probabilities(whiten.columns(x), weight)
-                draws = torch.rand(len(weight), dtype=torch.float64, generator=generator)
-                chosen = (draws.to(device) < probability).nonzero()[:, 0]
-                kept.append(x[:, chosen].T.cpu())
-                weights.append((weight[chosen] / probability[chosen]).cpu())
+        whiten = self.whitening.to(rows.device)
+        for chunk in rows.chunks(len(whiten.mean)):
+            x, weight = chunk.X.double(), chunk.weights
+            probability = self.probabilities(whiten.columns(x), weight)
+            draws = torch.rand(len(weight), dtype=torch.float64, generator=generator)
+            chosen = (draws.to(rows.device) < probability).nonzero()[:, 0]
+            kept.append(x[:, chosen].T.cpu())
+            weights.append((weight[chosen] / probability[chosen]).cpu())
         return Coreset(torch.cat(kept), torch.cat(weights))
 
     def probabilities(

@@ -8,19 +8,21 @@ seeds of a smaller k are the first of a larger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from gmm_dist.em.estep import chunks
+from gmm_dist.chunks import chunk_rows
 from gmm_dist.em.statistics import CONSTANT, TotalMoments
-from gmm_dist.model.covariance import TYPE_OF, Moments, maximise
+from gmm_dist.model.covariance import TYPE_OF, Moments
+from gmm_dist.model.natural import maximise
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.selection.coreset import Whitening, keyed_generator, whitening
+from gmm_dist.selection.coreset import Whitening, whitening
 from gmm_dist.shards.protocol import ShardRows, Shards
+from gmm_dist.streams import Stream, keyed_generator
 
 METHODS = ("kmeans", "k-means++", "random", "random_from_data")
 """Methods of seeding on a sample, by scikit-learn's names."""
@@ -29,9 +31,7 @@ _TRIALS = 4  # of greedy k-means++; not a function of k, so that seeds of a smal
 _EXACT = "donot_use_mm_for_euclid_dist"  # by differences: a row is at distance 0 from its copies
 _MAX_LLOYD = 50
 _OVERSAMPLING = 2  # rows that a round of k-means|| draws on average, times k
-_PARALLEL = 3  # the stream of keyed random numbers that k-means|| draws from
-_CHUNK_ELEMENTS, _CUDA_CHUNK_ELEMENTS = 1 << 19, 1 << 26  # of distances: a few MB, in cache
-_MIN_CHUNK, _MAX_CHUNK, _CUDA_MAX_CHUNK = 256, 2048, 1 << 17
+_PER_CENTRE = 2  # numbers for each row of a chunk: products with the centre, and distances
 
 
 def assignments(
@@ -131,7 +131,7 @@ def lloyd(
 def nearest(Z: Float64[Tensor, "m r"], centres: Float64[Tensor, "k r"]) -> Int64[Tensor, " m"]:
     """Return the label of each row's nearest centre; chunks of rows bound the memory."""
     half = centres.square().sum(1) / 2
-    rows = _chunk_rows(len(centres), Z.device)
+    rows = chunk_rows(_PER_CENTRE * len(centres), Z.device)
     return torch.cat(
         [torch.addmm(half, part, centres.T, alpha=-1).min(1).indices for part in Z.split(rows)]
     )
@@ -154,14 +154,10 @@ class Pooled:
     def of(cls, X: Float64[Tensor, "m d"], weight: Float64[Tensor, " m"], kind: str) -> Pooled:
         """Compute the moments once, for `start_of` of each start."""
         mean = (weight @ X) / weight.sum()
-        spread = _scatter(kind)(X - mean, weight) / weight.sum()
+        spread = TYPE_OF[kind].scatter(X - mean, weight) / weight.sum()
         return cls(
             mean=mean, counted=(weight > 0).double(), spread=spread, floor=_floor(X, weight, mean)
         )
-
-
-def _scatter(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-    return _diagonal_scatter if kind in ("diag", "spherical") else _full_scatter
 
 
 def start_of(
@@ -187,8 +183,8 @@ def start_of(
         pooled: Moments of all these rows; None to compute them.
     """
     pooled = Pooled.of(X, weight, kind) if pooled is None else pooled
-    scatter, counted = _scatter(kind), pooled.counted
-    more = TYPE_OF[kind].least_rows(X.shape[1])
+    family, counted = TYPE_OF[kind], pooled.counted
+    more = family.least_rows(X.shape[1])
     floor = pooled.floor if pooled.spread.ndim == 1 else pooled.floor.diag()
     prior = more * (pooled.spread + floor)
     nk, means, within = [], [], []
@@ -202,7 +198,7 @@ def start_of(
         centred = x - centre
         nk.append(mass + per_row * more)
         means.append(centre)
-        within.append(scatter(centred, row_mass) + per_row * prior)
+        within.append(family.scatter(centred, row_mass) + per_row * prior)
     return _about_means(torch.stack(nk), torch.stack(means), torch.stack(within), kind)
 
 
@@ -215,14 +211,6 @@ def _members(assignment: Tensor, component: int) -> tuple[Tensor, Tensor]:
     return rows, assignment[rows, component]
 
 
-def _full_scatter(centred: Tensor, weight: Tensor) -> Tensor:
-    return (centred.T * weight) @ centred
-
-
-def _diagonal_scatter(centred: Tensor, weight: Tensor) -> Tensor:
-    return weight @ centred.square()
-
-
 def _floor(X: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
     """Return a billionth of each feature's variance; of the largest, where it is constant."""
     second = weight @ X.square() / weight.sum()
@@ -233,9 +221,9 @@ def _floor(X: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
 
 
 def _about_means(nk: Tensor, means: Tensor, within: Tensor, kind: str) -> Parameters:
-    sum_xx = within.sum(-1) if kind == "spherical" else within
-    moments = Moments(nk=nk, sum_x=torch.zeros_like(means), sum_xx=sum_xx, about=means)
-    return maximise(kind, moments, (len(nk),), torch.zeros_like(means)).lanes()[0]
+    zeros, sum_xx = torch.zeros_like(means), TYPE_OF[kind].second(within)
+    moments = Moments(nk=nk, sum_x=zeros, sum_xx=sum_xx, about=means)
+    return maximise(kind, moments, (len(nk),), zeros).lanes()[0]
 
 
 def k_means_parallel(
@@ -293,7 +281,7 @@ class _DrawOne:
     n_features: int
 
     def __call__(self, rows: ShardRows) -> _One:
-        generator = keyed_generator(self.random_state, _PARALLEL, rows.shard, 0)
+        generator = keyed_generator(Stream.FIRST_CENTRE, self.random_state, rows.shard)
         none = torch.empty(0, self.n_features, dtype=torch.float64)
         earliest = _One(none[:, 0], none)
         for block in rows.blocks:
@@ -336,20 +324,17 @@ class _DrawFar:
     round: int
 
     def __call__(self, rows: ShardRows) -> _Far:
-        generator = keyed_generator(self.random_state, _PARALLEL, rows.shard, self.round)
+        generator = keyed_generator(Stream.MORE_CENTRES, self.random_state, rows.shard, self.round)
         none = self.whitening.mean.new_empty(0, len(self.whitening.mean))
         far = _Far(0.0, none[:, 0], none)
-        if not rows.blocks:
-            return far
-        device = rows.blocks[0].X.device
-        whiten, centres = self.whitening.to(device), self.centres.to(device)
-        for chunk in chunks(rows.blocks, _chunk_rows(len(centres), device)):
+        whiten, centres = self.whitening.to(rows.device), self.centres.to(rows.device)
+        for chunk in rows.chunks(_PER_CENTRE * len(centres)):
             x, weight = chunk.X.double(), chunk.weights
             Z = whiten.columns(x).T
             # By differences, not products: a candidate is at distance 0 from its copies.
             mass = weight * (Z - centres[nearest(Z, centres)]).square().sum(1)
             draws = torch.rand(len(weight), dtype=torch.float64, generator=generator)
-            threshold = self.oversampling * mass / draws.to(device)
+            threshold = self.oversampling * mass / draws.to(rows.device)
             cost = float(mass.sum())
             kept = (threshold > max(cost, far.cost)).nonzero()[:, 0]
             far = far + _Far(cost, threshold[kept].cpu(), x[:, kept].T.cpu())
@@ -374,21 +359,11 @@ class _CountNearest:
     centres: Float64[Tensor, "m r"]
 
     def __call__(self, rows: ShardRows) -> _Counts:
-        if not rows.blocks:
-            return _Counts(self.centres.new_zeros(len(self.centres)))
-        device = rows.blocks[0].X.device
-        whiten, centres = self.whitening.to(device), self.centres.to(device)
+        whiten, centres = self.whitening.to(rows.device), self.centres.to(rows.device)
         counts = self.centres.new_zeros(len(centres))
-        for chunk in chunks(rows.blocks, _chunk_rows(len(centres), device)):
+        for chunk in rows.chunks(_PER_CENTRE * len(centres)):
             Z = whiten.columns(chunk.X.double()).T
             # On the CPU: on a GPU the bits of such sums differ from call to call.
             labels = nearest(Z, centres).cpu()
             counts += torch.bincount(labels, chunk.weights.cpu(), len(centres))
         return _Counts(counts)
-
-
-def _chunk_rows(n_centres: int, device: torch.device) -> int:
-    """Return how many rows are compared with the centres at once: a multiple of 16."""
-    if device.type == "cuda":
-        return max(_MAX_CHUNK, min(_CUDA_CHUNK_ELEMENTS // n_centres, _CUDA_MAX_CHUNK))
-    return max(_MIN_CHUNK, min(_CHUNK_ELEMENTS // n_centres, _MAX_CHUNK))

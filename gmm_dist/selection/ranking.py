@@ -13,6 +13,7 @@ from gmm_dist.em.loop import FitResult
 from gmm_dist.em.statistics import Spike, TotalMoments, counts_rows
 from gmm_dist.errors import Option, Spelling, Text, Words, in_python, joined, spelt
 from gmm_dist.formats import counted
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.criteria import aic, bic, icl, most_components, n_parameters
 from gmm_dist.selection.spikes import Profile
 
@@ -194,7 +195,7 @@ class SweepResult:
         ]
         lines += self._shape_notes(feature_names)
         kinds = {s.candidate.covariance_type for s in self.scored}
-        read = bool(kinds & {"full", "tied"})
+        read = any(TYPE_OF[kind].has_products for kind in kinds)
         if read and (dependent := self.total.dependent_features()):
             lines.append(
                 f"{dependent} of {len(feature_names)} columns are duplicates or sums of others, so "
@@ -337,8 +338,9 @@ class SweepResult:
             alternatives.append(Option("holdout", 0.1) + " " + Option("criterion", "holdout"))
         if alternatives:
             return "consider " + joined(" or ", alternatives)
-        names = {"bic": "BIC", "icl": "ICL", "holdout": "the held-out log-likelihood"}
-        refuted_names = " and ".join(names[criterion] for criterion in refuted)
+        refuted_names = " and ".join(
+            "the held-out log-likelihood" if name == "holdout" else name.upper() for name in refuted
+        )
         verb = "is" if len(refuted) == 1 else "are"
         return f"{refuted_names} {verb} best there, too: choose as many components as are of use"
 

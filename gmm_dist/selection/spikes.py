@@ -15,10 +15,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.em.statistics import Spike
-from gmm_dist.selection.coreset import keyed_generator
 from gmm_dist.shards.protocol import ShardRows, Shards
+from gmm_dist.streams import Stream, keyed_generator
 
-_STREAM = 5  # of keyed random numbers
 _ROWS, _VALUES = 8192, 1 << 22  # of the sample, at the most
 _SHARE, _COUNT = 0.05, 10  # of the sample's rows, at least, that share a value
 _ALONE = 4.0  # times as many rows as any value that is no spike
@@ -74,7 +73,8 @@ class _Draw:
     n_features: int
 
     def __call__(self, rows: ShardRows) -> _Drawn:
-        generator = keyed_generator(_STREAM, rows.shard)
+        # Not by the user's seed: it is the rows that readers are told of.
+        generator = keyed_generator(Stream.PROFILE, 0, rows.shard)
         parts = [torch.empty(0, self.n_features, dtype=torch.float64)]
         n = sum(int((block.weights > 0).sum()) for block in rows.blocks)
         for block in rows.blocks:

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import kmeans
 
@@ -24,7 +23,7 @@ _LLOYD, _TRIALS = 10, 2
 _TINY = 1e-300  # in place of a mixing weight of zero
 _FLAT = 1e-12  # of the largest variance: directions with less are left out
 _WIDE = 128  # features, beyond which diagonal covariances are split without d x d matrices
-_TIED = 1e-3  # of a tied covariance is left at least, however much a split explains
+_SHARED = 1e-3  # of a shared covariance is left at least, however much a split explains
 _ROWS = 4  # times its type's `least_rows`: fewer rows are too few to split a component
 
 
@@ -72,7 +71,7 @@ def splits(
         generator: Source of random numbers.
     """
     best_splits = []
-    least = TYPE_OF[parameters.covariance_type].least_rows(parameters.n_features)
+    least = parameters.type.least_rows(parameters.n_features)
     for component in range(parameters.n_components):
         rows = (labels == component) & (weight > 0)
         if int(rows.sum()) < _ROWS * least:
@@ -88,13 +87,12 @@ def _split(
     """Return the best of a few splits: by two humps, and by k-means from several seeds."""
     spread = X.std(0, correction=0)
     Z = X / torch.where(spread > 0, spread, 1.0)
-    is_diagonal = parameters.covariance_type in ("diag", "spherical")
-    # Humps take d³ operations, for a direction that these types cannot represent.
-    trials = [] if is_diagonal and X.shape[1] > _WIDE else [_humps(Z, weight)]
+    # Humps take d³ operations, for a direction that some types cannot represent.
+    trials = [] if not parameters.type.has_products and X.shape[1] > _WIDE else [_humps(Z, weight)]
     for _ in range(_TRIALS):
         seeds = kmeans.k_means_plus_plus(Z, weight, 2, generator)
         trials.append(kmeans.nearest(Z, kmeans.lloyd(Z, weight, Z[seeds], _LLOYD)))
-    kind = _own_type(parameters)
+    kind = parameters.type.alone
     pooled = kmeans.Pooled.of(X, weight, kind)
     whole = kmeans.start_of(X, weight, torch.zeros(len(X), dtype=torch.int64), 1, kind, pooled)
     tried = [
@@ -133,15 +131,17 @@ def _split_by(
     pooled: kmeans.Pooled,
 ) -> Split:
     """Return the split by labels 0 and 1; `whole` is the one Gaussian of all the rows."""
-    kind = parameters.covariance_type
+    family = parameters.type
     mass = torch.stack([weight[labels == 0].sum(), weight[labels == 1].sum()])
     share = mass / mass.sum()
-    halves = kmeans.start_of(X, weight, labels, 2, _own_type(parameters), pooled)
-    if kind == "tied":
+    halves = kmeans.start_of(X, weight, labels, 2, family.alone, pooled)
+    if family.is_shared:
         covariances = [parameters.covariances] * 2
         n_samples = mass.sum() / parameters.weights[component].clamp_min(_TINY)
-        freed = _between(parameters, mass.prod() / mass.sum() / n_samples, halves.means)
-        shaped = -n_samples / 2 * torch.log1p(-freed.clamp_max(1 - _TIED))
+        freed = mass.prod() / mass.sum() / n_samples
+        apart = halves.means[1] - halves.means[0]
+        ratio = family.log_det_ratio(parameters.covariances, -freed, apart, _SHARED - 1)
+        shaped = -n_samples / 2 * ratio
     else:
         covariances = list(halves.covariances)
         shaped = mass.sum() * _half_log_det(whole)[0] - (mass * _half_log_det(halves)).sum()
@@ -153,31 +153,20 @@ def _split_by(
     return Split(component, (parts[0], parts[1]), gain)
 
 
-def _own_type(parameters: Parameters) -> str:
-    """Return the covariance type of one component alone."""
-    return "full" if parameters.covariance_type == "tied" else parameters.covariance_type
-
-
-def _between(parameters: Parameters, scale: Tensor, means: Float64[Tensor, "2 d"]) -> Tensor:
-    """Return the share of a tied covariance that two means explain: scale · δᵀ Σ⁻¹ δ."""
-    difference = means[1] - means[0]
-    distance: Tensor = difference @ torch.linalg.solve(parameters.covariances, difference)
-    return scale * distance
-
-
 def merges(parameters: Parameters, n_samples: float) -> list[Merge]:
     """Return the merges of neighbouring components, the cheapest first.
 
     The loss is Runnalls' bound ("Kullback-Leibler approach to Gaussian mixture reduction",
     IEEE Trans. AES 43, 2007), less the entropy of the two labels that become one.
     """
-    weights, half = parameters.weights, _half_log_det(parameters)
+    family, weights, half = parameters.type, parameters.weights, _half_log_det(parameters)
     pair_merges = []
     for i, j in _neighbours(parameters):
         part = _merged(parameters, i, j)
-        if parameters.covariance_type == "tied":
+        if family.is_shared:
             scale = weights[i] * weights[j] / part.weight.clamp_min(_TINY)
-            shape = torch.log1p(_between(parameters, scale, parameters.means[[i, j]])) / 2
+            apart = parameters.means[j] - parameters.means[i]
+            shape = family.log_det_ratio(parameters.covariances, scale, apart) / 2
         else:
             joint = _half_log_det(_alone(parameters, part))[0]
             shape = part.weight * joint - weights[i] * half[i] - weights[j] * half[j]
@@ -189,7 +178,7 @@ def merges(parameters: Parameters, n_samples: float) -> list[Merge]:
 def _neighbours(parameters: Parameters) -> list[tuple[int, int]]:
     """Return pairs of components whose means are near, in units of their spread."""
     k = parameters.n_components
-    spread = _variances(parameters).mean(0).sqrt()
+    spread = _typical(parameters).sqrt()
     Z = parameters.means / torch.where(spread > 0, spread, 1.0)
     distance = torch.cdist(Z, Z).fill_diagonal_(torch.inf)
     nearest = distance.topk(min(_NEIGHBOURS, k - 1), largest=False).indices
@@ -199,18 +188,13 @@ def _neighbours(parameters: Parameters) -> list[tuple[int, int]]:
 
 def _merged(parameters: Parameters, i: int, j: int) -> Part:
     """Return the component with the weight, mean and covariance of two together."""
-    kind, pair = parameters.covariance_type, torch.tensor([i, j])
+    pair = torch.tensor([i, j])
     weight = parameters.weights[pair].sum()
     share = (parameters.weights[pair] + _TINY) / (weight + 2 * _TINY)
     mean = share @ parameters.means[pair]
-    if kind == "tied":
-        return Part(weight, mean, parameters.covariances)
     shift = parameters.means[pair] - mean
-    within = torch.tensordot(share, parameters.covariances[pair], 1)
-    if kind == "full":
-        return Part(weight, mean, within + (shift.T * share) @ shift)
-    between = share @ shift.square()
-    return Part(weight, mean, within + (between if kind == "diag" else between.mean()))
+    covariance = parameters.type.merged(parameters.stacked_covariances, pair, share, shift)
+    return Part(weight, mean, covariance)
 
 
 def apply(
@@ -221,7 +205,7 @@ def apply(
     weights = torch.cat([parameters.weights[keep], *(part.weight[None] for part in add)])
     means = torch.cat([parameters.means[keep], *(part.mean[None] for part in add)])
     covariances = parameters.covariances
-    if parameters.covariance_type != "tied":
+    if not parameters.type.is_shared:
         covariances = torch.cat([covariances[keep], *(part.covariance[None] for part in add)])
     return Parameters(
         weights=weights / weights.sum(),
@@ -278,8 +262,8 @@ def halved(parameters: Parameters, k: int, *, shift: float = 0.2) -> Parameters:
     """Return a mixture of k components: the largest is halved until there are k.
 
     The halves lie `shift` standard deviations to either side of their mean, with a covariance
-    reduced so that a pair keeps the mean and the covariance of the whole (tied ones keep the
-    covariance that all share). With a shift of 0 they are copies, and the density is the same.
+    reduced so that a pair keeps the mean and the covariance of the whole (a covariance that all
+    share is kept). With a shift of 0 they are copies, and the density is the same.
     """
     while parameters.n_components < k:
         component = int(parameters.weights.argmax())
@@ -292,42 +276,27 @@ def halved(parameters: Parameters, k: int, *, shift: float = 0.2) -> Parameters:
 
 def _narrowed(parameters: Parameters, component: int, shift: float) -> tuple[Tensor, Tensor]:
     """Return the halves' offset (d,) from the mean, and their covariance."""
-    kind = parameters.covariance_type
-    covariance = parameters.covariances if kind == "tied" else parameters.covariances[component]
-    if kind in ("full", "tied"):
-        # A column of the Cholesky factor scales with the features' units.
-        offset = shift * torch.linalg.cholesky(covariance)[:, 0]
-        return offset, covariance if kind == "tied" else covariance - torch.outer(offset, offset)
-    offset = torch.zeros_like(parameters.means[component])
-    if kind == "diag":
-        widest = int((covariance / _variances(parameters).mean(0)).argmax())
-        offset[widest] = shift * covariance[widest].sqrt()
-        return offset, covariance - offset.square()
-    offset[0] = shift * covariance.sqrt()
-    return offset, covariance * (1 - shift**2 / len(offset))
+    family = parameters.type
+    covariances = parameters.stacked_covariances
+    covariance = covariances[0 if family.is_shared else component]
+    step = shift * family.offset(covariance, _typical(parameters))
+    return step, family.narrowed(covariance, step, shift)
 
 
 def _alone(parameters: Parameters, part: Part) -> Parameters:
-    kind = parameters.covariance_type
-    covariance = part.covariance if kind == "tied" else part.covariance[None]
     return Parameters(
         weights=part.weight[None],
         means=part.mean[None],
-        covariances=covariance,
-        covariance_type=kind,
+        covariances=parameters.type.unstacked(part.covariance[None]),
+        covariance_type=parameters.covariance_type,
     )
 
 
-def _variances(parameters: Parameters) -> Float64[Tensor, "c d"]:
-    kind, covariances = parameters.covariance_type, parameters.covariances
-    if kind in ("full", "tied"):
-        variances = covariances.diagonal(dim1=-2, dim2=-1)
-        return variances.reshape(-1, parameters.n_features)
-    return covariances if kind == "diag" else covariances[:, None].expand_as(parameters.means)
+def _typical(parameters: Parameters) -> Float64[Tensor, " d"]:
+    """Return the mean variance of each feature within the components."""
+    covariances, d = parameters.stacked_covariances, parameters.n_features
+    return parameters.type.variances(covariances, d).mean(0)
 
 
 def _half_log_det(parameters: Parameters) -> Float64[Tensor, " c"]:
-    if parameters.covariance_type in ("full", "tied"):
-        log_dets: Tensor = torch.linalg.slogdet(parameters.covariances).logabsdet
-        return log_dets.reshape(-1) / 2
-    return _variances(parameters).log().sum(-1) / 2
+    return parameters.type.log_det(parameters.stacked_covariances, parameters.n_features) / 2

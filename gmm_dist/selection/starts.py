@@ -31,12 +31,13 @@ from gmm_dist.em.lane import Status
 from gmm_dist.em.memory import lane_bytes
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import Parameters, ParameterStack
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import kmeans, split_merge
-from gmm_dist.selection.coreset import Coreset, DrawCoreset, Whitening, keyed_generator, whitening
+from gmm_dist.selection.coreset import Coreset, DrawCoreset, Whitening, whitening
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Shards
+from gmm_dist.streams import Stream, keyed_generator
 
 TRAIL = 32
 """The largest k on the trail."""
@@ -57,9 +58,7 @@ _SOUND = 2
 _PROPOSALS = 4  # moves tried in a round
 _GROWN, _FRESH = 2, 2  # splits and seeded starts that the trail tries for each size
 _SHARDS, _SHARD_ROWS = 8, 4096  # shards at the most, and rows of each at least
-_CHUNK_ROWS = 4096
 _STATISTICS_BYTES = 1 << 29  # of the lanes that run at once
-_REPAIR_STREAM, _TRAIL_STREAM = 4, 5  # of keyed random numbers
 
 
 @dataclass(slots=True, eq=False)
@@ -200,7 +199,7 @@ def repair_degenerate(
     for i in sorted(degenerate, key=lambda i: fits[i].parameters.n_components):
         parameters = fits[i].parameters
         rows = sampler.samples(parameters.n_components).large
-        splits = rows.splits(parameters, keyed_generator(start.random_state, _REPAIR_STREAM))
+        splits = rows.splits(parameters, keyed_generator(Stream.REPAIRS, start.random_state))
         if repaired := split_merge.replace(parameters, fits[i].degenerate, splits):
             (refit,) = rows.run([repaired], replace(config, max_iter=_LONG))
             starts[i] = [refit.parameters] if refit.is_ranked else []
@@ -250,9 +249,9 @@ class _Sampler:
         return self._seeds[1]
 
     def _draw(self, size: int) -> _Samples:
-        task = DrawCoreset.of(self.total, _pool_size(size, self.total), self.start.random_state)
-        pool = self.shards.run(task)
-        part = pool.part(size, keyed_generator(self.start.random_state, 3))
+        n_pool, seed = _pool_size(size, self.total), self.start.random_state
+        pool = self.shards.run(DrawCoreset.of(self.total, n_pool, Stream.POOL, seed))
+        part = pool.part(size, keyed_generator(Stream.SAMPLE, seed))
         small = _Rows.of(part.per_row(), self.total, self.n_threads)
         if len(pool.X) == len(part.X):
             return _Samples(small, small)
@@ -288,19 +287,21 @@ class _Search:
         large_fits = _Fits(large.total.n_samples)
         seeded_fits.add(small.run(seeded, self._trial(_FIRST)))
         small_fits.add(small.run([*seeded_fits.mixtures, *on_trail], self._short))
-        self._improve(small_fits, small, small)
+        self._improve(small_fits, small, small, Stream.MOVES)
         warm = [m for m in self.warm if _candidate_of(m) == _candidate_of(seeded[0])]
         long = replace(self.config, max_iter=_LONG, tol=max(self.config.tol, _LONG_TOL))
         large_fits.add(large.run([*small_fits.mixtures, *warm], long))
-        self._improve(large_fits, large, small)
+        self._improve(large_fits, large, small, Stream.LATE_MOVES)
         return large_fits.mixtures[: self.start.finalists]
 
     def extend_trail(self, rows: _Rows, k: int, kind: str, before: Parameters | None) -> Parameters:
         """Return the trail's mixture of k components; `before` is that of k - 1."""
-        fresh = _Seeds(replace(self.start, init="k-means++", n_init=_FRESH), rows.total, None)
+        few = replace(self.start, init="k-means++", n_init=_FRESH)
+        fresh = _Seeds(start=few, total=rows.total, stream=Stream.TRAIL_STARTS)
         starts = fresh.starts(rows.sample, k, kind)
         if before is not None:
-            splits = rows.splits(before, keyed_generator(self.start.random_state, k, _TRAIL_STREAM))
+            generator = keyed_generator(Stream.TRAIL_SPLITS, self.start.random_state, k)
+            splits = rows.splits(before, generator)
             starts += [_split(before, split) for split in splits[:_GROWN]]
         fits = _Fits(rows.total.n_samples)
         fits.add(rows.run(starts, self._short))
@@ -314,11 +315,11 @@ class _Search:
         """Return settings for a few steps, without acceleration: it does not pay in so few."""
         return replace(self._short, max_iter=n_iter, accelerate=False)
 
-    def _improve(self, fits: _Fits, rows: _Rows, small: _Rows) -> None:
+    def _improve(self, fits: _Fits, rows: _Rows, small: _Rows, stream: Stream) -> None:
         """Move the best of `rows`' fits while that gains; moves are tried on the small sample."""
         for round in range(self.start.moves):
             before, trials = fits.best, _Fits(small.total.n_samples)
-            generator = keyed_generator(self.start.random_state, round, 2)
+            generator = keyed_generator(stream, self.start.random_state, round)
             proposals = _proposals(small, before, generator)
             if not proposals:
                 return
@@ -350,20 +351,22 @@ def _noise_gain(fit: loop.FitResult) -> float:
     far from all others is worth far more than that.
     """
     few = fit.rows < _SOUND * (fit.parameters.n_features + 1)
-    if fit.parameters.covariance_type != "full" or not bool(few.any()):
+    family = fit.parameters.type
+    if family.is_shared or not family.has_products or not bool(few.any()):
         return 0.0
     covariances = fit.parameters.covariances[few]
     diagonal_log_det = covariances.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return float(fit.nk[few] @ (diagonal_log_det - torch.linalg.slogdet(covariances)[1])) / 2
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Seeds:
     """The source of seeded starts: the method, and k-means||'s candidates from all rows."""
 
     start: StartConfig
     total: TotalMoments
-    parallel: tuple[Float64[Tensor, "c d"], Float64[Tensor, " c"]] | None
+    stream: Stream
+    parallel: tuple[Float64[Tensor, "c d"], Float64[Tensor, " c"]] | None = None
 
     @classmethod
     def of(cls, shards: Shards, most: int, start: StartConfig, total: TotalMoments) -> _Seeds:
@@ -371,7 +374,7 @@ class _Seeds:
         parallel = None
         if start.init == "k-means||":
             parallel = kmeans.k_means_parallel(shards, total, most, random_state=start.random_state)
-        return cls(start, total, parallel)
+        return cls(start=start, total=total, stream=Stream.STARTS, parallel=parallel)
 
     def starts(self, sample: Coreset, k: int, kind: str) -> list[Parameters]:
         """Return `n_init` starts of k components; of one component all would be the same."""
@@ -380,7 +383,7 @@ class _Seeds:
         n_starts = self.start.n_init if k > 1 else 1
         maps = [(whiten, whiten(X)) for whiten in self._maps()[:n_starts]]
         for round in range(n_starts):
-            generator = keyed_generator(self.start.random_state, round, 1)
+            generator = keyed_generator(self.stream, self.start.random_state, round)
             shares = self._assignment(weight, k, *maps[round % len(maps)], generator)
             starts.append(kmeans.start_of(X, weight, shares, k, kind, pooled))
         return starts
@@ -432,5 +435,5 @@ def _split(parameters: Parameters, split: split_merge.Split) -> Parameters:
 
 
 def _labels(parameters: Parameters, X: Float64[Tensor, "m d"]) -> Int64[Tensor, " m"]:
-    densities = Densities(ParameterStack.of([parameters]), X.device)
-    return torch.cat([densities(part.T).argmax(0) for part in X.split(_CHUNK_ROWS)])
+    densities = Densities.of(parameters, X.device)
+    return torch.cat([logits.argmax(0) for logits in densities.chunks(X)])

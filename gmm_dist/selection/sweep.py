@@ -20,6 +20,7 @@ from gmm_dist.em.lane_batch import Precision
 from gmm_dist.em.statistics import TotalMoments, as_given, criterion_size, given_weight
 from gmm_dist.errors import Option, TooFewRows, UserError
 from gmm_dist.formats import counted
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import split_merge
 from gmm_dist.selection.ranking import BestFit, Candidate, RankedCandidate, SweepResult
@@ -149,7 +150,7 @@ def sweep(
 
 
 def _need_products(candidates: Sequence[Candidate]) -> bool:
-    return any(c.covariance_type in ("full", "tied") for c in candidates)
+    return any(TYPE_OF[c.covariance_type].has_products for c in candidates)
 
 
 class _CandidateLanes:

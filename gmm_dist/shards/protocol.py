@@ -7,12 +7,14 @@ result has the same bits wherever the shards lie and in whatever order they fini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from gmm_dist.chunks import chunk_rows, cuts
 
 
 class Summary(Protocol):
@@ -39,10 +41,10 @@ class Block:
             return self.X.new_ones(self.X.shape[1], dtype=torch.float64)
         return self.sample_weight.double()
 
-    def every(self, step: int) -> Block:
-        """Return the first row of every `step` ones (a view)."""
-        weight = None if self.sample_weight is None else self.sample_weight[::step]
-        return Block(self.X[:, ::step], weight)
+    def part(self, which: slice) -> Block:
+        """Return some of the rows (a view)."""
+        weight = None if self.sample_weight is None else self.sample_weight[which]
+        return Block(self.X[:, which], weight)
 
     def to(self, device: torch.device) -> Block:
         weight = None if self.sample_weight is None else self.sample_weight.to(device)
@@ -66,6 +68,22 @@ class ShardRows:
     def n_rows(self) -> int:
         """The number of rows to be fitted; every pass counts each exactly once."""
         return sum(block.X.shape[1] for block in self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows to be fitted are; the CPU where there are none."""
+        return self.blocks[0].X.device if self.blocks else torch.device("cpu")
+
+    def every(self, step: int) -> ShardRows:
+        """Return the first row of every `step` ones to be fitted, in each block (views)."""
+        parts = [block.part(slice(None, None, step)) for block in self.blocks]
+        return ShardRows(shard=self.shard, blocks=parts)
+
+    def chunks(self, width: int) -> Iterator[Block]:
+        """Yield the rows to be fitted, as many at once as fit where each needs `width` numbers."""
+        most = chunk_rows(width, self.device)
+        for block in self.blocks:
+            yield from map(block.part, cuts(block.X.shape[1], most))
 
     def to(self, device: torch.device) -> ShardRows:
         return ShardRows(

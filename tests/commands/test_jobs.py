@@ -30,6 +30,7 @@ from gmm_dist.commands.options import CommandLine, parse_k
 from gmm_dist.fitting import fit
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.lake.read import read
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 
 ROOT = Path(__file__).parents[2]
 Errors = pytest.CaptureFixture[str]
@@ -539,17 +540,17 @@ def test_rows_many_times_over_a_flat_column_and_an_outlier_still_give_a_table(
     rows = pa.concat_tables([twice.select(far.column_names), far])
     data, out = lake(tmp_path / "lake", rows), tmp_path / "out"
     argv = [data, "--columns", "x", "y", "flat", "--k", "1,3,6", "--output", str(out)]
-    argv += ["--covariance-type", "full", "tied", "diag", "spherical"]
+    argv += ["--covariance-type", *COVARIANCE_TYPES]
     assert sweep_job.main(argv) == 0
     report = json.loads((out / "sweep.json").read_text())
-    assert len(report["candidates"]) == 12
+    assert len(report["candidates"]) == 18
     for candidate in report["candidates"]:
         degenerate = candidate["status"].startswith(("degenerate", "collapsed"))
         assert (candidate["rank"] is None) is degenerate
         assert degenerate or math.isfinite(candidate["bic"])
     said = capsys.readouterr().out
     assert "degenerate" in said
-    assert sum(line.split()[1:2] == ["6"] for line in said.splitlines()) == 4
+    assert sum(line.split()[1:2] == ["6"] for line in said.splitlines()) == 6
 
 
 @pytest.mark.parametrize("ray_is_here", [False, True])

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmm_dist.em import estep
+from gmm_dist import chunks
 from gmm_dist.em.estep import EStep, SumMoments
 from gmm_dist.em.lane_batch import LaneBatch, Precision
-from gmm_dist.model.covariance import TYPE_OF, Moments, maximise, natural
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, ParameterStack
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF, Moments
+from gmm_dist.model.natural import maximise, natural
+from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 
@@ -53,7 +54,7 @@ def moments_of(lanes, precision, sums, total) -> Moments:
     kind = lanes[0].covariance_type
     if precision is not Precision.CENTRED:
         return TYPE_OF[kind].moments(sums, total.sum_xx)
-    layout = TYPE_OF["full" if kind == "tied" else kind]
+    layout = TYPE_OF[TYPE_OF[kind].alone]
     own = layout.moments(sums, total.sum_xx)
     return Moments(
         nk=own.nk,
@@ -61,6 +62,13 @@ def moments_of(lanes, precision, sums, total) -> Moments:
         sum_xx=own.sum_xx,
         about=torch.cat([lane.means for lane in lanes]),
     )
+
+
+def left_out(lane, total) -> float:
+    """Return what products leave out where all components have one quadratic form."""
+    matrix = torch.tensor(naive.covariance_matrices(lane)[0])
+    quadratic = 0.5 * float((torch.linalg.inv(matrix) * total.sum_xx).sum())
+    return -quadratic if lane.type.is_shared else 0.0
 
 
 def assert_naive(X, lanes, precision, whole, total, i, sample_weight=None, *, rtol=1e-8):
@@ -76,8 +84,8 @@ def assert_naive(X, lanes, precision, whole, total, i, sample_weight=None, *, rt
         expected = naive.m_step(X, scores.resp, kind, sample_weight=sample_weight)
         mixtures.assert_same(new, expected, rtol=rtol, atol=rtol)
         found = float(sums.log_likelihood[j])
-        if kind == "tied" and precision is not Precision.CENTRED:
-            found -= 0.5 * float((torch.linalg.inv(lane.covariances) * total.sum_xx).sum())
+        if precision is not Precision.CENTRED:
+            found += left_out(lane, total)
         assert found == pytest.approx(scores.log_likelihood, rel=rtol)
         if precision is not Precision.FLOAT32:
             assert float(sums.entropy[j]) == pytest.approx(scores.entropy, rel=rtol, abs=1e-9)
@@ -189,7 +197,7 @@ def test_any_split_gives_the_same_statistics(kind, precision, cuts, cuts_of_bloc
 @pytest.mark.parametrize("precision", list(Precision))
 def test_several_chunks_equal_one_by_one(kind, precision):
     """Rows beyond one chunk, of uneven number, against the sum over single rows' densities."""
-    n = 2 * estep._MAX_CHUNK + 77
+    n = 2 * chunks._ONE_THREAD.most + 77
     X = mixtures.rows(mixtures.parameters("full", 3, 2), n)
     weight = mixtures.row_weights(n)
     lane = mixtures.parameters(kind, 3, 2)
@@ -199,8 +207,8 @@ def test_several_chunks_equal_one_by_one(kind, precision):
     logits = normal.log_prob(X[:, None]) + lane.weights.log()
     rtol = 1e-4 if precision is Precision.FLOAT32 else 1e-10
     found = whole.groups[0].log_likelihood[0]
-    if kind == "tied" and precision is not Precision.CENTRED:
-        found = found - 0.5 * (torch.linalg.inv(lane.covariances) * total.sum_xx).sum()
+    if precision is not Precision.CENTRED:
+        found = found + left_out(lane, total)
     torch.testing.assert_close(found, (weight * logits.logsumexp(1)).sum(), rtol=rtol, atol=0)
     moments = moments_of([lane], precision, whole.groups[0].moments, total)
     torch.testing.assert_close(moments.nk, weight @ logits.softmax(1), rtol=rtol, atol=0)

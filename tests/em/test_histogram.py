@@ -12,8 +12,8 @@ import torch
 
 from gmm_dist.em.evaluate import Histograms, Tally, training_quantiles
 from gmm_dist.errors import UserError
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.model.quantiles import LEVELS, Quantiles
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import HeldOut, ShardRows

@@ -10,8 +10,8 @@ import torch
 
 from gmm_dist.em.estep import SumMoments
 from gmm_dist.em.evaluate import Score, mean_log_likelihoods
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import ShardRows
 

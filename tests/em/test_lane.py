@@ -12,7 +12,7 @@ import torch
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em.lane import Snapshot, restore_lanes
 from gmm_dist.em.lane_batch import Precision
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import sweep
 

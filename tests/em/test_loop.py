@@ -17,13 +17,15 @@ from sklearn.mixture import GaussianMixture
 
 from gmm_dist.config import ABSOLUTE, EMConfig, StartConfig
 from gmm_dist.em.lane import Status
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, ParameterStack
+from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.selection.kmeans import start_of as start_from
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.sweep import sweep
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+scikit_learns_types = pytest.mark.parametrize("kind", mixtures.SCIKIT_LEARNS)
 every_precision = pytest.mark.parametrize("precision", ["auto", "float32", "float64"])
 FEW = settings(mixtures.FIXED, max_examples=5)
 # Plain EM, step by step as others take it.
@@ -90,7 +92,7 @@ def parameters_of(model: GaussianMixture) -> Parameters:
     )
 
 
-@every_type
+@scikit_learns_types
 @pytest.mark.parametrize("reg_covar", [0.0, 1e-2])
 @pytest.mark.parametrize("n_iter", [1, 12])
 def test_equals_scikit_learn_after_the_same_number_of_iterations(kind, reg_covar, n_iter):
@@ -111,7 +113,7 @@ def test_equals_scikit_learn_after_the_same_number_of_iterations(kind, reg_covar
     assert fit.log_likelihood == pytest.approx(model.score(X.numpy()) * len(X), rel=1e-10)
 
 
-@every_type
+@scikit_learns_types
 def test_converges_where_scikit_learn_does(kind):
     X, start = overlapping(), mixtures.parameters(kind, 3, 3, seed=5)
     config = replace(EXACT, tol=1e-4, max_iter=500)

@@ -14,7 +14,7 @@ from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.memory import lane_bytes, require_memory
 from gmm_dist.errors import UserError
 from gmm_dist.lake.session import RowsNeed, require_room
-from gmm_dist.model.covariance import natural
+from gmm_dist.model.natural import natural
 from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows

@@ -11,7 +11,7 @@ import torch
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em.squarem import Squarem, coordinates, parameters_at
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 SCALE = torch.tensor([1.0, 100.0, 1e-3], dtype=torch.float64)
@@ -38,7 +38,7 @@ def test_any_vector_is_valid_parameters(kind):
     found = parameters_at(x, like, SCALE)
     assert float(found.weights.sum()) == pytest.approx(1)
     assert bool((found.weights > 0).all())
-    if kind in ("full", "tied"):
+    if TYPE_OF[kind].has_products:
         torch.linalg.cholesky(found.covariances)
     else:
         assert bool((found.covariances > 0).all())

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gmm_dist.em.estep import EStep, SumMoments
 from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.statistics import PassStatistics, SufficientStatistics, TotalMoments
-from gmm_dist.model.covariance import natural
+from gmm_dist.model.natural import natural
 from gmm_dist.model.parameters import ParameterStack
 from gmm_dist.shards.protocol import ShardRows
 

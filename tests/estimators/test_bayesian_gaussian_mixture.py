@@ -18,11 +18,10 @@ from gmm_dist import Cluster, Lake
 from gmm_dist.errors import UserError
 from gmm_dist.estimators.bayesian_gaussian_mixture import BayesianGaussianMixture
 from gmm_dist.estimators.init_params import INIT_PARAMS
-from gmm_dist.model.parameters import COVARIANCE_TYPES
-from gmm_dist.model.variational import WEIGHT_PRIORS
+from gmm_dist.model.variational import VARIATIONAL_TYPES, WEIGHT_PRIORS
 from gmm_dist.runs.model_folder import model_sha256
 
-every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+every_type = pytest.mark.parametrize("kind", VARIATIONAL_TYPES)
 every_prior = pytest.mark.parametrize("weight_prior", WEIGHT_PRIORS)
 ATTRIBUTES = (
     "weights_",

@@ -19,7 +19,8 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 import gmm_dist
 from gmm_dist import BayesianGaussianMixture, GaussianMixture, Mixture, UserError, load, save
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.covariance import COVARIANCE_TYPES
+from gmm_dist.model.parameters import Parameters
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 PARTS = ("weights", "means", "covariances")

@@ -23,7 +23,7 @@ from gmm_dist.fitting import lake_scores
 from gmm_dist.fitting.lake_scores import scores_of_lake
 from gmm_dist.lake.deal import RowRange, deal
 from gmm_dist.lake.plan import Plan
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Loader
 

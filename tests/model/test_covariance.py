@@ -1,4 +1,4 @@
-"""The four covariance types: log-densities linear in the features, and the M-step from them."""
+"""The covariance types: log-densities linear in the features, and the M-step from them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,12 @@ from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal
 
 from gmm_dist.em.features import Features
-from gmm_dist.model.covariance import (
-    NEVER,
-    TYPE_OF,
-    Moments,
-    maximise,
-    n_feature_rows,
-    natural,
-    product_pairs,
-)
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF, Moments
+from gmm_dist.model.covariance.features import n_feature_rows, product_pairs
 from gmm_dist.model.criteria import n_parameters
 from gmm_dist.model.densities import Densities
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters, ParameterStack
+from gmm_dist.model.natural import NEVER, maximise, natural
+from gmm_dist.model.parameters import Parameters, ParameterStack
 
 CPU = torch.device("cpu")
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
@@ -78,14 +72,15 @@ def test_theta_times_phi_is_the_weighted_log_density(kind, sizes, d, seed):
     product = at.theta @ phi
     expected = torch.cat([exact_log_prob(X, lane) for lane in lanes])
     assert not at.failed.any()
-    if kind == "tied":  # the quadratic that all components of a lane share is left out
+    if TYPE_OF[kind].is_shared:  # the quadratic that all components of a lane share is left out
         halves = [-0.5 * _shared_quadratic(X, lane).expand(lane.n_components, -1) for lane in lanes]
         product = product + torch.cat(halves)
     torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-10)
 
 
 def _shared_quadratic(X, lane):
-    return torch.einsum("ni,ij,nj->n", X, torch.linalg.inv(lane.covariances), X)
+    precision = torch.linalg.inv(torch.tensor(naive.covariance_matrices(lane)[0]))
+    return torch.einsum("ni,ij,nj->n", X, precision, X)
 
 
 @every_type
@@ -109,6 +104,8 @@ def test_the_types_share_one_feature_matrix(kind, d):
         "diag": 2 * d + 1,
         "spherical": d + 2,
         "tied": d + 1,
+        "tied-diag": d + 1,
+        "tied-spherical": d + 1,
     }
     assert len(phi[TYPE_OF[kind].rows(d)]) == expected_length[kind]
 
@@ -126,6 +123,10 @@ def test_the_types_share_one_feature_matrix(kind, d):
         ("diag", 10, 64, 9 + 640 + 640),
         ("spherical", 3, 2, 2 + 6 + 3),
         ("spherical", 10, 64, 9 + 640 + 10),
+        ("tied-diag", 3, 2, 2 + 6 + 2),
+        ("tied-diag", 10, 64, 9 + 640 + 64),
+        ("tied-spherical", 3, 2, 2 + 6 + 1),
+        ("tied-spherical", 10, 64, 9 + 640 + 1),
     ],
 )
 def test_free_parameters(kind, k, d, expected):
@@ -175,7 +176,7 @@ def test_moments_about_the_means_give_the_same_covariances(kind):
     centred = X[None] - about[:, None]
     scatter = torch.einsum("nk,kni,knj->kij", resp, centred, centred)
     squares = scatter.diagonal(dim1=-2, dim2=-1)
-    sum_xx = {"diag": squares, "spherical": squares.sum(-1)}.get(kind, scatter)
+    sum_xx = {"full": scatter, "diag": squares, "spherical": squares.sum(-1)}[TYPE_OF[kind].alone]
     moments = Moments(
         nk=resp.sum(0), sum_x=torch.einsum("nk,kni->ki", resp, centred), sum_xx=sum_xx, about=about
     )
@@ -183,13 +184,13 @@ def test_moments_about_the_means_give_the_same_covariances(kind):
     mixtures.assert_same(fitted, naive.m_step(X, resp.numpy(), kind), rtol=1e-10)
 
 
-@every_type
+@pytest.mark.parametrize("kind", mixtures.SCIKIT_LEARNS)
 def test_precisions_cholesky_is_scikit_learns(kind):
     from sklearn.mixture._gaussian_mixture import _compute_precision_cholesky
 
     mixture = mixtures.parameters(kind, 3, 4)
     factors, failed = TYPE_OF[kind].precisions_cholesky(ParameterStack.of([mixture]).covariances)
-    ours = factors[0] if kind == "tied" else factors
+    ours = TYPE_OF[kind].unstacked(factors)
     theirs = torch.tensor(_compute_precision_cholesky(mixture.covariances.numpy(), kind))
     assert not failed.any()
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -199,9 +200,9 @@ def test_precisions_cholesky_is_scikit_learns(kind):
 @every_type
 def test_a_covariance_that_is_not_positive_definite_is_marked_and_alone(kind, bad):
     good, singular = mixtures.parameters(kind, 2, 3), mixtures.parameters(kind, 2, 3, seed=1)
-    singular.covariances[0] *= bad
+    singular.stacked_covariances[0] *= bad
     at, alone = natural(ParameterStack.of([good, singular])), natural(ParameterStack.of([good]))
-    assert at.failed.tolist() == [False, False, True, kind == "tied"]
+    assert at.failed.tolist() == [False, False, True, TYPE_OF[kind].is_shared]
     assert torch.equal(at.theta[:2], alone.theta)
 
 

@@ -19,13 +19,14 @@ from gmm_dist.em.features import Features
 from gmm_dist.em.lane import Lane
 from gmm_dist.em.lane_batch import Precision
 from gmm_dist.em.loop import run
-from gmm_dist.model.covariance import TYPE_OF, Moments, natural
+from gmm_dist.model.covariance import TYPE_OF, Moments
 from gmm_dist.model.densities import Densities
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.model.parameters import COVARIANCE_TYPES, ParameterStack
-from gmm_dist.model.variational import WEIGHT_PRIORS, Posterior, Prior, m_step
+from gmm_dist.model.natural import natural
+from gmm_dist.model.parameters import ParameterStack
+from gmm_dist.model.variational import VARIATIONAL_TYPES, WEIGHT_PRIORS, Posterior, Prior, m_step
 
-every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+every_type = pytest.mark.parametrize("kind", VARIATIONAL_TYPES)
 every_prior = pytest.mark.parametrize("weight_prior", WEIGHT_PRIORS)
 CPU = torch.device("cpu")
 

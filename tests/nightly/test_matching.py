@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mixtures import FIXED, parameters
 from torch import Tensor
 
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.covariance import COVARIANCE_TYPES
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.nightly.matching import MIN_OVERLAP, match, overlaps
 
 MIXTURES = {
@@ -35,7 +36,7 @@ def mixture(means: list[list[float]], variances: list[list[float]]) -> Parameter
 
 
 def permuted(p: Parameters, order: Tensor) -> Parameters:
-    covariances = p.covariances if p.covariance_type == "tied" else p.covariances[order]
+    covariances = p.covariances if p.type.is_shared else p.covariances[order]
     return replace(p, weights=p.weights[order], means=p.means[order], covariances=covariances)
 
 

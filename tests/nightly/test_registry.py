@@ -24,10 +24,10 @@ import gmm_dist
 from gmm_dist.errors import UserError
 from gmm_dist.nightly.lineage import LINEAGE, Lineage, night_of
 from gmm_dist.nightly.registry import Registry
-from gmm_dist.runs import claim, commit, compare_and_swap
+from gmm_dist.runs import claim, commit
 from gmm_dist.runs.checkpoint import CHECKPOINTS
 from gmm_dist.runs.folder import Folder
-from gmm_dist.runs.lease_cells import Held, cell_at
+from gmm_dist.runs.lease import Held, lease_at
 from gmm_dist.storage import open_url
 
 ROOT = Path(__file__).parents[2]
@@ -124,24 +124,7 @@ def test_pruning_leaves_what_is_no_candidate_of_ours(tmp_path: Path) -> None:
     }
 
 
-# ------------------------------------------------------------------------- compare and swap
-
-
-def test_a_file_is_replaced_only_if_it_is_what_it_was(url: str) -> None:
-    place = Folder.of(url)
-    assert compare_and_swap.read(place, "p.json") is None
-    assert compare_and_swap.swap(place, "p.json", None, b"one")
-    assert not compare_and_swap.swap(place, "p.json", None, b"two")
-    first = compare_and_swap.read(place, "p.json")
-    assert first is not None
-    assert first.data == b"one"
-    assert compare_and_swap.swap(place, "p.json", first, b"three")
-    assert not compare_and_swap.swap(place, "p.json", first, b"four")
-    now = compare_and_swap.read(place, "p.json")
-    assert now is not None
-    assert now.data == b"three"
-    place.remove("p.json")
-    assert not compare_and_swap.swap(place, "p.json", now, b"five")
+# ------------------------------------------------------------------------- ids
 
 
 def counts(url: str, times: int) -> str:
@@ -363,8 +346,8 @@ def test_a_dead_run_of_an_earlier_night_is_not_waited_for_longer_than_its_lease(
     tmp_path: Path,
 ) -> None:
     place = Registry(str(tmp_path))
-    cell = cell_at(Folder.of(place.model_url(NIGHTS[0])).below("_attempts", "lease"))
-    assert cell.create(Held(attempt="dead", count=3, seconds=0.3)) is not None
+    cell = lease_at(Folder.of(place.model_url(NIGHTS[0])), "_attempts", "lease")
+    assert cell.swap(None, Held(attempt="dead", count=3, seconds=0.3)) is not None
     began = time.monotonic()
     place.await_earlier(NIGHTS[1])
     assert time.monotonic() - began >= 0.3
@@ -399,8 +382,8 @@ def test_one_at_a_time_publishes_or_prunes(url: str) -> None:
 
 
 def test_a_dead_holder_of_the_registry_is_waited_out(tmp_path: Path) -> None:
-    cell = cell_at(Folder.of(str(tmp_path)).below("_turn"))
-    assert cell.create(Held(attempt="dead", count=7, seconds=0.3)) is not None
+    cell = lease_at(Folder.of(str(tmp_path)), "_turn")
+    assert cell.swap(None, Held(attempt="dead", count=7, seconds=0.3)) is not None
     with Registry(str(tmp_path)).turn(seconds=1) as turn:
         turn.check()
     assert cell.read() is None

@@ -7,10 +7,13 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
+import mixtures
+import naive
 import numpy as np
 import pages
 import pytest
 
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.report import figures
 from gmm_dist.report.figures import Point
 from gmm_dist.report.projection import Clusters, plane
@@ -133,7 +136,6 @@ def test_discriminants_find_the_direction_that_parts_the_means():
         weights=np.full(3, 1 / 3),
         means=means,
         covariances=np.stack([covariance] * 3),
-        covariance_type="full",
         feature_names=("x", "y", "z"),
         numbers=("0", "1", "2"),
     )
@@ -160,16 +162,12 @@ def test_what_the_means_do_not_span_is_filled_with_principal_directions(k, words
     assert abs(a @ total @ b) < 1e-8 * np.sqrt((a @ total @ a) * (b @ total @ b))
 
 
-@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 def test_projected_covariances_are_those_of_the_matrices(kind):
     clusters = pages.clusters(4, 3, kind)
     axes = np.arange(6.0).reshape(3, 2)
-    for c in range(4):
-        own = {
-            "full": lambda c=c: clusters.covariances[c],
-            "tied": lambda: clusters.covariances,
-            "diag": lambda c=c: np.diag(clusters.covariances[c]),
-            "spherical": lambda c=c: clusters.covariances[c] * np.eye(3),
-        }[kind]()
+    matrices = naive.covariance_matrices(mixtures.parameters(kind, 4, 3, spread=4.0))
+    for c, own in enumerate(matrices):
         np.testing.assert_allclose(clusters.projected(axes)[c], axes.T @ own @ axes)
         np.testing.assert_allclose(clusters.variances[c], own.diagonal())
+    np.testing.assert_allclose(clusters.within, np.tensordot(clusters.weights, matrices, 1))

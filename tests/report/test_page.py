@@ -16,6 +16,7 @@ import pytest
 from pages import Page, candidate, clusters, content, sample
 
 from gmm_dist.em.lane import Status
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.nightly import drift as drift_module
 from gmm_dist.report.page import Sample, render
 from gmm_dist.report.projection import Clusters
@@ -159,7 +160,6 @@ def fitted(X: np.ndarray, labels: np.ndarray, reg: float = 1e-12) -> tuple[Clust
         weights=np.array([len(g) / len(X) for g in groups]),
         means=np.stack([g[0] + (g - g[0]).mean(0) for g in groups]),
         covariances=np.stack([a.T @ a / len(a) + reg * np.eye(d) for a in apart]),
-        covariance_type="full",
         feature_names=tuple(f"x{j}" for j in range(d)),
         numbers=tuple(str(c) for c in range(k)),
     )
@@ -199,7 +199,7 @@ def test_whatever_the_rows_the_report_is_drawn(X, labels):
     assert not re.search(r"[ =\"](nan|inf)[ \"]", html)
 
 
-@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 def test_components_that_no_row_has_are_drawn(kind):
     """Without weight, without a spread, and far from all rows."""
     some, rows = clusters(3, 4, kind), sample(3, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -23,8 +24,9 @@ from conftest import S3Server
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gmm_dist.errors import UserError
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.mixture import Mixture
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.runs import load as artifacts
 from gmm_dist.runs.folder import Folder
@@ -414,6 +416,19 @@ def test_a_lost_answer_to_our_commit_is_no_lost_race(forgetful: str) -> None:
     assert same(load(forgetful), mixture())
 
 
+def test_files_of_a_manifest_that_is_there_stay_when_its_disk_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        if (path / "manifest.json").exists():
+            raise OSError(errno.EIO, "the disk fails")
+
+    monkeypatch.setattr("gmm_dist.runs.compare_and_swap.sync", fail)
+    with pytest.raises(OSError, match="the disk fails"):
+        commit(str(tmp_path / "out"))
+    assert same(load(str(tmp_path / "out")), mixture())
+
+
 def test_files_of_a_commit_of_unknown_fate_stay(forgetful: str) -> None:
     Forgetful.lost = 1_000_000
     with pytest.raises(Exception, match="the answer is lost"):
@@ -677,7 +692,7 @@ def test_rounding_is_no_fault_and_neither_are_empty_components(kind: str, local:
     part = model.parameters
     weights = doubles(0.0, 1 / 3, 2 / 3).float().double()
     covariances = part.covariances.clone()
-    if kind in ("full", "tied"):
+    if part.type.has_products:
         covariances[..., 0, 1] *= 1 + 1e-9
     model = replace(model, parameters=replace(part, weights=weights, covariances=covariances))
     levels = Quantiles((0.0, 0.5, 0.75, 1.0), (math.nan, 1.0, 1.0 - 1e-15, 2.0))

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and of those who create one at once one succeeds."""
+"""Files appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -74,26 +74,3 @@ def test_a_failed_write_leaves_the_old_file_alone(
             place.write(b"new", "file", durable=True)
     assert place.read("file") == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-# SeaweedFS lets those that compete for a key wait for whole seconds.
-@pytest.mark.parametrize(("place", "turns"), [("local", 25), ("s3", 2)], indirect=["place"])
-def test_of_twenty_creations_at_once_one_wins(place: Folder, turns: int) -> None:
-    start = threading.Barrier(20)
-
-    def create(number: int, name: str) -> int | None:
-        data, scratch = bytes([number]) * 100, place.at(f"scratch-{number}")
-        start.wait()
-        try:
-            place.create(data, name, scratch=scratch)
-        except FileExistsError:
-            return None
-        return number
-
-    place.write(b"", "made")  # the folder
-    with ThreadPoolExecutor(20) as threads:
-        for turn in range(turns):
-            name = f"manifest-{turn}"
-            outcomes = list(threads.map(create, range(20), [name] * 20))
-            (winner,) = [number for number in outcomes if number is not None]
-            assert place.read(name) == bytes([winner]) * 100

@@ -16,9 +16,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gmm_dist.errors import UserError
+from gmm_dist.runs.compare_and_swap import Version
 from gmm_dist.runs.folder import Folder
-from gmm_dist.runs.lease import Lease, LeaseLost, Terms, acquire
-from gmm_dist.runs.lease_cells import Cell, Held, Stored, cell_at
+from gmm_dist.runs.lease import Held, Lease, LeaseCell, LeaseLost, Terms, acquire, lease_at
 
 SHORT = 0.6  # seconds
 
@@ -35,8 +35,8 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def cell(out: str) -> Cell:
-    return cell_at(Folder.of(out), SHORT)
+def cell(out: str) -> LeaseCell:
+    return lease_at(Folder.of(out), seconds=SHORT)
 
 
 def never(attempt: str) -> None:
@@ -45,7 +45,7 @@ def never(attempt: str) -> None:
 
 @contextmanager
 def held(
-    cell: Cell, attempt: str, *, wait: bool = False, seconds: float = SHORT
+    cell: LeaseCell, attempt: str, *, wait: bool = False, seconds: float = SHORT
 ) -> Iterator[Lease]:
     lease = acquire(cell, attempt, Terms(url="OUT", seconds=seconds, wait=wait), finish=never)
     assert lease is not None
@@ -62,67 +62,12 @@ def until(condition: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def at_once(change: Callable[[int], Stored | None], count: int = 20) -> list[Stored]:
-    """Let many change a cell at the same moment; return what those stored that succeeded."""
-    start = threading.Barrier(count)
-
-    def run(number: int) -> Stored | None:
-        start.wait()
-        return change(number)
-
-    with ThreadPoolExecutor(count) as threads:
-        return [stored for stored in threads.map(run, range(count)) if stored is not None]
-
-
-# ------------------------------------------------------------------------- the cell
-
-
-def test_a_cell_changes_only_on_condition_of_what_it_was(cell: Cell) -> None:
-    assert cell.read() is None
-    first = cell.create(Held(attempt="a", count=0, seconds=1.5))
-    assert first is not None
-    assert cell.read() == first
-    assert cell.create(Held(attempt="b", count=0, seconds=1.5)) is None
-    second = cell.replace(first, Held(attempt="a", count=1, seconds=1.5, state="decided"))
-    assert second is not None
-    assert cell.replace(first, Held(attempt="b", count=1, seconds=1.5)) is None
-    cell.remove(first)
-    assert cell.read() == second
-    assert second.held == Held(attempt="a", count=1, seconds=1.5, state="decided")
-    cell.remove(second)
-    assert cell.read() is None
-    assert cell.replace(second, Held(attempt="a", count=2, seconds=1.5)) is None
-    assert cell.create(Held(attempt="b", count=0, seconds=1.5)) is not None
-
-
-# SeaweedFS lets those that compete for a key wait for whole seconds.
-@pytest.mark.parametrize(("out", "turns"), [("local", 25), ("s3", 2)], indirect=["out"])
-def test_of_many_at_once_one_succeeds(out: str, turns: int) -> None:
-    cell = cell_at(Folder.of(out), 60)
-    for turn in range(turns):
-        (created,) = at_once(lambda i: cell.create(Held(attempt=f"new-{i}", count=0, seconds=1)))
-        assert cell.read() == created
-        (taken,) = at_once(
-            lambda i, old=created: cell.replace(old, Held(attempt=f"next-{i}", count=1, seconds=1))
-        )
-        assert cell.read() == taken, turn
-        cell.remove(taken)
-
-
-def test_a_local_cell_leaves_no_file_behind(tmp_path: Path) -> None:
-    cell = cell_at(Folder.of(str(tmp_path / "lease")))
-    (created,) = at_once(lambda i: cell.create(Held(attempt=f"{i}", count=0, seconds=1)))
-    assert [path.name for path in tmp_path.rglob("*")] == ["lease", created.tag]
-    cell.remove(created)
-    assert list(tmp_path.iterdir()) == []
-
-
 # ------------------------------------------------------------------------- asking for it
 
 
-def test_a_dead_holder_is_waited_out(cell: Cell, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_dead_holder_is_waited_out(cell: LeaseCell, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "gmm_dist.runs.lease")
-    cell.create(Held(attempt="dead", count=41, seconds=SHORT))
+    cell.swap(None, Held(attempt="dead", count=41, seconds=SHORT))
     began = time.monotonic()
     with held(cell, "next") as lease:
         assert time.monotonic() - began >= SHORT
@@ -141,7 +86,7 @@ def test_a_dead_holder_is_waited_out(cell: Cell, caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.parametrize("wait", [False, True])
-def test_a_living_holder_is_left_alone(cell: Cell, wait: bool) -> None:
+def test_a_living_holder_is_left_alone(cell: LeaseCell, wait: bool) -> None:
     began = time.monotonic()
     with (
         held(cell, "living", seconds=2.5 * SHORT),
@@ -152,7 +97,7 @@ def test_a_living_holder_is_left_alone(cell: Cell, wait: bool) -> None:
     assert (time.monotonic() - began >= 7.5 * SHORT) == wait
 
 
-def test_who_waits_gets_it_when_the_holder_ends(cell: Cell) -> None:
+def test_who_waits_gets_it_when_the_holder_ends(cell: LeaseCell) -> None:
     with ThreadPoolExecutor(1) as threads, held(cell, "first", seconds=30):
 
         def second() -> float:
@@ -167,8 +112,8 @@ def test_who_waits_gets_it_when_the_holder_ends(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize("out", ["local", "s3"], indirect=True)
-def test_of_many_that_wait_one_takes_over(cell: Cell) -> None:
-    cell.create(Held(attempt="dead", count=0, seconds=SHORT))
+def test_of_many_that_wait_one_takes_over(cell: LeaseCell) -> None:
+    cell.swap(None, Held(attempt="dead", count=0, seconds=SHORT))
     at_work, most = 0, 0
     lock = threading.Lock()
 
@@ -193,8 +138,8 @@ def test_of_many_that_wait_one_takes_over(cell: Cell) -> None:
     assert cell.read() is None
 
 
-def test_a_dead_holders_decision_is_completed(cell: Cell) -> None:
-    cell.create(Held(attempt="decided", count=7, seconds=SHORT, state="decided"))
+def test_a_dead_holders_decision_is_completed(cell: LeaseCell) -> None:
+    cell.swap(None, Held(attempt="decided", count=7, seconds=SHORT, state="decided"))
     completed: list[str] = []
     assert acquire(cell, "next", Terms(url="OUT", seconds=SHORT), finish=completed.append) is None
     assert completed == ["decided"]
@@ -204,31 +149,29 @@ def test_a_dead_holders_decision_is_completed(cell: Cell) -> None:
 class Careless:
     """A store that replaces whatever the condition says."""
 
-    stored: Stored | None = None
+    stored: Version | None = None
 
-    def read(self) -> Stored | None:
+    def read(self) -> Version | None:
         return self.stored
 
-    def create(self, held: Held) -> Stored | None:
-        self.stored = Stored(held, held.text)
+    def swap(self, old: Version | None, new: bytes) -> Version | None:
+        self.stored = Version(new)
         return self.stored
 
-    def replace(self, old: Stored, new: Held) -> Stored | None:
-        return self.create(new)
-
-    def remove(self, old: Stored) -> None:
+    def remove(self, old: Version) -> None:
         self.stored = None
 
 
 def test_a_store_without_conditional_replacement_is_refused() -> None:
-    with pytest.raises(UserError, match="overwrites where a conditional"), held(Careless(), "any"):
+    careless = LeaseCell(Careless(), "OUT/_attempts/lease")
+    with pytest.raises(UserError, match="overwrites where a conditional"), held(careless, "any"):
         pytest.fail("work began")
 
 
 # ------------------------------------------------------------------------- holding it
 
 
-def test_a_held_lease_is_renewed(cell: Cell) -> None:
+def test_a_held_lease_is_renewed(cell: LeaseCell) -> None:
     with held(cell, "holder") as lease:
         for _ in range(2):
             before = cell.read()
@@ -237,15 +180,15 @@ def test_a_held_lease_is_renewed(cell: Cell) -> None:
         lease.check()
 
 
-def test_a_lease_that_was_taken_over_is_lost(cell: Cell, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lease_that_was_taken_over_is_lost(
+    cell: LeaseCell, caplog: pytest.LogCaptureFixture
+) -> None:
     with held(cell, "zombie") as lease:
         taken = None
         while taken is None:
             found = cell.read()
             assert found is not None
-            taken = cell.replace(
-                found, Held(attempt="next", count=found.held.count + 1, seconds=60)
-            )
+            taken = cell.swap(found, Held(attempt="next", count=found.held.count + 1, seconds=60))
         until(lambda: lease.is_lost)
         assert not lease.is_current
         with pytest.raises(LeaseLost, match=r"\(attempt zombie\) has passed to .* \(next\)"):
@@ -256,7 +199,7 @@ def test_a_lease_that_was_taken_over_is_lost(cell: Cell, caplog: pytest.LogCaptu
     assert "has passed to another driver (next): this one stops" in caplog.text
 
 
-def test_a_decision_ends_the_renewals(cell: Cell) -> None:
+def test_a_decision_ends_the_renewals(cell: LeaseCell) -> None:
     with held(cell, "holder") as lease:
         lease.decide()
         decided = cell.read()
@@ -268,11 +211,11 @@ def test_a_decision_ends_the_renewals(cell: Cell) -> None:
         assert cell.read() == decided
 
 
-def test_a_decision_needs_the_lease(cell: Cell) -> None:
+def test_a_decision_needs_the_lease(cell: LeaseCell) -> None:
     with held(cell, "zombie", seconds=60) as lease:
         found = cell.read()
         assert found is not None
-        taken = cell.replace(found, Held(attempt="next", count=found.held.count + 1, seconds=60))
+        taken = cell.swap(found, Held(attempt="next", count=found.held.count + 1, seconds=60))
         # Its clock says that the lease is good; the store knows better.
         assert lease.is_current
         with pytest.raises(LeaseLost):
@@ -302,7 +245,7 @@ class Stumbling(MemoryFileSystem):
 def test_a_failed_renewal_is_no_end(when: str, caplog: pytest.LogCaptureFixture) -> None:
     fsspec.register_implementation("stumbling", Stumbling, clobber=True)
     Stumbling.store.clear()
-    cell = cell_at(Folder.of("stumbling://lease"), SHORT)
+    cell = lease_at(Folder.of("stumbling://lease"), seconds=SHORT)
     with held(cell, "holder") as lease:
         setattr(Stumbling, when, 1)
         until(lambda: f"OUT: the lease was not renewed: stumbled {when}" in caplog.text)
@@ -318,7 +261,7 @@ def test_a_lease_that_ran_out_unseen_is_still_ours(caplog: pytest.LogCaptureFixt
     """A store may fail for longer than a lease lasts: nobody could take it over either."""
     fsspec.register_implementation("stumbling", Stumbling, clobber=True)
     Stumbling.store.clear()
-    cell = cell_at(Folder.of("stumbling://lease"), SHORT)
+    cell = lease_at(Folder.of("stumbling://lease"), seconds=SHORT)
     with held(cell, "holder") as lease:
         Stumbling.before = 1_000_000
         until(lambda: not lease.is_current)

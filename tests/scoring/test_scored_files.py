@@ -21,7 +21,7 @@ from gmm_dist.lake.plan import plan_lake
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs.checkpoint import RunIdentity
 from gmm_dist.scoring import files
-from gmm_dist.scoring.files import Scored, ScoreFiles, collect, spread
+from gmm_dist.scoring.files import Scored, ScoreFiles, spread
 from gmm_dist.scoring.scorer import Scoring
 from gmm_dist.storage import open_url
 
@@ -40,7 +40,7 @@ def days(folder: Path) -> Path:
     return folder
 
 
-def loader_of(
+def work_of(
     data: object, output: object, *, where: str | None = None, key: str = "", attempt: str = "one"
 ) -> ScoreFiles:
     plan = plan_lake(str(data), columns=["x", "y"], missing="mean", keep=["id"], where=where)
@@ -54,8 +54,8 @@ def loader_of(
     )
 
 
-def score(loader: ScoreFiles, n: int = 3) -> Scored:
-    parts = [collect(loader(shard)) for shard in range(n)]
+def score(work: ScoreFiles, n: int = 3) -> Scored:
+    parts = [work(shard) for shard in range(n)]
     return parts[0] + parts[1] + parts[2] if n == 3 else parts[0]
 
 
@@ -65,7 +65,7 @@ def contents(output: Path) -> dict[str, bytes]:
 
 def test_every_file_has_its_rows_in_its_place(tmp_path: Path) -> None:
     data, out = days(tmp_path / "lake"), tmp_path / "out"
-    found = score(loader_of(data, out))
+    found = score(work_of(data, out))
     assert contents(out).keys() == found.files.keys() == contents(data).keys()
     assert (found.counts.rows, found.counts.missing) == (900, 3)
     for path, file in found.files.items():
@@ -85,15 +85,15 @@ def test_every_file_has_its_rows_in_its_place(tmp_path: Path) -> None:
     assert found.counts.filtered == 0
 
 
-def test_a_loader_counts_as_many_rows_as_it_scored(tmp_path: Path) -> None:
+def test_a_file_counts_as_many_rows_as_were_scored(tmp_path: Path) -> None:
     data = days(tmp_path / "lake")
-    loader = loader_of(data, tmp_path / "out")
-    assert sorted(loader(shard).n_rows for shard in range(3)) == [100, 300, 500]
+    work = work_of(data, tmp_path / "out")
+    assert sorted(work(shard).n_rows for shard in range(3)) == [100, 300, 500]
 
 
 def test_filtered_rows_are_not_written(tmp_path: Path) -> None:
     data, out = days(tmp_path / "lake"), tmp_path / "out"
-    found = score(loader_of(data, out, where="id >= 1290"))
+    found = score(work_of(data, out, where="id >= 1290"))
     assert [file.counts.rows for _, file in sorted(found.files.items())] == [0, 10, 500]
     assert [file.counts.filtered for _, file in sorted(found.files.items())] == [100, 290, 0]
     empty = pq.read_table(out / "ds=2026-11-01" / "a.parquet", partitioning=None)
@@ -105,12 +105,12 @@ def test_the_bytes_are_the_same_each_time_and_in_any_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = days(tmp_path / "lake")
-    score(loader_of(data, tmp_path / "a"))
-    score(loader_of(data, tmp_path / "b", attempt="two"))
+    score(work_of(data, tmp_path / "a"))
+    score(work_of(data, tmp_path / "b", attempt="two"))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     monkeypatch.setattr(files, "_GROUP_BYTES", 1000)
     monkeypatch.setattr(stream, "BATCH_ROWS", 10)
-    found = score(loader_of(data, tmp_path / "c"))
+    found = score(work_of(data, tmp_path / "c"))
     path = "ds=2026-11-03/a.parquet"
     assert pq.read_metadata(tmp_path / "c" / path).num_row_groups > 5
     assert pq.read_table(tmp_path / "c" / path)["id"].to_pylist() == list(range(2000, 2500))
@@ -119,10 +119,10 @@ def test_the_bytes_are_the_same_each_time_and_in_any_batches(
 
 def test_a_file_with_its_record_is_left_as_it_is(tmp_path: Path) -> None:
     data, out = days(tmp_path / "lake"), tmp_path / "out"
-    loader = loader_of(data, out)
-    first = score(loader)
+    work = work_of(data, out)
+    first = score(work)
     stamps = {path: (out / path).stat().st_mtime_ns for path in first.files}
-    assert score(loader_of(data, out, attempt="two")) == first
+    assert score(work_of(data, out, attempt="two")) == first
     assert {path: (out / path).stat().st_mtime_ns for path in first.files} == stamps
 
 
@@ -132,7 +132,7 @@ def test_a_file_with_its_record_is_left_as_it_is(tmp_path: Path) -> None:
 )
 def test_without_a_sound_record_a_file_is_written_again(tmp_path: Path, spoil: str) -> None:
     data, out = days(tmp_path / "lake"), tmp_path / "out"
-    first, before = score(loader_of(data, out)), contents(out)
+    first, before = score(work_of(data, out)), contents(out)
     path = "ds=2026-11-02/a.parquet"
     record = out / RECORD / f"{path}.json"
     os.utime(out / path, ns=(0, 0))
@@ -152,7 +152,7 @@ def test_without_a_sound_record_a_file_is_written_again(tmp_path: Path, spoil: s
         case "other bytes":
             lakes.corrupt(out / path, start=200, length=8)
             os.utime(out / path, ns=(0, 0))
-    assert score(loader_of(data, out)) == first
+    assert score(work_of(data, out)) == first
     assert contents(out) == before
     assert (out / path).stat().st_mtime_ns > 0
 
@@ -162,9 +162,9 @@ def test_what_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
     x = lakes.numbers(500)
     x[450] = np.inf
     lakes.write(data / "ds=2026-11-03" / "a.parquet", {"x": x, "y": x, "id": range(500)})
-    loader = loader_of(data, out)
+    work = work_of(data, out)
     with pytest.raises(UserError, match="row 450: column 'x' is inf"):
-        score(loader)
+        score(work)
     assert "ds=2026-11-03/a.parquet" not in contents(out)
     assert not [path for path in out.rglob("*") if path.name.endswith(".part")]
 
@@ -172,8 +172,8 @@ def test_what_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
 def test_on_s3_it_is_the_same(tmp_path: Path, s3_lake: S3Server) -> None:
     data = days(tmp_path / "lake")
     url = lakes.upload(data, s3_lake.file_system(), f"{s3_lake.url}/lake")
-    here = score(loader_of(data, tmp_path / "out"))
-    there = score(loader_of(url, f"{s3_lake.url}/out"))
+    here = score(work_of(data, tmp_path / "out"))
+    there = score(work_of(url, f"{s3_lake.url}/out"))
     assert there == here
     fs, root = open_url(f"{s3_lake.url}/out")
     found = {path: fs.cat_file(f"{root}/{path}") for path in there.files}
@@ -183,7 +183,7 @@ def test_on_s3_it_is_the_same(tmp_path: Path, s3_lake: S3Server) -> None:
     untouched = {
         other: fs.info(f"{root}/{other}")["LastModified"] for other in found.keys() - {path}
     }
-    assert score(loader_of(url, f"{s3_lake.url}/out")) == here
+    assert score(work_of(url, f"{s3_lake.url}/out")) == here
     assert fs.cat_file(f"{root}/{path}") == found[path]
     for other, modified in untouched.items():
         assert fs.info(f"{root}/{other}")["LastModified"] == modified

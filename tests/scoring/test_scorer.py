@@ -9,8 +9,8 @@ import pytest
 from sklearn.mixture import GaussianMixture
 
 from gmm_dist.errors import UserError
-from gmm_dist.model.covariance import TYPE_OF
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.scoring.scorer import Scorer, Scoring
 
 NONE = pa.schema([])
@@ -19,11 +19,12 @@ K, D = 5, 4
 
 def reference(mixture: Parameters) -> GaussianMixture:
     """Return scikit-learn's mixture of the same parameters."""
+    mixture = mixtures.in_scikit_learn(mixture)
     model = GaussianMixture(mixture.n_components, covariance_type=mixture.covariance_type)
     model.weights_, model.means_ = mixture.weights.numpy(), mixture.means.numpy()
     model.covariances_ = mixture.covariances.numpy()
-    factors, _ = TYPE_OF[mixture.covariance_type].precisions_cholesky(mixture.covariances)
-    model.precisions_cholesky_ = factors.numpy()
+    factors, _ = TYPE_OF[mixture.covariance_type].precisions_cholesky(mixture.stacked_covariances)
+    model.precisions_cholesky_ = mixture.type.unstacked(factors).numpy()
     return model
 
 

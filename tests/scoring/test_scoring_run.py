@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_scored_files import days, loader_of, score
+from test_scored_files import days, score, work_of
 
 from gmm_dist.errors import UserError
 from gmm_dist.lake.plan import plan_lake
@@ -36,7 +36,7 @@ def test_a_run_whose_first_record_failed_can_go_on(tmp_path: Path) -> None:
     def fail() -> None:
         with claimed(data, out):
             in_the_way.write_text("")
-            score(loader_of(data, out))
+            score(work_of(data, out))
 
     with pytest.raises(UserError, match="no such file or folder"):
         fail()
@@ -45,7 +45,7 @@ def test_a_run_whose_first_record_failed_can_go_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pass resume=True to go on with it"), claimed(data, out):
         pass
     with claimed(data, out, resume=True):
-        assert score(loader_of(data, out)).counts.rows == 900
+        assert score(work_of(data, out)).counts.rows == 900
 
 
 def test_a_run_that_wrote_nothing_leaves_the_place_to_any_other(tmp_path: Path) -> None:

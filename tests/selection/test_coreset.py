@@ -14,21 +14,22 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from gmm_dist.em.estep import SumMoments
-from gmm_dist.selection.coreset import _CORESET, Coreset, DrawCoreset, keyed_generator, whitening
+from gmm_dist.selection.coreset import Coreset, DrawCoreset, whitening
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.shards.tree_sum import TreeSum, run_on
+from gmm_dist.streams import Stream, keyed_generator
 
 
 def drawn(X, size, seed, *, edges=(), sample_weight=None) -> Coreset:
     shards = mixtures.shards(X, edges, sample_weight)
     total = shards.run(SumMoments(X.shape[1]))
-    return shards.run(DrawCoreset.of(total, size, seed))
+    return shards.run(DrawCoreset.of(total, size, Stream.POOL, seed))
 
 
 def task_of(X, size, seed=0, sample_weight=None) -> DrawCoreset:
     total = mixtures.shards(X, (), sample_weight).run(SumMoments(X.shape[1]))
-    return DrawCoreset.of(total, size, seed)
+    return DrawCoreset.of(total, size, Stream.POOL, seed)
 
 
 def naive_probabilities(X, weight, size) -> np.ndarray:
@@ -72,7 +73,7 @@ def test_the_rows_drawn_are_those_whose_uniform_is_below_their_probability():
     found = drawn(X, 40, 0, edges=[100, 100, 170], sample_weight=weight)
     numbers = []
     for shard, (first, last) in enumerate([(0, 100), (100, 100), (100, 170), (170, 300)]):
-        generator = keyed_generator(0, _CORESET, shard)
+        generator = keyed_generator(Stream.POOL, 0, shard)
         for i in range(first, last):
             if torch.rand(1, dtype=torch.float64, generator=generator) < p[i]:
                 numbers.append(i)
@@ -123,7 +124,7 @@ def test_the_coreset_is_unbiased_and_varies_less_than_a_uniform_sample():
     shards = mixtures.shards(X, [500, 900])
     total = shards.run(SumMoments(2))
     for seed in range(rounds):
-        found = shards.run(DrawCoreset.of(total, size, seed))
+        found = shards.run(DrawCoreset.of(total, size, Stream.POOL, seed))
         coreset.append(estimate(found.X, found.sample_weight))
         sample = X[torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))[:size]]
         uniform.append(estimate(sample, torch.full((size,), len(X) / size)))
@@ -141,7 +142,7 @@ def test_the_weight_of_the_coreset_is_unbiased_for_that_of_any_row():
     p = naive_probabilities(X, weight, 12)
     sums = torch.zeros(30, dtype=torch.float64)
     for seed in range(rounds):
-        found = shards.run(DrawCoreset.of(total, 12, seed))
+        found = shards.run(DrawCoreset.of(total, 12, Stream.POOL, seed))
         numbers = (found.X[:, None] == X).all(2).nonzero()[:, 1]
         assert (weight[numbers] > 0).all()
         sums[numbers] += found.sample_weight
@@ -266,7 +267,7 @@ def test_a_fair_sample_has_each_row_as_often_as_it_weighs():
     wanted = float(weight[-6:].sum() / weight.sum())
     drawn_from = drawn(X, 900, 5, sample_weight=weight)
     assert (drawn_from.X[:, 0] > 30).sum() == 6
-    found = [drawn_from.fair(10**6, keyed_generator(seed)) for seed in range(400)]
+    found = [drawn_from.fair(10**6, keyed_generator(Stream.PICTURE, seed)) for seed in range(400)]
     share = sum(int((x[:, 0] > 30).sum()) for x in found) / sum(len(x) for x in found)
     estimate = float(drawn_from.sample_weight[drawn_from.X[:, 0] > 30].sum())
     assert share == pytest.approx(estimate / float(drawn_from.sample_weight.sum()), rel=0.15)
@@ -275,6 +276,6 @@ def test_a_fair_sample_has_each_row_as_often_as_it_weighs():
 
 def test_a_fair_sample_is_bounded_and_the_same_again():
     coreset = drawn(far_cluster(), 400, 2)
-    one, again = (coreset.fair(50, keyed_generator(3)) for _ in range(2))
+    one, again = (coreset.fair(50, keyed_generator(Stream.PICTURE, 3)) for _ in range(2))
     assert one.shape == (50, 2)
     assert torch.equal(one, again)

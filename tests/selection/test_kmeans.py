@@ -15,9 +15,9 @@ import torch
 from scipy.stats import chisquare
 
 from gmm_dist.em.estep import SumMoments
-from gmm_dist.model.parameters import COVARIANCE_TYPES
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.selection import kmeans
-from gmm_dist.selection.coreset import Whitening, keyed_generator, whitening
+from gmm_dist.selection.coreset import Whitening, whitening
 from gmm_dist.selection.kmeans import (
     METHODS,
     assignments,
@@ -26,9 +26,11 @@ from gmm_dist.selection.kmeans import (
     nearest,
     start_of,
 )
+from gmm_dist.shards import protocol
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import ShardRows
 from gmm_dist.shards.tree_sum import Partial, TreeSum, run_on
+from gmm_dist.streams import Stream, keyed_generator
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -61,7 +63,9 @@ def naive_k_means_parallel(Z, weight, edges, k, rounds, random_state):
         return min(float(((Z[i] - Z[c]) ** 2).sum()) for c in chosen)
 
     def keyed(shard, round):
-        return keyed_generator(random_state, kmeans._PARALLEL, shard, round)
+        if round == 0:
+            return keyed_generator(Stream.FIRST_CENTRE, random_state, shard)
+        return keyed_generator(Stream.MORE_CENTRES, random_state, shard, round)
 
     times = {}
     for shard, rows in enumerate(shards):
@@ -106,7 +110,8 @@ def test_k_means_parallel_is_its_definition(edges, dtype):
 def test_chunks_do_not_change_which_rows_are_candidates(monkeypatch):
     X = mixtures.normal_rows(3000, 2)
     whole, counts = parallel(X, 5, edges=[1000])
-    monkeypatch.setattr(kmeans, "_chunk_rows", lambda *_: 64)
+    for module in (kmeans, protocol):
+        monkeypatch.setattr(module, "chunk_rows", lambda *_: 64)
     centres, weights = parallel(X, 5, edges=[1000])
     assert torch.equal(whole, centres)
     assert torch.equal(counts, weights)
@@ -212,10 +217,12 @@ def test_candidates_find_far_small_clusters_for_every_k():
     X = X[torch.randperm(len(X), generator=generator(0))]
     for seed in range(5):
         centres, counts = parallel(X, 6, edges=[1000, 3000], random_state=seed)
-        found = assignments("kmeans", centres, counts, (3, 6), generator(seed))
-        assert len(found[3].unique()) == 3
-        masses = torch.zeros(6, dtype=torch.float64).index_add(0, found[6], counts)
-        assert sorted(masses.tolist()) == sorted(sizes)
+        tries = [assignments("kmeans", centres, counts, (3, 6), generator(n)) for n in range(4)]
+        assert all(len(found[3].unique()) == 3 for found in tries)
+        # One seeding misses the three rows once in six times; a search has several.
+        none = torch.zeros(6, dtype=torch.float64)
+        masses = [sorted(none.index_add(0, found[6], counts).tolist()) for found in tries]
+        assert sorted(sizes) in masses
 
 
 # --- on a sample ---

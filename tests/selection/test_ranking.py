@@ -11,6 +11,7 @@ import pytest
 from gmm_dist.config import EMConfig
 from gmm_dist.em.lane import Status
 from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.selection.ranking import BestFit, Candidate, RankedCandidate, SweepResult
 
@@ -117,7 +118,7 @@ def test_the_caller_spells_what_to_do_about_the_next_grid(example):
     assert line == "the best k is the largest tried: sweep.py --k 3..6"
 
 
-@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 def test_the_criteria_are_those_of_the_mixture(kind):
     (fit,) = mixtures.fit(X, [mixtures.parameters(kind, 2, 2)], EMConfig(precision="float64"))
     scored = RankedCandidate.of(Candidate(2, kind), BestFit.of(fit, 1.5), -3.25)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import split_merge
 from gmm_dist.selection.split_merge import (
     Merge,
@@ -93,10 +94,10 @@ def test_a_merge_keeps_the_moments_of_the_pair(kind):
         np.testing.assert_allclose(part.mean, mean, rtol=1e-10, atol=1e-12)
         expected = {
             "full": covariance,
-            "tied": mixture.covariances.numpy(),
             "diag": np.diag(covariance),
             "spherical": np.trace(covariance) / d,
-        }[kind]
+        }[mixture.type.alone]
+        expected = mixture.covariances.numpy() if mixture.type.is_shared else expected
         np.testing.assert_allclose(part.covariance, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -117,7 +118,7 @@ def test_the_loss_of_a_merge_is_what_hard_labels_lose(kind):
 def test_twins_are_the_cheapest_merge_and_save_their_labels(kind):
     mixture = mixtures.parameters(kind, 4, 3, spread=10)
     mixture.means[2] = mixture.means[1]
-    if kind != "tied":
+    if not TYPE_OF[kind].is_shared:
         mixture.covariances[2] = mixture.covariances[1]
     found = merges(mixture, 1000.0)
     assert found[0].pair == (1, 2)
@@ -185,7 +186,7 @@ def test_a_component_of_two_clusters_is_split_between_them(kind):
     assert [float(part.weight) for part in parts] == pytest.approx([1 / 2, 1 / 3])
     for part, c in zip(parts, (0, 1), strict=True):
         torch.testing.assert_close(part.mean, X[cluster == c].mean(0))
-    if kind == "tied":
+    if TYPE_OF[kind].is_shared:
         assert all(torch.equal(part.covariance, mixture.covariances) for part in parts)
 
 
@@ -293,7 +294,7 @@ def test_a_split_of_flat_rows_is_finite(kind):
 def part_of(kind, number, weight=0.25) -> Part:
     """Return a part whose mean says its number."""
     one = mixtures.parameters(kind, 1, 2, seed=number)
-    covariance = one.covariances if kind == "tied" else one.covariances[0]
+    covariance = one.covariances if TYPE_OF[kind].is_shared else one.covariances[0]
     return Part(values(weight)[0], torch.full((2,), float(number)).double(), covariance)
 
 
@@ -306,7 +307,7 @@ def test_apply_drops_and_adds(kind):
     expected = np.array([*kept, 0.5])
     np.testing.assert_allclose(after.weights, expected / expected.sum())
     assert torch.equal(after.means, torch.stack([*mixture.means[[1, 3]], part.mean]))
-    if kind == "tied":
+    if TYPE_OF[kind].is_shared:
         assert torch.equal(after.covariances, mixture.covariances)
     else:
         own = [*mixture.covariances[[1, 3]], part.covariance]
@@ -371,7 +372,7 @@ def test_a_split_and_a_merge_mend_a_mixture_that_is_stuck(kind):
     assert float(torch.cdist(centres, best.means).min(1).values.max()) < 0.5
     weights = best.weights[torch.cdist(centres, best.means).argmin(1)]
     torch.testing.assert_close(weights, values(0.25, 0.25, 0.5), rtol=1e-6, atol=1e-6)
-    if kind == "tied":
+    if TYPE_OF[kind].is_shared:
         assert torch.equal(best.covariances, mixture.covariances)
 
 
@@ -385,7 +386,7 @@ def test_useless_components_go_where_splits_gain_most(kind):
     assert torch.equal(after.means[:2], mixture.means[[2, 5]])
     assert after.means[2:, 0].tolist() == [104, 204, 100, 200]
     assert_sound(after)
-    if kind == "tied":
+    if TYPE_OF[kind].is_shared:
         assert torch.equal(after.covariances, mixture.covariances)
 
 
@@ -427,7 +428,7 @@ def crippled(kind, weight) -> Parameters:
     """Return a mixture of 5, two of them of next to no weight, one of these nearly flat."""
     mixture = mixtures.parameters(kind, 5, 2)
     mixture.weights[[1, 3]] = weight
-    if kind != "tied":
+    if not TYPE_OF[kind].is_shared:
         mixture.covariances[3] *= 1e-30
     return replace(mixture, weights=mixture.weights / mixture.weights.sum())
 
@@ -449,7 +450,7 @@ def test_components_without_rows_make_no_nan(kind, weight):
         assert_sound(after)
 
 
-@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+@every_type
 def test_copies_of_components_are_the_same_density_and_halves_nearly(kind):
     mixture = mixtures.parameters(kind, 3, 2)
     X = 2 * mixtures.normal_rows(400, 2)

@@ -13,7 +13,8 @@ from test_kmeans import Scattered
 from gmm_dist.config import INITS, EMConfig, StartConfig
 from gmm_dist.em import loop
 from gmm_dist.em.estep import SumMoments
-from gmm_dist.model.parameters import COVARIANCE_TYPES, Parameters
+from gmm_dist.model.covariance import COVARIANCE_TYPES
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import starts as search_module
 from gmm_dist.selection.kmeans import start_of
 from gmm_dist.selection.ranking import Candidate
@@ -79,13 +80,14 @@ def assert_same_finalists(one: Finalists, other: Finalists) -> None:
 
 
 def by_weight(mixture: Parameters) -> Parameters:
-    order, kind = mixture.weights.argsort(), mixture.covariance_type
-    covariances = mixture.covariances if kind == "tied" else mixture.covariances[order]
+    order, covariances = mixture.weights.argsort(), mixture.covariances
+    if not mixture.type.is_shared:
+        covariances = covariances[order]
     return Parameters(
         weights=mixture.weights[order],
         means=mixture.means[order],
         covariances=covariances,
-        covariance_type=kind,
+        covariance_type=mixture.covariance_type,
     )
 
 

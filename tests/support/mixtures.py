@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
+import naive
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -19,6 +20,8 @@ from gmm_dist.shards.protocol import Block, ShardRows
 
 FIXED = settings(derandomize=True, database=None, deadline=None, max_examples=25)
 """The same examples every time, however slow the machine."""
+SCIKIT_LEARNS = ("full", "tied", "diag", "spherical")
+"""The covariance types that scikit-learn has too."""
 
 
 def parameters(
@@ -39,6 +42,8 @@ def parameters(
         "tied": full[0],
         "diag": variances.clone(),
         "spherical": variances.mean(-1),
+        "tied-diag": variances[0].clone(),
+        "tied-spherical": variances[0].mean(),
     }[covariance_type]
     return Parameters(
         weights=weights,
@@ -46,6 +51,14 @@ def parameters(
         covariances=covariances,
         covariance_type=covariance_type,
     )
+
+
+def in_scikit_learn(mixture: Parameters) -> Parameters:
+    """Return the same mixture, of a covariance type that scikit-learn has."""
+    if mixture.covariance_type in SCIKIT_LEARNS:
+        return mixture
+    variances = naive.covariance_matrices(mixture).diagonal(axis1=1, axis2=2).copy()
+    return replace(mixture, covariances=torch.tensor(variances), covariance_type="diag")
 
 
 def rows(mixture: Parameters, n: int, *, seed: int = 0) -> Tensor:

@@ -37,6 +37,10 @@ def covariance_matrices(parameters: Parameters) -> Array:
             matrices.append(values[k])
         elif parameters.covariance_type == "tied":
             matrices.append(values)
+        elif parameters.covariance_type == "tied-diag":
+            matrices.append(np.diag(values))
+        elif parameters.covariance_type == "tied-spherical":
+            matrices.append(values * np.eye(d))
         elif parameters.covariance_type == "diag":
             matrices.append(np.diag(values[k]))
         else:
@@ -110,8 +114,13 @@ def m_step(
 
 def _covariances(scatter: Array, nk: Array, covariance_type: str, reg_covar: float) -> Array:
     d = scatter.shape[1]
+    pooled = scatter.sum(0) / nk.sum() + reg_covar * np.eye(d)
     if covariance_type == "tied":
-        return scatter.sum(0) / nk.sum() + reg_covar * np.eye(d)
+        return pooled
+    if covariance_type == "tied-diag":
+        return np.diag(pooled).copy()
+    if covariance_type == "tied-spherical":
+        return np.array(np.trace(pooled) / d)
     each = [own / mass + reg_covar * np.eye(d) for own, mass in zip(scatter, nk, strict=True)]
     if covariance_type == "full":
         return np.array(each)

@@ -63,8 +63,7 @@ def clusters(k: int, d: int, covariance_type: str = "full", *, seed: int = 0) ->
     return Clusters(
         weights=made.weights.numpy(),
         means=made.means.numpy(),
-        covariances=made.covariances.numpy(),
-        covariance_type=covariance_type,
+        covariances=made.type.spread(made.stacked_covariances, d).numpy(),
         feature_names=tuple(f"feature {j}" for j in range(d)),
         numbers=tuple(str(c) for c in range(k)),
     )

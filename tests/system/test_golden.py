@@ -17,7 +17,6 @@ import torch
 
 from gmm_dist.commands import nightly as nightly_job
 from gmm_dist.commands import score as score_job
-from gmm_dist.model.parameters import COVARIANCE_TYPES
 from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import load
 
@@ -50,7 +49,7 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+@pytest.mark.parametrize("kind", COVARIANCES)
 def test_models_are_loaded(kind: str) -> None:
     for url in (f"{GOLDEN}/models/{kind}", f"{GOLDEN}/models/{kind}/model"):
         model = load.load(url)

@@ -15,7 +15,7 @@ import pytest
 from conftest import S3Server
 from ray.exceptions import RayTaskError
 from test_commit import PROVENANCE, mixture
-from test_scored_files import days, loader_of, score
+from test_scored_files import days, score, work_of
 from test_scoring_run import claimed
 
 from gmm_dist import storage
@@ -26,9 +26,9 @@ from gmm_dist.runs import claim, load
 from gmm_dist.runs import folder as places
 from gmm_dist.runs.checkpoint import checkpoint_names
 from gmm_dist.runs.folder import Folder, is_foreign, lies_within
-from gmm_dist.runs.lease_cells import Held
+from gmm_dist.runs.lease import Held
 from gmm_dist.scoring import run as score_runs
-from gmm_dist.scoring.files import Scored, ScoreFiles, collect
+from gmm_dist.scoring.files import Scored, ScoreFiles
 from gmm_dist.shards.failures import Verdict, judge
 
 FOREIGN = [".DS_Store", "._file", ".nfs000a1", "Thumbs.db", "desktop.ini", "x_$folder$"]
@@ -42,7 +42,7 @@ def litter(folder: Path) -> None:
 
 def test_what_systems_leave_in_our_folders_is_passed_over(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for name in (".", "_attempts", "_attempts/lease", "_checkpoints", "model"):
+    for name in (".", "_attempts", "_checkpoints", "model"):
         litter(out / name)
     (out / "model" / "x").unlink(missing_ok=True)
     litter(tmp_path / "empty")
@@ -59,11 +59,11 @@ def test_what_systems_leave_in_our_folders_is_passed_over(tmp_path: Path) -> Non
 
 def test_a_lease_is_taken_where_others_left_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for name in ("_attempts", "_attempts/lease", "_checkpoints"):
+    for name in ("_attempts", "_checkpoints"):
         litter(out / name)
     assert checkpoint_names(Folder.of(str(out))) == []
     with claim.claim(str(out)) as run:
-        litter(out / "_attempts" / "lease")
+        litter(out / "_attempts")
         run.check()
         run.attempt.write_model(mixture(), PROVENANCE)
         run.attempt.commit()
@@ -85,9 +85,9 @@ def test_scores_are_written_and_resumed_beside_others_files(tmp_path: Path) -> N
         litter(out / name)
     (out / "ds=1").rename(tmp_path / "elsewhere")
     with claimed(data, out):
-        score(loader_of(data, out))
+        score(work_of(data, out))
     with claimed(data, out, resume=True):
-        assert score(loader_of(data, out)).counts.rows == 900
+        assert score(work_of(data, out)).counts.rows == 900
 
 
 @pytest.mark.parametrize("name", ["model", "manifest.json", "_attempts", "part-0.parquet", ".part"])
@@ -113,7 +113,8 @@ def test_a_lease_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match="held"):
         Held.parse(text)
     if "/" not in text:
-        (tmp_path / "_attempts" / "lease" / text).mkdir(parents=True)
+        (tmp_path / "_attempts").mkdir()
+        (tmp_path / "_attempts" / "lease").write_text(text)
         with (
             pytest.raises(UserError, match=r"which is no lease of ours: remove it"),
             claim.claim(str(tmp_path)),
@@ -127,16 +128,16 @@ def test_the_longest_names_that_a_disk_takes_are_scored_and_resumed(tmp_path: Pa
     for name in ("ü" * 123 + ".parquet", "x" * 247 + ".parquet"):
         one.with_name(name).write_bytes(one.read_bytes())
     with claimed(data, out):
-        first = _all(loader_of(data, out))
+        first = _all(work_of(data, out))
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
     with claimed(data, out, resume=True):
-        assert _all(loader_of(data, out)) == first
+        assert _all(work_of(data, out)) == first
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")} == times
     assert len(times) == 5
 
 
-def _all(loader: ScoreFiles) -> Scored:
-    return reduce(add, (collect(loader(shard)) for shard in range(5)))
+def _all(work: ScoreFiles) -> Scored:
+    return reduce(add, (work(shard) for shard in range(5)))
 
 
 def test_an_output_of_a_name_too_long_is_refused(tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_what_a_fit_leaves_in_a_lake_is_not_read_as_rows(tmp_path: Path) -> None
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, after: int) -> Iterator[list[int]]:
     """Let writes to files fail with an errno, after so many that succeed."""
     calls: list[int] = []
-    write_out = places._write_out
+    write_out = places.write_out
 
     def write(path: Path, data: bytes, *, sync: bool) -> None:
         calls.append(1)
@@ -265,7 +266,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, after: int) -> Iterato
         write_out(path, data, sync=sync)
 
     with monkeypatch.context() as patch:
-        patch.setattr(places, "_write_out", write)
+        patch.setattr(places, "write_out", write)
         yield calls
 
 

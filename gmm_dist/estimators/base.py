@@ -22,6 +22,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight
 from torch import Tensor
 
+from gmm_dist import config
 from gmm_dist.config import ABSOLUTE, PRECISIONS, Cluster, EMConfig
 from gmm_dist.em.lane import Lane, Model, Status
 from gmm_dist.em.loop import Watch, require_definite, run
@@ -174,6 +175,7 @@ class BaseMixture(FittedMixture):
             require_lake_settings(sample_weight, self.device, self.n_shards, cluster)
             if resume and output is None:
                 raise ValueError("resume=True is for a fit that an output keeps: give output=")
+            url = config.optional(config.url)("output", output)
             is_warm = self._is_warm()
             self._validate_params()
             self._start_parameters()  # errors come before those of the lake
@@ -182,7 +184,7 @@ class BaseMixture(FittedMixture):
             from gmm_dist.lake.plan import plan_of
 
             plan = plan_of(X)
-            with one_thread(), kept_fit(self, plan, output, resume=resume) as kept:
+            with one_thread(), kept_fit(self, plan, url, resume=resume) as kept:
                 if not kept.is_finished:
                     self._fit_lake(plan, cluster or Cluster(), kept)
             self._note_starts(is_lake=True, is_warm=is_warm)

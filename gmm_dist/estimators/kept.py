@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors.numpy
 
-from gmm_dist import config
 from gmm_dist.em.lane import Lane, Snapshot, take_snapshot
 from gmm_dist.em.loop import Watch
 from gmm_dist.errors import UserError
@@ -84,16 +82,15 @@ def _with(snapshot: Snapshot, **state: Any) -> Snapshot:
 
 @contextmanager
 def kept_fit(
-    estimator: BaseMixture, plan: Plan, output: str | os.PathLike[str] | None, *, resume: bool
+    estimator: BaseMixture, plan: Plan, url: Url | None, *, resume: bool
 ) -> Iterator[KeptFit]:
-    """Claim `output` for the fit of the block, if it is given, and commit what was learned.
+    """Claim the output `url`, if any, for the fit of the block, and commit what was learned.
 
     Raises UserError as `claim` does, and where the output keeps a fit of other rows or settings.
     """
-    if output is None:
+    if url is None:
         yield KeptFit(seed=seed_of(estimator.random_state))
         return
-    url = config.url("output", output)
     identity = _identity(estimator, plan)
     with claim(url, resume=resume) as run:
         if run.committed:

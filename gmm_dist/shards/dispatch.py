@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from gmm_dist.config import FailureConfig
-from gmm_dist.errors import Option, RunFailed, UserError
+from gmm_dist.errors import RunFailed, UserError
 from gmm_dist.formats import counted
 from gmm_dist.shards.failures import Budget, Verdict, is_full, judge, reason
 from gmm_dist.shards.placement import Placement, shares
@@ -29,6 +29,7 @@ from gmm_dist.shards.workers import (
     Work,
     Worker,
     machines,
+    no_room,
 )
 
 logger = logging.getLogger(__name__)
@@ -279,8 +280,7 @@ class Dispatcher:
         if ref is worker.pulse:  # the call's own failure says more
             worker.pulse = None
             return
-        verdict = judge(error)
-        if verdict is Verdict.HOPELESS:
+        if (verdict := judge(error)) is Verdict.HOPELESS:
             cause = getattr(error, "cause", None)
             if isinstance(cause, UserError | RunFailed):
                 raise cause from None
@@ -305,9 +305,7 @@ class Dispatcher:
         worker.failures += 1
         worker.rested = now + self._faults.rest(worker.failures)
         which = self._budget.charge(what, now) if counts else "not counted"
-        lost = (
-            f" and loads its {counted(n_held, 'shard')}" if worker.actor is None and n_held else ""
-        )
+        lost = f" and loads its {counted(n_held, 'shard')}" if not worker.actor and n_held else ""
         logger.info("%s; %s%s (%s)", what, verdict.value, lost, which)
 
     def _look_around(self) -> None:
@@ -392,9 +390,9 @@ class Dispatcher:
         survivors = [w for w in self._workers if w.state is State.UP]
         if self._take_over(shards, survivors):
             self._assigned[worker.index] = set()
-            away, text = now - worker.since, "%s has been away for %.0f s: its %s go to %s"
             to = counted(len(shards), "shard"), counted(len(survivors), "other")
-            logger.info(text, worker.name, away, *to)
+            text = "%s has been away for %.0f s: its %s go to %s"
+            logger.info(text, worker.name, now - worker.since, *to)
         else:
             self._require_hope(worker, now)
 
@@ -428,15 +426,7 @@ class Dispatcher:
     def _require_room(self, worker: Worker) -> None:
         used, capacity = self._bytes_of(worker), self._capacity()
         if used > capacity:
-            shards = counted(len(self._placement.owned(worker.index)), "shard")
-            raise UserError(
-                f"{worker.name} holds {len(worker.held)} of its {shards}, {used / 2**30:,.1f} GiB "
-                f"of rows, and has {capacity / 2**30:,.1f} GiB for them",
-                remedy="use more workers on more machines, fewer "
-                + Option("columns")
-                + " or a narrower "
-                + Option("where"),
-            )
+            raise no_room(worker, len(self._placement.owned(worker.index)), used, capacity)
 
     def _report(self, now: float) -> None:
         logger.info(

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import torch
 
+from gmm_dist.errors import Option, UserError
 from gmm_dist.formats import counted
 from gmm_dist.shards.protocol import Loader, ShardRows
 from gmm_dist.shards.tree_sum import run_on
@@ -234,3 +235,15 @@ def machines() -> str:
     has = [f"{counted(total.get(k, 0), k)} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU")]
     n_machines = sum(node["Alive"] for node in ray.nodes())
     return f"the cluster has {' and '.join(has)} on {counted(n_machines, 'machine')}"
+
+
+def no_room(worker: Worker, n_shards: int, used: int, capacity: int) -> UserError:
+    """Say that a worker's `n_shards` shards take `used` bytes, of which it has `capacity`."""
+    return UserError(
+        f"{worker.name} holds {len(worker.held)} of its {counted(n_shards, 'shard')}, "
+        f"{used / 2**30:,.1f} GiB of rows, and has {capacity / 2**30:,.1f} GiB for them",
+        remedy="use more workers on more machines, fewer "
+        + Option("columns")
+        + " or a narrower "
+        + Option("where"),
+    )

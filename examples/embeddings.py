@@ -37,12 +37,12 @@ def main() -> None:
         folder = Path(name)
         topic = write_documents(folder)
         lake = gmm_dist.Lake(url=name, columns=["embedding"])
-        found = gmm_dist.select(lake, n_components=range(4, 9), covariance_type="diag")
+        selection = gmm_dist.select(lake, n_components=range(4, 9), covariance_type="diag")
         X = np.stack(pq.read_table(folder / "a.parquet")["embedding"].to_numpy())
-    print(found)
-    labels = found.best.predict(X)
+    print(selection)
+    labels = selection.best.predict(X)
     pure = sum(np.bincount(topic[labels == k]).max() for k in np.unique(labels)) / len(topic)
-    print(f"{found.best.n_components} components; {pure:.1%} of the documents lie with their topic")
+    print(f"{selection.best.n_components} components; {pure:.1%} of the documents lie with their topic")
 
 
 if __name__ == "__main__":

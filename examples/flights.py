@@ -26,9 +26,9 @@ def main(n_rows: int = 40_000) -> None:
         every = np.arange(0, len(table), -(-len(table) // n_rows))
         pq.write_table(table.take(every), f"{folder}/a.parquet")
         lake = gmm_dist.Lake(url=folder, columns=["departure", "distance", "speed", "arr_delay"])
-        found = gmm_dist.select(lake, n_components=range(2, 7), covariance_type="full")
-    print(found)
-    mixture = found.best.to_mixture()
+        selection = gmm_dist.select(lake, n_components=range(2, 7), covariance_type="full")
+    print(selection)
+    mixture = selection.best.to_mixture()
     print(f"{mixture.n_components} components; the three largest:")
     order = mixture.parameters.weights.argsort(descending=True)[:3]
     for k in order.tolist():

@@ -42,7 +42,8 @@ def main() -> None:
     print(selection)
     labels = selection.best.predict(X)
     pure = sum(np.bincount(topic[labels == k]).max() for k in np.unique(labels)) / len(topic)
-    print(f"{selection.best.n_components} components; {pure:.1%} of the documents lie with their topic")
+    n_components = selection.best.n_components
+    print(f"{n_components} components; {pure:.1%} of the documents lie with their topic")
 
 
 if __name__ == "__main__":

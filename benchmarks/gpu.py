@@ -96,11 +96,10 @@ def _covariances(shape: Shape, seed: int) -> Tensor:
     """Return covariances near the unit matrix, no two alike and no entry zero."""
     generator = torch.Generator().manual_seed(seed)
     d, k, kind = shape.d, shape.k, shape.covariance_type
-    if kind in ("diag", "spherical"):
-        variances = 1 + 0.2 * torch.rand(k, d, generator=generator, dtype=torch.float64)
-        return variances if kind == "diag" else variances[:, 0]
-    noise = torch.randn(k, d, d, generator=generator, dtype=torch.float64)
-    noise = noise if kind == "full" else noise[0]
+    size = TYPE_OF[kind].shape(k, d)
+    if not TYPE_OF[kind].has_products:
+        return 1 + 0.2 * torch.rand(size, generator=generator, dtype=torch.float64)
+    noise = torch.randn(size, generator=generator, dtype=torch.float64)
     factor = torch.eye(d, dtype=torch.float64) + 0.2 / math.sqrt(d) * noise
     return factor @ factor.mT
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -191,13 +191,13 @@ class BaseMixture(FittedMixture):
         else:
             require_no_cluster(cluster)
             require_no_output(output, resume)
-            self._fit(X, sample_weight)
+            self._fit_rows()(X, sample_weight)
         return self
 
     def fit_predict(self, X: Any, y: object = None, sample_weight: Any = None) -> Any:
         """Fit the mixture and return the labels of its rows in memory, (n,)."""
         require_rows_in_memory(X)
-        self._fit(X, sample_weight)
+        self._fit_rows()(X, sample_weight)
         return self.predict(X)
 
     def __sklearn_tags__(self) -> Tags:
@@ -234,6 +234,14 @@ class BaseMixture(FittedMixture):
         raise NotImplementedError
 
     # Shared by both.
+
+    def _fit_rows(self) -> Callable[[Any, Any], None]:
+        """Return what fits rows in memory, called by `fit` itself: warnings name its caller."""
+        return self._fit_searched if self._searches() else self._fit
+
+    def _fit_searched(self, X: Any, sample_weight: Any) -> None:
+        """Fit rows in memory from starts that a search finds."""
+        raise NotImplementedError
 
     def _fit(self, X: Any, sample_weight: Any) -> None:
         require_rows_or_lake(X)

@@ -220,6 +220,8 @@ class BayesianGaussianMixture(BaseMixture):
         self._name_features(plan.n_features, plan.feature_names)
         self._conclude(best, rows.total.n_samples)
 
+    _fit_searched = BaseMixture._fit
+
     def _best_lane(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Lane:
         if self._searches() and not self._is_warm():
             return self._best_searched(resident)

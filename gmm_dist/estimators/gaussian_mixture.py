@@ -293,12 +293,6 @@ class GaussianMixture(BaseMixture):
         )
         self._adopt(swept.result, swept.centre, swept.feature_names, Space(dtype=torch.float64))
 
-    def _fit(self, X: Any, sample_weight: Any) -> None:
-        if self._searches():
-            self._fit_searched(X, sample_weight)
-        else:
-            super()._fit(X, sample_weight)
-
     def _fit_searched(self, X: Any, sample_weight: Any) -> None:
         """Fit rows in memory as a lake is fitted, to the same bits."""
         require_rows_or_lake(X)
@@ -339,7 +333,7 @@ class GaussianMixture(BaseMixture):
         self, result: SweepResult, centre: Tensor, names: Sequence[str], space: Space
     ) -> None:
         fit = result.scored[0].fit
-        adopt(self, fit, centre, names, space)
+        adopt(self, fit, centre, names, space, stacklevel=5)
         _warn_if_drowned(fit.parameters, result.total, self.reg_covar, names, stacklevel=5)
 
     def _start_parameters(self) -> Parameters | None:
@@ -376,6 +370,8 @@ def adopt(
     centre: Tensor,
     feature_names: Sequence[str],
     space: Space,
+    *,
+    stacklevel: int = 4,
 ) -> None:
     """Set an estimator's learned attributes from a sweep's fit.
 
@@ -385,6 +381,7 @@ def adopt(
         centre: The centre (d,) that the fit is about, in feature units.
         feature_names: Names of the features, for messages.
         space: The kind of array that attributes are.
+        stacklevel: That of the caller whom a warning names.
 
     Raises ValueError where the fit collapsed; warns with ConvergenceWarning and the status
     sentence where it did not converge or is degenerate.
@@ -392,7 +389,9 @@ def adopt(
     if fit.status is Status.COLLAPSED:
         raise ValueError(f"{SINGULAR} ({fit.status.value})")
     if fit.status is not Status.CONVERGED:
-        warnings.warn(f"{NOT_CONVERGED} ({fit.status.value})", ConvergenceWarning, stacklevel=4)
+        warnings.warn(
+            f"{NOT_CONVERGED} ({fit.status.value})", ConvergenceWarning, stacklevel=stacklevel
+        )
     publish(estimator, fit.parameters.shifted(centre), space)
     estimator._name_features(fit.parameters.n_features, feature_names)
     estimator._n_samples, estimator._log_likelihood = fit.n_samples, fit.log_likelihood

@@ -117,6 +117,8 @@ def _require_name(name: Any, what: str) -> None:
 
 
 def _require_share(share: Any) -> None:
-    if not isinstance(share, Real) or isinstance(share, bool) or not 0 <= float(share) < 1:
+    is_number = isinstance(share, Real) and not isinstance(share, bool)
+    if not is_number or not 0 <= float(share) < 1:
+        shown = f"{float(share):g}" if is_number else share
         wanted = "give a share of the rows, 0 <= share < 1"
-        raise UserError(f"is {share}", option="holdout", remedy=wanted)
+        raise UserError(f"is {shown}", option="holdout", remedy=wanted)

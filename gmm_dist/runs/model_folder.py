@@ -151,6 +151,7 @@ def _parameters(card: Mapping[str, Any], tensors: bytes, url: str) -> Parameters
         raise _wrong(f"is no such file ({error})", url, TENSORS) from error
     tensor_shapes = {name: tuple(part.shape) for name, part in parts.items()}
     is_known = isinstance(covariance_type, str) and covariance_type in TYPE_OF
+    is_known &= isinstance(k, int) and isinstance(d, int)
     if not is_known or tensor_shapes != {
         "weights": (k,),
         "means": (k, d),

@@ -853,7 +853,7 @@ def test_the_defaults_of_starts_are_told_and_never_rewritten():
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_search_ends_no_lower_than_one_start(weighted):
-    X = blobs(900, d=2, k=9, seed=5)
+    X = make_blobs(900, 2, centers=9, cluster_std=0.5, random_state=5)[0]
     weight = np.random.default_rng(0).uniform(0.5, 2, len(X)) if weighted else None
     options = {"tol": 1e-6, "max_iter": 3000, "random_state": 0}
     one = GaussianMixture(9, **options).fit(X, sample_weight=weight)

@@ -259,6 +259,7 @@ def test_a_loaded_model_needs_neither_ray_nor_s3(tmp_path):
     command, root = [sys.executable, "-c", code], Path(gmm_dist.__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
     assert done.returncode == 0, done.stderr
-    found = np.load(out)
+    with np.load(out) as archive:
+        found = dict(archive)
     np.testing.assert_array_equal(found["arr_0"], mixture.predict(X))
     np.testing.assert_allclose(found["arr_1"], mixture.score_samples(X), rtol=1e-12)

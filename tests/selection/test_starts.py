@@ -107,7 +107,8 @@ def assert_positive_definite(start: Parameters) -> None:
 @pytest.mark.parametrize("random_state", [0, 1, 3])
 def test_moves_leave_an_optimum_that_one_restart_is_stuck_in(alone, random_state):
     X, labels = six_clusters()
-    pairs = [(6, kind) for kind in COVARIANCE_TYPES]
+    # One spread for all, and a restart finds the six.
+    pairs = [(6, kind) for kind in COVARIANCE_TYPES if kind != "tied-spherical"]
     settings = {**ONE_RESTART, "random_state": random_state}
     stuck = best(X, pairs, moves=0, **settings)
     moved = best(X, pairs, moves=4, **settings)

@@ -16,7 +16,7 @@ from sklearn.mixture import GaussianMixture
 import gmm_dist.selection.sweep as sweep_module
 from gmm_dist import UserError
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.em.lane import Snapshot, Status
+from gmm_dist.em.lane import Status
 from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
@@ -337,13 +337,3 @@ def test_where_em_may_not_step_a_smaller_mixtures_likelihood_is_kept_to_the_digi
     result = run(X, [Candidate(k, "full") for k in (2, 3)], config, n_init=1)
     two, three = result.scored
     assert three.mean_log_likelihood >= two.mean_log_likelihood - 1e-9
-
-
-def test_a_snapshot_of_an_earlier_version_goes_on():
-    """Which knew of no fit that goes on from a smaller one."""
-    X, candidates = classic(), [Candidate(k, "full") for k in (2, 3)]
-    kept = {}
-    whole = run(X, candidates, EMConfig(), keep=lambda n, take: kept.update({n: take()}))
-    old = Snapshot(kept[2].tensors, {k: v for k, v in kept[2].state.items() if k != "lifted"})
-    again = run(X, candidates, EMConfig(), resume=old)
-    assert [s.bic for s in again.scored] == [s.bic for s in whole.scored]

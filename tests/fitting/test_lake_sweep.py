@@ -144,10 +144,11 @@ def put_objects() -> list[str]:
 
 
 def require_clean(n_cpus: float) -> None:
-    """Wait a moment for Ray, which ends actors and gives CPUs back when it gets to it."""
+    """Wait a moment for Ray, which ends actors, frees objects and CPUs when it gets to it."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        if not our_actors() and ray.available_resources().get("CPU", 0) == n_cpus:
+        is_free = ray.available_resources().get("CPU", 0) == n_cpus
+        if is_free and not our_actors() and not put_objects():
             break
         time.sleep(0.05)
     assert our_actors() == []

@@ -23,7 +23,7 @@ from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.product_form import ProductForm
 from gmm_dist.em.statistics import PassStatistics, TotalMoments
 from gmm_dist.model.covariance import TYPE_OF
-from gmm_dist.shards.protocol import Block, ShardRows
+from gmm_dist.shards.protocol import ShardRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,8 +77,9 @@ class _Workspace:
         """Take the parameters of a pass."""
         for lanes, group in zip(self._passes, task.groups, strict=True):
             lanes.begin(group)
-        for i, check in self._checks.items():
-            check.begin(task.groups[i])
+        for i, group in enumerate(task.groups):
+            if group.checks and i in self._checks:
+                self._checks[i].begin(group)
         self.task = task
 
     def run(self, rows: ShardRows) -> PassStatistics:
@@ -94,28 +95,34 @@ class _Workspace:
                 lanes.add(chunk)
             weight = chunk.sample_weight
             self._n_samples += chunk.X.shape[1] if weight is None else weight.sum()
-        pairs = zip(self._passes, task.groups, range(len(task.groups)), strict=True)
-        groups = [p.statistics(self._float32_errors(i, group, rows)) for p, group, i in pairs]
-        checked = sum(float(chunk.weights.sum()) for chunk in self._checked(rows))
-        return PassStatistics(tuple(groups), float(self._n_samples), checked)
+        errors, checked = self._float32_errors(task, rows)
+        pairs = zip(self._passes, errors, strict=True)
+        groups = tuple(lanes.statistics(of_group) for lanes, of_group in pairs)
+        return PassStatistics(groups, float(self._n_samples), checked)
 
-    def _float32_errors(self, i: int, group: LaneBatch, rows: ShardRows) -> Float64[Tensor, "2 L"]:
-        """Return, per lane of a group, Σ w e and Σ (w e)², e the error of log p in float32."""
-        errors = self._n_samples.new_zeros(2, len(group.sizes))
-        if group.checks:
-            if i not in self._checks:
-                self._checks[i] = _Float32Check(group, self._d, self._n_max, errors.device)
-                self._checks[i].begin(group)
-            for chunk in self._checked(rows):
-                weighted = self._checks[i].errors(chunk.X) * chunk.weights
-                errors += torch.stack([weighted.sum(1), weighted.square().sum(1)])
-        return errors.cpu()
+    def _float32_errors(
+        self, task: EStep, rows: ShardRows
+    ) -> tuple[list[Float64[Tensor, "2 _"]], float]:
+        """Hold float32 against float64 on every so-manieth row, where groups check.
 
-    def _checked(self, rows: ShardRows) -> Iterator[Block]:
-        """Yield the rows of a pass that checks: every so-manieth, in chunks."""
-        assert self.task is not None
-        if any(group.checks for group in self.task.groups):
-            yield from rows.every(self.task.check_every).chunks(self.task.width)
+        Return, per group and lane, Σ w e and Σ (w e)², e the error of log p in float32; and Σ w.
+        """
+        errors = [self._n_samples.new_zeros(2, len(group.sizes)) for group in task.groups]
+        checking = [i for i, group in enumerate(task.groups) if group.checks]
+        checked = 0.0
+        for chunk in rows.every(task.check_every).chunks(task.width) if checking else ():
+            weights = chunk.weights
+            checked += float(weights.sum())
+            for i in checking:
+                weighted = self._check(i, task.groups[i]).errors(chunk.X) * weights
+                errors[i] += torch.stack([weighted.sum(1), weighted.square().sum(1)])
+        return [of_group.cpu() for of_group in errors], checked
+
+    def _check(self, i: int, group: LaneBatch) -> _Float32Check:
+        if i not in self._checks:
+            self._checks[i] = _Float32Check(group, self._d, self._n_max, self._n_samples.device)
+            self._checks[i].begin(group)
+        return self._checks[i]
 
 
 class _Float32Check:

@@ -171,7 +171,7 @@ class Lane:
 
     def close(self) -> None:
         """Have the remaining passes judge in float64 what float32 has come to."""
-        self.policy.close()
+        self.policy.leave_float32()
         self.repeat_in(Precision.FLOAT64)
 
     def take_back(self) -> None:

@@ -7,7 +7,7 @@ A pass takes the fastest form that keeps the digits that matter. Two things can 
   signed errors largely cancel in the mean, so float32 goes on while their mean plus two standard
   errors is below a quarter of tol. A lane that has left float32 for this comes back when that is
   below an eighth.
-- a covariance, by cancellation in S/N - μμᵀ. `covariance.Natural.condition` bounds by how much
+- a covariance, by cancellation in S/N - μμᵀ. `natural.Natural.condition` bounds by how much
   rounding is amplified in it. A pass whose M-step meets more than its form bears is repeated in a
   better one; the lane comes back when the condition is well below that limit.
 
@@ -28,7 +28,7 @@ FORMS = (Precision.FLOAT32, Precision.FLOAT64, Precision.CENTRED)
 """From the fastest to the last resort."""
 
 MAX_CONDITION = {Precision.FLOAT32: 1.7e3, Precision.FLOAT64: 1e7, Precision.CENTRED: math.inf}
-"""The largest amplification of rounding (covariance.Natural.condition) that each form may meet.
+"""The largest amplification of rounding (`natural.Natural.condition`) that each form may meet.
 
 2^-24 · 1.7e3 = 1e-4 of a covariance, 2^-53 · 1e7 = 1e-9.
 """
@@ -90,7 +90,7 @@ class PrecisionPolicy:
         """Whether the next pass holds float32 against float64, on a part of the rows."""
         if self.next_check is None or self.n_passes < self.next_check:
             return False
-        return self.form is self.least and self.form is not Precision.CENTRED
+        return self.form is self.least
 
     def has_lost(self, error: float, log_likelihood: float) -> bool:
         """Take note of a pass; return whether float64 has to repeat it.
@@ -108,7 +108,7 @@ class PrecisionPolicy:
         if self.mode != "auto" or self.form is not Precision.FLOAT32:
             return False
         if not math.isfinite(log_likelihood):
-            self.least, self.next_check = Precision.FLOAT64, None
+            self.leave_float32()
         return self.least is Precision.FLOAT64
 
     def needed(self, condition: float, failed: bool) -> Precision:
@@ -129,10 +129,9 @@ class PrecisionPolicy:
             if self.next_check is not None:
                 self.next_check = self.n_passes
 
-    def close(self) -> None:
-        """Have the remaining passes judge in float64 what float32 has come to."""
-        self.form = self.least = Precision.FLOAT64
-        self.next_check = None
+    def leave_float32(self) -> None:
+        """Take float32 no more."""
+        self.least, self.next_check = Precision.FLOAT64, None
 
     def ends_at(self, gain: float, bounds: Sequence[float]) -> bool:
         """Say whether this form has no more to do, after a gain (nats per row) to the last bound.

@@ -78,7 +78,7 @@ class Lake:
         if self.missing not in get_args(Missing):
             wanted = "give one of error, drop, mean"
             raise UserError(f"is {self.missing!r}", option="missing", remedy=wanted)
-        _require_share(self.holdout)
+        require_share(self.holdout)
 
 
 _GIVE_URL = "give the path or URL of a Parquet file or folder"
@@ -116,7 +116,8 @@ def _require_name(name: Any, what: str) -> None:
         raise UserError(f"has {name!r}", option=what, remedy="give the name of a column")
 
 
-def _require_share(share: Any) -> None:
+def require_share(share: Any) -> None:
+    """Raise UserError for what is no share of rows to hold out."""
     is_number = isinstance(share, Real) and not isinstance(share, bool)
     if not is_number or not 0 <= float(share) < 1:
         shown = f"{float(share):g}" if is_number else share

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gmm_dist import storage
-from gmm_dist.errors import NoRows, UserError, Words
+from gmm_dist.errors import NoRows, Words
 from gmm_dist.formats import counted
 from gmm_dist.lake import listing, nights
 from gmm_dist.lake.deal import RowRange, deal
 from gmm_dist.lake.filters.expressions import filter_of
 from gmm_dist.lake.filters.where import Filter
-from gmm_dist.lake.lake import Lake, Missing
+from gmm_dist.lake.lake import Lake, Missing, require_share
 from gmm_dist.lake.listing import LakeFile, Listing
 from gmm_dist.lake.schema import NAME_COLUMNS, Columns
 from gmm_dist.lake.survey import (
@@ -184,9 +184,7 @@ def plan_lake(
             duplicate, or of a wrong or incompatible type; no rows, or none that match; `holdout`
             is not a share below one.
     """
-    if not 0 <= holdout < 1:
-        wanted = "give a share of the rows, 0 <= share < 1"
-        raise UserError(f"is {holdout:g}", option="holdout", remedy=wanted)
+    require_share(holdout)
     condition = filter_of(where)
     lake_listing = nights.with_dates(listing.find(url), condition)
     tested = condition.by_row(lake_listing.keys.names) if condition else None

@@ -6,10 +6,12 @@ Each process holds shards and answers with `shards.run_on`, which is all that a 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
 import multiprocessing
 import multiprocessing.connection
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gmm_dist.shards.protocol import Block, S, ShardRows, Task
+from gmm_dist.shards.protocol import Block, Job, S, ShardRows, Task
 from gmm_dist.shards.tree_sum import TreeSum, run_on
 
 
@@ -66,6 +68,10 @@ class ProcessShards:
                 waiting.remove(pipe)
         return tree.total()
 
+    @contextlib.contextmanager
+    def jobs(self) -> Iterator[ProcessJobs]:
+        yield ProcessJobs(self._pipes)
+
     def close(self) -> None:
         for pipe in self._pipes:
             pipe.close()
@@ -73,10 +79,60 @@ class ProcessShards:
             worker.join()
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A job for a shared value; `value` travels to a process once, with the first of its jobs."""
+
+    number: int
+    job: Job[Any]
+    shared: int
+    value: Any
+
+
+class ProcessJobs:
+    """Jobs in the processes that hold the shards."""
+
+    def __init__(self, pipes: list[Connection]) -> None:
+        self._pipes, self._values = pipes, list[Any]()
+        self._idle, self._sent = list(pipes), {id(pipe): set[int]() for pipe in pipes}
+        self._numbers = itertools.count()
+        self._waiting: list[tuple[tuple[int, ...], int, Job[Any], int]] = []
+
+    def share(self, value: Any) -> int:
+        self._values.append(value)
+        return len(self._values) - 1
+
+    def submit(self, job: Job[Any], shared: int, *, order: tuple[int, ...]) -> int:
+        number = next(self._numbers)
+        heapq.heappush(self._waiting, (order, number, job, shared))
+        return number
+
+    def next(self) -> tuple[int, Any]:
+        while self._waiting and self._idle:
+            _, number, job, shared = heapq.heappop(self._waiting)
+            pipe = self._idle.pop()
+            value = None if shared in self._sent[id(pipe)] else self._values[shared]
+            self._sent[id(pipe)].add(shared)
+            pipe.send_bytes(pickle.dumps(_Work(number, job, shared, value)))
+        busy = [pipe for pipe in self._pipes if pipe not in self._idle]
+        ready = multiprocessing.connection.wait(busy)
+        pipe = next(pipe for pipe in busy if pipe in ready)
+        self._idle.append(pipe)
+        done: tuple[int, Any] = pickle.loads(pipe.recv_bytes())
+        return done
+
+
 def _serve(pipe: Connection, loader: Loader, first: int, last: int) -> None:
     torch.set_num_threads(1)
     rows = [loader(shard) for shard in range(first, last)]
+    values: dict[int, Any] = {}
     with contextlib.suppress(EOFError):
         while True:
-            task: Task[Any] = pickle.loads(pipe.recv_bytes())
-            pipe.send_bytes(pickle.dumps(run_on(task, rows, loader.n_shards)))
+            work: Task[Any] | _Work = pickle.loads(pipe.recv_bytes())
+            if not isinstance(work, _Work):
+                values.clear()
+                pipe.send_bytes(pickle.dumps(run_on(work, rows, loader.n_shards)))
+                continue
+            if work.value is not None:
+                values[work.shared] = work.value
+            pipe.send_bytes(pickle.dumps((work.number, work.job(values[work.shared]))))

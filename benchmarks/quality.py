@@ -41,7 +41,7 @@ from gmm_dist.lake.deal import default_shards
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.ranking import Candidate, RankedCandidate
 from gmm_dist.selection.sweep import sweep
-from gmm_dist.shards.protocol import S, Shards, Task
+from gmm_dist.shards.protocol import Jobs, S, Shards, Task
 
 Rows = npt.NDArray[np.float32]
 
@@ -114,6 +114,9 @@ class Counted:
         self.passes += 1
         self.e_steps += isinstance(task, EStep)
         return self._shards.run(task)
+
+    def jobs(self) -> contextlib.AbstractContextManager[Jobs]:
+        return self._shards.jobs()
 
 
 def scored(fit: Fit, X: Rows, reg_covar: float) -> Fit:

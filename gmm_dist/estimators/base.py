@@ -56,7 +56,7 @@ from gmm_dist.model.arrays import (
 from gmm_dist.model.covariance import COVARIANCE_TYPES, Moments
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.local import one_thread
-from gmm_dist.shards.protocol import Shards
+from gmm_dist.shards.protocol import WorkingShards
 
 if TYPE_CHECKING:
     from gmm_dist.estimators.kept import KeptFit
@@ -85,7 +85,7 @@ class CentredRows(Protocol):
     def centre(self) -> Tensor: ...
 
     @property
-    def shards(self) -> Shards: ...
+    def shards(self) -> WorkingShards: ...
 
     @property
     def total(self) -> TotalMoments: ...

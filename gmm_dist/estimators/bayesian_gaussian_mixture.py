@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -38,7 +37,7 @@ from gmm_dist.model.variational import (
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.starts import find_starts
 from gmm_dist.selection.sweep import require_rows
-from gmm_dist.shards.protocol import Shards
+from gmm_dist.shards.protocol import WorkingShards
 
 if TYPE_CHECKING:
     from gmm_dist.estimators.kept import KeptFit
@@ -54,7 +53,7 @@ class _LakeRows:
     """A lake's rows in Ray's workers, about `centre` (d,), and their moments."""
 
     centre: Tensor
-    shards: Shards
+    shards: WorkingShards
     total: TotalMoments
 
 
@@ -253,10 +252,8 @@ class BayesianGaussianMixture(BaseMixture):
         candidates = [Candidate(size, self.covariance_type) for size in _sizes(k)]
         # The search's tol is per row; ours is for the whole bound.
         config = EMConfig(reg_covar=float(self.reg_covar), reg_unit=ABSOLUTE)
-        start, n_threads = replace(start, finalists=1), os.cpu_count() or 1
-        starts = find_starts(
-            rows.shards, candidates, config, start, rows.total, n_threads=n_threads
-        )
+        start = replace(start, finalists=1)
+        starts = find_starts(rows.shards, candidates, config, start, rows.total)
         # The largest first: it is the one kept where max_iter is 0.
         mixtures = [_filled(best, k) for (best,) in reversed(starts)]
         return [self._lane(updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]

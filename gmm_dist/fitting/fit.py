@@ -32,7 +32,7 @@ from gmm_dist.runs.claim import Run
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import sweep
 from gmm_dist.shards.local import one_thread
-from gmm_dist.shards.protocol import Shards
+from gmm_dist.shards.protocol import Shards, WorkingShards
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ class Job:
         return Fitted(result=result, counted=counted, quantiles=quantiles, sample=sample)
 
     @contextmanager
-    def resident(self, progress: FitProgress) -> Iterator[tuple[Shards, Counted]]:
+    def resident(self, progress: FitProgress) -> Iterator[tuple[WorkingShards, Counted]]:
         """Keep the rows in the memory of a cluster's workers, and count them."""
         options = self.options
 
@@ -228,7 +228,7 @@ class Job:
         ) as rows:
             yield rows
 
-    def _sweep(self, shards: Shards, checkpoints: FitCheckpoints) -> SweepResult:
+    def _sweep(self, shards: WorkingShards, checkpoints: FitCheckpoints) -> SweepResult:
         return sweep(
             shards,
             self.candidates,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from gmm_dist.selection import split_merge
 from gmm_dist.selection.ranking import BestFit, Candidate, RankedCandidate, SweepResult
 from gmm_dist.selection.spikes import profile
 from gmm_dist.selection.starts import find_starts, repair_degenerate
-from gmm_dist.shards.protocol import HeldOut, Shards
+from gmm_dist.shards.protocol import HeldOut, Shards, WorkingShards
 from gmm_dist.shards.reweighted import ReweightedShards, unit_of
 
 _SLACK = 1e-7  # nats per row by which a fit may end below a smaller one: rounding
@@ -52,7 +51,7 @@ Keep = Callable[[int, Callable[[], Snapshot]], None]
 
 
 def sweep(
-    shards: Shards,
+    shards: WorkingShards,
     candidates: Sequence[Candidate],
     config: EMConfig,
     start: StartConfig,
@@ -109,20 +108,17 @@ def sweep(
     if criterion == "holdout":
         _require_held_out(shards, n_features)
     lanes = _CandidateLanes(shards, candidates, config, total, began, watch, keep)
-    n_threads = os.cpu_count() or 1
     if resume is not None:
         lanes.restore(resume)
     elif initial is not None:
         lanes.add([[parameters] for parameters in initial])
     else:
-        lanes.add(
-            find_starts(shards, candidates, config, start, total, warm=warm, n_threads=n_threads)
-        )
+        lanes.add(find_starts(shards, candidates, config, start, total, warm=warm))
     lanes.run()
     if not lanes.is_repaired and initial is None:
         lanes.is_repaired = True
         fits = [best.fit for best in lanes.best_fits]
-        lanes.add(repair_degenerate(shards, fits, config, start, total, n_threads=n_threads))
+        lanes.add(repair_degenerate(shards, fits, config, start, total))
         lanes.run()
     if initial is None:
         lanes.refit_below_smaller()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from gmm_dist.shards.protocol import Block, S, ShardRows, Task
+from gmm_dist.shards.protocol import Block, Job, Movable, S, ShardRows, Task
 from gmm_dist.shards.tree_sum import Partial, TreeSum
 
 
@@ -51,6 +53,10 @@ class LocalShards:
             n_threads=n_threads,
         )
 
+    def to(self, device: torch.device) -> Self:
+        """Return the shards on a device, in the caller's thread."""
+        return type(self)([rows.to(device) for rows in self._shards], n_threads=0)
+
     @property
     def n_shards(self) -> int:
         return len(self._shards)
@@ -63,6 +69,51 @@ class LocalShards:
         for rows, summary in zip(self._shards, summaries, strict=True):
             tree.push(Partial(level=0, index=rows.shard, n_rows=rows.n_rows, summary=summary))
         return tree.total(self._n_rows)
+
+    @contextmanager
+    def jobs(self) -> Iterator[LocalJobs]:
+        """Have this process do jobs while the block lasts, on each core one."""
+        with one_thread(), LocalJobs(os.cpu_count() or 1) as jobs:
+            yield jobs
+
+
+class LocalJobs:
+    """Jobs in this process: `n_threads` at a time, or in the caller's thread if that is one.
+
+    Peak memory: that of as many jobs.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self._n_threads = n_threads
+        self._pool = ThreadPoolExecutor(n_threads, initializer=_one_thread)
+        self._numbers = itertools.count()
+        self._waiting: list[tuple[tuple[int, ...], int, Job[Any], Any]] = []  # a heap
+        self._running: dict[Future[Any], int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def share(self, value: Movable) -> Any:
+        return value
+
+    def submit(self, job: Job[Any], shared: Any, *, order: tuple[int, ...]) -> int:
+        number = next(self._numbers)
+        heapq.heappush(self._waiting, (order, number, job, shared))
+        return number
+
+    def next(self) -> tuple[int, Any]:
+        if self._n_threads == 1:
+            _, number, job, shared = heapq.heappop(self._waiting)
+            return number, job(shared)
+        while self._waiting and len(self._running) < self._n_threads:
+            _, number, job, shared = heapq.heappop(self._waiting)
+            self._running[self._pool.submit(job, shared)] = number
+        done, _ = wait(self._running, return_when=FIRST_COMPLETED)
+        future = min(done, key=self._running.__getitem__)
+        return self._running.pop(future), future.result()
 
 
 def _one_thread() -> None:

@@ -8,8 +8,9 @@ result has the same bits wherever the shards lie and in whatever order they fini
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -111,6 +112,37 @@ class HeldOut(Generic[S]):
         return self.task(ShardRows(shard=rows.shard, blocks=rows.held_out))
 
 
+@runtime_checkable
+class Movable(Protocol):
+    """A value that jobs share, which a worker moves to its device; it says itself what moves."""
+
+    def to(self, device: torch.device, /) -> Self: ...
+
+
+R_co = TypeVar("R_co", covariant=True)
+
+
+@runtime_checkable
+class Job(Protocol[R_co]):
+    """A pure function of a value that many jobs share; picklable, as its result is."""
+
+    def __call__(self, shared: Any, /) -> R_co: ...
+
+
+@runtime_checkable
+class Jobs(Protocol):
+    """Jobs under way: whoever is free does the next one, and who it is changes no bit."""
+
+    def share(self, value: Movable) -> Any:
+        """Return a handle of a value, for `submit`; it travels once to each who needs it."""
+
+    def submit(self, job: Job[Any], shared: Any, *, order: tuple[int, ...]) -> int:
+        """Add a job for a shared value, and return its number; the least order comes first."""
+
+    def next(self) -> tuple[int, Any]:
+        """Wait for a job to be done, and return its number and its result."""
+
+
 Loader = Callable[[int], ShardRows]
 """Loads the rows of a shard, with the same bits each time; picklable."""
 
@@ -124,3 +156,11 @@ class Shards(Protocol):
 
     def run(self, task: Task[S]) -> S:
         """Apply the task to every shard once and add the summaries along the fixed tree."""
+
+
+@runtime_checkable
+class WorkingShards(Shards, Protocol):
+    """Rows in shards, whose holders also do jobs that have nothing to do with these rows."""
+
+    def jobs(self) -> AbstractContextManager[Jobs]:
+        """Return a context in which those who hold the shards do jobs, and no passes."""

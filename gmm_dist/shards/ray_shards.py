@@ -18,7 +18,9 @@ import ray
 from gmm_dist.config import Cluster, FailureConfig
 from gmm_dist.formats import counted
 from gmm_dist.shards.connection import connected
+from gmm_dist.shards.crew import Crew
 from gmm_dist.shards.dispatch import Dispatcher
+from gmm_dist.shards.job_queue import JobQueue
 from gmm_dist.shards.placement import Placement, ranges
 from gmm_dist.shards.protocol import Loader, S, Task
 from gmm_dist.shards.tree_sum import TreeSum
@@ -103,7 +105,8 @@ class RayShards:
             for i in range(len(homes))
         ]
         config = FailureConfig() if faults is None else faults
-        self._dispatcher = Dispatcher(self._workers, Placement(homes), config, self._room)
+        self._crew = Crew(self._workers, config)
+        self._dispatcher = Dispatcher(self._crew, Placement(homes), self._room)
 
     def __enter__(self) -> Self:
         try:
@@ -141,7 +144,7 @@ class RayShards:
     def worker_memory(self) -> int:
         """Return the bytes that a worker has: its GPU's, or its share of the smallest machine."""
         if self.on_gpu:
-            who = self._dispatcher.await_worker().introduction
+            who = self._crew.await_worker().introduction
             return sys.maxsize if who is None or who.memory is None else who.memory
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         places = [(m["memory"], min(m.get("CPU", 0), self.n_workers)) for m in machines]
@@ -176,10 +179,20 @@ class RayShards:
                 tree.push(partial)
         return tree.total(self._n_rows)
 
+    @contextmanager
+    def jobs(self) -> Iterator[JobQueue]:
+        """Have the workers do jobs, and no passes, while the block lasts."""
+        queue = JobQueue(self._crew)
+        try:
+            yield queue
+        finally:
+            queue.close()
+
     def close(self) -> None:
         """End the actors, with their rows, and let go of the loader in the object store."""
         self._source.loader.clear()  # a traceback may still refer to the source
         self._dispatcher.close()
+        self._crew.close()
 
     def _room(self) -> int:
         now = time.monotonic()

@@ -8,10 +8,11 @@ them multiplied by a power of two, which changes no digit, so that the largest i
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from gmm_dist.shards.protocol import Block, ShardRows, Shards, Summary, Task
+from gmm_dist.shards.protocol import Block, Jobs, ShardRows, Summary, Task, WorkingShards
 
 S = TypeVar("S", bound=Summary)
 
@@ -42,7 +43,7 @@ def _scaled(block: Block, scale: float) -> Block:
 class ReweightedShards:
     """Shards whose rows weigh `scale` times as much."""
 
-    shards: Shards
+    shards: WorkingShards
     scale: float
 
     @property
@@ -52,6 +53,10 @@ class ReweightedShards:
     def run(self, task: Task[S]) -> S:
         """Apply the task to every shard once and add the summaries along the fixed tree."""
         return self.shards.run(Reweighted(task, self.scale))
+
+    def jobs(self) -> AbstractContextManager[Jobs]:
+        """Return a context in which those who hold the shards do jobs, which see no weights."""
+        return self.shards.jobs()
 
 
 def unit_of(largest: float) -> float:

@@ -70,6 +70,14 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """A value in the object store that jobs share, and what names it."""
+
+    key: tuple[int, int]
+    value: list[Any]  # in a list, so that an actor fetches it only when it lacks it
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """What a call returned, with the call's ticket."""
 
@@ -95,16 +103,17 @@ class Introduction:
 
 
 class ShardActor:
-    """Holds the rows of some shards, on its GPU where it has one, and nothing else.
+    """Holds the rows of some shards, on its GPU where it has one; between passes it does jobs.
 
     Every call is a pure function of its arguments and names its shards, so it may be repeated,
-    here or elsewhere, even at the same time; the rows held are a cache.
+    here or elsewhere, even at the same time; the rows and the values held are caches.
     """
 
     def __init__(self, n_shards: int) -> None:
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self._n_shards = n_shards
         self._rows: dict[tuple[int, int], ShardRows] = {}
+        self._shared: dict[tuple[int, int], Any] = {}
         self._under_way: int | None = None
 
     def introduce(self) -> Introduction:
@@ -130,21 +139,35 @@ class ShardActor:
             held = (self._held(work.source, shard) for shard in ticket.shards)
             return Reply(ticket, run_on(work.task, held, self._n_shards))
 
+    def do(self, packed: bytes, shared: Shared) -> Reply:
+        """Return what a job makes of a shared value; `packed` are its ticket and the job."""
+        ticket, job = pickle.loads(packed)
+        with self._busy(ticket):
+            if shared.key not in self._shared:
+                self._shared[shared.key] = ray.get(shared.value[0]).to(self._device)
+            return Reply(ticket, job(self._shared[shared.key]))
+
+    @contextlib.contextmanager
+    def _busy(self, ticket: Ticket) -> Iterator[None]:
+        # One thread per process, one process per core; the setting is the calling thread's own.
+        torch.set_num_threads(1)
+        self._under_way = ticket.attempt
+        try:
+            yield
+        finally:
+            self._under_way = None
+
     @contextlib.contextmanager
     def _working(self, packed: bytes, source: Source) -> Iterator[Ticket]:
         request: Request = pickle.loads(packed)
-        # One thread per process, one process per core; the setting is the calling thread's own.
-        torch.set_num_threads(1)
-        self._under_way = request.ticket.attempt
+        self._shared.clear()  # the jobs are over
         self._rows = {
             (number, shard): rows
             for (number, shard), rows in self._rows.items()
             if number == source.number and shard not in request.forget
         }
-        try:
+        with self._busy(request.ticket):
             yield request.ticket
-        finally:
-            self._under_way = None
 
     def _held(self, source: Source, shard: int) -> ShardRows:
         key = source.number, shard

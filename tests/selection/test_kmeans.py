@@ -26,7 +26,7 @@ from gmm_dist.selection.kmeans import (
     nearest,
     start_of,
 )
-from gmm_dist.shards import protocol
+from gmm_dist.shards import local, protocol
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import ShardRows
 from gmm_dist.shards.tree_sum import Partial, TreeSum, run_on
@@ -135,6 +135,9 @@ class Scattered:
         for partial in partials:
             tree.push(partial)
         return tree.total()
+
+    def jobs(self):
+        return local.LocalJobs(len(self._workers))
 
 
 @pytest.mark.parametrize("n_workers", [1, 3, 7])

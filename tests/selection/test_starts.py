@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import mixtures
 import naive
@@ -15,10 +16,11 @@ from gmm_dist.em import loop
 from gmm_dist.em.estep import SumMoments
 from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.parameters import Parameters
+from gmm_dist.selection import search as search_steps
 from gmm_dist.selection import starts as search_module
 from gmm_dist.selection.kmeans import start_of
 from gmm_dist.selection.ranking import Candidate
-from gmm_dist.selection.starts import _SHARD_ROWS, find_starts, repair_degenerate
+from gmm_dist.selection.starts import find_starts, repair_degenerate
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import ShardRows
 
@@ -40,13 +42,11 @@ def ones(n):
     return torch.ones(n, dtype=torch.float64)
 
 
-def searched(X, pairs, *, edges=(), sample_weight=None, warm=(), n_threads=1, **start) -> Finalists:
+def searched(X, pairs, *, edges=(), sample_weight=None, warm=(), **start) -> Finalists:
     shards = mixtures.shards(X, edges, sample_weight)
     total, settings = shards.run(SumMoments(X.shape[1])), StartConfig(**start)
     candidates = [Candidate(k, kind) for k, kind in pairs]
-    return find_starts(
-        shards, candidates, EMConfig(), settings, total, warm=warm, n_threads=n_threads
-    )
+    return find_starts(shards, candidates, EMConfig(), settings, total, warm=warm)
 
 
 def best(X, pairs, **settings) -> list[Parameters]:
@@ -261,15 +261,19 @@ def test_the_random_state_decides_the_bits():
 
 
 @pytest.mark.unchecked
-def test_threads_change_no_bit():
-    """Of more rows than one shard of the sample has."""
-    X = mixtures.rows(mixtures.parameters("full", 3, 2), 9000)
+@pytest.mark.parametrize("worth", [1, 1 << 26])
+def test_threads_change_no_bit(monkeypatch, worth):
+    """However many jobs there are."""
+    monkeypatch.setattr(search_steps, "_WORTH", worth)
+    X = mixtures.rows(mixtures.parameters("full", 3, 2), 900)
     X = X - X.mean(0)
     pairs = [(2, kind) for kind in COVARIANCE_TYPES]
-    settings = {"n_init": 2, "n_sample": 500, "moves": 1}
-    expected = searched(X, pairs, n_threads=1, **settings)
-    assert len(X) >= 2 * _SHARD_ROWS
-    assert_same_finalists(searched(X, pairs, n_threads=3, **settings), expected)
+    settings = {"n_init": 3, "n_sample": 500, "moves": 1}
+    found = []
+    for n_cores in (1, 3):
+        monkeypatch.setattr(os, "cpu_count", lambda n_cores=n_cores: n_cores)
+        found.append(searched(X, pairs, **settings))
+    assert_same_finalists(*found)
 
 
 @pytest.mark.unchecked

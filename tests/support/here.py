@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Self
 
 from gmm_dist.commands.progress import Progress
@@ -13,7 +13,7 @@ from gmm_dist.lake.load import Counted
 from gmm_dist.lake.session import load_rows
 from gmm_dist.report.svg import Drawing
 from gmm_dist.shards.local import LocalShards
-from gmm_dist.shards.protocol import Loader, S, Shards, Task
+from gmm_dist.shards.protocol import Jobs, Loader, S, Shards, Task
 from gmm_dist.shards.ray_shards import RayShards
 
 
@@ -47,6 +47,9 @@ class HereShards(RayShards):
 
     def run(self, task: Task[S]) -> S:
         return self._local.run(task)
+
+    def jobs(self) -> AbstractContextManager[Jobs]:  # type: ignore[override]
+        return self._local.jobs()
 
 
 @contextmanager

@@ -16,11 +16,13 @@ from rich.text import Text
 
 from gmm_dist.commands.talking import bearing
 from gmm_dist.formats import counted
+from gmm_dist.selection.starts import SearchProgress
 from gmm_dist.selection.sweep import Standing
 
 logger = logging.getLogger("gmm_dist.commands.progress")
 
 _LOG_SECONDS = 1.0  # between two log lines of loading or scoring
+_SEARCH_SECONDS = 5.0  # of searching
 
 
 class Progress:
@@ -62,10 +64,10 @@ class Progress:
         line = f"scored {done:,} of {counted(n_files, 'file')}, {counted(n_rows, 'row')}"
         self._advance(line, done, n_files)
 
-    def _advance(self, line: str, done: int, total: int) -> None:
+    def _advance(self, line: str, done: int, total: int, *, seconds: float = _LOG_SECONDS) -> None:
         if self._live is not None:
             self._draw(Group(Text(line), ProgressBar(total=total, completed=done)))
-        elif done == total or time.monotonic() - self._last_line > _LOG_SECONDS:
+        elif done == total or time.monotonic() - self._last_line > seconds:
             self._last_line = time.monotonic()
             logger.info("%s", line)
 
@@ -73,10 +75,19 @@ class Progress:
         """Say that restarts run on a sample."""
         self._say(f"choosing the best of {counted(n_init, 'start')} on a sample")
 
+    def searching(self, progress: SearchProgress) -> None:
+        """Show how far the search for starts is."""
+        done, n = progress.n_done, progress.n_candidates
+        passes = counted(progress.n_passes, "pass")
+        line = f"searched {done} of {counted(n, 'candidate')} in {passes} over samples"
+        if progress.seconds_left is not None and done < n:
+            line += f", about {progress.seconds_left:.0f} s left"
+        self._advance(line, done, n, seconds=_SEARCH_SECONDS)
+
     def resuming(self, number: int) -> None:
-        """Say after which pass the run goes on, and count from there."""
+        """Say after which pass the run goes on, and count from there; 0: in the search."""
         self._passes = number
-        self._say(f"resuming after pass {number}")
+        self._say(f"resuming after pass {number}" if number else "resuming the search for starts")
 
     def _say(self, line: str) -> None:
         if self._live is not None:

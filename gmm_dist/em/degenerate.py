@@ -36,8 +36,12 @@ def drop_laggards(lanes: Sequence[Lane], rivals: Sequence[int], total: TotalMome
 
 
 def _lead(lanes: Sequence[Lane], total: TotalMoments) -> float:
-    """Return the highest bound that a sound lane has come to."""
-    scored = [lane for lane in lanes if lane.lower_bounds and lane.status is not Status.COLLAPSED]
+    """Return the highest bound that a sound lane has come to.
+
+    One that was dropped leads nobody: where regularisation lowers bounds, none would be left.
+    """
+    out = (Status.COLLAPSED, Status.DROPPED)
+    scored = [lane for lane in lanes if lane.lower_bounds and lane.status not in out]
     # From the highest down: whether a lane is sound costs more to know than its bound.
     for lane in sorted(scored, key=lambda lane: lane.lower_bounds[-1], reverse=True):
         if not is_useless(lane, total):

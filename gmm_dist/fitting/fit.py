@@ -242,6 +242,7 @@ class Job:
             initial=self.initial_parameters,
             warm=self.warm,
             watch=self.progress.standings,
+            searching=self.progress.searching,
             resume=checkpoints.latest,
             keep=checkpoints.keep,
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from gmm_dist.selection.starts import SearchProgress
 from gmm_dist.selection.sweep import Standing
 
 
@@ -20,6 +21,9 @@ class FitProgress(Protocol):
 
     def starting(self, n_init: int) -> None:
         """Note that restarts run on a sample."""
+
+    def searching(self, progress: SearchProgress) -> None:
+        """Note how far the search for starts is."""
 
     def resuming(self, number: int) -> None:
         """Note after which pass the run resumes."""
@@ -37,6 +41,8 @@ class Silent:
     def loading(self, done: int, n_shards: int, n_rows: int) -> None: ...
 
     def starting(self, n_init: int) -> None: ...
+
+    def searching(self, progress: SearchProgress) -> None: ...
 
     def resuming(self, number: int) -> None: ...
 

@@ -312,12 +312,15 @@ class CheckpointStore:
         )
         name = f"{checkpoint.number:08d}-{hashlib.sha256(data).hexdigest()}.safetensors"
         self._folder.write(data, name, durable=True)
-        self._prune()
+        self._prune(name)
 
-    def _prune(self) -> None:
+    def _prune(self, newest: str) -> None:
+        """Remove all but the newest, older ones of the newest's number, and torn ones."""
         names = self._folder.names()
         torn = {name for name in names if name.endswith(".part")}
-        for name in [*_sorted(names)[: -self._keep], *sorted(torn)]:
+        number = newest.split("-")[0]
+        older = {name for name in names if name.startswith(f"{number}-") and name != newest}
+        for name in [*_sorted(names - older)[: -self._keep], *sorted(older | torn)]:
             self._folder.remove(name)
 
 

@@ -187,28 +187,43 @@ def start_of(
     more = family.least_rows(X.shape[1])
     floor = pooled.floor if pooled.spread.ndim == 1 else pooled.floor.diag()
     prior = more * (pooled.spread + floor)
-    nk, means, within = [], [], []
-    for component in range(k):
-        rows, share = _members(assignment, component)
-        row_mass, x = weight[rows] * share, X[rows]
-        mass, count = row_mass.sum(), counted[rows] @ share
-        occupied = bool(mass > 0)
-        per_row = mass / count if occupied else weight.sum() / counted.sum()
-        centre = (row_mass @ x) / mass if occupied else pooled.mean
-        centred = x - centre
-        nk.append(mass + per_row * more)
-        means.append(centre)
-        within.append(family.scatter(centred, row_mass) + per_row * prior)
-    return _about_means(torch.stack(nk), torch.stack(means), torch.stack(within), kind)
+    members = _members(X, weight, counted, assignment, k)
+    mass, count = members.mass, members.count
+    per_row = torch.where(mass > 0, mass / count, weight.sum() / counted.sum())
+    means = torch.where(mass[:, None] > 0, members.sums / mass[:, None], pooled.mean)
+    within = [
+        family.scatter(x - means[c], row_mass) + per_row[c] * prior
+        for c, (x, row_mass) in enumerate(members.rows)
+    ]
+    return _about_means(mass + per_row * more, means, torch.stack(within), kind)
 
 
-def _members(assignment: Tensor, component: int) -> tuple[Tensor, Tensor]:
-    """Return the rows that have a share in a component, and their shares."""
-    if assignment.ndim == 1:
-        rows = (assignment == component).nonzero()[:, 0]
-        return rows, torch.ones(len(rows), dtype=torch.float64)
-    rows = assignment[:, component].nonzero()[:, 0]
-    return rows, assignment[rows, component]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Members:
+    """The rows of each component, with their masses; and sums over them, one a component."""
+
+    rows: list[tuple[Tensor, Tensor]]
+    mass: Float64[Tensor, " k"]
+    count: Float64[Tensor, " k"]
+    sums: Float64[Tensor, "k d"]
+
+
+def _members(X: Tensor, weight: Tensor, counted: Tensor, assignment: Tensor, k: int) -> _Members:
+    """Gather the rows of each component, by labels (m,) or by responsibilities (m, k)."""
+    if assignment.ndim == 2:
+        masses = assignment * weight[:, None]
+        rows = [(X, mass) for mass in masses.T]
+        return _Members(rows, masses.sum(0), counted @ assignment, masses.T @ X)
+    order = assignment.argsort(stable=True)
+    sizes = torch.bincount(assignment, minlength=k).tolist()
+    x, row_mass, ones = X[order], weight[order], counted[order]
+    rows = list(zip(x.split(sizes), row_mass.split(sizes), strict=True))
+    return _Members(
+        rows,
+        torch.stack([mass.sum() for _, mass in rows]),
+        torch.stack([part.sum() for part in ones.split(sizes)]),
+        torch.stack([mass @ part for part, mass in rows]),
+    )
 
 
 def _floor(X: Tensor, weight: Tensor, mean: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from gmm_dist.streams import Stream, keyed_generator
 _ROWS_PER_MEAN = 50  # rows of the small sample, per value in the means
 _TIER = 8  # all k up to this one share a sample, then all up to the next power of two
 _FEWEST_ROWS, _MOST_ROWS = (2048, 10_000), 65_536
+_TRAIL_ROWS = 4096  # of the small sample, and half of it: as many lead to a mixture
 _POOL, _FEWEST_POOL = 4, 32_768  # the larger sample: times the small one, and rows at least
 
 
@@ -78,15 +79,21 @@ def _labels(parameters: Parameters, X: Float64[Tensor, "m d"]) -> Int64[Tensor, 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Samples:
-    """The small and the larger sample of the rows on which one k is searched."""
+    """The samples on which one k is searched, each a part of the next.
 
+    On `trail` a mixture is led to from smaller ones, on `small` it is moved, on `large` finished.
+    """
+
+    trail: Rows
     small: Rows
     large: Rows
 
+    def __getitem__(self, name: str) -> Rows:
+        return {"trail": self.trail, "small": self.small, "large": self.large}[name]
+
     def to(self, device: torch.device) -> Samples:
         """Return the samples with their shards on a device."""
-        small = self.small.to(device)
-        return Samples(small, small if self.large is self.small else self.large.to(device))
+        return Samples(*(rows.to(device) for rows in (self.trail, self.small, self.large)))
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -172,10 +179,13 @@ class Sampler:
         n_pool, seed = _pool_size(size, self._total), self._start.random_state
         pool = self._shards.run(DrawCoreset.of(self._total, n_pool, Stream.POOL, seed))
         part = pool.part(size, keyed_generator(Stream.SAMPLE, seed))
-        small = Rows.of(part.per_row(), self._total)
+        small = trail = Rows.of(part.per_row(), self._total)
+        if (n_trail := max(_TRAIL_ROWS, size // 2)) < len(part.X):
+            few = Coreset(part.X[:n_trail], part.sample_weight[:n_trail])
+            trail = Rows.of(few.per_row(), self._total)
         if len(pool.X) == len(part.X):
-            return Samples(small, small)
-        return Samples(small, Rows.of(pool.per_row(), self._total))
+            return Samples(trail, small, small)
+        return Samples(trail, small, Rows.of(pool.per_row(), self._total))
 
     def _size(self, k: int) -> int:
         """Return the number of rows of the small sample: `n_sample`, or enough for k's means."""

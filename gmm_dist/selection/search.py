@@ -9,6 +9,7 @@ dealt to jobs depends on the samples and on k alone, as do the bits.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.em import loop
-from gmm_dist.em.lane import Status
+from gmm_dist.em.degenerate import is_useless
+from gmm_dist.em.lane import Lane, Status
 from gmm_dist.em.memory import lane_bytes
+from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import split_merge
@@ -46,6 +49,13 @@ _STATISTICS_BYTES = 1 << 29  # of the lanes of a job that run at once
 # fewer, what is the same for every lane takes most of the time.
 _WORTH = 1 << 26
 
+Sieve = tuple[tuple[int, int], ...]
+"""After how many iterations how many lanes are left."""
+
+# Which of like starts is best shows early: those that are behind then seldom win.
+_SEEDS_SIEVE: Sieve = ((4, 8), (7, 4))
+_GROWN_SIEVE: Sieve = ((6, 2),)
+
 T = TypeVar("T")
 Asked = tuple[Samples, Sequence[Job[Any]]]
 Steps = Generator[Asked, list[Any], T]
@@ -58,10 +68,13 @@ class Run:
 
     starts: Sequence[Parameters]
     config: EMConfig
-    on_large: bool = False
+    sample: str = "small"
+    sieve: Sieve = ()
+    rivals: bool = False
 
     def __call__(self, samples: Samples) -> list[loop.FitResult]:
-        return run(samples.large if self.on_large else samples.small, self.starts, self.config)
+        rows = samples[self.sample]
+        return run(rows, self.starts, self.config, sieve=self.sieve, rivals=self.rivals)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -77,7 +90,7 @@ class RunSeeds:
         of = self.candidate
         sample = samples.small.sample
         starts = self.seeds.starts(sample, of.k, of.covariance_type, self.rounds)
-        return run(samples.small, starts, self.config)
+        return run(samples.small, starts, self.config, sieve=_SEEDS_SIEVE)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -89,7 +102,7 @@ class Grow:
     random_state: int
 
     def __call__(self, samples: Samples) -> list[Parameters]:
-        k, kind, rows = self.candidate.k, self.candidate.covariance_type, samples.small
+        k, kind, rows = self.candidate.k, self.candidate.covariance_type, samples.trail
         few = StartConfig(n_init=_FRESH, random_state=self.random_state)
         fresh = Seeds(start=few, total=rows.total, stream=Stream.TRAIL_STARTS)
         starts = fresh.starts(rows.sample, k, kind, range(fresh.n_starts(k)))
@@ -142,16 +155,55 @@ class Repair:
         return [refit.parameters] if refit.is_ranked else []
 
 
-def run(rows: Rows, starts: Sequence[Parameters], config: EMConfig) -> list[loop.FitResult]:
-    """Run EM on a sample from all starts, as many at once as memory allows."""
+def run(
+    rows: Rows,
+    starts: Sequence[Parameters],
+    config: EMConfig,
+    *,
+    sieve: Sieve = (),
+    rivals: bool = False,
+) -> list[loop.FitResult]:
+    """Run EM on a sample, and return the fits of the lanes that ran to the end.
+
+    As many lanes run at once as memory allows, at least one of which is not dropped.
+
+    Args:
+        rows: The sample.
+        starts: One mixture for each lane, of one shape.
+        config: Settings of the loop.
+        sieve: After how many iterations how many lanes are left.
+        rivals: Whether those that will not catch up are dropped.
+    """
     if not starts:
         return []
-    lanes = [(start.n_components, start.covariance_type) for start in starts]
-    at_once = max(1, len(starts) * _STATISTICS_BYTES // lane_bytes(lanes, rows.n_features))
+    shapes = [(start.n_components, start.covariance_type) for start in starts]
+    at_once = max(1, len(starts) * _STATISTICS_BYTES // lane_bytes(shapes, rows.n_features))
     results: list[loop.FitResult] = []
     for first in range(0, len(starts), at_once):
-        results += loop.fit(rows.shards, starts[first : first + at_once], config, rows.total)
+        scale = rows.total.scale
+        lanes = [Lane.start(s, config, scale) for s in starts[first : first + at_once]]
+        loop.run(
+            rows.shards,
+            lanes,
+            config,
+            rows.total,
+            rivals=[0] * len(lanes) if rivals else None,
+            watch=functools.partial(_sift, sieve, rows.total),
+        )
+        fits = [loop.result_of(lane, rows.total) for lane in lanes]
+        results += [fit for fit in fits if fit.status is not Status.DROPPED]
     return results
+
+
+def _sift(sieve: Sieve, total: TotalMoments, lanes: Sequence[Lane]) -> None:
+    """Drop the lanes that are behind, once all have come as far as the sieve says."""
+    left = [lane for lane in lanes if lane.status is not Status.DROPPED]
+    for n_iter, n_kept in sieve:
+        if len(left) > n_kept and all(x.n_iter >= n_iter or not x.is_running for x in left):
+            left.sort(key=lambda lane: (not is_useless(lane, total), lane.lower_bound))
+            for lane in left[:-n_kept]:
+                lane.status = Status.DROPPED
+            left = left[-n_kept:]
 
 
 @dataclass(slots=True, eq=False)
@@ -220,22 +272,22 @@ class Search:
         )
         starts = [*(fit.parameters for fit in seeded), *on_trail]
         small.add((yield from self._run(starts, self._short)))
-        yield from self._improve(small, Stream.MOVES, on_large=False)
+        yield from self._improve(small, Stream.MOVES, "small")
         warm = [mixture for mixture in self.warm if self.candidate == _candidate_of(mixture)]
         long = replace(self.config, max_iter=LONG, tol=max(self.config.tol, _LONG_TOL))
-        large.add((yield from self._run([*small.mixtures, *warm], long, on_large=True)))
-        yield from self._improve(large, Stream.LATE_MOVES, on_large=True)
+        large.add((yield from self._run([*small.mixtures, *warm], long, "large", rivals=True)))
+        yield from self._improve(large, Stream.LATE_MOVES, "large")
         return large.mixtures[: self.start.finalists]
 
     def grown(self, before: Parameters | None) -> Steps[Parameters]:
         """Return the trail's mixture of this size; `before` is that of one component less."""
         grow = Grow(candidate=self.candidate, before=before, random_state=self.start.random_state)
         (starts,) = yield self.samples, [grow]
-        fits = _Fits(self.samples.small.total.n_samples)
-        fits.add((yield from self._run(starts, self._short)))
+        fits = _Fits(self.samples.trail.total.n_samples)
+        fits.add((yield from self._run(starts, self._short, "trail", sieve=_GROWN_SIEVE)))
         return fits.best.parameters
 
-    def _improve(self, fits: _Fits, stream: Stream, *, on_large: bool) -> Steps[None]:
+    def _improve(self, fits: _Fits, stream: Stream, sample: str) -> Steps[None]:
         """Move the best of the fits while that gains; moves are tried on the small sample."""
         for round in range(self.start.moves):
             before = fits.best
@@ -254,16 +306,24 @@ class Search:
             trials = _Fits(self.samples.small.total.n_samples)
             trials.add((yield from self._run(proposals, self._trial(_TRIAL))))
             longer = replace(self._short, max_iter=2 * _SHORT)
-            fits.add((yield from self._run(trials.mixtures, longer, on_large=on_large)))
+            fits.add((yield from self._run(trials.mixtures, longer, sample, rivals=True)))
             if not _gained(before, fits.best, fits.n_samples):
                 return
 
     def _run(
-        self, starts: Sequence[Parameters], config: EMConfig, *, on_large: bool = False
+        self,
+        starts: Sequence[Parameters],
+        config: EMConfig,
+        sample: str = "small",
+        *,
+        sieve: Sieve = (),
+        rivals: bool = False,
     ) -> Steps[list[loop.FitResult]]:
-        rows = self.samples.large if on_large else self.samples.small
-        parts = _parts(len(starts), self.candidate, rows)
-        runs = [Run(starts=starts[part], config=config, on_large=on_large) for part in parts]
+        parts = _parts(len(starts), self.candidate, self.samples[sample])
+        runs = [
+            Run(starts=starts[part], config=config, sample=sample, sieve=sieve, rivals=rivals)
+            for part in parts
+        ]
         return (yield from self._fits(runs))
 
     def _fits(self, runs: Sequence[Job[Any]]) -> Steps[list[loop.FitResult]]:

@@ -91,7 +91,7 @@ def _split(
     trials = [] if not parameters.type.has_products and X.shape[1] > _WIDE else [_humps(Z, weight)]
     for _ in range(_TRIALS):
         seeds = kmeans.k_means_plus_plus(Z, weight, 2, generator)
-        trials.append(kmeans.nearest(Z, kmeans.lloyd(Z, weight, Z[seeds], _LLOYD)))
+        trials.append(_two_means(Z, weight, Z[seeds]))
     kind = parameters.type.alone
     pooled = kmeans.Pooled.of(X, weight, kind)
     whole = kmeans.start_of(X, weight, torch.zeros(len(X), dtype=torch.int64), 1, kind, pooled)
@@ -101,6 +101,27 @@ def _split(
         if 0 < int(labels.sum()) < len(labels)
     ]
     return max(tried, key=lambda split: split.gain, default=None)
+
+
+def _two_means(
+    Z: Float64[Tensor, "m d"], weight: Float64[Tensor, " m"], centres: Float64[Tensor, "2 d"]
+) -> Int64[Tensor, " m"]:
+    """Label rows by the nearer of two centres, after a few iterations of k-means."""
+    sums, mass = weight @ Z, weight.sum()
+    labels = None
+    for _ in range(_LLOYD):
+        half = (centres[1] - centres[0]) @ centres.sum(0) / 2
+        before, labels = labels, Z @ (centres[1] - centres[0]) > half
+        if before is not None and torch.equal(before, labels):
+            break
+        in_second = weight * labels
+        share = in_second.sum()
+        if not 0 < share < mass:
+            break
+        second = in_second @ Z
+        centres = torch.stack([(sums - second) / (mass - share), second / share])
+    assert labels is not None
+    return labels.long()
 
 
 def _humps(X: Float64[Tensor, "m d"], weight: Float64[Tensor, " m"]) -> Int64[Tensor, " m"]:

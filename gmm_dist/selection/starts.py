@@ -290,9 +290,9 @@ def _work_off(jobs: Jobs, errands: Sequence[_Errand], progress: _Progress) -> No
         number, result = jobs.next()
         errand = owner.pop(number)
         errand.results[number] = result
-        progress.add(result)
         if errand.is_ready:
             go_on(errand)
             # Steps that wait for the trail look whether it has reached them.
             for waiting in [e for e in left if not e.expected]:
                 go_on(waiting)
+        progress.add(result)

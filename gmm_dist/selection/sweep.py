@@ -24,7 +24,7 @@ from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import split_merge
 from gmm_dist.selection.ranking import BestFit, Candidate, RankedCandidate, SweepResult
 from gmm_dist.selection.spikes import profile
-from gmm_dist.selection.starts import find_starts, repair_degenerate
+from gmm_dist.selection.starts import SearchProgress, find_starts, repair_degenerate
 from gmm_dist.shards.protocol import HeldOut, Shards, WorkingShards
 from gmm_dist.shards.reweighted import ReweightedShards, unit_of
 
@@ -47,6 +47,7 @@ class Standing:
 _WIDE = 128
 
 Watch = Callable[[Sequence[Standing]], None]
+Searching = Callable[[SearchProgress], None]
 Keep = Callable[[int, Callable[[], Snapshot]], None]
 
 
@@ -64,6 +65,7 @@ def sweep(
     initial: Sequence[Parameters] | None = None,
     warm: Sequence[Parameters] = (),
     watch: Watch = lambda standings: None,
+    searching: Searching = lambda progress: None,
     resume: Snapshot | None = None,
     keep: Keep = lambda number, snapshot: None,
 ) -> SweepResult:
@@ -85,9 +87,11 @@ def sweep(
         initial: Starts about the centre, one per candidate, in place of a search.
         warm: Mixtures about the centre that join the search for a candidate of their shape.
         watch: Gets each candidate's `Standing` after each pass.
+        searching: Gets the progress of the search for starts.
         resume: A snapshot of a sweep with the same rows and settings, which goes on from there to
             the same bits.
-        keep: Gets the pass's number after each pass, and a function that takes a snapshot.
+        keep: Gets the pass's number after each pass, and a function that takes a snapshot; and
+            pass 0 when the search for a candidate's starts is done.
 
     Raises UserError when there are fewer rows than components, no held-out rows to rank by, or
     numbers whose squares leave float64's range.
@@ -112,8 +116,18 @@ def sweep(
         lanes.restore(resume)
     elif initial is not None:
         lanes.add([[parameters] for parameters in initial])
-    else:
-        lanes.add(find_starts(shards, candidates, config, start, total, warm=warm))
+    if left := lanes.without_start:
+        find_starts(
+            shards,
+            [candidates[i] for i in left],
+            config,
+            start,
+            total,
+            warm=warm,
+            done=lambda i, starts: lanes.add_searched(left[i], starts),
+            watch=searching,
+        )
+        lanes.order()
     lanes.run()
     if not lanes.is_repaired and initial is None:
         lanes.is_repaired = True
@@ -179,6 +193,23 @@ class _CandidateLanes:
                 self._lanes.append(Lane.start(parameters, self._config, scale))
                 self._owners.append(i)
                 self._seconds.append(time.monotonic() - self._began)
+
+    @property
+    def without_start(self) -> list[int]:
+        """The candidates that have no lane yet."""
+        return [i for i in range(len(self._candidates)) if i not in self._owners]
+
+    def add_searched(self, i: int, starts: Sequence[Parameters]) -> None:
+        """Add the lanes of a candidate whose search is done, and keep them."""
+        self.add([starts if i == j else [] for j in range(len(self._candidates))])
+        self._keep(self.n_passes, self.snapshot)
+
+    def order(self) -> None:
+        """Bring the lanes into the order of the candidates, whose searches end in any."""
+        order = sorted(range(len(self._lanes)), key=lambda j: self._owners[j])
+        self._lanes = [self._lanes[j] for j in order]
+        self._seconds = [self._seconds[j] for j in order]
+        self._owners.sort()
 
     def run(self) -> None:
         """Fit the lanes that have not ended, all in the same passes."""

@@ -14,6 +14,7 @@ from gmm_dist.commands.progress import Progress
 from gmm_dist.commands.tables import notes, ranking
 from gmm_dist.config import EMConfig, StartConfig
 from gmm_dist.selection.ranking import Candidate
+from gmm_dist.selection.starts import SearchProgress
 from gmm_dist.selection.sweep import Standing, sweep
 from gmm_dist.shards.local import LocalShards
 
@@ -41,6 +42,18 @@ STANDINGS = [
     ),
 ]
 
+SEARCHED = SearchProgress(n_done=3, n_candidates=13, n_passes=1234, seconds_left=41.7)
+
+
+def test_a_search_says_what_is_done_and_how_long_it_takes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    progress = Progress(Console(file=io.StringIO()))
+    with caplog.at_level(logging.INFO, "gmm_dist.commands.progress"):
+        progress.searching(SEARCHED)
+    line = "searched 3 of 13 candidates in 1,234 passes over samples, about 42 s left"
+    assert caplog.messages == [line]
+
 
 def test_a_terminal_shows_each_candidates_state_iteration_and_likelihood() -> None:
     screen = io.StringIO()
@@ -48,9 +61,18 @@ def test_a_terminal_shows_each_candidates_state_iteration_and_likelihood() -> No
     with progress.shown():
         progress.loading(3, 8, 1_234_567)
         progress.starting(8)
+        progress.searching(SEARCHED)
         progress.standings(STANDINGS)
     seen = screen.getvalue()
-    for part in ("running, float32", "-12.500000", "done", "-11.250000", "full", "diag", "..."):
+    for part in (
+        "running, float32",
+        "-12.500000",
+        "done",
+        "-11.250000",
+        "full",
+        "diag",
+        "...",
+    ):
         assert part in seen
 
 
@@ -58,7 +80,9 @@ def test_elsewhere_there_are_log_lines(caplog: pytest.LogCaptureFixture) -> None
     progress = Progress(Console(file=io.StringIO()))
     with caplog.at_level(logging.INFO, "gmm_dist.commands.progress"), progress.shown():
         progress.loading(8, 8, 1_234_567)
+        progress.searching(replace(SEARCHED, n_done=13))
         progress.standings(STANDINGS)
+    assert "searched 13 of 13 candidates in 1,234 passes over samples\n" in caplog.text
     assert "loaded 8 of 8 shards, 1,234,567 rows" in caplog.text
     assert "pass 1: 2 of 3 running; mean log-likelihood: k=2 full -12.500000" in caplog.text
 

@@ -38,10 +38,12 @@ def _in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(lake_sweep, "session", here.session)
     starts: dict[str, Any] = {}
 
-    def find_starts(shards, candidates, config, start, *given, **options):
+    def find_starts(shards, candidates, config, start, *given, done=None, **options):
         key = f"{candidates} {config} {start}"
         if key not in starts:
             starts[key] = starting.find_starts(shards, candidates, config, start, *given, **options)
+        for i, found in enumerate(starts[key] if done else ()):
+            done(i, found)
         return starts[key]
 
     for module in (bayesian_gaussian_mixture, sweep):
@@ -97,7 +99,12 @@ def counting() -> Iterator[dict[str, int]]:
         for module in (bayesian_gaussian_mixture, sweep):
             patch.setattr(module, "find_starts", counted("searches", module.find_starts))
         keep = FitCheckpoints.keep
-        patch.setattr(FitCheckpoints, "keep", counted("passes", keep))
+
+        def counted_keep(self: FitCheckpoints, number: int, snapshot: Any) -> None:
+            counts["passes"] += number > 0  # the search keeps what it has under 0
+            keep(self, number, snapshot)
+
+        patch.setattr(FitCheckpoints, "keep", counted_keep)
         yield counts
 
 

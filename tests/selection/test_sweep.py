@@ -287,25 +287,68 @@ def badly(monkeypatch, k: int, scale: float) -> None:
     """Have the search come back for one k with components that are all the same, and too wide."""
     searched = sweep_module.find_starts
 
-    def search(shards, candidates, *args, **options):
-        found = searched(shards, candidates, *args, **options)
-        for i, candidate in enumerate(candidates):
-            if candidate.k == k:
-                kind = candidate.covariance_type
+    def search(shards, candidates, *args, done, **options):
+        def changed(i, starts):
+            if candidates[i].k == k:
+                kind = candidates[i].covariance_type
                 one = mixtures.parameters(kind, k, 2, spread=0.0)
                 same = one.means[:1].expand(k, 2) * 0
                 wide = one.covariances * 0 + torch.eye(2, dtype=torch.float64) * scale
-                found[i] = [
-                    Parameters(
-                        weights=torch.full((k,), 1 / k).double(),
-                        means=same,
-                        covariances=wide,
-                        covariance_type=kind,
-                    )
+                weights = torch.full((k,), 1 / k).double()
+                starts = [
+                    Parameters(weights=weights, means=same, covariances=wide, covariance_type=kind)
                 ]
-        return found
+            done(i, starts)
+
+        return searched(shards, candidates, *args, done=changed, **options)
 
     monkeypatch.setattr(sweep_module, "find_starts", search)
+
+
+class BrokenOffError(Exception):
+    """Ends a sweep in its search."""
+
+
+@pytest.mark.unchecked
+def test_a_search_that_is_broken_off_goes_on_with_the_candidates_that_are_left(monkeypatch):
+    X, candidates = classic(), [Candidate(k, kind) for kind in ("full", "diag") for k in (3, 1)]
+    whole = run(X, candidates, EMConfig(), n_init=2)
+    kept = []
+
+    def keep(number, take):
+        assert number == 0
+        kept.append(take())
+        if len(kept) == 2:
+            raise BrokenOffError
+
+    with pytest.raises(BrokenOffError):
+        run(X, candidates, EMConfig(), n_init=2, keep=keep)
+    searched = []
+    find_starts = sweep_module.find_starts
+
+    def counted(shards, left, *args, **options):
+        searched.extend(left)
+        return find_starts(shards, left, *args, **options)
+
+    monkeypatch.setattr(sweep_module, "find_starts", counted)
+    again = run(X, candidates, EMConfig(), n_init=2, resume=kept[-1])
+    assert len(searched) == 2
+    assert again.n_passes == whole.n_passes
+    for one, other in zip(again.scored, whole.scored, strict=True):
+        mixtures.assert_same(one.fit.parameters, other.fit.parameters, rtol=0, atol=0)
+
+
+def test_the_search_tells_its_progress_after_every_job():
+    told = []
+    run(classic(), [Candidate(k, "full") for k in (1, 3)], EMConfig(), searching=told.append)
+    done = [progress.n_done for progress in told]
+    assert done == sorted(done)
+    assert done[0] == 0
+    assert done[-1] == 2
+    assert {progress.n_candidates for progress in told} == {2}
+    assert told[-1].seconds_left == pytest.approx(0.0)
+    assert all(progress.seconds_left >= 0 for progress in told if progress.seconds_left is not None)
+    assert told[-1].n_passes > 20
 
 
 @pytest.mark.unchecked

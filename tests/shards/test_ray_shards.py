@@ -11,9 +11,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import ray
@@ -21,7 +22,8 @@ import torch
 
 from gmm_dist.config import Cluster, EMConfig, StartConfig
 from gmm_dist.errors import UserError
-from gmm_dist.selection.sweep import Candidate, SweepResult, sweep
+from gmm_dist.selection.starts import SearchProgress
+from gmm_dist.selection.sweep import Candidate, Searching, SweepResult, sweep
 from gmm_dist.shards import connection
 from gmm_dist.shards.connection import connected, most_memory
 from gmm_dist.shards.local import LocalShards
@@ -78,9 +80,10 @@ def on_ray(address: str, n_workers: int | None, loader: object = load) -> Iterat
         yield shards
 
 
-def fitted(shards: LocalShards | RayShards) -> SweepResult:
+def fitted(shards: LocalShards | RayShards, searching: Searching = lambda at: None) -> SweepResult:
     candidates = [Candidate(k, "full") for k in (1, 2, 3)]
-    return sweep(shards, candidates, EMConfig(), StartConfig(n_init=2), n_features=D)
+    start = StartConfig(n_init=2)
+    return sweep(shards, candidates, EMConfig(), start, n_features=D, searching=searching)
 
 
 def bits(result: SweepResult) -> list[bytes]:
@@ -397,3 +400,86 @@ def test_ray_is_started_for_no_more_workers_than_have_shards(
 def test_no_workers_are_refused() -> None:
     with pytest.raises(UserError, match="num_workers is 0"):
         Cluster(num_workers=0)
+
+
+@dataclass(frozen=True)
+class Number:
+    """What jobs share."""
+
+    value: float
+
+    def to(self, device: torch.device) -> Number:
+        return self
+
+
+@dataclass(frozen=True)
+class Add:
+    """A job that adds to the shared number; it kills its worker the first time, if it has to."""
+
+    more: int
+    fuse: Path | None = None
+
+    def __call__(self, shared: Number) -> tuple[float, int]:
+        if self.fuse is not None and not self.fuse.exists():
+            self.fuse.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return shared.value + self.more, os.getpid()
+
+
+def all_sums(shards: RayShards, jobs: Sequence[Add]) -> dict[int, tuple[float, int]]:
+    with shards.jobs() as queue:
+        shared = queue.share(Number(0.5))
+        for job in jobs:
+            queue.submit(job, shared, order=(job.more,))
+        return dict(queue.next() for _ in jobs)
+
+
+def test_jobs_are_done_once_each_by_all_workers_between_passes(ray_address: str) -> None:
+    with on_ray(ray_address, 2) as shards:
+        shards.load()
+        before = shards.run(odd_sum)
+        done = all_sums(shards, [Add(more) for more in range(40)])
+        assert {number: value for number, (value, _) in done.items()} == {
+            number: number + 0.5 for number in range(40)
+        }
+        assert {pid for _, pid in done.values()} == set(shards.run(pid).pids)
+        assert shards.run(odd_sum) == before
+
+
+def test_a_job_whose_worker_is_killed_is_done_by_another(ray_address: str, tmp_path: Path) -> None:
+    with on_ray(ray_address, 2) as shards:
+        shards.load()
+        before = shards.run(odd_sum)
+        done = all_sums(shards, [Add(0, tmp_path / "fuse"), *(Add(more) for more in range(1, 6))])
+        assert (tmp_path / "fuse").exists()
+        assert sorted(value for value, _ in done.values()) == [0.5 + more for more in range(6)]
+        assert shards.run(odd_sum) == before
+
+
+def test_a_worker_lost_in_the_search_changes_no_bit(ray_address: str) -> None:
+    torch.set_num_threads(1)
+    expected = bits(fitted(LocalShards([load(shard) for shard in range(N_SHARDS)])))
+    with on_ray(ray_address, 2) as shards:
+        shards.load()
+        pids = sorted(set(shards.run(pid).pids))
+
+        def kill_one(progress: SearchProgress) -> None:
+            if len(pids) == 2 and progress.n_passes > 20:
+                os.kill(pids.pop(), signal.SIGKILL)
+
+        assert bits(fitted(shards, kill_one)) == expected
+        assert len(pids) == 1
+
+
+class Wrong:
+    """A job that fails for a reason that no repetition helps."""
+
+    def __call__(self, shared: Number) -> None:
+        raise UserError("row 17 is NaN")
+
+
+def test_what_a_job_raises_ends_the_queue(ray_address: str) -> None:
+    with on_ray(ray_address, 2) as shards, shards.jobs() as queue:
+        queue.submit(Wrong(), queue.share(Number(0.0)), order=())
+        with pytest.raises(UserError, match="row 17 is NaN"):
+            queue.next()

@@ -48,7 +48,7 @@ class Rows:
         return cls(sample, shards, replace(total, spikes=spikes))
 
     def __reduce__(self) -> tuple[Callable[..., Rows], tuple[Any, ...]]:
-        # Once, and as arrays, which the object store takes without a copy.
+        # Once, and as arrays, which the object store takes without a copy. Strides are kept.
         X, weight = self.sample.X.numpy(), self.sample.sample_weight.numpy()
         return _revived, (X, weight, self.total.is_whole, self.total.spikes)
 
@@ -69,7 +69,10 @@ class Rows:
 
 
 def _revived(X: Any, weight: Any, is_whole: bool, spikes: tuple[Spike, ...]) -> Rows:
-    return Rows._of(Coreset(torch.tensor(X), torch.tensor(weight)), is_whole, spikes)
+    # Arrays from the object store cannot be written to, of which torch warns.
+    columns = X.strides[0] < X.strides[-1]
+    rows = torch.tensor(X.T).T if columns else torch.tensor(X)
+    return Rows._of(Coreset(rows, torch.tensor(weight)), is_whole, spikes)
 
 
 def _labels(parameters: Parameters, X: Float64[Tensor, "m d"]) -> Int64[Tensor, " m"]:
@@ -185,7 +188,9 @@ class Sampler:
             trail = Rows.of(few.per_row(), self._total)
         if len(pool.X) == len(part.X):
             return Samples(trail, small, small)
-        return Samples(trail, small, Rows.of(pool.per_row(), self._total))
+        # Its rows are hardly ever looked at one by one: no copy beside the columns of the shard.
+        whole = Coreset(pool.X.T.contiguous().T, pool.sample_weight)
+        return Samples(trail, small, Rows.of(whole.per_row(), self._total))
 
     def _size(self, k: int) -> int:
         """Return the number of rows of the small sample: `n_sample`, or enough for k's means."""

@@ -149,7 +149,7 @@ class StartConfig:
 
     n_init: int = 16
     init: str = "k-means++"
-    moves: int = 3
+    moves: int = 6
     finalists: int = 2
     n_sample: int | None = None
     random_state: int = 0

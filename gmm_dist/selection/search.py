@@ -43,6 +43,7 @@ _KEPT = 3  # from the small sample to the larger
 # hundreds of nats without any structure (at d = 60 more than two real clusters gain).
 _SOUND = 2
 _PROPOSALS = 4  # moves tried in a round
+_PATIENCE = 2  # rounds in a row without a gain, each with the moves that promise next most
 _GROWN, _FRESH = 2, 2  # splits and seeded starts that the trail tries for each size
 _STATISTICS_BYTES = 1 << 29  # of the lanes of a job that run at once
 # Numbers, of features and of components of all rows, that make a pass worth a job of its own: for
@@ -55,6 +56,7 @@ Sieve = tuple[tuple[int, int], ...]
 # Which of like starts is best shows early: those that are behind then seldom win.
 _SEEDS_SIEVE: Sieve = ((4, 8), (7, 4))
 _GROWN_SIEVE: Sieve = ((6, 2),)
+_MOVES_SIEVE: Sieve = ((5, 3),)
 
 T = TypeVar("T")
 Asked = tuple[Samples, Sequence[Job[Any]]]
@@ -122,6 +124,7 @@ class Propose:
     stream: Stream
     random_state: int
     round: int
+    passed_over: int = 0
 
     def __call__(self, samples: Samples) -> list[Parameters]:
         rows, parameters = samples.small, self.parameters
@@ -129,7 +132,9 @@ class Propose:
             parameters, keyed_generator(self.stream, self.random_state, self.round)
         )
         merges = split_merge.merges(parameters, rows.total.n_samples)
-        moved = split_merge.split_and_merge(parameters, splits, merges, _PROPOSALS)
+        moved = split_merge.split_and_merge(
+            parameters, splits, merges, _PROPOSALS, passed_over=self.passed_over
+        )
         if bool(self.degenerate.any()):
             repaired = split_merge.replace(parameters, self.degenerate, splits)
             return moved if repaired is None else [repaired, *moved]
@@ -289,6 +294,7 @@ class Search:
 
     def _improve(self, fits: _Fits, stream: Stream, sample: str) -> Steps[None]:
         """Move the best of the fits while that gains; moves are tried on the small sample."""
+        n_failed = 0
         for round in range(self.start.moves):
             before = fits.best
             if before.status is Status.COLLAPSED:
@@ -299,15 +305,18 @@ class Search:
                 stream=stream,
                 random_state=self.start.random_state,
                 round=round,
+                passed_over=n_failed * _PROPOSALS,
             )
             (proposals,) = yield self.samples, [propose]
             if not proposals:
                 return
             trials = _Fits(self.samples.small.total.n_samples)
-            trials.add((yield from self._run(proposals, self._trial(_TRIAL))))
+            trial = self._trial(_TRIAL)
+            trials.add((yield from self._run(proposals, trial, sieve=_MOVES_SIEVE)))
             longer = replace(self._short, max_iter=2 * _SHORT)
             fits.add((yield from self._run(trials.mixtures, longer, sample, rivals=True)))
-            if not _gained(before, fits.best, fits.n_samples):
+            n_failed = 0 if _gained(before, fits.best, fits.n_samples) else n_failed + 1
+            if n_failed == _PATIENCE:
                 return
 
     def _run(

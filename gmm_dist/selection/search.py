@@ -43,7 +43,7 @@ _KEPT = 3  # from the small sample to the larger
 # hundreds of nats without any structure (at d = 60 more than two real clusters gain).
 _SOUND = 2
 _PROPOSALS = 4  # moves tried in a round
-_PATIENCE = 2  # rounds in a row without a gain, each with the moves that promise next most
+_PATIENCE = 2  # rounds without a gain, the second with the moves that promise next most
 _GROWN, _FRESH = 2, 2  # splits and seeded starts that the trail tries for each size
 _STATISTICS_BYTES = 1 << 29  # of the lanes of a job that run at once
 # Numbers, of features and of components of all rows, that make a pass worth a job of its own: for
@@ -124,7 +124,6 @@ class Propose:
     stream: Stream
     random_state: int
     round: int
-    passed_over: int = 0
 
     def __call__(self, samples: Samples) -> list[Parameters]:
         rows, parameters = samples.small, self.parameters
@@ -132,9 +131,8 @@ class Propose:
             parameters, keyed_generator(self.stream, self.random_state, self.round)
         )
         merges = split_merge.merges(parameters, rows.total.n_samples)
-        moved = split_merge.split_and_merge(
-            parameters, splits, merges, _PROPOSALS, passed_over=self.passed_over
-        )
+        limit = _PATIENCE * _PROPOSALS
+        moved = split_merge.split_and_merge(parameters, splits, merges, limit)
         if bool(self.degenerate.any()):
             repaired = split_merge.replace(parameters, self.degenerate, splits)
             return moved if repaired is None else [repaired, *moved]
@@ -294,29 +292,31 @@ class Search:
 
     def _improve(self, fits: _Fits, stream: Stream, sample: str) -> Steps[None]:
         """Move the best of the fits while that gains; moves are tried on the small sample."""
-        n_failed = 0
+        proposals: list[Parameters] = []
         for round in range(self.start.moves):
             before = fits.best
             if before.status is Status.COLLAPSED:
                 return
-            propose = Propose(
-                parameters=before.parameters,
-                degenerate=before.degenerate,
-                stream=stream,
-                random_state=self.start.random_state,
-                round=round,
-                passed_over=n_failed * _PROPOSALS,
-            )
-            (proposals,) = yield self.samples, [propose]
             if not proposals:
-                return
+                propose = Propose(
+                    parameters=before.parameters,
+                    degenerate=before.degenerate,
+                    stream=stream,
+                    random_state=self.start.random_state,
+                    round=round,
+                )
+                (proposals,) = yield self.samples, [propose]
+                if not proposals:
+                    return
+            tried, proposals = proposals[:_PROPOSALS], proposals[_PROPOSALS:]
             trials = _Fits(self.samples.small.total.n_samples)
             trial = self._trial(_TRIAL)
-            trials.add((yield from self._run(proposals, trial, sieve=_MOVES_SIEVE)))
+            trials.add((yield from self._run(tried, trial, sieve=_MOVES_SIEVE)))
             longer = replace(self._short, max_iter=2 * _SHORT)
             fits.add((yield from self._run(trials.mixtures, longer, sample, rivals=True)))
-            n_failed = 0 if _gained(before, fits.best, fits.n_samples) else n_failed + 1
-            if n_failed == _PATIENCE:
+            if _gained(before, fits.best, fits.n_samples):
+                proposals = []
+            elif not proposals:
                 return
 
     def _run(

@@ -241,23 +241,13 @@ def split_and_merge(
     best_splits: Sequence[Split],
     cheapest_merges: Sequence[Merge],
     limit: int,
-    *,
-    passed_over: int = 0,
 ) -> list[Parameters]:
-    """Return the most promising mixtures of as many components: one split, one merge.
-
-    Args:
-        parameters: The mixture.
-        best_splits: Its splits, the best first.
-        cheapest_merges: Its merges, the cheapest first.
-        limit: How many mixtures to return at the most.
-        passed_over: How many that promise more have been tried before.
-    """
+    """Return the `limit` most promising mixtures of as many components: one split, one merge."""
     ranked = sorted(
         (
             (split.gain - merge.loss, i, j)
             for i, split in enumerate(best_splits)
-            for j, merge in enumerate(cheapest_merges[: limit + passed_over])
+            for j, merge in enumerate(cheapest_merges[:limit])
         ),
         reverse=True,
     )
@@ -265,9 +255,6 @@ def split_and_merge(
     for _, i, j in ranked:
         split, merge = best_splits[i], cheapest_merges[j]
         if split.component in merge.pair:
-            continue
-        if passed_over:
-            passed_over -= 1
             continue
         drop = (split.component, *merge.pair)
         moved.append(apply(parameters, drop=drop, add=[*split.parts, merge.part]))

@@ -349,7 +349,7 @@ class GaussianMixture(BaseMixture):
         if any(init is None for init in inits):
             raise ValueError(
                 "a lake, and rows in memory with init_params='search', start from a search, or "
-                "from weights_init, means_init and precisions_init together: give all three, or none"
+                "from all of weights_init, means_init, precisions_init: give all three, or none"
             )
         means = tensor_of(self.means_init)
         covariances = self._covariances_init(means.shape[1])

@@ -55,7 +55,9 @@ def advance(
     stepping, moments = [], []
     for i, lane in enumerate(group):
         log_likelihood = float(sums.log_likelihood[i]) + shared_quadratic(lane, total)
-        has_lost = lane.policy.has_lost(float32_error(sums, i, whole), log_likelihood)
+        # One infinite sum spoils the M-step, though all log-densities be finite.
+        in_range = math.isfinite(log_likelihood) and bool(per_lane[i].isfinite().all())
+        has_lost = lane.policy.has_lost(float32_error(sums, i, whole), in_range=in_range)
         bound = log_likelihood / whole.n_samples
         taken_back = lane.is_leaping and (has_lost or _falls(lane, bound))
         if taken_back:

@@ -217,11 +217,13 @@ def _accepts(lane: Lane, model: Model, n_samples: float, config: EMConfig) -> bo
     is_float32 = lane.precision is Precision.FLOAT32 and config.precision == "auto"
     if is_float32 and (is_last or lane.policy.ends_at(change, [*lane.lower_bounds, bound])):
         lane.close()
+        if is_last and change < config.tol:
+            lane.verdict = Status.CONVERGED  # float64 has no bound before this one to compare
         return False
     lane.last_bound = bound
     lane.lower_bounds.append(bound)
     lane.n_iter += 1
-    if change < config.tol:
+    if change < config.tol or lane.verdict is Status.CONVERGED:
         lane.status = Status.CONVERGED
     elif is_last:
         lane.status = Status.MAX_ITER

@@ -467,6 +467,16 @@ def test_a_singular_covariance_is_an_error():
         GaussianMixture(4, reg_covar=0, random_state=0).fit(X)
 
 
+def test_float32_is_named_where_it_may_be_what_makes_a_covariance_singular():
+    X = np.array([[9999.0], [0.0]])
+    model = GaussianMixture(2, reg_covar=0.1, random_state=0, precision="float32")
+    with pytest.raises(ValueError, match=r"ill-defined .* Or leave out precision='float32'"):
+        model.fit(X)
+    for precision in ("auto", "float64"):
+        fitted = model.set_params(precision=precision).fit(X)
+        np.testing.assert_allclose(fitted.covariances_, 0.1, rtol=1e-6)
+
+
 def test_warm_start_goes_on():
     X = blobs()
     model = GaussianMixture(3, random_state=0, max_iter=1, tol=1e-8, warm_start=True)

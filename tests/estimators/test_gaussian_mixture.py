@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import lakes
+import mixtures
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -44,7 +45,6 @@ from gmm_dist.estimators.init_params import moments_of_shares
 from gmm_dist.estimators.local_rows import robust_centre
 from gmm_dist.estimators.restarts import ranked
 from gmm_dist.model.arrays import tensor_of, viewed
-from gmm_dist.model.covariance import COVARIANCE_TYPES
 
 KINDS = ("full", "tied", "diag", "spherical")
 INITS = ("kmeans", "k-means++", "random", "random_from_data")
@@ -814,8 +814,8 @@ def test_of_starts_that_nothing_iterates_the_last_is_kept():
     np.testing.assert_allclose(ours.means_, theirs.means_, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
-@pytest.mark.parametrize("weighted", [False, True])
+@mixtures.few_types
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.long), True])
 def test_rows_and_the_lake_that_holds_them_have_the_same_bits(
     kind, weighted, tmp_path, ray_address
 ):

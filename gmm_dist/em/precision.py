@@ -11,6 +11,9 @@ A pass takes the fastest form that keeps the digits that matter. Two things can 
   rounding is amplified in it. A pass whose M-step meets more than its form bears is repeated in a
   better one; the lane comes back when the condition is well below that limit.
 
+A lane of which float32 cannot hold a sum leaves it for good: that shows in no condition, and a lane
+that came back to fail again would never have the two passes in one form that tell a gain.
+
 What a lane is ranked by is always scored in float64.
 """
 
@@ -92,10 +95,11 @@ class PrecisionPolicy:
             return False
         return self.form is self.least
 
-    def has_lost(self, error: float, log_likelihood: float) -> bool:
+    def has_lost(self, error: float, *, in_range: bool) -> bool:
         """Take note of a pass; return whether float64 has to repeat it.
 
-        `error` is the measured one, nats per row, of which only a pass that measures takes note.
+        `error` is the measured one, nats per row, of which only a pass that measures takes note;
+        `in_range` says that its sums are numbers.
         """
         if self.measures_float32:
             self.next_check = self.n_passes + _CHECK_PASSES
@@ -107,7 +111,7 @@ class PrecisionPolicy:
         self.n_passes += 1
         if self.mode != "auto" or self.form is not Precision.FLOAT32:
             return False
-        if not math.isfinite(log_likelihood):
+        if not in_range:
             self.leave_float32()
         return self.least is Precision.FLOAT64
 

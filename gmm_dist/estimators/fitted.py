@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from gmm_dist.fitting.lake_scores import LakeScores
 
 _FEW_VALUES = 1 << 17
+_MOST_WEIGHT = 1 + 1e-12  # that NumPy takes for all components but the last
 
 
 class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
@@ -109,8 +110,9 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """Return the mixture that was learned, as `gmm_dist.load` returns those of files.
 
         Its numbers are copies of `weights_`, `means_` and `covariances_`, in float64. A fit of
-        ours adds `n_samples`, the sum of the weights, and `log_likelihood`: for a lake that of
-        these parameters, for rows in memory that of the last pass, one step before them.
+        ours adds `n_samples`, the sum of the weights, and `log_likelihood`: for a lake, and with
+        `init_params="search"`, that of these parameters, else that of the last pass, one step
+        before them.
         Raises NotFittedError.
 
         >>> from gmm_dist import GaussianMixture
@@ -213,7 +215,10 @@ def _drawn(mixture: Parameters, n_samples: int, rng: np.random.RandomState) -> t
     family, d = mixture.type, mixture.n_features
     spread = family.spread(mixture.stacked_covariances, d)
     spreads = spread.expand(mixture.n_components, *spread.shape[1:]).numpy()
-    counts = rng.multinomial(n_samples, mixture.weights.numpy())
+    weights = mixture.weights.numpy()
+    if weights[:-1].sum() > _MOST_WEIGHT:  # those of float32 rows sum to one up to its rounding
+        weights = weights / weights.sum()
+    counts = rng.multinomial(n_samples, weights)
     parts = []
     for mean, spread_of_one, n in zip(mixture.means.numpy(), spreads, counts, strict=True):
         if family.has_products:

@@ -19,7 +19,7 @@ from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import kmeans
 
 _NEIGHBOURS = 6  # nearest components with which a component may be merged
-_LLOYD, _TRIALS = 10, 2
+_LLOYD, _TRIALS = 25, 2  # until it stands still: splits half way there mislead
 _TINY = 1e-300  # in place of a mixing weight of zero
 _FLAT = 1e-12  # of the largest variance: directions with less are left out
 _WIDE = 128  # features, beyond which diagonal covariances are split without d x d matrices

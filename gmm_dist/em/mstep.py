@@ -14,7 +14,7 @@ from gmm_dist.config import EMConfig
 from gmm_dist.em.degenerate import is_useless
 from gmm_dist.em.lane import Lane, MaximumLikelihood, Model, Status
 from gmm_dist.em.lane_batch import Precision
-from gmm_dist.em.precision import MAX_CONDITION, float32_error
+from gmm_dist.em.precision import MAX_CONDITION, float32_error, survivors_per_row
 from gmm_dist.em.statistics import (
     PassStatistics,
     SufficientStatistics,
@@ -55,13 +55,14 @@ def advance(
     stepping, moments = [], []
     for i, lane in enumerate(group):
         log_likelihood = float(sums.log_likelihood[i]) + shared_quadratic(lane, total)
-        has_lost = lane.policy.has_lost(float32_error(sums, i, whole), log_likelihood)
+        survivors = survivors_per_row(lane.precision, sums, i, whole)
+        has_lost = lane.policy.has_lost(float32_error(sums, i, whole), survivors, log_likelihood)
         bound = log_likelihood / whole.n_samples
         taken_back = lane.is_leaping and (has_lost or _falls(lane, bound))
         if taken_back:
             lane.take_back()
         if has_lost:
-            lane.repeat_in(Precision.FLOAT64)
+            lane.repeat_in(lane.policy.exact)
         if has_lost or taken_back:
             continue
         lane.log_likelihood, lane.entropy = log_likelihood, float(sums.entropy[i])

@@ -55,8 +55,12 @@ def advance(
     stepping, moments = [], []
     for i, lane in enumerate(group):
         log_likelihood = float(sums.log_likelihood[i]) + shared_quadratic(lane, total)
+        # One infinite sum spoils the M-step, though all log-densities be finite.
+        in_range = math.isfinite(log_likelihood) and bool(per_lane[i].isfinite().all())
         survivors = survivors_per_row(lane.precision, sums, i, whole)
-        has_lost = lane.policy.has_lost(float32_error(sums, i, whole), survivors, log_likelihood)
+        has_lost = lane.policy.has_lost(
+            float32_error(sums, i, whole), survivors=survivors, in_range=in_range
+        )
         bound = log_likelihood / whole.n_samples
         taken_back = lane.is_leaping and (has_lost or _falls(lane, bound))
         if taken_back:
@@ -216,11 +220,13 @@ def _accepts(lane: Lane, model: Model, n_samples: float, config: EMConfig) -> bo
     is_float32 = lane.precision is Precision.FLOAT32 and config.precision == "auto"
     if is_float32 and (is_last or lane.policy.ends_at(change, [*lane.lower_bounds, bound])):
         lane.close()
+        if is_last and change < config.tol:
+            lane.verdict = Status.CONVERGED  # float64 has no bound before this one to compare
         return False
     lane.last_bound = bound
     lane.lower_bounds.append(bound)
     lane.n_iter += 1
-    if change < config.tol:
+    if change < config.tol or lane.verdict is Status.CONVERGED:
         lane.status = Status.CONVERGED
     elif is_last:
         lane.status = Status.MAX_ITER

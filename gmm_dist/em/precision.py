@@ -11,6 +11,9 @@ A pass takes the fastest form that keeps the digits that matter. Two things can 
   rounding is amplified in it. A pass whose M-step meets more than its form bears is repeated in a
   better one; the lane comes back when the condition is well below that limit.
 
+A lane of which float32 cannot hold a sum leaves it for good: that shows in no condition, and a lane
+that came back to fail again would never have the two passes in one form that tell a gain.
+
 The centred form loses nothing. It is the slowest where many components matter to a row, and the
 fastest where few do; the passes that measure float32 count those, too.
 
@@ -117,11 +120,12 @@ class PrecisionPolicy:
         """The faster of the forms that judge what float32 has come to."""
         return next(form for form in self._by_speed if form is not Precision.FLOAT32)
 
-    def has_lost(self, error: float, survivors: float, log_likelihood: float) -> bool:
+    def has_lost(self, error: float, *, survivors: float, in_range: bool) -> bool:
         """Take note of a pass; return whether an exact form has to repeat it.
 
         `error` is the measured one, nats per row, and `survivors` are per row: passes that measure
-        take note of them, and centred ones of the survivors.
+        take note of them, and centred ones of the survivors. `in_range` says that the pass's sums
+        are numbers.
         """
         if self.measures_float32 or self.form is Precision.CENTRED:
             self.survivors = survivors
@@ -135,7 +139,7 @@ class PrecisionPolicy:
         self.n_passes += 1
         if self.mode != "auto" or self.form is not Precision.FLOAT32:
             return False
-        if not math.isfinite(log_likelihood):
+        if not in_range:
             self.leave_float32()
         return self.least is Precision.FLOAT64
 

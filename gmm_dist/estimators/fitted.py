@@ -109,8 +109,9 @@ class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """Return the mixture that was learned, as `gmm_dist.load` returns those of files.
 
         Its numbers are copies of `weights_`, `means_` and `covariances_`, in float64. A fit of
-        ours adds `n_samples`, the sum of the weights, and `log_likelihood`: for a lake that of
-        these parameters, for rows in memory that of the last pass, one step before them.
+        ours adds `n_samples`, the sum of the weights, and `log_likelihood`: for a lake, and with
+        `init_params="search"`, that of these parameters, else that of the last pass, one step
+        before them.
         Raises NotFittedError.
 
         >>> from gmm_dist import GaussianMixture

@@ -6,12 +6,14 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import sklearn.mixture
 import torch
 from sklearn import get_config
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils._param_validation import Interval
 from torch import Tensor
 
 from gmm_dist.config import ABSOLUTE, Cluster, EMConfig
@@ -87,7 +89,7 @@ class GaussianMixture(BaseMixture):
         **BaseMixture._parameter_constraints,
         "weights_init": ["array-like", None],
         "means_init": ["array-like", None],
-        "precisions_init": ["array-like", None],
+        "precisions_init": ["array-like", Interval(Real, None, None, closed="neither"), None],
     }
 
     def __init__(
@@ -346,8 +348,8 @@ class GaussianMixture(BaseMixture):
             return None
         if any(init is None for init in inits):
             raise ValueError(
-                "a search takes the place of weights_init, means_init and precisions_init: give "
-                "all three, or none"
+                "a lake, and rows in memory with init_params='search', start from a search, or "
+                "from all of weights_init, means_init, precisions_init: give all three, or none"
             )
         means = tensor_of(self.means_init)
         covariances = self._covariances_init(means.shape[1])

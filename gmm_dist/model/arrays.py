@@ -188,16 +188,13 @@ def checked_start(value: Any, shape: tuple[int, ...], name: str) -> Tensor:
     Raises ValueError in scikit-learn's words.
     """
     array = array_of(value)
+    got = array.shape
     # check_array takes no scalars.
-    array = array[None] if array.ndim == 0 and shape == () else array
+    array = np.atleast_1d(array)
     array = check_array(array, dtype=[np.float64, np.float32], ensure_2d=False, allow_nd=True)
-    if shape == () and array.shape == (1,):
-        array = array.reshape(())
-    if array.shape != shape:
-        raise ValueError(
-            f"The parameter '{name}' should have the shape of {shape}, but got {array.shape}"
-        )
-    return tensor_of(array)
+    if got != shape and not (shape == () and got == (1,)):
+        raise ValueError(f"The parameter '{name}' should have the shape of {shape}, but got {got}")
+    return tensor_of(array.reshape(shape))
 
 
 def _checked_tensor(estimator: BaseEstimator, X: Tensor, reset: bool, n_min: int) -> Tensor:

@@ -69,7 +69,7 @@ def test_what_is_left_out_is_below_its_bound(kind):
     lost = (exact.logsumexp(1).sum() - sums.log_likelihood[0]) / len(X)
     assert abs(float(lost)) < math.exp(-28) + 1e-13 * abs(float(sums.log_likelihood[0])) / len(X)
     torch.testing.assert_close(
-        sums.moments[TYPE_OF[TYPE_OF[kind].alone].rows(3).start == 0 and 1 or 0],
+        sums.moments[(TYPE_OF[TYPE_OF[kind].alone].rows(3).start == 0 and 1) or 0],
         exact.softmax(1).sum(0),
         rtol=1e-10,
         atol=500 * math.exp(-28),
@@ -153,9 +153,7 @@ def forms_of(X, start: Parameters, **settings) -> list[Precision]:
     total = shards.run(SumMoments(X.shape[1]))
     running = lane.Lane.start(start, config, total.scale)
     forms = [running.precision]
-    loop.run(
-        shards, [running], config, total, watch=lambda lanes: forms.append(lanes[0].precision)
-    )
+    loop.run(shards, [running], config, total, watch=lambda lanes: forms.append(lanes[0].precision))
     return forms[:-1]
 
 
@@ -199,7 +197,7 @@ def test_a_lane_stays_in_the_centred_form_until_survivors_are_well_above_the_lim
         (3.1, Precision.FLOAT32),
     ]:
         chosen.next_check = chosen.n_passes  # each pass measures
-        assert not chosen.has_lost(0.0, survivors, -1.0)
+        assert not chosen.has_lost(0.0, survivors=survivors, in_range=True)
         chosen.come_back(1.0)
         assert chosen.form is expected
 
@@ -209,11 +207,15 @@ def test_a_lane_stays_in_the_centred_form_until_survivors_are_well_above_the_lim
 )
 def test_what_float32_came_to_is_judged_by_the_faster_exact_form(survivors, expected):
     chosen = policy()
-    assert not chosen.has_lost(0.0, survivors, -1.0)
+    assert not chosen.has_lost(0.0, survivors=survivors, in_range=True)
     assert chosen.exact is expected
-    assert chosen.has_lost(1.0, survivors, -1.0) is False  # this pass measured nothing
+    assert (
+        chosen.has_lost(1.0, survivors=survivors, in_range=True) is False
+    )  # this pass measured nothing
     chosen.next_check = chosen.n_passes
-    assert chosen.has_lost(1.0, survivors, -1.0)  # and this one found float32 wanting
+    assert chosen.has_lost(
+        1.0, survivors=survivors, in_range=True
+    )  # and this one found float32 wanting
     assert chosen.exact is expected
 
 

@@ -399,6 +399,33 @@ HARD = {
 }
 
 
+@every_type
+def test_auto_converges_in_the_last_step_that_max_iter_leaves(kind):
+    X, labels = overlapped(2)
+    config = EMConfig(tol=1e-2, reg_covar=0.0, accelerate=False, returns="stepped")
+    start = start_of(X, labels.roll(60), kind, 3)
+    (exact,) = mixtures.fit(X, [start], replace(config, precision="float64"))
+    assert exact.status is Status.CONVERGED
+    for max_iter, ends in ((exact.n_iter, Status.CONVERGED), (exact.n_iter - 1, Status.MAX_ITER)):
+        (auto,) = mixtures.fit(X, [start], replace(config, max_iter=max_iter))
+        assert (auto.status, auto.n_iter) == (ends, max_iter)
+
+
+@every_type
+@pytest.mark.parametrize("returns", ["scored", "stepped"])
+def test_rows_whose_squares_have_a_sum_beyond_float32_converge(kind, returns):
+    """Their log-densities are within its range, which the sums over thousands of rows are not."""
+    X, labels = overlapped(2)
+    X, labels = 10**18.5 * X, labels.roll(60)
+    config = EMConfig(tol=1e-3, reg_covar=0.0, accelerate=False, returns=returns)
+    start = start_of(X, labels, kind, 3)
+    (auto,) = mixtures.fit(X, [start], config)
+    (exact,) = mixtures.fit(X, [start], replace(config, precision="float64"))
+    assert auto.status is exact.status is Status.CONVERGED
+    assert auto.n_iter <= exact.n_iter + 1
+    assert auto.log_likelihood == pytest.approx(exact.log_likelihood, abs=1e-3 * len(X))
+
+
 @pytest.mark.parametrize("d", [1, 2, 16])
 @pytest.mark.parametrize("name", HARD)
 def test_auto_ends_where_float64_does(name, d):

@@ -97,6 +97,22 @@ def test_scikit_learn_gets_a_diagonal_mixture(kind):
     np.testing.assert_allclose(back.score_samples(X), model.score_samples(X), rtol=1e-10)
 
 
+def test_the_one_precision_may_be_a_number():
+    """As may be what was learned, which is a scalar."""
+    X, kind = rows(), "tied-spherical"
+    model = begun(kind).fit(X)
+    of_number = begun(kind).set_params(precisions_init=0.25).fit(X)
+    assert of_number.covariances_ == model.covariances_
+    for name in LEARNED:
+        assert isinstance(getattr(model, name), np.float64)
+    again = begun(kind).set_params(precisions_init=model.precisions_).fit(X)
+    assert again.lower_bound_ == pytest.approx(model.lower_bound_, rel=1e-9)
+    with pytest.raises(ValueError, match="'tied-spherical precision' should be positive"):
+        begun(kind).set_params(precisions_init=-0.25).fit(X)
+    with pytest.raises(ValueError, match=r"'full precision' should have the shape of \(3, 3, 3\)"):
+        begun(kind).set_params(covariance_type="full", precisions_init=0.25).fit(X)
+
+
 @every_type
 @pytest.mark.parametrize("bad", [0.0, -1.0])
 def test_precisions_that_are_not_positive_are_refused(kind, bad):

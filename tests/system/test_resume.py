@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_jobs import Errors, refused
+from test_lake_resume import learned
 
+from gmm_dist import BayesianGaussianMixture, Cluster, GaussianMixture, Lake
 from gmm_dist.commands import sweep as sweep_job
+from gmm_dist.em.lane import Snapshot
+from gmm_dist.fitting.checkpoints import FitCheckpoints
+from gmm_dist.runs.checkpoint import checkpoint_names
+from gmm_dist.runs.folder import Folder
 
 ROOT = Path(__file__).parents[2]
 ARGS = ["--k", "3,6", "--tol", "0", "--max-iter", "60", "--precision", "float64"]
@@ -115,3 +122,53 @@ def test_what_cannot_be_resumed_is_one_line(
     line = refused(capfd, *argv, "--resume")
     assert "the lake's files have changed: a.parquet had" in line
     assert not (out / "manifest.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Best performing initialization did not converge")
+@pytest.mark.parametrize("estimator", [GaussianMixture, BayesianGaussianMixture])
+def test_an_estimator_whose_process_was_killed_is_resumed_to_the_same_bits(
+    estimator: type[GaussianMixture | BayesianGaussianMixture],
+    data: str,
+    ray_address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"n_components": 4, "n_init": 2, "random_state": 3, "max_iter": 25, "tol": 0.0}
+    lake = Lake(data, where="x0 > 2")
+    cluster = Cluster(address=ray_address, num_workers=2)
+    whole = estimator(**settings).fit(lake, cluster=cluster, output=tmp_path / "whole")
+    out = tmp_path / "out"
+    program = f"""
+from gmm_dist import *
+cluster = Cluster(address={ray_address!r}, num_workers=2)
+lake = Lake({data!r}, where="x0 > 2")
+{estimator.__name__}(**{settings!r}).fit(lake, cluster=cluster, output={str(out)!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
+    try:
+        while number_of_checkpoint(out) < 8:
+            assert process.poll() is None, process.communicate()[1].decode()
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.communicate()
+    before = number_of_checkpoint(out)
+    assert before >= 8
+    assert not (out / "manifest.json").exists()
+    keep, passes = FitCheckpoints.keep, []
+
+    def counted(self: FitCheckpoints, number: int, snapshot: Callable[[], Snapshot]) -> None:
+        passes.append(number)
+        keep(self, number, snapshot)
+
+    monkeypatch.setattr(FitCheckpoints, "keep", counted)
+    resumed = estimator(**settings).fit(lake, cluster=cluster, output=out, resume=True)
+    assert passes[0] == before + 1
+    assert learned(resumed) == learned(whole)
+    assert number_of_checkpoint(out) == 0
+
+
+def number_of_checkpoint(out: Path) -> int:
+    """Return after how many passes the newest checkpoint was taken; 0 for none."""
+    names = checkpoint_names(Folder.of(str(out))) if out.exists() else []
+    return int(names[-1].split("-")[0]) if names else 0

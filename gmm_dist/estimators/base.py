@@ -74,6 +74,16 @@ NOT_CONVERGED = (
 ARRAY_API_INITS = ("random", "random_from_data")
 
 
+def singular(precision: str | None) -> str:
+    """Return what a singular covariance is told by: float32 may be all that is wrong."""
+    if precision != "float32":
+        return SINGULAR
+    return (
+        f"{SINGULAR} Or leave out precision='float32', which loses the digits of narrow components "
+        "that lie far apart."
+    )
+
+
 def no_watch(lanes: Sequence[Lane]) -> None:
     """Let passes go by."""
 
@@ -390,7 +400,7 @@ class BaseMixture(FittedMixture):
             if max_iter > 0:
                 run(rows.shards, lanes, self._rules(max_iter), rows.total, watch=watch)
         except SingularCovarianceError:
-            raise ValueError(SINGULAR) from None
+            raise ValueError(singular(self.precision)) from None
 
     def _models(self, rows: Rows, weight: Tensor | None, resident: Resident) -> list[Model]:
         random_state = check_random_state(self.random_state)

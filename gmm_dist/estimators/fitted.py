@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from gmm_dist.fitting.lake_scores import LakeScores
 
 _FEW_VALUES = 1 << 17
+_MOST_WEIGHT = 1 + 1e-12  # that NumPy takes for all components but the last
 
 
 class FittedMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]
@@ -214,7 +215,10 @@ def _drawn(mixture: Parameters, n_samples: int, rng: np.random.RandomState) -> t
     family, d = mixture.type, mixture.n_features
     spread = family.spread(mixture.stacked_covariances, d)
     spreads = spread.expand(mixture.n_components, *spread.shape[1:]).numpy()
-    counts = rng.multinomial(n_samples, mixture.weights.numpy())
+    weights = mixture.weights.numpy()
+    if weights[:-1].sum() > _MOST_WEIGHT:  # those of float32 rows sum to one up to its rounding
+        weights = weights / weights.sum()
+    counts = rng.multinomial(n_samples, weights)
     parts = []
     for mean, spread_of_one, n in zip(mixture.means.numpy(), spreads, counts, strict=True):
         if family.has_products:

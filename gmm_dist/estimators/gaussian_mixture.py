@@ -26,9 +26,9 @@ from gmm_dist.estimators.attributes import copied, exchanged, expanded, publish,
 from gmm_dist.estimators.base import (
     ARRAY_API_INITS,
     NOT_CONVERGED,
-    SINGULAR,
     BaseMixture,
     CentredRows,
+    singular,
 )
 from gmm_dist.estimators.init_params import empty_rows
 from gmm_dist.estimators.local_rows import Resident
@@ -389,7 +389,7 @@ def adopt(
     sentence where it did not converge or is degenerate.
     """
     if fit.status is Status.COLLAPSED:
-        raise ValueError(f"{SINGULAR} ({fit.status.value})")
+        raise ValueError(f"{singular(estimator.precision)} ({fit.status.value})")
     if fit.status is not Status.CONVERGED:
         warnings.warn(
             f"{NOT_CONVERGED} ({fit.status.value})", ConvergenceWarning, stacklevel=stacklevel

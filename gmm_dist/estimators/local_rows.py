@@ -25,7 +25,9 @@ def robust_centre(X: Float64[Tensor, "n d"]) -> Float64[Tensor, " d"]:
     """
     n, most = len(X), _PROBED_PLACES * _PROBED_EACH
     if n > most:
-        first = torch.linspace(0, n - _PROBED_EACH, _PROBED_PLACES).round().long()
+        # In float32, which has no odd numbers beyond 2^24, the last would lie beyond the rows.
+        places = torch.linspace(0, n - _PROBED_EACH, _PROBED_PLACES, dtype=torch.float64)
+        first = places.round().long()
         X = X[(first[:, None] + torch.arange(_PROBED_EACH)).flatten().to(X.device)]
     return torch.from_numpy(np.median(X.cpu().numpy(), axis=0))
 

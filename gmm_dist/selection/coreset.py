@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from gmm_dist.em.statistics import TotalMoments
@@ -82,14 +82,14 @@ class Coreset:
 
     def part(self, size: int, generator: torch.Generator) -> Coreset:
         """Return `size` of the rows, drawn at random, with their weights unchanged."""
-        keep = torch.rand(len(self.X), generator=generator).argsort()[:size]
+        keep = _shuffled(len(self.X), generator)[:size]
         return Coreset(self.X[keep], self.sample_weight[keep])
 
     def fair(self, size: int, generator: torch.Generator) -> Float64[Tensor, "m d"]:
         """Return at most `size` of the rows, drawn in proportion to weight: a plain sample."""
         draws = torch.rand(len(self.X), dtype=torch.float64, generator=generator)
         kept = self.X[draws * self.sample_weight.max() < self.sample_weight]
-        return kept[torch.rand(len(kept), generator=generator).argsort()[:size]]
+        return kept[_shuffled(len(kept), generator)[:size]]
 
     def per_row(self) -> Coreset:
         """Return the rows with weights of mean one, so that weights count rows of this sample."""
@@ -152,3 +152,9 @@ class DrawCoreset:
         rank = self.whitening.rank
         share = 0.5 + z.square().sum(0) / (2 * rank) if rank else torch.ones_like(weight)
         return (self.size / self.n_samples * weight * share).clamp_max(1)
+
+
+def _shuffled(n: int, generator: torch.Generator) -> Int64[Tensor, " n"]:
+    """Return the numbers below `n` in a random order, whatever torch's default dtype."""
+    order: Tensor = torch.rand(n, dtype=torch.float32, generator=generator).argsort()
+    return order

@@ -41,30 +41,66 @@ def connected(cluster: Cluster) -> Iterator[None]:
 
     Without an address: the cluster that the job runs in (RAY_ADDRESS), else an embedded one, with
     as many CPUs as this machine has or, if more, `num_workers`. A process that is connected
-    already, such as a notebook, stays so and cannot use another cluster. The process keeps its
-    signal handlers.
+    already, such as a notebook, stays so and cannot use another cluster; so does one in which
+    another thread has connected, until the last is done. The process keeps its signal handlers.
 
     Raises:
         UserError: no cluster answers at the address; it lacks the CPUs or GPUs that workers need
             and cannot grow; or the process is connected to another cluster.
         RunFailed: Ray does not start on this machine.
     """
-    if ray.is_initialized():
-        _require_same_cluster(cluster.address)
-        _require_places(cluster)
-        yield
-        return
-    address = _where(cluster.address)
+    _ours.enter(cluster)
     try:
-        if address == _HERE:
-            _start(cluster)
-        else:
-            _join(address)
         _require_places(cluster)
         yield
     finally:
+        _ours.leave()
+
+
+class _Ours:
+    """The process's connection to Ray, if it is ours: threads share it, and the last one ends it.
+
+    Ray knows one connection for a process; whoever ended it first would end it for all.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_users, self._is_ours = 0, False
+
+    def enter(self, cluster: Cluster) -> None:
+        """Use the connection that there is, or make one."""
+        with self._lock:
+            if ray.is_initialized():
+                _require_same_cluster(cluster.address)
+            else:
+                self._connect(cluster)
+            self._n_users += 1
+
+    def _connect(self, cluster: Cluster) -> None:
+        address, self._is_ours = _where(cluster.address), True
+        try:
+            if address == _HERE:
+                _start(cluster)
+            else:
+                _join(address)
+        except BaseException:
+            self._end()
+            raise
+
+    def leave(self) -> None:
+        """End the connection, if it is ours and nobody uses it any more."""
+        with self._lock:
+            self._n_users -= 1
+            if self._is_ours and self._n_users == 0:
+                self._end()
+
+    def _end(self) -> None:
+        self._is_ours = False
         with _kept_handlers():
             ray.shutdown()
+
+
+_ours = _Ours()
 
 
 def most_memory(cluster: Cluster, n_shards: int) -> int:

@@ -464,7 +464,7 @@ def test_clusters_a_million_spreads_apart_equal_the_naive_loop(kind, precision):
 
 
 @pytest.mark.parametrize("d", [20, 30, 60])
-@every_type
+@mixtures.few_types
 def test_separated_clusters_are_found_in_many_dimensions(kind, d):
     """Densities multiplied in probability space see one blob from d = 20 on."""
     k, n = 4, 1200

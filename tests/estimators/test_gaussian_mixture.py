@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import lakes
+import mixtures
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -41,9 +42,9 @@ from gmm_dist.config import EMConfig
 from gmm_dist.em.lane import Lane
 from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.estimators.init_params import moments_of_shares
+from gmm_dist.estimators.local_rows import robust_centre
 from gmm_dist.estimators.restarts import ranked
 from gmm_dist.model.arrays import tensor_of, viewed
-from gmm_dist.model.covariance import COVARIANCE_TYPES
 
 KINDS = ("full", "tied", "diag", "spherical")
 INITS = ("kmeans", "k-means++", "random", "random_from_data")
@@ -466,6 +467,16 @@ def test_a_singular_covariance_is_an_error():
         GaussianMixture(4, reg_covar=0, random_state=0).fit(X)
 
 
+def test_float32_is_named_where_it_may_be_what_makes_a_covariance_singular():
+    X = np.array([[9999.0], [0.0]])
+    model = GaussianMixture(2, reg_covar=0.1, random_state=0, precision="float32")
+    with pytest.raises(ValueError, match=r"ill-defined .* Or leave out precision='float32'"):
+        model.fit(X)
+    for precision in ("auto", "float64"):
+        fitted = model.set_params(precision=precision).fit(X)
+        np.testing.assert_allclose(fitted.covariances_, 0.1, rtol=1e-6)
+
+
 def test_warm_start_goes_on():
     X = blobs()
     model = GaussianMixture(3, random_state=0, max_iter=1, tol=1e-8, warm_start=True)
@@ -803,8 +814,8 @@ def test_of_starts_that_nothing_iterates_the_last_is_kept():
     np.testing.assert_allclose(ours.means_, theirs.means_, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
-@pytest.mark.parametrize("weighted", [False, True])
+@mixtures.few_types
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.long), True])
 def test_rows_and_the_lake_that_holds_them_have_the_same_bits(
     kind, weighted, tmp_path, ray_address
 ):
@@ -861,3 +872,28 @@ def test_a_search_ends_no_lower_than_one_start(weighted):
     assert searched.lower_bound_ >= one.lower_bound_ - 1e-6
     mean = np.average(searched.score_samples(X), weights=weight)
     assert mean == pytest.approx(searched.lower_bound_, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_centre_of_many_rows_is_theirs(dtype):
+    """In float32 the last of the rows that are looked at would lie beyond the end."""
+    n = 2**24 + 1024 + 3
+    rows = torch.full((1, 1), 7.0, dtype=torch.float64).expand(n, 1)  # takes no memory
+    torch.set_default_dtype(dtype)
+    try:
+        assert robust_centre(rows).tolist() == [7.0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_weights_that_were_published_as_float32_can_be_drawn_from():
+    """All but the last may then sum to more than one, which NumPy's multinomial refuses."""
+    weights = np.array([1 / 3, 2 / 3 + 6e-8, 1e-12], dtype=np.float32)
+    assert weights[:-1].sum(dtype=np.float64) > 1 + 1e-12
+    model = GaussianMixture(3, covariance_type="spherical", random_state=0)
+    model.fit(np.array([[0.0], [1.0], [10.0], [11.0], [20.0], [21.0]], dtype=np.float32))
+    model.weights_ = weights
+    rows, labels = model.sample(500)
+    assert rows.shape == (500, 1)
+    assert set(labels.tolist()) == {0, 1}
+    assert abs((labels == 0).mean() - 1 / 3) < 0.07  # three standard errors

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import sklearn.mixture
 import torch
+from sklearn.datasets import load_iris
 
 from gmm_dist import BayesianGaussianMixture, GaussianMixture
 from gmm_dist.model.parameters import Parameters
@@ -136,3 +137,20 @@ def test_one_number_for_scikit_learn_needs_the_number_of_features():
         model.to_sklearn()
     model.set_params(means_init=rows()[:3])
     assert model.to_sklearn().precisions_init.tolist() == [[0.25] * 3] * 3
+
+
+# What mclustBIC(iris[, -5]) of R's mclust prints for K = 1, 2, 3, with its sign, as EEI and EII.
+MCLUST = {
+    "tied-diag": (-1522.1202, -1042.9679, -813.0504),
+    "tied-spherical": (-1804.0854, -1123.4117, -878.7650),
+}
+
+
+@every_type
+def test_a_bic_is_that_of_mclust(kind):
+    X = load_iris().data
+    for k, published in enumerate(MCLUST[kind], start=1):
+        model = GaussianMixture(k, covariance_type=kind, init_params="search", n_init=2)
+        model.set_params(reg_covar=0, tol=1e-6, max_iter=500, random_state=0)
+        # mclust stops at a relative gain of 1e-5, a little below the optimum.
+        assert published - 1e-3 < -model.fit(X).bic(X) < published + 2e-2

@@ -279,3 +279,23 @@ def test_a_fair_sample_is_bounded_and_the_same_again():
     one, again = (coreset.fair(50, keyed_generator(Stream.PICTURE, 3)) for _ in range(2))
     assert one.shape == (50, 2)
     assert torch.equal(one, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_draws_do_not_depend_on_torchs_default_dtype(dtype: torch.dtype) -> None:
+    """A process may change it, and a lake's workers know nothing of that."""
+    rows = Coreset(torch.arange(4000.0, dtype=torch.float64)[:, None], torch.ones(4000).double())
+
+    def draw() -> list[torch.Tensor]:
+        generators = [keyed_generator(Stream.POOL, 0, i) for i in range(2)]
+        return [rows.part(100, generators[0]).X, rows.fair(100, generators[1])]
+
+    before = draw()
+    assert torch.get_default_dtype() is torch.float32
+    torch.set_default_dtype(dtype)
+    try:
+        after = draw()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

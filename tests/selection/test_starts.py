@@ -310,7 +310,7 @@ def test_duplicates_a_constant_column_and_an_outlier_still_start(init):
     X[17, 1] = 1e9
     X[:, 3] = 5.0
     X = X - X.mean(0)
-    pairs = [(k, kind) for kind in COVARIANCE_TYPES for k in (1, 4)]
+    pairs = [(k, kind) for kind in mixtures.FEW_TYPES for k in (1, 4)]
     for start in best(X, pairs, init=init, n_init=2, moves=1):
         assert_positive_definite(start)
 
@@ -325,7 +325,7 @@ def test_rows_of_zero_weight_are_absent(init):
     far = 1e4 + 100 * mixtures.normal_rows(60, 3, seed=1)
     weight = torch.cat([mixtures.row_weights(300), torch.zeros(60, dtype=torch.float64)])
     X = X - (weight[:300] @ X) / weight.sum()
-    pairs = [(3, kind) for kind in COVARIANCE_TYPES]
+    pairs = [(3, kind) for kind in mixtures.FEW_TYPES]
     settings = {"init": init, "n_init": 2, "moves": 1}
     alone = best(X, pairs, sample_weight=weight[:300], **settings)
     beside = best(torch.cat([X, far]), pairs, sample_weight=weight, **settings)

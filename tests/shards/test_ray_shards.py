@@ -351,6 +351,66 @@ def test_a_process_that_is_connected_stays_so(ray_address: str) -> None:
         ray.shutdown()
 
 
+def test_who_is_done_first_leaves_ray_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process has one connection, whatever its threads: two that fit at once share it."""
+    told: list[str] = []
+    is_up = threading.Event()
+
+    def start(cluster: Cluster) -> None:
+        told.append("start")
+        time.sleep(0.05)  # in which the other thread comes
+        is_up.set()
+
+    def shutdown() -> None:
+        told.append("shutdown")
+        is_up.clear()
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(connection, "_start", start)
+    monkeypatch.setattr(connection, "_require_places", lambda cluster: None)
+    monkeypatch.setattr(ray, "is_initialized", is_up.is_set)
+    monkeypatch.setattr(ray, "shutdown", shutdown)
+    both, first_is_done, was_up = threading.Barrier(2), threading.Event(), []
+
+    def fit(is_first: bool) -> None:
+        with connected(Cluster()):
+            both.wait(10)
+            if not is_first:
+                assert first_is_done.wait(10)
+                was_up.append(is_up.is_set())
+        if is_first:
+            first_is_done.set()
+
+    threads = [threading.Thread(target=fit, args=(is_first,)) for is_first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert was_up == [True]
+    assert told == ["start", "shutdown"]
+
+
+def test_a_start_that_fails_leaves_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes next starts anew, and a process that was connected before stays so."""
+    told: list[str] = []
+
+    def start(cluster: Cluster) -> None:
+        raise UserError("no room")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(connection, "_start", start)
+    monkeypatch.setattr(connection, "_require_places", lambda cluster: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: told.append("shutdown"))
+    for _ in range(2):
+        with pytest.raises(UserError, match="no room"), connected(Cluster()):
+            pass
+    assert told == ["shutdown", "shutdown"]
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    with connected(Cluster()):
+        pass
+    assert told == ["shutdown", "shutdown"]
+
+
 def test_memory_is_known_without_ray_only_where_ray_would_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import naive
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -14,12 +15,23 @@ from torch import Tensor
 from gmm_dist.config import EMConfig
 from gmm_dist.em import loop
 from gmm_dist.em.estep import SumMoments
+from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 
 FIXED = settings(derandomize=True, database=None, deadline=None, max_examples=25)
 """The same examples every time, however slow the machine."""
+FEW_TYPES = ("full", "diag", "tied-spherical")
+"""Covariance types of each sort: matrices and variances, shared and not."""
+few_types = pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in FEW_TYPES else pytest.param(kind, marks=pytest.mark.long)
+        for kind in COVARIANCE_TYPES
+    ],
+)
+"""For tests that take seconds: the other types' run with -m long."""
 SCIKIT_LEARNS = ("full", "tied", "diag", "spherical")
 """The covariance types that scikit-learn has too."""
 

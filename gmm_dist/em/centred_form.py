@@ -30,6 +30,7 @@ MARGIN = 1.0
 
 _PIECE_ROWS, _PIECE_LOGITS = 1 << 15, 1 << 21  # rows screened before their pairs are evaluated
 _STAGGER = 80
+_GATHERED = 1 << 17  # numbers of rows about means, at once: they stay in a cache
 _DENSE = 1 << 20  # logits of rows with all components, at once
 
 
@@ -58,6 +59,7 @@ class CentredForm:
         self._nk, self._sum_x = zeros(n_components), zeros(n_components, d)
         cell = (d, d) if self._type.has_products else (d,)
         self._scatter, self._squares = zeros(n_components, *cell), zeros(n_components)
+        self._of_component = list(zip(self._sum_x, self._scatter, strict=True))  # views
         n_lanes = len(self._sizes)
         self._log_likelihood, self._entropy = zeros(n_lanes), zeros(n_lanes)
         self._survivors = zeros(n_lanes)
@@ -70,6 +72,8 @@ class CentredForm:
         assert group.stack is not None
         device = self._logits.device
         self._densities = Densities(group.stack, device)
+        self._means = group.stack.means.T.contiguous().to(device)
+        self._peaks = self._densities.peaks.to(device)
         self._theta = group.theta.to(device, self._logits.dtype)
         self._screens = bool(self._theta.isfinite().all())
 
@@ -116,11 +120,11 @@ class CentredForm:
         unsure = self._unsure[: self._n_waiting]
         pairs = _Pairs.of(self._matter[:, : self._n_waiting].contiguous())
         self._waiting, self._n_waiting = [], 0
-        exact = rows.X.new_empty(len(pairs.rows), dtype=torch.float64)
-        screened = torch.empty_like(exact)
+        distances = rows.X.new_empty(len(pairs.rows), dtype=torch.float64)
         for k, part, z in self._about_means(rows, pairs):
-            exact[part] = self._logit(k, z)
-            screened[part] = logits[k].index_select(0, pairs.rows[part]).double()
+            distances[part] = self._type.mahalanobis(z, self._densities.components[k][1])
+        exact = self._peaks.index_select(0, pairs.components) - 0.5 * distances
+        screened = logits.view(-1).take(pairs.components * logits.stride(0) + pairs.rows)
         off = ~((exact - screened).abs() <= MARGIN / 2)  # NaN is off, too
         unsure[pairs.rows[off]] = True
         if bool(unsure.any()):
@@ -180,23 +184,27 @@ class CentredForm:
                     self._add_moments(k, x - self._densities.components[k][0][:, None], r)
 
     def _add_moments(self, k: int, z: Float64[Tensor, "d n"], r: Float64[Tensor, " n"]) -> None:
-        self._sum_x[k] += z @ r
-        self._scatter[k] += self._type.scatter(z.T, r)
-
-    def _logit(self, k: int, z: Float64[Tensor, "d n"]) -> Float64[Tensor, " n"]:
-        _, factor, peak = self._densities.components[k]
-        logit: Tensor = peak - 0.5 * self._type.mahalanobis(z, factor)
-        return logit
+        sum_x, scatter = self._of_component[k]
+        sum_x.addmv_(z, r)
+        scatter.add_(self._type.scatter(z.T, r))
 
     def _about_means(
         self, rows: Block, pairs: _Pairs
     ) -> Iterator[tuple[int, slice, Float64[Tensor, "d m"]]]:
-        """Yield each component that has pairs, its part of them, and its rows about its mean."""
-        for k, (first, last) in enumerate(itertools.pairwise(pairs.edges)):
-            if first < last:
-                part = slice(first, last)
-                x = rows.X.index_select(1, pairs.rows[part]).double()
-                yield k, part, x.sub_(self._densities.components[k][0][:, None])
+        """Yield each component that has pairs, its part of them, and its rows about its mean.
+
+        Those of a few components at a time are gathered at once: calls cost time, too.
+        """
+        edges = pairs.edges
+        for few in pairs.groups(_GATHERED // len(rows.X)):
+            first, last = edges[few.start], edges[few.stop]
+            x = rows.X.index_select(1, pairs.rows[first:last])
+            means = self._means.index_select(1, pairs.components[first:last])
+            z = torch.sub(x, means, out=means)
+            for k in few:
+                if edges[k] < edges[k + 1]:
+                    part = slice(edges[k], edges[k + 1])
+                    yield k, part, z[:, edges[k] - first : edges[k + 1] - first]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,6 +215,7 @@ class _Pairs:
     """
 
     rows: Int64[Tensor, " p"]
+    components: Int64[Tensor, " p"]
     edges: list[int]
 
     @classmethod
@@ -214,7 +223,18 @@ class _Pairs:
         n = matter.shape[1]
         flat = _nonzero(matter.view(-1))
         firsts = torch.arange(len(matter) + 1, device=flat.device) * n
-        return cls(flat % n, torch.searchsorted(flat, firsts).tolist())
+        components = flat.div(n, rounding_mode="floor")
+        edges = torch.searchsorted(flat, firsts).tolist()
+        return cls(flat - components * n, components, edges)
+
+    def groups(self, most: int) -> Iterator[range]:
+        """Yield ranges of components of at most so many pairs together, or of one component."""
+        first = 0
+        for k in range(1, len(self.edges)):
+            is_last = k == len(self.edges) - 1
+            if is_last or self.edges[k + 1] - self.edges[first] > most:
+                yield range(first, k)
+                first = k
 
     def sums(self, values: Float64[Tensor, " p"]) -> Float64[Tensor, " K"]:
         """Sum values of the pairs for each component."""
@@ -225,7 +245,7 @@ class _Pairs:
     def where(self, kept: Bool[Tensor, " p"]) -> _Pairs:
         """Return some of the pairs."""
         before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])
-        return _Pairs(self.rows[kept], before[self.edges].tolist())
+        return _Pairs(self.rows[kept], self.components[kept], before[self.edges].tolist())
 
 
 def _joined(chunks: Sequence[Block]) -> Block:

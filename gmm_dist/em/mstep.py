@@ -200,7 +200,8 @@ def _repeats(
 ) -> bool:
     """Have the next pass repeat this one in a better form, if the step needs one."""
     better = lane.policy.needed(condition, failed)
-    if better is Precision.CENTRED and config.returns == "scored" and is_useless(lane, total):
+    is_slow = better is Precision.CENTRED and lane.policy.exact is not Precision.CENTRED
+    if is_slow and config.returns == "scored" and is_useless(lane, total):
         # It will not be ranked: not worth the slowest passes there are, but for the last one.
         lane.strained, better = True, Precision.FLOAT64
     if better is lane.precision:

@@ -149,7 +149,10 @@ class PrecisionPolicy:
             return self.form
         if failed:
             return FORMS[min(FORMS.index(self.form) + 1, len(FORMS) - 1)]
-        return _fastest(self.form, condition)
+        better = _fastest(self.form, condition)
+        # Where float64 products would repeat the pass, the centred form may take less time.
+        leaves = better is Precision.FLOAT64 and self.form is Precision.FLOAT32
+        return self.exact if leaves else better
 
     def come_back(self, condition: float) -> None:
         """Take a faster form, if a step of such a condition has shown that it may."""

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 from gmm_dist.model.covariance import TYPE_OF
 
-_FLOAT64 = 2.2  # a float64 product, in float32 products
+_FLOAT64 = 2.4  # a pass of float64 products, in passes of float32
 _FEATURE, _LOGIT = 5.0, 25.0  # to make a feature; a logit's share of the softmax
-_PAIR, _PAIR_FEATURE, _PAIR_PRODUCT = 1500.0, 60.0, 5.0  # one survivor: in all, per d, per d²
+_COMPONENT = 3e6 / (1 << 14)  # calls for a component, dealt to the rows of a piece
+_PAIR, _PAIR_FEATURE, _PAIR_PRODUCT = 6e3, 400.0, 5.0  # one survivor: in all, per d, per d²
 
 
 def most_survivors(covariance_type: str, n_components: int, n_features: int) -> tuple[float, float]:
     """Return at how many survivors per row the centred form costs what products do.
 
-    Float32 products, and float64 ones; where these cost less whatever survives, below 0.
+    In float32, and in float64; below one where products always cost less.
     """
     kind = TYPE_OF[covariance_type]
     products, alone = (_n_rows(name, n_features) for name in (covariance_type, kind.alone))
     float32 = 2 * products * n_components + _FEATURE * products + _LOGIT * n_components
-    screen = alone * n_components + _FEATURE * alone + _LOGIT * n_components
+    screen = alone * n_components + _FEATURE * alone + (_LOGIT + _COMPONENT) * n_components
     pair = _PAIR + _PAIR_FEATURE * n_features
     if kind.has_products:
         pair += _PAIR_PRODUCT * n_features * n_features

@@ -158,10 +158,10 @@ def forms_of(X, start: Parameters, **settings) -> list[Precision]:
 
 
 def test_a_lane_of_few_survivors_takes_the_centred_form():
-    mixture = mixtures.parameters("full", 24, 48)
-    few, _ = most_survivors("full", 24, 48)
+    mixture = mixtures.parameters("full", 64, 64)
+    few, _ = most_survivors("full", 64, 64)
     assert few > 1.5
-    X = mixtures.rows(mixture, 3000)
+    X = mixtures.rows(mixture, 15_000)
     forms = forms_of(X, mixture)
     assert forms[0] is Precision.FLOAT32
     assert set(forms[1:]) == {Precision.CENTRED}

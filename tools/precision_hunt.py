@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import collections
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,7 +31,10 @@ from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 from gmm_dist.model.densities import Densities
 from gmm_dist.model.parameters import ParameterStack
 from gmm_dist.selection.kmeans import start_of
-from tests.support import mixtures
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+
+import mixtures
 
 N, K = 1500, 3
 Make = Callable[[torch.Generator, int, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Time a pass in each form of the E-step, and say which one `em/row_cost.py` holds for the fastest.
+"""Time a pass in each form of the E-step, beside the form that `em.precision` takes for fastest.
 
 python benchmarks/forms.py --json forms.jsonl
 python benchmarks/forms.py --shapes full:20000:16:16 --apart 3 20 --repeats 2
@@ -24,7 +24,7 @@ from problems import Shape
 
 from gmm_dist.em.estep import EStep
 from gmm_dist.em.lane_batch import LaneBatch, Precision
-from gmm_dist.em.row_cost import most_survivors
+from gmm_dist.em.precision import most_survivors
 from gmm_dist.model.densities import Densities
 from gmm_dist.model.natural import natural
 from gmm_dist.model.parameters import Parameters, ParameterStack

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em.lane_batch import Precision
-from gmm_dist.em.row_cost import most_survivors
 from gmm_dist.em.statistics import PassStatistics, SufficientStatistics
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import Parameters
 
 FORMS = (Precision.FLOAT32, Precision.FLOAT64, Precision.CENTRED)
@@ -48,6 +48,13 @@ _CHECK_PASSES = 4
 _CHECKED_ROWS, _CHECK_EVERY = 16_384, 16  # at most so many rows, and one in so many
 _BACK = 4.0  # how far below its limit a condition must be before a lane comes back to a form
 _STAY = 1.5  # how far above its limit the number of survivors may be in the centred form
+
+# What a row costs, in multiplications and additions of a float32 matrix product: the unit in which
+# processors differ least (benchmarks/forms.py). The figures choose between forms, no more.
+_FLOAT64 = 2.4  # a pass of float64 products, in passes of float32
+_FEATURE, _LOGIT = 5.0, 25.0  # to make a feature; a logit's share of the softmax
+_COMPONENT = 3e6 / (1 << 14)  # calls for a component, dealt to the rows of a piece
+_PAIR, _PAIR_FEATURE, _PAIR_PRODUCT = 6e3, 400.0, 5.0  # one survivor: in all, per d, per d²
 
 
 def check_every(n_rows: int) -> int:
@@ -69,6 +76,27 @@ def survivors_per_row(
     """Return how many components matter to a row; infinite where a pass did not count them."""
     weight = whole.n_samples if form is Precision.CENTRED else whole.checked_weight
     return float(sums.survivors[lane]) / weight if weight > 0 else math.inf
+
+
+def most_survivors(covariance_type: str, n_components: int, n_features: int) -> tuple[float, float]:
+    """Return at how many survivors per row the centred form costs what products do.
+
+    In float32, and in float64; below one where products always cost less.
+    """
+    kind = TYPE_OF[covariance_type]
+    products, alone = (_n_rows(name, n_features) for name in (covariance_type, kind.alone))
+    float32 = 2 * products * n_components + _FEATURE * products + _LOGIT * n_components
+    screen = alone * n_components + _FEATURE * alone + (_LOGIT + _COMPONENT) * n_components
+    pair = _PAIR + _PAIR_FEATURE * n_features
+    if kind.has_products:
+        pair += _PAIR_PRODUCT * n_features * n_features
+    return (float32 - screen) / pair, (_FLOAT64 * float32 - screen) / pair
+
+
+def _n_rows(covariance_type: str, n_features: int) -> int:
+    rows = TYPE_OF[covariance_type].rows(n_features)
+    n: int = rows.stop - rows.start
+    return n
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -14,7 +14,7 @@ from gmm_dist.config import ABSOLUTE, EMConfig
 from gmm_dist.em import centred_form, lane, loop, precision
 from gmm_dist.em.estep import EStep, SumMoments
 from gmm_dist.em.lane_batch import LaneBatch, Precision, cut
-from gmm_dist.em.row_cost import most_survivors
+from gmm_dist.em.precision import most_survivors
 from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 from gmm_dist.model.natural import natural
 from gmm_dist.model.parameters import Parameters, ParameterStack

@@ -46,7 +46,7 @@ class EStep:
     @property
     def width(self) -> int:
         """The numbers that each row of a chunk needs: of Φ, logits and R together."""
-        last = [TYPE_OF[g.covariance_type].rows(self.n_features).stop for g in self.groups]
+        last = [TYPE_OF[group.features[0]].rows(self.n_features).stop for group in self.groups]
         components = sum(sum(group.sizes) for group in self.groups)
         width: int = max(last) + 2 * components
         return width
@@ -59,15 +59,14 @@ class _Workspace:
         d = task.n_features
         self.task: EStep | None = None
         self._d, self._n_max = d, n_max
-        matrix = [group for group in task.groups if group.precision is not Precision.CENTRED]
         self._features = {
-            dtype: Features(d, n_max, _kinds(matrix, dtype), dtype, device)
-            for dtype in {group.precision.dtype for group in matrix}
+            dtype: Features(d, n_max, _kinds(task.groups, dtype), dtype, device)
+            for dtype in {group.features[1] for group in task.groups}
         }
         self._passes: list[ProductForm | CentredForm] = [
-            CentredForm(group, n_max, device)
-            if group.precision is Precision.CENTRED
-            else ProductForm(group, self._features[group.precision.dtype], n_max)
+            (CentredForm if group.precision is Precision.CENTRED else ProductForm)(
+                group, self._features[group.features[1]], n_max
+            )
             for group in task.groups
         ]
         self._checks: dict[int, _Float32Check] = {}
@@ -95,28 +94,31 @@ class _Workspace:
                 lanes.add(chunk)
             weight = chunk.sample_weight
             self._n_samples += chunk.X.shape[1] if weight is None else weight.sum()
-        errors, checked = self._float32_errors(task, rows)
-        pairs = zip(self._passes, errors, strict=True)
+        checks, checked = self._check_float32(task, rows)
+        pairs = zip(self._passes, checks, strict=True)
         groups = tuple(lanes.statistics(of_group) for lanes, of_group in pairs)
         return PassStatistics(groups, float(self._n_samples), checked)
 
-    def _float32_errors(
+    def _check_float32(
         self, task: EStep, rows: ShardRows
-    ) -> tuple[list[Float64[Tensor, "2 _"]], float]:
+    ) -> tuple[list[Float64[Tensor, "3 _"]], float]:
         """Hold float32 against float64 on every so-manieth row, where groups check.
 
-        Return, per group and lane, Σ w e and Σ (w e)², e the error of log p in float32; and Σ w.
+        Return, per group and lane, Σ w e, Σ (w e)² and Σ w s: e is the error of log p in float32, s
+        the number of components that matter to a row; and Σ w.
         """
-        errors = [self._n_samples.new_zeros(2, len(group.sizes)) for group in task.groups]
+        sums = [self._n_samples.new_zeros(3, len(group.sizes)) for group in task.groups]
         checking = [i for i, group in enumerate(task.groups) if group.checks]
         checked = 0.0
         for chunk in rows.every(task.check_every).chunks(task.width) if checking else ():
             weights = chunk.weights
             checked += float(weights.sum())
             for i in checking:
-                weighted = self._check(i, task.groups[i]).errors(chunk.X) * weights
-                errors[i] += torch.stack([weighted.sum(1), weighted.square().sum(1)])
-        return [of_group.cpu() for of_group in errors], checked
+                error, survivors = self._check(i, task.groups[i])(chunk.X)
+                weighted = error * weights
+                parts = (weighted.sum(1), weighted.square().sum(1), survivors @ weights)
+                sums[i] += torch.stack(parts)
+        return [of_group.cpu() for of_group in sums], checked
 
     def _check(self, i: int, group: LaneBatch) -> _Float32Check:
         if i not in self._checks:
@@ -140,12 +142,12 @@ class _Float32Check:
         for lanes in self._passes:
             lanes.begin(group)
 
-    def errors(self, X: Tensor) -> Float64[Tensor, "L n"]:
-        """Return the errors of log p, nats, of rows X (d, n)."""
+    def __call__(self, X: Tensor) -> tuple[Float64[Tensor, "L n"], Float64[Tensor, "L n"]]:
+        """Return the errors of log p, nats, of rows X (d, n), and how many components matter."""
         for lanes in self._passes:
             lanes.features.fill(X)
-        single, double = (lanes.log_norm() for lanes in self._passes)
-        return single.double() - double
+        (single, _), (double, survivors) = (lanes.evaluate() for lanes in self._passes)
+        return single.double() - double, survivors
 
 
 @contextmanager
@@ -180,7 +182,7 @@ def _workspace(task: EStep, device: torch.device) -> _Workspace:
 
 
 def _kinds(groups: Sequence[LaneBatch], dtype: torch.dtype) -> set[str]:
-    return {group.covariance_type for group in groups if group.precision.dtype == dtype}
+    return {group.features[0] for group in groups if group.features[1] == dtype}
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,7 @@ class Lane:
         return cls(
             model=model,
             theta=at_start.theta,
-            policy=PrecisionPolicy.first(config, float(at_start.condition.max())),
+            policy=PrecisionPolicy.first(config, float(at_start.condition.max()), model.parameters),
             nk=empty,
             rows=empty.clone(),
             status=Status.COLLAPSED if bool(at_start.failed.any()) else None,
@@ -170,9 +170,9 @@ class Lane:
             self.squarem.forget()
 
     def close(self) -> None:
-        """Have the remaining passes judge in float64 what float32 has come to."""
+        """Have the remaining passes judge exactly what float32 has come to."""
         self.policy.leave_float32()
-        self.repeat_in(Precision.FLOAT64)
+        self.repeat_in(self.policy.exact)
 
     def take_back(self) -> None:
         """Have the next pass score the EM step that a failed leap replaced."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -10,6 +11,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from gmm_dist.model.covariance import TYPE_OF
+from gmm_dist.model.natural import natural
 from gmm_dist.model.parameters import Parameters, ParameterStack
 
 
@@ -18,25 +21,37 @@ class Precision(Enum):
 
     FLOAT32 = "float32 matrix products"
     FLOAT64 = "float64 matrix products"
-    CENTRED = "float64, each component about its own mean, by its Cholesky factor"
+    CENTRED = "float64, each component about its own mean, for the pairs that matter"
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32 if self is Precision.FLOAT32 else torch.float64
 
 
+_KEPT = 28.0  # nats
+
+
+def cut(n_components: int) -> float:
+    """Return how far below the largest of a row's logits a component still matters, nats.
+
+    All of those further below have a responsibility of e^-28 together, 7e-13, at the most.
+    """
+    return _KEPT + math.log(n_components)
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class LaneBatch:
     """Lanes of one covariance type and precision, as a worker needs them.
 
-    `theta` (K, P) are the natural parameters of all their components; the centred form reads
-    `stack` instead. Where the batch `checks`, the pass holds float32 log-densities against float64.
+    `theta` (K, P) are the natural parameters of all their components; the centred form screens by
+    them, each component's by itself, and evaluates by `stack`. Where the batch `checks`, the pass
+    holds float32 log-densities against float64.
     """
 
     covariance_type: str
     precision: Precision
     sizes: tuple[int, ...]
-    theta: Float64[Tensor, "K P"] | None = None
+    theta: Float64[Tensor, "K P"]
     stack: ParameterStack | None = None
     checks: bool = False
 
@@ -51,17 +66,26 @@ class LaneBatch:
     ) -> LaneBatch:
         """Pack mixtures of one covariance type, and their natural parameters."""
         kind, sizes = lanes[0].covariance_type, tuple(lane.n_components for lane in lanes)
-        if precision is Precision.CENTRED:
-            return cls(
-                covariance_type=kind,
-                precision=precision,
-                sizes=sizes,
-                stack=ParameterStack.of(lanes),
-            )
-        theta = thetas[0] if len(thetas) == 1 else torch.cat(list(thetas))
+        stack = ParameterStack.of(lanes) if precision is Precision.CENTRED else None
+        if stack is not None and stack.type.is_shared:
+            theta = natural(stack.unshared()).theta
+        else:
+            theta = thetas[0] if len(thetas) == 1 else torch.cat(list(thetas))
         return cls(
-            covariance_type=kind, precision=precision, sizes=sizes, theta=theta, checks=checks
+            covariance_type=kind,
+            precision=precision,
+            sizes=sizes,
+            theta=theta,
+            stack=stack,
+            checks=checks,
         )
+
+    @property
+    def features(self) -> tuple[str, torch.dtype]:
+        """The type whose features the products of a pass take, and their precision."""
+        if self.precision is Precision.CENTRED:
+            return TYPE_OF[self.covariance_type].alone, torch.float32
+        return self.covariance_type, self.precision.dtype
 
     @property
     def layout(self) -> tuple[str, Precision, tuple[int, ...]]:

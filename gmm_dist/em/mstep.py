@@ -14,7 +14,7 @@ from gmm_dist.config import EMConfig
 from gmm_dist.em.degenerate import is_useless
 from gmm_dist.em.lane import Lane, MaximumLikelihood, Model, Status
 from gmm_dist.em.lane_batch import Precision
-from gmm_dist.em.precision import MAX_CONDITION, float32_error
+from gmm_dist.em.precision import MAX_CONDITION, float32_error, survivors_per_row
 from gmm_dist.em.statistics import (
     PassStatistics,
     SufficientStatistics,
@@ -57,13 +57,16 @@ def advance(
         log_likelihood = float(sums.log_likelihood[i]) + shared_quadratic(lane, total)
         # One infinite sum spoils the M-step, though all log-densities be finite.
         in_range = math.isfinite(log_likelihood) and bool(per_lane[i].isfinite().all())
-        has_lost = lane.policy.has_lost(float32_error(sums, i, whole), in_range=in_range)
+        survivors = survivors_per_row(lane.precision, sums, i, whole)
+        has_lost = lane.policy.has_lost(
+            float32_error(sums, i, whole), survivors=survivors, in_range=in_range
+        )
         bound = log_likelihood / whole.n_samples
         taken_back = lane.is_leaping and (has_lost or _falls(lane, bound))
         if taken_back:
             lane.take_back()
         if has_lost:
-            lane.repeat_in(Precision.FLOAT64)
+            lane.repeat_in(lane.policy.exact)
         if has_lost or taken_back:
             continue
         lane.log_likelihood, lane.entropy = log_likelihood, float(sums.entropy[i])
@@ -197,7 +200,8 @@ def _repeats(
 ) -> bool:
     """Have the next pass repeat this one in a better form, if the step needs one."""
     better = lane.policy.needed(condition, failed)
-    if better is Precision.CENTRED and config.returns == "scored" and is_useless(lane, total):
+    is_slow = better is Precision.CENTRED and lane.policy.exact is not Precision.CENTRED
+    if is_slow and config.returns == "scored" and is_useless(lane, total):
         # It will not be ranked: not worth the slowest passes there are, but for the last one.
         lane.strained, better = True, Precision.FLOAT64
     if better is lane.precision:

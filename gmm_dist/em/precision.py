@@ -14,6 +14,9 @@ A pass takes the fastest form that keeps the digits that matter. Two things can 
 A lane of which float32 cannot hold a sum leaves it for good: that shows in no condition, and a lane
 that came back to fail again would never have the two passes in one form that tell a gain.
 
+The centred form loses nothing. It is the slowest where many components matter to a row, and the
+fastest where few do; the passes that measure float32 count those, too.
+
 What a lane is ranked by is always scored in float64.
 """
 
@@ -26,9 +29,11 @@ from dataclasses import dataclass
 from gmm_dist.config import EMConfig
 from gmm_dist.em.lane_batch import Precision
 from gmm_dist.em.statistics import PassStatistics, SufficientStatistics
+from gmm_dist.model.covariance import TYPE_OF
+from gmm_dist.model.parameters import Parameters
 
 FORMS = (Precision.FLOAT32, Precision.FLOAT64, Precision.CENTRED)
-"""From the fastest to the last resort."""
+"""From the one that loses most digits to the one that loses none."""
 
 MAX_CONDITION = {Precision.FLOAT32: 1.7e3, Precision.FLOAT64: 1e7, Precision.CENTRED: math.inf}
 """The largest amplification of rounding (`natural.Natural.condition`) that each form may meet.
@@ -42,6 +47,14 @@ SMALLEST_TOL = 1e-5
 _CHECK_PASSES = 4
 _CHECKED_ROWS, _CHECK_EVERY = 16_384, 16  # at most so many rows, and one in so many
 _BACK = 4.0  # how far below its limit a condition must be before a lane comes back to a form
+_STAY = 1.5  # how far above its limit the number of survivors may be in the centred form
+
+# What a row costs, in multiplications and additions of a float32 matrix product: the unit in which
+# processors differ least (benchmarks/forms.py). The figures choose between forms, no more.
+_FLOAT64 = 2.4  # a pass of float64 products, in passes of float32
+_FEATURE, _LOGIT = 5.0, 25.0  # to make a feature; a logit's share of the softmax
+_COMPONENT = 3e6 / (1 << 14)  # calls for a component, dealt to the rows of a piece
+_PAIR, _PAIR_FEATURE, _PAIR_PRODUCT = 6e3, 400.0, 5.0  # one survivor: in all, per d, per d²
 
 
 def check_every(n_rows: int) -> int:
@@ -57,13 +70,44 @@ def float32_error(sums: SufficientStatistics, lane: int, whole: PassStatistics) 
     return (abs(mean) + 2 * spread) / whole.checked_weight
 
 
+def survivors_per_row(
+    form: Precision, sums: SufficientStatistics, lane: int, whole: PassStatistics
+) -> float:
+    """Return how many components matter to a row; infinite where a pass did not count them."""
+    weight = whole.n_samples if form is Precision.CENTRED else whole.checked_weight
+    return float(sums.survivors[lane]) / weight if weight > 0 else math.inf
+
+
+def most_survivors(covariance_type: str, n_components: int, n_features: int) -> tuple[float, float]:
+    """Return at how many survivors per row the centred form costs what products do.
+
+    In float32, and in float64; below one where products always cost less.
+    """
+    kind = TYPE_OF[covariance_type]
+    products, alone = (_n_rows(name, n_features) for name in (covariance_type, kind.alone))
+    float32 = 2 * products * n_components + _FEATURE * products + _LOGIT * n_components
+    screen = alone * n_components + _FEATURE * alone + (_LOGIT + _COMPONENT) * n_components
+    pair = _PAIR + _PAIR_FEATURE * n_features
+    if kind.has_products:
+        pair += _PAIR_PRODUCT * n_features * n_features
+    return (float32 - screen) / pair, (_FLOAT64 * float32 - screen) / pair
+
+
+def _n_rows(covariance_type: str, n_features: int) -> int:
+    rows = TYPE_OF[covariance_type].rows(n_features)
+    n: int = rows.stop - rows.start
+    return n
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class PrecisionPolicy:
     """One lane's choice: the `form` of its next pass, and what the choice depends on.
 
     `mode` is what the user chose (`config.EMConfig.precision`), `tol` that of the fit. `least` is
     the fastest form that the measured error of float32 admits. `next_check` is the pass, counted
-    from 0, that measures it next; None: none does.
+    from 0, that measures it next; None: none does. `survivors` are the components that matter to a
+    row, as far as a pass has counted them; at `most_survivors` of them the centred form costs what
+    float32 products do, and float64 ones.
     """
 
     mode: str
@@ -72,10 +116,13 @@ class PrecisionPolicy:
     least: Precision
     next_check: int | None = None
     n_passes: int = 0
+    survivors: float = math.inf
+    most_survivors: list[float]
 
     @classmethod
-    def first(cls, config: EMConfig, condition: float) -> PrecisionPolicy:
+    def first(cls, config: EMConfig, condition: float, start: Parameters) -> PrecisionPolicy:
         """Return the choice for a lane that starts from parameters of such a condition."""
+        shape = (start.covariance_type, start.n_components, start.n_features)
         least = Precision.FLOAT64 if config.precision == "float64" else Precision.FLOAT32
         form = least if config.precision == "float32" else _fastest(least, condition)
         if config.returns == "scored" and form is Precision.CENTRED:
@@ -86,6 +133,7 @@ class PrecisionPolicy:
             form=form,
             least=least,
             next_check=0 if config.precision == "auto" else None,
+            most_survivors=list(most_survivors(*shape)),
         )
 
     @property
@@ -95,12 +143,20 @@ class PrecisionPolicy:
             return False
         return self.form is self.least
 
-    def has_lost(self, error: float, *, in_range: bool) -> bool:
-        """Take note of a pass; return whether float64 has to repeat it.
+    @property
+    def exact(self) -> Precision:
+        """The faster of the forms that judge what float32 has come to."""
+        return next(form for form in self._by_speed if form is not Precision.FLOAT32)
 
-        `error` is the measured one, nats per row, of which only a pass that measures takes note;
-        `in_range` says that its sums are numbers.
+    def has_lost(self, error: float, *, survivors: float, in_range: bool) -> bool:
+        """Take note of a pass; return whether an exact form has to repeat it.
+
+        `error` is the measured one, nats per row, and `survivors` are per row: passes that measure
+        take note of them, and centred ones of the survivors. `in_range` says that the pass's sums
+        are numbers.
         """
+        if self.measures_float32 or self.form is Precision.CENTRED:
+            self.survivors = survivors
         if self.measures_float32:
             self.next_check = self.n_passes + _CHECK_PASSES
             limit = max(self.tol, SMALLEST_TOL) / 4
@@ -121,17 +177,23 @@ class PrecisionPolicy:
             return self.form
         if failed:
             return FORMS[min(FORMS.index(self.form) + 1, len(FORMS) - 1)]
-        return _fastest(self.form, condition)
+        better = _fastest(self.form, condition)
+        # Where float64 products would repeat the pass, the centred form may take less time.
+        leaves = better is Precision.FLOAT64 and self.form is Precision.FLOAT32
+        return self.exact if leaves else better
 
     def come_back(self, condition: float) -> None:
         """Take a faster form, if a step of such a condition has shown that it may."""
-        if self.mode == "float32" or self.form is self.least:
+        if self.mode == "float32":
             return
-        faster = _fastest(self.least, condition * _BACK)
-        if FORMS.index(faster) < FORMS.index(self.form):
-            self.form = faster
-            if self.next_check is not None:
-                self.next_check = self.n_passes
+        for form in self._by_speed:
+            if form is self.form:
+                return
+            if condition * _BACK <= MAX_CONDITION[form]:
+                self.form = form
+                if self.next_check is not None:
+                    self.next_check = self.n_passes
+                return
 
     def leave_float32(self) -> None:
         """Take float32 no more."""
@@ -148,6 +210,16 @@ class PrecisionPolicy:
         if len(bounds) > 2 and math.isfinite(gain) and (last := abs(bounds[-2] - bounds[-3])) > 0:
             gain *= min(gain / last, 1.0)
         return not gain >= max(self.tol, SMALLEST_TOL)
+
+    @property
+    def _by_speed(self) -> list[Precision]:
+        """The forms that the lane may take, the fastest first."""
+        products = list(FORMS[FORMS.index(self.least) : 2])
+        most = dict(zip(FORMS, self.most_survivors, strict=False))
+        stay = _STAY if self.form is Precision.CENTRED else 1.0
+        slower = (i for i, form in enumerate(products) if self.survivors <= stay * most[form])
+        place = next(slower, len(products))
+        return [*products[:place], Precision.CENTRED, *products[place:]]
 
 
 def _fastest(least: Precision, condition: float) -> Precision:

@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.em.features import Features
-from gmm_dist.em.lane_batch import LaneBatch
+from gmm_dist.em.lane_batch import LaneBatch, cut
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.covariance.features import CONSTANT_ROW
@@ -52,11 +52,16 @@ class ProductForm:
     """
 
     def __init__(self, group: LaneBatch, features: Features, n_max: int) -> None:
-        assert group.theta is not None
         self.features = features
         self._kind = group.covariance_type
         self._constant = CONSTANT_ROW - TYPE_OF[self._kind].rows(features.d).start
         self._buckets, self._places = _lay_out(group.sizes)
+        self._cuts = [
+            features.empty.new_tensor([cut(group.sizes[lane]) for lane in bucket.lanes]).view(
+                -1, 1, 1
+            )
+            for bucket in self._buckets
+        ]
         self._lanes = [lane for bucket in self._buckets for lane in bucket.lanes]
         n_places = sum(bucket.n_places for bucket in self._buckets)
         like = features.empty
@@ -73,7 +78,6 @@ class ProductForm:
 
     def begin(self, group: LaneBatch) -> None:
         """Take the parameters of the next passes."""
-        assert group.theta is not None
         if len(group.sizes) == 1:  # nothing to lay out, nor below
             self._theta.copy_(group.theta)
             return
@@ -114,22 +118,33 @@ class ProductForm:
             self._carried.addmm_(phi, work.resp_t)
         self._n_carried += phi.shape[1]
 
-    def log_norm(self) -> Tensor:
-        """Return log p (L, n) of the rows that the features hold."""
-        phi = self.features.of[self._kind]
-        return self._in_order(self._softmax(phi, self._buffers(phi.shape[1])))
+    def evaluate(self) -> tuple[Tensor, Float64[Tensor, "L n"]]:
+        """Return log p (L, n) of the rows that the features hold, and how many components matter.
 
-    def statistics(self, float32: Float64[Tensor, "2 L"]) -> SufficientStatistics:
-        """Return the sums since `clear`, lanes in the group's order; `float32` are its errors."""
+        Those within `cut` of the row's largest logit.
+        """
+        phi = self.features.of[self._kind]
+        work = self._buffers(phi.shape[1])
+        log_norm = self._softmax(phi, work)
+        pairs = zip(work.buckets, self._cuts, strict=True)
+        n_matter = [(b[0] >= b[0].amax(1, keepdim=True) - cuts).sum(1) for b, cuts in pairs]
+        return self._in_order(log_norm), self._in_order(torch.cat(n_matter)).double()
+
+    def statistics(self, checks: Float64[Tensor, "3 L"]) -> SufficientStatistics:
+        """Return the sums since `clear`, lanes in the group's order.
+
+        `checks` are the errors of float32, their squares, and the components that matter.
+        """
         self._carry()
         squares = self._squares if self._is_weighted else self._sums[self._constant]
         return SufficientStatistics(
             moments=self._sums[:, self._places].cpu(),
             log_likelihood=self._in_order(self._log_likelihood).cpu(),
             entropy=self._in_order(self._entropy).cpu(),
-            float32_error=float32[0],
-            float32_squares=float32[1],
+            float32_error=checks[0],
+            float32_squares=checks[1],
             squares=squares[self._places].cpu(),
+            survivors=checks[2],
         )
 
     def _carry(self) -> None:

@@ -31,6 +31,8 @@ class SufficientStatistics:
     - `entropy` (L,): sums of -w_n Σ_k r_nk ln r_nk, nats; measured by float64 lanes, else 0;
     - `float32_error` (L,): sums of w_n (log p in float32 - log p in float64) over the checked rows,
       `float32_squares` (L,) of the squares of these terms; 0 where a pass checks none;
+    - `survivors` (L,): sums of w times the number of components that matter to the row
+      (`centred_form.cut`), over all rows in centred passes, over the checked rows in others;
     - `squares` (K,): the sums of w_n² r_nk, of which Kish's number of rows is made
       (`effective_rows`); without weights those of r_nk.
     """
@@ -41,6 +43,7 @@ class SufficientStatistics:
     float32_error: Float64[Tensor, " L"]
     float32_squares: Float64[Tensor, " L"]
     squares: Float64[Tensor, " K"]
+    survivors: Float64[Tensor, " L"]
 
     def __add__(self, other: SufficientStatistics) -> SufficientStatistics:
         return SufficientStatistics(
@@ -50,6 +53,7 @@ class SufficientStatistics:
             float32_error=self.float32_error + other.float32_error,
             float32_squares=self.float32_squares + other.float32_squares,
             squares=self.squares + other.squares,
+            survivors=self.survivors + other.survivors,
         )
 
     def __reduce__(self) -> tuple[Callable[..., SufficientStatistics], tuple[dict[str, Any]]]:

@@ -47,10 +47,9 @@ def publish(estimator: BaseMixture, learned: Parameters, space: Space) -> None:
     precisions = family.precisions(factors)
     estimator.weights_ = space.of(learned.weights)
     estimator.means_ = space.of(learned.means)
-    # One number is a scalar, as scikit-learn has them.
-    estimator.covariances_ = space.of(learned.covariances)[()]
-    estimator.precisions_cholesky_ = space.of(family.unstacked(factors))[()]
-    estimator.precisions_ = space.of(family.unstacked(precisions))[()]
+    estimator.covariances_ = space.of(learned.covariances)
+    estimator.precisions_cholesky_ = space.of(family.unstacked(factors))
+    estimator.precisions_ = space.of(family.unstacked(precisions))
 
 
 def exchanged(source: Any, target: Any) -> Any:

@@ -267,7 +267,7 @@ class BayesianGaussianMixture(BaseMixture):
         else:
             self.weight_concentration_ = space.of(concentration)
         self.mean_precision_ = space.of(posterior.mean_precision)
-        self.degrees_of_freedom_ = space.of(posterior.degrees_of_freedom)[()]
+        self.degrees_of_freedom_ = space.of(posterior.degrees_of_freedom)
         publish(self, posterior.parameters, space)
 
     def _publish_prior(self, prior: Prior, space: Space) -> None:

@@ -46,7 +46,7 @@ class Space:
         if value.is_floating_point():
             value = value.to(self.dtype)
         if self.device is None:
-            return value.cpu().numpy()
+            return value.cpu().numpy()[()]  # one number is a scalar, as scikit-learn has them
         value = value.to(self.device)
         if self.namespace is None:
             return value

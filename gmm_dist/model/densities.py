@@ -28,7 +28,8 @@ class Densities:
 
     The textbook form by Cholesky factors: K triangular products per chunk, and accurate where
     the matrix-product form loses its digits to cancellation. `peaks` (K,) are the largest values,
-    those at the means. `width` is how many numbers a row of a chunk needs.
+    those at the means; `components` has each one's mean, factor and peak. `width` is how many
+    numbers a row of a chunk needs.
     """
 
     def __init__(self, stack: ParameterStack, device: torch.device) -> None:
@@ -38,7 +39,7 @@ class Densities:
         half = stack.per_component(self._family.half_log_det(factors, d))
         self.peaks = log_weights(stack) + half - 0.5 * d * LOG_2PI
         parts = (stack.means, stack.per_component(factors), self.peaks)
-        self._components = list(zip(*(part.to(device) for part in parts), strict=True))
+        self.components = list(zip(*(part.to(device) for part in parts), strict=True))
         self.width, self._device = d + len(self.peaks), device
 
     @classmethod
@@ -55,7 +56,8 @@ class Densities:
     def __call__(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
         """Return log w_k + log N(x; k) of rows `x`, one per column."""
         distance = self._family.mahalanobis
-        logits = torch.stack([c - 0.5 * distance(x, m, f) for m, f, c in self._components])
+        parts = [c - 0.5 * distance(x - m[:, None], f) for m, f, c in self.components]
+        logits = torch.stack(parts)
         # One sum shows whether any row is so far out that digits or the range run short.
         if not float(logits.detach().sum()) > _FAR:
             self._place_far_rows(x, logits)
@@ -77,12 +79,10 @@ class Densities:
     def _relative(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
         """Return stand-ins for log-densities whose distances overflow, in the distances' order."""
         unit = x.abs().amax(0)
-        steepest = max(float(f.abs().max()) for _, f, _ in self._components)
+        steepest = max(float(f.abs().max()) for _, f, _ in self.components)
         near = [
-            self._family.mahalanobis(
-                x / unit - m[:, None] / unit, torch.zeros_like(m), f / steepest
-            )
-            for m, f, _ in self._components
+            self._family.mahalanobis(x / unit - m[:, None] / unit, f / steepest)
+            for m, f, _ in self.components
         ]
         distances = torch.stack(near)
         return -_BEYOND * (1 + 1e6 * distances / distances.amax(0).clamp_min(_TINY))
@@ -93,16 +93,16 @@ class Densities:
         """Break ties between equally distant components by the side that a row lies on."""
         top = logits.amax(0)
         unit = x / x.abs().amax(0)
-        sides = torch.stack([self._side(unit, m, f) for m, f, _ in self._components])
+        sides = torch.stack([self._side(unit, m, f) for m, f, _ in self.components])
         sides = torch.where(logits == top, sides, -math.inf)
         return torch.where(sides == sides.amax(0), logits, logits * (1 + 1e-9))
 
     def _side(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
         """Return x ᵀ Σ⁻¹ m: the term in which a far row's distances to like components differ."""
-        distance, zero = self._family.mahalanobis, torch.zeros_like(mean)
+        distance = self._family.mahalanobis
         size = mean.abs().max().clamp_min(_TINY)
         unit = (mean / size)[:, None]
-        return (distance(x + unit, zero, factor) - distance(x - unit, zero, factor)) * size
+        return (distance(x + unit, factor) - distance(x - unit, factor)) * size
 
 
 def _columns(X: Rows) -> Float64[Tensor, "d b"]:

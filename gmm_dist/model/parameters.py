@@ -127,6 +127,11 @@ class ParameterStack:
         """Return one value per component from values that come one per covariance."""
         return values[self.lane_of_component] if self.type.is_shared else values
 
+    def unshared(self) -> ParameterStack:
+        """Return the same mixtures as ones whose components share no covariance."""
+        covariances, kind = self.per_component(self.covariances), self.type.alone
+        return replace(self, covariances=covariances, covariance_type=kind)
+
     def lanes(self) -> list[Parameters]:
         """Return the mixtures, one by one (views)."""
         sizes = list(self.sizes)

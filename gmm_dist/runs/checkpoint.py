@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "_checkpoints"
 # Of checkpoints alone: 1 held lanes of maximum likelihood only, in another shape.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _IDENTITY = "run.json"
 _NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.safetensors")
 _KEYS = {"format_version", "key", "environment", "number", "state"}

@@ -7,6 +7,8 @@ import doctest
 import importlib
 import io
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +131,24 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (ROOT / path).is_file(), path
     for module in re.findall(r"\bpython -m\s(tools\.\w+)", page.read_text()):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+def test_the_tools_start() -> None:
+    """As a reader starts them: without the paths that pytest adds."""
+    text = "".join(page.read_text() for page in (*PAGES, ROOT / "CONTRIBUTING.md"))
+    modules = sorted(set(re.findall(r"\bpython -m\s(tools\.\w+)", text)))
+    assert len(modules) >= 4
+    command = [sys.executable, "-c"]
+    running = {
+        module: subprocess.Popen(
+            [*command, f"import {module}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for module in modules
+    }
+    said = {module: process.communicate()[1] for module, process in running.items()}
+    assert {module: process.returncode for module, process in running.items()} == dict.fromkeys(
+        modules, 0
+    ), said
 
 
 def test_the_site_has_every_page_once() -> None:

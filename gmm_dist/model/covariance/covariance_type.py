@@ -121,6 +121,12 @@ class CovarianceType(ABC):
         """Return the second moments among the sums of a pass, as `Moments` has them."""
 
     @abstractmethod
+    def sums(
+        self, nk: Float64[Tensor, " K"], sum_x: Float64[Tensor, "K d"], sum_xx: Tensor
+    ) -> Float64[Tensor, "P K"]:
+        """Return moments of components that share nothing in the order of the rows of φ."""
+
+    @abstractmethod
     def covariances(self, moments: Moments, lane: Int64[Tensor, " K"]) -> Tensor:
         """Return the maximum-likelihood covariances; `lane` names each component's lane."""
 
@@ -217,8 +223,8 @@ class CovarianceType(ABC):
         """Return the norm of each precision in units of the second moments `second`."""
 
     @abstractmethod
-    def mahalanobis(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-        """Return the squared distances (n,) of rows `x` (d, n) from one component."""
+    def mahalanobis(self, z: Tensor, factor: Tensor) -> Tensor:
+        """Return the squared distances (n,) of rows less one component's mean, `z` (d, n)."""
 
     # SQUAREM's leaps.
 

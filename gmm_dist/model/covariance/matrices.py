@@ -38,6 +38,13 @@ class Full(CovarianceType):
         # Rows of `sums` are gathered: many times faster than to scatter single elements.
         return sums[1 + d :].index_select(0, second_moment_rows(d)).T.reshape(-1, d, d)
 
+    def sums(self, nk: Tensor, sum_x: Tensor, sum_xx: Tensor) -> Tensor:
+        d = sum_x.shape[1]
+        i, j = product_pairs(d)
+        products = sum_xx.reshape(-1, d * d).index_select(1, (i * d + j).to(sum_xx.device))
+        squares = sum_xx.diagonal(dim1=-2, dim2=-1)
+        return torch.cat([nk[:, None], sum_x, squares, products], dim=1).T
+
     def covariances(self, moments: Moments, lane: Tensor) -> Tensor:
         shift, nk = moments.shift, moments.nk.clamp_min(TINY)
         covariances = moments.sum_xx / nk[:, None, None]
@@ -116,8 +123,8 @@ class Full(CovarianceType):
         scaled = precisions * root[:, :, None] * root[:, None, :]
         return scaled.square().sum((-2, -1)).sqrt()
 
-    def mahalanobis(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-        return (factor.T @ (x - mean[:, None])).square().sum(0)
+    def mahalanobis(self, z: Tensor, factor: Tensor) -> Tensor:
+        return (factor.T @ z).square().sum(0)
 
     def coordinates(self, covariances: Tensor, scale: Tensor) -> Tensor:
         factors = torch.linalg.cholesky(covariances) / scale[:, None]

@@ -65,6 +65,9 @@ class Diag(_Independent):
     def sum_xx(self, sums: Tensor, scatter: Tensor) -> Tensor:
         return sums[1 + len(scatter) :].T
 
+    def sums(self, nk: Tensor, sum_x: Tensor, sum_xx: Tensor) -> Tensor:
+        return torch.cat([nk[:, None], sum_x, sum_xx], dim=1).T
+
     def covariances(self, moments: Moments, lane: Tensor) -> Tensor:
         return moments.sum_xx / moments.nk.clamp_min(TINY)[:, None] - moments.shift.square()
 
@@ -93,8 +96,8 @@ class Diag(_Independent):
     def condition(self, precisions: Tensor, second: Tensor) -> Tensor:
         return (precisions * second).amax(-1)
 
-    def mahalanobis(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-        return ((x - mean[:, None]) * factor[:, None]).square().sum(0)
+    def mahalanobis(self, z: Tensor, factor: Tensor) -> Tensor:
+        return (z * factor[:, None]).square().sum(0)
 
     def coordinates(self, covariances: Tensor, scale: Tensor) -> Tensor:
         return (covariances.log() / 2 - scale.log()).flatten()
@@ -140,6 +143,9 @@ class Spherical(_Independent):
     def sum_xx(self, sums: Tensor, scatter: Tensor) -> Tensor:
         return sums[0]
 
+    def sums(self, nk: Tensor, sum_x: Tensor, sum_xx: Tensor) -> Tensor:
+        return torch.cat([sum_xx[:, None], nk[:, None], sum_x], dim=1).T
+
     def covariances(self, moments: Moments, lane: Tensor) -> Tensor:
         within = moments.sum_xx / moments.nk.clamp_min(TINY) - moments.shift.square().sum(-1)
         return within / moments.sum_x.shape[1]
@@ -182,8 +188,8 @@ class Spherical(_Independent):
         # Every feature's rounding enters the one variance.
         return precisions * second.sum(-1)
 
-    def mahalanobis(self, x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-        return ((x - mean[:, None]) * factor).square().sum(0)
+    def mahalanobis(self, z: Tensor, factor: Tensor) -> Tensor:
+        return (z * factor).square().sum(0)
 
     def coordinates(self, covariances: Tensor, scale: Tensor) -> Tensor:
         return (covariances.log() / 2).flatten()

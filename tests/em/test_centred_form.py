@@ -1,0 +1,226 @@
+"""The centred form: which pairs it evaluates, and what becomes of those that it leaves out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import mixtures
+import naive
+import pytest
+import torch
+
+from gmm_dist.config import ABSOLUTE, EMConfig
+from gmm_dist.em import centred_form, lane, loop, precision
+from gmm_dist.em.estep import EStep, SumMoments
+from gmm_dist.em.lane_batch import LaneBatch, Precision, cut
+from gmm_dist.em.precision import most_survivors
+from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
+from gmm_dist.model.natural import natural
+from gmm_dist.model.parameters import Parameters, ParameterStack
+
+every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+
+
+def one_pass(X, lanes: list[Parameters], sample_weight=None, *, edges=()):
+    """Return the sums of a centred pass."""
+    theta = natural(ParameterStack.of(lanes)).theta
+    thetas = theta.split([one.n_components for one in lanes])
+    batch = LaneBatch.of(lanes, thetas, Precision.CENTRED)
+    whole = mixtures.shards(X, edges, sample_weight).run(EStep((batch,), X.shape[1]))
+    return whole.groups[0]
+
+
+def logits(X, mixture: Parameters) -> torch.Tensor:
+    matrices = torch.tensor(naive.covariance_matrices(mixture))
+    normal = torch.distributions.MultivariateNormal(mixture.means, matrices)
+    return normal.log_prob(X.double()[:, None]) + mixture.weights.log()
+
+
+def apart(kind: str, k: int, d: int, *, seed: int = 0) -> Parameters:
+    """Return a mixture of which few components matter to a row."""
+    return mixtures.parameters(kind, k, d, seed=seed, spread=12.0)
+
+
+@every_type
+@pytest.mark.parametrize("weighted", [False, True])
+def test_survivors_are_the_components_near_the_best(kind, weighted):
+    X = mixtures.rows(apart("full", 4, 3), 400)
+    lanes = [apart(kind, 4, 3), mixtures.parameters(kind, 6, 3, seed=1)]
+    weight = mixtures.row_weights(400) if weighted else torch.ones(400, dtype=torch.float64)
+    sums = one_pass(X, lanes, weight if weighted else None, edges=[150])
+    for i, mixture in enumerate(lanes):
+        exact = logits(X, mixture)
+        # A pair within rounding of the margin may go either way.
+        below = exact.amax(1, keepdim=True) - exact
+        edge = cut(mixture.n_components) + centred_form.MARGIN
+        least, most = ((below < edge + side).double().sum(1) @ weight for side in (-0.01, 0.01))
+        assert float(least) <= float(sums.survivors[i]) * (1 + 1e-12)
+        assert float(sums.survivors[i]) <= float(most) * (1 + 1e-12)
+    assert float(sums.survivors[0]) < 0.9 * 4 * float(weight.sum())  # some were left out
+
+
+@every_type
+def test_what_is_left_out_is_below_its_bound(kind):
+    X = mixtures.rows(apart("full", 5, 3), 500)
+    mixture = apart(kind, 5, 3)
+    sums = one_pass(X, [mixture])
+    exact = logits(X, mixture)
+    lost = (exact.logsumexp(1).sum() - sums.log_likelihood[0]) / len(X)
+    assert abs(float(lost)) < math.exp(-28) + 1e-13 * abs(float(sums.log_likelihood[0])) / len(X)
+    torch.testing.assert_close(
+        sums.moments[(TYPE_OF[TYPE_OF[kind].alone].rows(3).start == 0 and 1) or 0],
+        exact.softmax(1).sum(0),
+        rtol=1e-10,
+        atol=500 * math.exp(-28),
+    )
+
+
+@every_type
+@pytest.mark.parametrize("far", [1e6, 1e15, 1e30, 1e100, 1e160])
+def test_rows_that_float32_cannot_screen_are_evaluated_with_all(kind, far):
+    """Far rows, whose logits in float32 are off by more than the margin, or no numbers."""
+    X = mixtures.rows(mixtures.parameters("full", 3, 2), 300)
+    X[7] = X.new_tensor([far, far / 3])
+    X[200] = X.new_tensor([-far / 7, far])
+    mixture = mixtures.parameters(kind, 3, 2)
+    sums = one_pass(X, [mixture], mixtures.row_weights(300), edges=[100])
+    near = torch.ones(300, dtype=torch.bool)
+    near[[7, 200]] = False
+    exact, weight = logits(X, mixture), mixtures.row_weights(300)
+    for value in (sums.log_likelihood, sums.entropy, sums.squares):
+        assert value.isfinite().all()
+    constant = 1 if TYPE_OF[kind].alone == "spherical" else 0
+    near_mass = weight[near] @ exact[near].softmax(1)
+    excess = sums.moments[constant] - near_mass
+    # The far rows belong to someone, and to no one in part less than nothing.
+    assert float(excess.sum()) == pytest.approx(float(weight[~near].sum()), rel=1e-6)
+    assert bool((excess > -1e-9).all())
+
+
+@every_type
+def test_parameters_beyond_float32_are_not_screened(kind):
+    """Components so narrow that float32 does not hold their precisions."""
+    mixture = mixtures.parameters(kind, 2, 2)
+    tiny = Parameters(
+        weights=mixture.weights,
+        means=mixture.means * 1e-25,
+        covariances=mixture.covariances * 1e-50,
+        covariance_type=kind,
+    )
+    X = mixtures.rows(mixtures.parameters("full", 2, 2), 50)
+    small, normal = one_pass(X * 1e-25, [tiny]), one_pass(X, [mixture])
+    shift = 50 * 2 * 25 * math.log(10)  # the density per unit of X
+    assert float(small.log_likelihood[0]) - shift == pytest.approx(
+        float(normal.log_likelihood[0]), rel=1e-9
+    )
+    torch.testing.assert_close(small.squares, normal.squares, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["full", "diag", "tied-spherical"])
+def test_pieces_and_chunks_change_nothing(kind, monkeypatch):
+    X = mixtures.rows(apart("full", 3, 2), 9000)
+    lanes = [apart(kind, 3, 2), mixtures.parameters(kind, 2, 2, seed=1)]
+    weight = mixtures.row_weights(9000)
+    whole = one_pass(X, lanes, weight)
+    monkeypatch.setattr(centred_form, "_PIECE_ROWS", 1)  # a chunk at a time
+    other = mixtures.shards(X, [], weight)
+    small = other.run(
+        EStep(
+            (
+                LaneBatch.of(
+                    lanes[::-1],
+                    natural(ParameterStack.of(lanes[::-1])).theta.split([2, 3]),
+                    Precision.CENTRED,
+                ),
+            ),
+            2,
+        )
+    ).groups[0]
+    torch.testing.assert_close(
+        small.log_likelihood.flip(0), whole.log_likelihood, rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(small.survivors.flip(0), whole.survivors, rtol=1e-12, atol=0)
+
+
+# ---- which form a lane takes -----------------------------------------------------------------
+
+
+def forms_of(X, start: Parameters, **settings) -> list[Precision]:
+    """Return the form of each pass of a fit."""
+    shards = mixtures.shards(X, [len(X) // 2])
+    config = EMConfig(tol=1e-8, max_iter=12, reg_covar=1e-6, reg_unit=ABSOLUTE, **settings)
+    total = shards.run(SumMoments(X.shape[1]))
+    running = lane.Lane.start(start, config, total.scale)
+    forms = [running.precision]
+    loop.run(shards, [running], config, total, watch=lambda lanes: forms.append(lanes[0].precision))
+    return forms[:-1]
+
+
+def test_a_lane_of_few_survivors_takes_the_centred_form():
+    mixture = mixtures.parameters("full", 64, 64)
+    few, _ = most_survivors("full", 64, 64)
+    assert few > 1.5
+    X = mixtures.rows(mixture, 15_000)
+    forms = forms_of(X, mixture)
+    assert forms[0] is Precision.FLOAT32
+    assert set(forms[1:]) == {Precision.CENTRED}
+    assert Precision.CENTRED not in forms_of(X, mixture, precision="float32")
+
+
+def test_a_lane_of_many_survivors_takes_products():
+    mixture = mixtures.parameters("full", 24, 48, spread=0.2)
+    alike = mixture.covariances[:1].expand(24, -1, -1).clone()
+    mixture = replace(mixture, covariances=alike)
+    forms = forms_of(mixtures.rows(mixture, 3000), mixture)
+    assert Precision.CENTRED not in forms
+
+
+def policy(**changes) -> precision.PrecisionPolicy:
+    fields = {
+        "mode": "auto",
+        "tol": 1e-5,
+        "form": Precision.FLOAT32,
+        "least": Precision.FLOAT32,
+        "next_check": 0,
+        "most_survivors": [2.0, 6.0],
+    }
+    return precision.PrecisionPolicy(**(fields | changes))
+
+
+def test_a_lane_stays_in_the_centred_form_until_survivors_are_well_above_the_limit():
+    chosen = policy()
+    for survivors, expected in [
+        (3.0, Precision.FLOAT32),
+        (2.0, Precision.CENTRED),
+        (2.9, Precision.CENTRED),
+        (3.1, Precision.FLOAT32),
+    ]:
+        chosen.next_check = chosen.n_passes  # each pass measures
+        assert not chosen.has_lost(0.0, survivors=survivors, in_range=True)
+        chosen.come_back(1.0)
+        assert chosen.form is expected
+
+
+@pytest.mark.parametrize(
+    ("survivors", "expected"), [(5.0, Precision.CENTRED), (7.0, Precision.FLOAT64)]
+)
+def test_what_float32_came_to_is_judged_by_the_faster_exact_form(survivors, expected):
+    chosen = policy()
+    assert not chosen.has_lost(0.0, survivors=survivors, in_range=True)
+    assert chosen.exact is expected
+    assert (
+        chosen.has_lost(1.0, survivors=survivors, in_range=True) is False
+    )  # this pass measured nothing
+    chosen.next_check = chosen.n_passes
+    assert chosen.has_lost(
+        1.0, survivors=survivors, in_range=True
+    )  # and this one found float32 wanting
+    assert chosen.exact is expected
+
+
+def test_products_are_never_slower_where_everything_survives():
+    for kind in COVARIANCE_TYPES:
+        for k, d in [(2, 1), (12, 6), (64, 64), (1024, 16), (512, 128)]:
+            few, some = most_survivors(kind, k, d)
+            assert few < some < k

@@ -168,6 +168,8 @@ def main() -> None:
                     for message in messages:
                         counts["faults"] += 1
                         print(f"seed {seed}, d={d}, {name}, {kind}: {message}", flush=True)
+            spent = time.monotonic() - began
+            print(f"seed {seed}, d={d} done: {dict(counts)} in {spent:.0f} s", file=sys.stderr)
     print(f"{dict(counts)} in {time.monotonic() - began:.0f} s")
 
 

@@ -19,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from gmm_dist.errors import UserError
 from gmm_dist.runs.checkpoint import (
+    FORMAT_VERSION,
     Checkpoint,
     CheckpointStore,
     RunIdentity,
@@ -212,9 +213,10 @@ def test_a_difference_that_cannot_be_named(local: Folder) -> None:
 
 def test_a_newer_format_is_refused(local: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr("gmm_dist.runs.checkpoint.FORMAT_VERSION", 3)
+        newer.setattr("gmm_dist.runs.checkpoint.FORMAT_VERSION", FORMAT_VERSION + 1)
         write(local, 5)
-    with pytest.raises(UserError, match="has format version 3, this gmm_dist reads 2 at most"):
+    versions = f"has format version {FORMAT_VERSION + 1}, this gmm_dist reads {FORMAT_VERSION}"
+    with pytest.raises(UserError, match=f"{versions} at most"):
         latest(local)
 
 
@@ -236,7 +238,8 @@ def test_an_older_format_is_refused_in_one_line(local: Folder) -> None:
         latest(local)
     assert str(raised.value) == (
         f"{local.url}: an older gmm_dist wrote checkpoint 4 (format version 1, this "
-        "one resumes from 2 only): finish the run with that gmm_dist, or pass another output to "
+        f"one resumes from {FORMAT_VERSION} only): finish the run with that gmm_dist, or pass "
+        "another output to "
         "start afresh"
     )
 

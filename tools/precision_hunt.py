@@ -93,13 +93,20 @@ SHAPES: dict[str, Make] = {
 }
 
 
-def fits(X: Tensor, labels: Tensor, kind: str, precision: str, *, tol: float = 1e-9) -> FitResult:
+def fits(
+    X: Tensor,
+    labels: Tensor,
+    kind: str,
+    precision: str,
+    *,
+    tol: float = 1e-9,
+    max_iter: int = 1000,
+) -> FitResult:
     """Fit from a partition."""
     centre = X.mean(0)
     ones = torch.ones(N, dtype=torch.float64)
     start = start_of(X - centre, ones, labels, K, kind)
     start = start.shifted(centre)
-    max_iter = 1000 if tol == 1e-9 else 20_000
     config = EMConfig(tol=tol, max_iter=max_iter, reg_covar=1e-15, precision=precision)
     (result,) = mixtures.fit(X, [start], config, edges=[N // 3])
     return result
@@ -134,7 +141,7 @@ def apart(one: FitResult, exact: FitResult, kind: str) -> float:
 
 def _is_flat(X: Tensor, labels: Tensor, auto: FitResult, exact: FitResult, kind: str) -> bool:
     """Say whether float64 itself ended as far from where it goes, or a quarter as far."""
-    optimum = fits(X, labels, kind, "float64", tol=1e-14)
+    optimum = fits(X, labels, kind, "float64", tol=1e-14, max_iter=20_000)
     return apart(auto, optimum, kind) < 4 * apart(exact, optimum, kind)
 
 

@@ -29,7 +29,7 @@ MARGIN = 1.0
 """Nats that are allowed for the rounding of the screen, twice over."""
 
 _PIECE_ROWS, _PIECE_LOGITS = 1 << 15, 1 << 21  # rows screened before their pairs are evaluated
-_STAGGER = 80
+_STAGGER = 80  # numbers between lines: a power of two apart, they would share places in a cache
 _GATHERED = 1 << 17  # numbers of rows about means, at once: they stay in a cache
 _DENSE = 1 << 20  # logits of rows with all components, at once
 
@@ -51,7 +51,6 @@ class CentredForm:
         self._of_lane = list(itertools.starmap(slice, itertools.pairwise(edges)))
         self._n_piece = max(n_max, min(_PIECE_LOGITS // n_components, _PIECE_ROWS))
         like = features.empty
-        # Lines whose distance is a power of two would share few places in a cache.
         self._logits = like.new_empty(n_components, self._n_piece + _STAGGER)
         self._matter = torch.empty_like(self._logits, dtype=torch.bool)
         self._unsure = self._matter.new_empty(self._n_piece)
@@ -181,7 +180,7 @@ class CentredForm:
                 self._nk[lane] += shares.sum(1)
                 self._squares[lane] += shares @ weight
                 for k, r in zip(range(lane.start, lane.stop), shares, strict=True):
-                    self._add_moments(k, x - self._densities.components[k][0][:, None], r)
+                    self._add_moments(k, x - self._means[:, k, None], r)
 
     def _add_moments(self, k: int, z: Float64[Tensor, "d n"], r: Float64[Tensor, " n"]) -> None:
         sum_x, scatter = self._of_component[k]

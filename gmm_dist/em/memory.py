@@ -16,7 +16,7 @@ _COPIES = 8
 
 def lane_bytes(lanes: Sequence[tuple[int, str]], n_features: int) -> int:
     """Return the bytes that a worker needs for lanes (k, covariance type), beside its rows."""
-    widths = {kind: _width(kind, n_features) for _, kind in lanes}
+    widths = {kind: TYPE_OF[kind].n_rows(n_features) for _, kind in lanes}
     statistics = sum(k * widths[kind] for k, kind in lanes)
     chunk = SHORTEST * (max(widths.values()) + 2 * sum(k for k, _ in lanes))
     return 8 * (_COPIES * statistics + chunk)
@@ -43,11 +43,5 @@ def require_memory(lanes: Sequence[tuple[int, str]], n_features: int, available:
 def _by_width() -> list[str]:
     """Return the covariance types from the cheapest to the richest."""
     return sorted(
-        COVARIANCE_TYPES, key=lambda kind: (_width(kind, 100), TYPE_OF[kind].n_values(100))
+        COVARIANCE_TYPES, key=lambda kind: (TYPE_OF[kind].n_rows(100), TYPE_OF[kind].n_values(100))
     )
-
-
-def _width(kind: str, n_features: int) -> int:
-    rows = TYPE_OF[kind].rows(n_features)
-    width: int = rows.stop - rows.start
-    return width

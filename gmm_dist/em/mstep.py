@@ -56,7 +56,9 @@ def advance(
     for i, lane in enumerate(group):
         log_likelihood = float(sums.log_likelihood[i]) + shared_quadratic(lane, total)
         # One infinite sum spoils the M-step, though all log-densities be finite.
-        in_range = math.isfinite(log_likelihood) and bool(per_lane[i].isfinite().all())
+        in_range = lane.precision is not Precision.FLOAT32 or (
+            math.isfinite(log_likelihood) and bool(per_lane[i].isfinite().all())
+        )
         survivors = survivors_per_row(lane.precision, sums, i, whole)
         has_lost = lane.policy.has_lost(
             float32_error(sums, i, whole), survivors=survivors, in_range=in_range

@@ -84,19 +84,13 @@ def most_survivors(covariance_type: str, n_components: int, n_features: int) -> 
     In float32, and in float64; below one where products always cost less.
     """
     kind = TYPE_OF[covariance_type]
-    products, alone = (_n_rows(name, n_features) for name in (covariance_type, kind.alone))
+    products, alone = kind.n_rows(n_features), TYPE_OF[kind.alone].n_rows(n_features)
     float32 = 2 * products * n_components + _FEATURE * products + _LOGIT * n_components
     screen = alone * n_components + _FEATURE * alone + (_LOGIT + _COMPONENT) * n_components
     pair = _PAIR + _PAIR_FEATURE * n_features
     if kind.has_products:
         pair += _PAIR_PRODUCT * n_features * n_features
     return (float32 - screen) / pair, (_FLOAT64 * float32 - screen) / pair
-
-
-def _n_rows(covariance_type: str, n_features: int) -> int:
-    rows = TYPE_OF[covariance_type].rows(n_features)
-    n: int = rows.stop - rows.start
-    return n
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -152,8 +146,8 @@ class PrecisionPolicy:
         """Take note of a pass; return whether an exact form has to repeat it.
 
         `error` is the measured one, nats per row, and `survivors` are per row: passes that measure
-        take note of them, and centred ones of the survivors. `in_range` says that the pass's sums
-        are numbers.
+        take note of them, and centred ones of the survivors. `in_range` says that a float32
+        pass's sums are numbers.
         """
         if self.measures_float32 or self.form is Precision.CENTRED:
             self.survivors = survivors

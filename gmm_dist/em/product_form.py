@@ -118,17 +118,19 @@ class ProductForm:
             self._carried.addmm_(phi, work.resp_t)
         self._n_carried += phi.shape[1]
 
-    def evaluate(self) -> tuple[Tensor, Float64[Tensor, "L n"]]:
-        """Return log p (L, n) of the rows that the features hold, and how many components matter.
+    def log_norm(self) -> Tensor:
+        """Return log p (L, n) of the rows that the features hold."""
+        phi = self.features.of[self._kind]
+        return self._in_order(self._softmax(phi, self._buffers(phi.shape[1])))
+
+    def survivors(self, n: int) -> Float64[Tensor, "L n"]:
+        """Return how many components matter to each of the `n` rows of the last `log_norm`.
 
         Those within `cut` of the row's largest logit.
         """
-        phi = self.features.of[self._kind]
-        work = self._buffers(phi.shape[1])
-        log_norm = self._softmax(phi, work)
-        pairs = zip(work.buckets, self._cuts, strict=True)
+        pairs = zip(self._buffers(n).buckets, self._cuts, strict=True)
         n_matter = [(b[0] >= b[0].amax(1, keepdim=True) - cuts).sum(1) for b, cuts in pairs]
-        return self._in_order(log_norm), self._in_order(torch.cat(n_matter)).double()
+        return self._in_order(torch.cat(n_matter)).double()
 
     def statistics(self, checks: Float64[Tensor, "3 L"]) -> SufficientStatistics:
         """Return the sums since `clear`, lanes in the group's order.

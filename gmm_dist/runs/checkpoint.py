@@ -33,7 +33,8 @@ from gmm_dist.storage import line_of
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "_checkpoints"
-# Of checkpoints alone: 1 held lanes of maximum likelihood only, in another shape.
+# Of checkpoints alone: 1 held lanes of maximum likelihood only, in another shape; 2 did not count
+# the components that matter to a row.
 FORMAT_VERSION = 3
 _IDENTITY = "run.json"
 _NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.safetensors")

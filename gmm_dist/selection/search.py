@@ -350,8 +350,7 @@ class Search:
 
 def _parts(n_lanes: int, candidate: Candidate, rows: Rows) -> list[slice]:
     """Deal lanes to jobs: as many jobs as there is work for, with like numbers of lanes."""
-    features = TYPE_OF[candidate.covariance_type].rows(rows.n_features)
-    width = candidate.k * (features.stop - features.start)
+    width = candidate.k * TYPE_OF[candidate.covariance_type].n_rows(rows.n_features)
     n_jobs = max(1, min(n_lanes, n_lanes * width * len(rows.sample.X) // _WORTH))
     edges = [n_lanes * i // n_jobs for i in range(n_jobs + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]

@@ -100,6 +100,12 @@ class CovarianceType(ABC):
     def rows(self, n_features: int) -> slice:
         """Return which rows of the feature matrix are this type's φ."""
 
+    def n_rows(self, n_features: int) -> int:
+        """Return the length of this type's φ."""
+        rows = self.rows(n_features)
+        n: int = rows.stop - rows.start
+        return n
+
     def moments(self, sums: Float64[Tensor, "P K"], scatter: Float64[Tensor, ...]) -> Moments:
         """Name the parts of the product Φ Rᵀ.
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fsspec
-import jaxtyping
 import pytest
 import torch
 
@@ -41,11 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _annotations(request: pytest.FixtureRequest) -> Iterator[None]:
     """Execute the annotations of the mathematics, but in tests marked `unchecked`."""
-    unchecked = request.node.get_closest_marker("unchecked") is not None
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", unchecked or before)
+    import typechecker  # where pytest puts the folders of tests on the path
+
+    typechecker.begin_test(request.node.get_closest_marker("unchecked") is None)
     yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+    typechecker.begin_test(True)  # fixtures of many tests are made between them
 
 
 @pytest.fixture(autouse=True)

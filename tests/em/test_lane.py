@@ -48,7 +48,6 @@ def assert_same_bits(one: SweepResult, other: SweepResult) -> None:
         assert mine.outcome.n_dropped == theirs.outcome.n_dropped
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize("accelerate", [True, False])
 @pytest.mark.parametrize("precision", ["auto", "float64"])
 def test_a_sweep_goes_on_from_any_pass_to_the_same_bits(accelerate, precision):

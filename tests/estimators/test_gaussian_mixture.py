@@ -594,6 +594,7 @@ def test_foreign_arrays_go_through_dlpack():
     assert model.to_sklearn().means_.shape == (3, 3)
 
 
+@pytest.mark.long  # a command of its own: python -m tools.sklearn_suite
 def test_scikit_learns_own_tests_with_our_classes():
     command = [sys.executable, "-m", "tools.sklearn_suite"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -67,7 +67,6 @@ class Shuffled:
         return number, pickle.loads(pickle.dumps(pickle.loads(job)(pickle.loads(shared))))
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize("worth", [1, 1 << 26])
 def test_the_order_in_which_jobs_are_done_changes_no_bit(monkeypatch, worth):
     """Nor that jobs, samples and results travel; with many jobs, and with few."""

@@ -103,7 +103,6 @@ def assert_positive_definite(start: Parameters) -> None:
 # --- out of a local optimum ---
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize("random_state", [0, 1, 3])
 def test_moves_leave_an_optimum_that_one_restart_is_stuck_in(alone, random_state):
     X, labels = six_clusters()
@@ -150,7 +149,6 @@ def test_the_trail_leads_out_of_an_optimum_that_no_move_leaves(random_state, mon
 # --- a k by itself and in a grid
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
 def test_what_comes_of_a_k_has_the_same_bits_in_any_grid(init):
     """Of more rows than the samples have, and beside other covariance types."""
@@ -222,7 +220,6 @@ def test_mending_puts_useless_components_elsewhere():
 # --- what comes back ---
 
 
-@pytest.mark.unchecked
 def test_there_are_finalists_for_each_candidate_in_their_order():
     X = mixtures.normal_rows(300, 2)
     found = searched(X, PAIRS, n_init=4, finalists=2, moves=1)
@@ -248,7 +245,6 @@ def test_finalists_are_the_best_first_and_different_optima(alone):
 # --- the same bits ---
 
 
-@pytest.mark.unchecked
 def test_the_random_state_decides_the_bits():
     X = mixtures.rows(mixtures.parameters("full", 4, 2), 400)
     X = X - X.mean(0)
@@ -260,7 +256,6 @@ def test_the_random_state_decides_the_bits():
     assert not torch.equal(other.means, one[0][0].means)
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize("worth", [1, 1 << 26])
 def test_threads_change_no_bit(monkeypatch, worth):
     """However many jobs there are."""
@@ -276,7 +271,6 @@ def test_threads_change_no_bit(monkeypatch, worth):
     assert_same_finalists(*found)
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize("init", ["k-means++", "k-means||"])
 def test_who_holds_which_shard_changes_no_bit(init):
     X, weight = mixtures.rows(mixtures.parameters("full", 3, 2), 500), mixtures.row_weights(500)
@@ -321,7 +315,6 @@ def test_duplicates_a_constant_column_and_an_outlier_still_start(init):
 
 # Random shares are so even that rounding would choose among the optima. Nothing hands over such
 # rows: see test_estimator's and test_reading's rows of zero weight.
-@pytest.mark.unchecked
 @pytest.mark.parametrize("init", [init for init in INITS if not init.startswith("random")])
 def test_rows_of_zero_weight_are_absent(init):
     """However far away, they change no start."""

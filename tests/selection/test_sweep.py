@@ -51,7 +51,6 @@ def scikit_learns_bic(X, k, kind) -> float:
     return model.fit(X.numpy()).bic(X.numpy())
 
 
-@pytest.mark.unchecked
 def test_bic_finds_the_three_clusters():
     X = classic()
     result = run(X, [Candidate(k, "full") for k in range(1, 7)])
@@ -82,7 +81,6 @@ def test_other_types_equal_the_naive_loop_from_the_clusters(kind, n_parameters):
     assert run(X, [Candidate(3, kind)]).scored[0].bic == pytest.approx(bic, rel=1e-6)
 
 
-@pytest.mark.unchecked
 def test_types_compete_and_share_the_passes():
     result = run(classic(), [Candidate(k, kind) for kind in COVARIANCE_TYPES for k in (2, 3, 4)])
     assert result.best is not None
@@ -161,7 +159,6 @@ def partly_held_out(X, held) -> LocalShards:
     )
 
 
-@pytest.mark.unchecked
 def test_held_out_rows_rank_and_nothing_is_fitted_to_them():
     X, held = classic(), torch.arange(300) % 5 == 0
     candidates = [Candidate(k, "full") for k in (1, 3, 6)]
@@ -309,7 +306,6 @@ class BrokenOffError(Exception):
     """Ends a sweep in its search."""
 
 
-@pytest.mark.unchecked
 def test_a_search_that_is_broken_off_goes_on_with_the_candidates_that_are_left(monkeypatch):
     X, candidates = classic(), [Candidate(k, kind) for kind in ("full", "diag") for k in (3, 1)]
     whole = run(X, candidates, EMConfig(), n_init=2)
@@ -351,7 +347,6 @@ def test_the_search_tells_its_progress_after_every_job():
     assert told[-1].n_passes > 20
 
 
-@pytest.mark.unchecked
 def test_a_fit_that_ends_below_a_smaller_one_goes_on_from_that(monkeypatch):
     X = classic()
     candidates = [Candidate(k, "full") for k in (4, 2, 3)]
@@ -372,7 +367,6 @@ def test_a_fit_that_ends_below_a_smaller_one_goes_on_from_that(monkeypatch):
             assert one.fit.log_likelihood == other.fit.log_likelihood
 
 
-@pytest.mark.unchecked
 def test_where_em_may_not_step_a_smaller_mixtures_likelihood_is_kept_to_the_digit(monkeypatch):
     """With one step and a large regularisation EM itself would lower it."""
     X, config = classic(), EMConfig(max_iter=1, reg_covar=0.3)

@@ -39,7 +39,6 @@ def parsed(text: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.long
-@pytest.mark.unchecked
 def test_ours_and_scikit_learn_make_the_same_iterations(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     shapes = ["--shapes", "diag:4000:5:4"]
@@ -61,7 +60,6 @@ def test_ours_and_scikit_learn_make_the_same_iterations(tmp_path: Path, run: Run
 
 
 @pytest.mark.long
-@pytest.mark.unchecked
 def test_a_contender_that_cannot_run_is_a_row_of_the_table(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     pytest.importorskip("sklearn")
@@ -76,7 +74,6 @@ def test_a_contender_that_cannot_run_is_a_row_of_the_table(tmp_path: Path, run: 
         assert "skipped: torchgmm is not installed: pip install -e '.[bench]'" in out
 
 
-@pytest.mark.unchecked
 def test_the_gpu_benchmark_runs_on_a_cpu(run: Run) -> None:
     results = parsed(run("gpu", "--device", "cpu", "--scale", "0.0003", "--repeats", "1"))
     checks = [r for r in results if r["benchmark"] == "gpu-check"]
@@ -88,7 +85,6 @@ def test_the_gpu_benchmark_runs_on_a_cpu(run: Run) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.unchecked
 def test_quality_compares_notes_the_best_and_hunts_for_better(tmp_path: Path, run: Run) -> None:
     pytest.importorskip("sklearn")
     path, best = tmp_path / "results.jsonl", tmp_path / "best.json"
@@ -127,7 +123,6 @@ def test_quality_compares_notes_the_best_and_hunts_for_better(tmp_path: Path, ru
 
 
 @pytest.mark.long
-@pytest.mark.unchecked
 def test_scored_files_agree_with_scikit_learn(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     shape = ["--rows", "6000", "--features", "3", "--k", "4", "--files", "2"]
@@ -203,7 +198,6 @@ def test_aims_are_judged_where_the_peer_is_not_degenerate() -> None:
     assert "-3.0000 (degenerate)" in contest.row()
 
 
-@pytest.mark.unchecked
 def test_the_estimator_is_timed_beside_scikit_learns(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "results.jsonl"
     quick = ["--shapes", "400:2:2", "--rounds", "1", "--iterations", "3", "--json", str(path)]

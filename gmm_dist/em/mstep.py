@@ -23,7 +23,7 @@ from gmm_dist.em.statistics import (
 )
 from gmm_dist.model.covariance import TYPE_OF, Moments
 from gmm_dist.model.natural import Natural, maximise, natural
-from gmm_dist.model.parameters import Parameters, ParameterStack
+from gmm_dist.model.parameters import Parameters, ParameterStack, lane_numbers, of_lanes
 
 _LADDER = [0.0] + [10.0**rung for rung in range(-10, -3)]
 
@@ -51,7 +51,7 @@ def advance(
     Raises SingularCovarianceError, where `config` says so.
     """
     sizes = [lane.parameters.n_components for lane in group]
-    per_lane, squares = sums.moments.split(sizes, dim=1), sums.squares.split(sizes)
+    per_lane, squares = of_lanes(sums.moments, sizes, dim=1), of_lanes(sums.squares, sizes)
     stepping, moments = [], []
     for i, lane in enumerate(group):
         log_likelihood = float(sums.log_likelihood[i]) + shared_quadratic(lane, total)
@@ -103,8 +103,7 @@ def step(models: Sequence[Model], moments: Sequence[Moments]) -> tuple[list[Mode
     kind = models[0].parameters.covariance_type
     sizes = tuple(len(of_lane.nk) for of_lane in moments)
     stacked = _stacked([_filled(m, model) for m, model in zip(moments, models, strict=True)])
-    reg = torch.stack([model.reg for model in models])
-    reg = torch.repeat_interleave(reg, torch.tensor(sizes), dim=0)
+    reg = torch.stack([model.reg for model in models])[lane_numbers(sizes)]
     stack = maximise(kind, stacked, sizes, reg)
     fits, stepped = stack.lanes(), []
     for model, of_lane, fit in zip(models, moments, fits, strict=True):
@@ -179,10 +178,8 @@ def _m_step(
     """Give every lane its next model, or the precision or regularisation that it needs."""
     stepped, at = step([lane.model for lane in lanes], moments)
     sizes = [len(of_lane.nk) for of_lane in moments]
-    parts = zip(
-        at.theta.split(sizes), at.failed.split(sizes), at.condition.split(sizes), strict=True
-    )
-    for lane, of_lane, model, part in zip(lanes, moments, stepped, parts, strict=True):
+    parts = (of_lanes(of_all, sizes) for of_all in (at.theta, at.failed, at.condition))
+    for lane, of_lane, model, *part in zip(lanes, moments, stepped, *parts, strict=True):
         theta, failed, condition = part[0], bool(part[1].any()), float(part[2].max())
         if _repeats(lane, condition, failed, total, config):
             continue

@@ -64,6 +64,12 @@ class Parameters:
         return self.type.variances(self.stacked_covariances, self.n_features).expand_as(self.means)
 
 
+def of_lanes(values: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
+    """Return each lane's part of `values` along `dim` (views); `sizes` are their lengths."""
+    # Most calls at small shapes are for one lane, and torch's own takes as long as a product.
+    return (values,) if len(sizes) == 1 else values.split(list(sizes), dim)
+
+
 @functools.lru_cache(maxsize=64)
 def lane_numbers(sizes: tuple[int, ...]) -> Int64[Tensor, " K"]:
     """Return the number of each component's lane; `sizes` are the lanes' components."""
@@ -134,13 +140,14 @@ class ParameterStack:
 
     def lanes(self) -> list[Parameters]:
         """Return the mixtures, one by one (views)."""
-        sizes = list(self.sizes)
+        sizes = self.sizes
         counts = [1] * len(sizes) if self.type.is_shared else sizes
-        covariances = map(self.type.unstacked, self.covariances.split(counts))
-        logs = [None] * len(sizes) if self.log_weights is None else self.log_weights.split(sizes)
-        parts = zip(
-            self.weights.split(sizes), self.means.split(sizes), covariances, logs, strict=True
-        )
+        covariances = map(self.type.unstacked, of_lanes(self.covariances, counts))
+        logs: Sequence[Tensor | None] = [None] * len(sizes)
+        if self.log_weights is not None:
+            logs = of_lanes(self.log_weights, sizes)
+        weights, means = of_lanes(self.weights, sizes), of_lanes(self.means, sizes)
+        parts = zip(weights, means, covariances, logs, strict=True)
         return [
             Parameters(
                 weights=w,

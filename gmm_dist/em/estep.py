@@ -17,10 +17,10 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.chunks import chunk_rows
-from gmm_dist.em.centred_form import CentredForm
-from gmm_dist.em.features import Features
+from gmm_dist.em.forms.centred_form import CentredForm
+from gmm_dist.em.forms.features import Features
+from gmm_dist.em.forms.product_form import ProductForm
 from gmm_dist.em.lane_batch import LaneBatch, Precision
-from gmm_dist.em.product_form import ProductForm
 from gmm_dist.em.statistics import PassStatistics, TotalMoments
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.shards.protocol import ShardRows

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from gmm_dist.config import RELATIVE, EMConfig
 from gmm_dist.em.estep import EStep
+from gmm_dist.em.forms import compiled
 from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.precision import PrecisionPolicy, check_every
 from gmm_dist.em.squarem import Squarem
+from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.natural import natural
 from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.model.variational import Posterior, Prior
@@ -108,27 +110,33 @@ class Lane:
         cls,
         parameters: Parameters,
         config: EMConfig,
-        scale: Float64[Tensor, " d"] | None = None,
+        total: TotalMoments | None = None,
     ) -> Lane:
-        """Start from parameters, of rows whose features have the spread `scale` (None: 1).
+        """Start from parameters; `total` are the moments of the rows (None: features spread by 1).
 
-        With a scale, and as `config` says, it leaps ahead of EM.
+        With moments, and as `config` says, it leaps ahead of EM.
         """
-        unit = parameters.means.new_ones(parameters.n_features) if scale is None else scale
-        lane = cls.of(MaximumLikelihood(parameters, regularisation(config, unit)), config)
-        if config.accelerate and scale is not None:
-            lane.squarem = Squarem(scale=scale)
+        if total is None:
+            unit = parameters.means.new_ones(parameters.n_features)
+            return cls.of(MaximumLikelihood(parameters, regularisation(config, unit)), config)
+        model = MaximumLikelihood(parameters, regularisation(config, total.scale))
+        lane = cls.of(model, config, total.n_rows)
+        if config.accelerate:
+            lane.squarem = Squarem(scale=total.scale)
         return lane
 
     @classmethod
-    def of(cls, model: Model, config: EMConfig, last_bound: float | None = None) -> Lane:
-        """Start from a model; `last_bound` is what the first bound is compared with."""
+    def of(
+        cls, model: Model, config: EMConfig, n_rows: int = 0, last_bound: float | None = None
+    ) -> Lane:
+        """Start from a model, of `n_rows` rows; the first bound is compared with `last_bound`."""
         at_start = natural(ParameterStack.of([model.parameters]))
+        condition = float(at_start.condition.max())
         empty = torch.zeros_like(model.parameters.weights)
         return cls(
             model=model,
             theta=at_start.theta,
-            policy=PrecisionPolicy.first(config, float(at_start.condition.max()), model.parameters),
+            policy=PrecisionPolicy.first(config, condition, model.parameters, n_rows),
             nk=empty,
             rows=empty.clone(),
             status=Status.COLLAPSED if bool(at_start.failed.any()) else None,
@@ -199,18 +207,20 @@ def grouped(lanes: Sequence[Lane]) -> list[list[Lane]]:
 def task_of(groups: Sequence[Sequence[Lane]], n_rows: int) -> EStep:
     """Return the pass over `n_rows` rows that scores all lanes."""
     return EStep(
-        groups=tuple(_batch(group) for group in groups),
+        groups=tuple(_batch(group, n_rows) for group in groups),
         n_features=groups[0][0].parameters.n_features,
         check_every=check_every(n_rows),
     )
 
 
-def _batch(group: Sequence[Lane]) -> LaneBatch:
+def _batch(group: Sequence[Lane], n_rows: int) -> LaneBatch:
+    first = group[0].parameters
     return LaneBatch.of(
         [lane.parameters for lane in group],
         [lane.theta for lane in group],
         group[0].precision,
         checks=any(lane.policy.measures_float32 for lane in group),
+        compiled=compiled.pays(n_rows, first.covariance_type, first.n_features),
     )
 
 

@@ -31,6 +31,10 @@ class Precision(Enum):
 _KEPT = 28.0  # nats
 
 
+MARGIN = 1.0
+"""Nats that the centred form allows for the rounding of its screen, twice over."""
+
+
 def cut(n_components: int) -> float:
     """Return how far below the largest of a row's logits a component still matters, nats.
 
@@ -44,8 +48,8 @@ class LaneBatch:
     """Lanes of one covariance type and precision, as a worker needs them.
 
     `theta` (K, P) are the natural parameters of all their components; the centred form screens by
-    them, each component's by itself, and evaluates by `stack`. Where the batch `checks`, the pass
-    holds float32 log-densities against float64.
+    them, each component's by itself, and evaluates by `stack`, on a CPU in `compiled` loops or
+    without. Where the batch `checks`, the pass holds float32 log-densities against float64.
     """
 
     covariance_type: str
@@ -54,6 +58,7 @@ class LaneBatch:
     theta: Float64[Tensor, "K P"]
     stack: ParameterStack | None = None
     checks: bool = False
+    compiled: bool = False
 
     @classmethod
     def of(
@@ -63,6 +68,7 @@ class LaneBatch:
         precision: Precision,
         *,
         checks: bool = False,
+        compiled: bool = False,
     ) -> LaneBatch:
         """Pack mixtures of one covariance type, and their natural parameters."""
         kind, sizes = lanes[0].covariance_type, tuple(lane.n_components for lane in lanes)
@@ -78,6 +84,7 @@ class LaneBatch:
             theta=theta,
             stack=stack,
             checks=checks,
+            compiled=compiled,
         )
 
     @property
@@ -88,6 +95,6 @@ class LaneBatch:
         return self.covariance_type, self.precision.dtype
 
     @property
-    def layout(self) -> tuple[str, Precision, tuple[int, ...]]:
+    def layout(self) -> tuple[str, Precision, tuple[int, ...], bool]:
         """What the buffers of a pass depend on."""
-        return self.covariance_type, self.precision, self.sizes
+        return self.covariance_type, self.precision, self.sizes, self.compiled

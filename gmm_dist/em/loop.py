@@ -85,8 +85,7 @@ def fit(
 
     Returns one result per start, in their order.
     """
-    scale = total.scale
-    lanes = [Lane.start(parameters, config, scale) for parameters in starts]
+    lanes = [Lane.start(parameters, config, total) for parameters in starts]
     run(shards, lanes, config, total, watch=watch)
     return [result_of(lane, total) for lane in lanes]
 

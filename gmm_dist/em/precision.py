@@ -27,9 +27,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gmm_dist.config import EMConfig
+from gmm_dist.em.forms import compiled
 from gmm_dist.em.lane_batch import Precision
 from gmm_dist.em.statistics import PassStatistics, SufficientStatistics
-from gmm_dist.model.covariance import TYPE_OF
+from gmm_dist.model.covariance import TYPE_OF, CovarianceType
 from gmm_dist.model.parameters import Parameters
 
 FORMS = (Precision.FLOAT32, Precision.FLOAT64, Precision.CENTRED)
@@ -53,8 +54,25 @@ _STAY = 1.5  # how far above its limit the number of survivors may be in the cen
 # processors differ least (benchmarks/forms.py). The figures choose between forms, no more.
 _FLOAT64 = 2.4  # a pass of float64 products, in passes of float32
 _FEATURE, _LOGIT = 5.0, 25.0  # to make a feature; a logit's share of the softmax
-_COMPONENT = 3e6 / (1 << 14)  # calls for a component, dealt to the rows of a piece
-_PAIR, _PAIR_FEATURE, _PAIR_PRODUCT = 6e3, 400.0, 5.0  # one survivor: in all, per d, per d²
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """What the centred form costs beside its screen: for a component, and for a survivor."""
+
+    component: float
+    pair: float
+    per_feature: float
+    per_product: float
+
+    def survivor(self, kind: CovarianceType, d: int) -> float:
+        products = self.per_product * d * d if kind.has_products else 0.0
+        return self.pair + self.per_feature * d + products
+
+
+# By torch, calls for a component are dealt to the rows of a piece.
+_BY_TORCH = _Pairs(component=25.0 + 3e6 / (1 << 14), pair=6e3, per_feature=400.0, per_product=5.0)
+_COMPILED = _Pairs(component=30.0, pair=1e3, per_feature=50.0, per_product=6.0)
 
 
 def check_every(n_rows: int) -> int:
@@ -78,18 +96,20 @@ def survivors_per_row(
     return float(sums.survivors[lane]) / weight if weight > 0 else math.inf
 
 
-def most_survivors(covariance_type: str, n_components: int, n_features: int) -> tuple[float, float]:
+def most_survivors(
+    covariance_type: str, n_components: int, n_features: int, *, compiled: bool
+) -> tuple[float, float]:
     """Return at how many survivors per row the centred form costs what products do.
 
-    In float32, and in float64; below one where products always cost less.
+    In float32, and in float64; below one where products always cost less. Its loops may be
+    `compiled`.
     """
+    costs = _COMPILED if compiled else _BY_TORCH
     kind = TYPE_OF[covariance_type]
     products, alone = kind.n_rows(n_features), TYPE_OF[kind.alone].n_rows(n_features)
     float32 = 2 * products * n_components + _FEATURE * products + _LOGIT * n_components
-    screen = alone * n_components + _FEATURE * alone + (_LOGIT + _COMPONENT) * n_components
-    pair = _PAIR + _PAIR_FEATURE * n_features
-    if kind.has_products:
-        pair += _PAIR_PRODUCT * n_features * n_features
+    screen = alone * n_components + _FEATURE * alone + costs.component * n_components
+    pair = costs.survivor(kind, n_features)
     return (float32 - screen) / pair, (_FLOAT64 * float32 - screen) / pair
 
 
@@ -114,9 +134,12 @@ class PrecisionPolicy:
     most_survivors: list[float]
 
     @classmethod
-    def first(cls, config: EMConfig, condition: float, start: Parameters) -> PrecisionPolicy:
-        """Return the choice for a lane that starts from parameters of such a condition."""
-        shape = (start.covariance_type, start.n_components, start.n_features)
+    def first(
+        cls, config: EMConfig, condition: float, start: Parameters, n_rows: int
+    ) -> PrecisionPolicy:
+        """Return the choice for a lane of `n_rows` rows that starts from such a condition."""
+        kind, d = start.covariance_type, start.n_features
+        most = most_survivors(kind, start.n_components, d, compiled=compiled.pays(n_rows, kind, d))
         least = Precision.FLOAT64 if config.precision == "float64" else Precision.FLOAT32
         form = least if config.precision == "float32" else _fastest(least, condition)
         if config.returns == "scored" and form is Precision.CENTRED:
@@ -127,7 +150,7 @@ class PrecisionPolicy:
             form=form,
             least=least,
             next_check=0 if config.precision == "auto" else None,
-            most_survivors=list(most_survivors(*shape)),
+            most_survivors=list(most),
         )
 
     @property

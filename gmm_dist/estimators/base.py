@@ -325,17 +325,18 @@ class BaseMixture(FittedMixture):
     def _best_lane(self, rows: Rows, weight: Tensor | None, resident: Resident) -> Lane:
         if self._is_warm():
             self._require_warm(rows.shape[1])
-            lanes = [self._lane(self._fitted_model(resident), self.lower_bound_)]
+            lanes = [self._lane(self._fitted_model(resident), resident.total, self.lower_bound_)]
         else:
-            lanes = [self._lane(model) for model in self._models(rows, weight, resident)]
+            models = self._models(rows, weight, resident)
+            lanes = [self._lane(model, resident.total) for model in models]
             # Where none is iterated, scikit-learn keeps the last.
             lanes = lanes if self.max_iter > 0 else lanes[-1:]
         # The first goes alone, in the very arithmetic of a fit of one start: so more starts never
         # end below it by a rounding. The others share their passes.
         return self._best_of((lanes[:1], lanes[1:]), resident)
 
-    def _lane(self, model: Model, last_bound: float | None = None) -> Lane:
-        return Lane.of(model, self._rules(self.max_iter), last_bound)
+    def _lane(self, model: Model, total: TotalMoments, last_bound: float | None = None) -> Lane:
+        return Lane.of(model, self._rules(self.max_iter), total.n_rows, last_bound)
 
     def _rules(self, max_iter: int) -> EMConfig:
         """Return scikit-learn's rules of EM."""

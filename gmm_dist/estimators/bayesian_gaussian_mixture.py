@@ -232,7 +232,7 @@ class BayesianGaussianMixture(BaseMixture):
         if kept is not None and (saved := kept.latest) is not None:
             lanes, is_sifted = restore_lanes(saved), bool(saved.state["sifted"])
         elif is_sifted:
-            lanes = [self._lane(self._fitted_model(rows), self.lower_bound_)]
+            lanes = [self._lane(self._fitted_model(rows), rows.total, self.lower_bound_)]
         else:
             lanes = self._searched_lanes(rows, search_of(self, kept.seed if kept else None))
         if not is_sifted:
@@ -256,7 +256,8 @@ class BayesianGaussianMixture(BaseMixture):
         starts = find_starts(rows.shards, candidates, config, start, rows.total)
         # The largest first: it is the one kept where max_iter is 0.
         mixtures = [_filled(best, k) for (best,) in reversed(starts)]
-        return [self._lane(updated(prior, mixture.weights * n, mixture)) for mixture in mixtures]
+        models = [updated(prior, mixture.weights * n, mixture) for mixture in mixtures]
+        return [self._lane(model, rows.total) for model in models]
 
     def _publish(self, model: Any, rows: CentredRows, space: Space) -> None:
         posterior = model.shifted(rows.centre)

@@ -183,8 +183,7 @@ def run(
     at_once = max(1, len(starts) * _STATISTICS_BYTES // lane_bytes(shapes, rows.n_features))
     results: list[loop.FitResult] = []
     for first in range(0, len(starts), at_once):
-        scale = rows.total.scale
-        lanes = [Lane.start(s, config, scale) for s in starts[first : first + at_once]]
+        lanes = [Lane.start(s, config, rows.total) for s in starts[first : first + at_once]]
         loop.run(
             rows.shards,
             lanes,

@@ -187,10 +187,9 @@ class _CandidateLanes:
 
     def add(self, starts: Sequence[Sequence[Parameters]]) -> None:
         """Add a lane for each start of each candidate."""
-        scale = self._total.scale
         for i, candidate_starts in enumerate(starts):
             for parameters in candidate_starts:
-                self._lanes.append(Lane.start(parameters, self._config, scale))
+                self._lanes.append(Lane.start(parameters, self._config, self._total))
                 self._owners.append(i)
                 self._seconds.append(time.monotonic() - self._began)
 
@@ -249,10 +248,13 @@ class _CandidateLanes:
         if i in self._refitted:
             return
         self._refitted.append(i)
-        k, scale = self._candidates[i].k, self._total.scale
-        copied = Lane.start(split_merge.halved(smaller, k, shift=0.0), self._config, scale)
+        k = self._candidates[i].k
+        halved, copied = (
+            Lane.start(split_merge.halved(smaller, k, **settings), self._config, self._total)
+            for settings in ({}, {"shift": 0.0})
+        )
         copied.policy.form, copied.verdict = Precision.CENTRED, Status.CONVERGED
-        for lane in (Lane.start(split_merge.halved(smaller, k), self._config, scale), copied):
+        for lane in (halved, copied):
             self._lanes.append(lane)
             self._owners.append(i)
             self._seconds.append(time.monotonic() - self._began)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import sys
+from dataclasses import fields, replace
 
 import mixtures
 import naive
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from gmm_dist.config import ABSOLUTE, EMConfig
-from gmm_dist.em import centred_form, lane, loop, precision
+from gmm_dist.em import lane, loop, precision
 from gmm_dist.em.estep import EStep, SumMoments
-from gmm_dist.em.lane_batch import LaneBatch, Precision, cut
+from gmm_dist.em.forms import centred_form, compiled
+from gmm_dist.em.lane_batch import MARGIN, LaneBatch, Precision, cut
 from gmm_dist.em.precision import most_survivors
 from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 from gmm_dist.model.covariance.features import CONSTANT_ROW
@@ -21,13 +23,14 @@ from gmm_dist.model.natural import natural
 from gmm_dist.model.parameters import Parameters, ParameterStack
 
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+both_ways = pytest.mark.parametrize("compiled", [False, True])
 
 
-def one_pass(X, lanes: list[Parameters], sample_weight=None, *, edges=()):
+def one_pass(X, lanes: list[Parameters], sample_weight=None, *, edges=(), compiled=False):
     """Return the sums of a centred pass."""
     theta = natural(ParameterStack.of(lanes)).theta
     thetas = theta.split([one.n_components for one in lanes])
-    batch = LaneBatch.of(lanes, thetas, Precision.CENTRED)
+    batch = LaneBatch.of(lanes, thetas, Precision.CENTRED, compiled=compiled)
     whole = mixtures.shards(X, edges, sample_weight).run(EStep((batch,), X.shape[1]))
     return whole.groups[0]
 
@@ -48,29 +51,31 @@ def apart(kind: str, k: int, d: int, *, seed: int = 0) -> Parameters:
     return mixtures.parameters(kind, k, d, seed=seed, spread=12.0)
 
 
+@both_ways
 @every_type
 @pytest.mark.parametrize("weighted", [False, True])
-def test_survivors_are_the_components_near_the_best(kind, weighted):
+def test_survivors_are_the_components_near_the_best(kind, weighted, compiled):
     X = mixtures.rows(apart("full", 4, 3), 400)
     lanes = [apart(kind, 4, 3), mixtures.parameters(kind, 6, 3, seed=1)]
     weight = mixtures.row_weights(400) if weighted else torch.ones(400, dtype=torch.float64)
-    sums = one_pass(X, lanes, weight if weighted else None, edges=[150])
+    sums = one_pass(X, lanes, weight if weighted else None, edges=[150], compiled=compiled)
     for i, mixture in enumerate(lanes):
         exact = logits(X, mixture)
         # A pair within rounding of the margin may go either way.
         below = exact.amax(1, keepdim=True) - exact
-        edge = cut(mixture.n_components) + centred_form.MARGIN
+        edge = cut(mixture.n_components) + MARGIN
         least, most = ((below < edge + side).double().sum(1) @ weight for side in (-0.01, 0.01))
         assert float(least) <= float(sums.survivors[i]) * (1 + 1e-12)
         assert float(sums.survivors[i]) <= float(most) * (1 + 1e-12)
     assert float(sums.survivors[0]) < 0.9 * 4 * float(weight.sum())  # some were left out
 
 
+@both_ways
 @every_type
-def test_what_is_left_out_is_below_its_bound(kind):
+def test_what_is_left_out_is_below_its_bound(kind, compiled):
     X = mixtures.rows(apart("full", 5, 3), 500)
     mixture = apart(kind, 5, 3)
-    sums = one_pass(X, [mixture])
+    sums = one_pass(X, [mixture], compiled=compiled)
     exact = logits(X, mixture)
     lost = (exact.logsumexp(1).sum() - sums.log_likelihood[0]) / len(X)
     assert abs(float(lost)) < math.exp(-28) + 1e-13 * abs(float(sums.log_likelihood[0])) / len(X)
@@ -79,15 +84,16 @@ def test_what_is_left_out_is_below_its_bound(kind):
     )
 
 
+@both_ways
 @every_type
 @pytest.mark.parametrize("far", [1e6, 1e15, 1e30, 1e100, 1e160])
-def test_rows_that_float32_cannot_screen_are_evaluated_with_all(kind, far):
+def test_rows_that_float32_cannot_screen_are_evaluated_with_all(kind, far, compiled):
     """Far rows, whose logits in float32 are off by more than the margin, or no numbers."""
     X = mixtures.rows(mixtures.parameters("full", 3, 2), 300)
     X[7] = X.new_tensor([far, far / 3])
     X[200] = X.new_tensor([-far / 7, far])
     mixture = mixtures.parameters(kind, 3, 2)
-    sums = one_pass(X, [mixture], mixtures.row_weights(300), edges=[100])
+    sums = one_pass(X, [mixture], mixtures.row_weights(300), edges=[100], compiled=compiled)
     near = torch.ones(300, dtype=torch.bool)
     near[[7, 200]] = False
     exact, weight = logits(X, mixture), mixtures.row_weights(300)
@@ -100,8 +106,9 @@ def test_rows_that_float32_cannot_screen_are_evaluated_with_all(kind, far):
     assert bool((excess > -1e-9).all())
 
 
+@both_ways
 @every_type
-def test_parameters_beyond_float32_are_not_screened(kind):
+def test_parameters_beyond_float32_are_not_screened(kind, compiled):
     """Components so narrow that float32 does not hold their precisions."""
     mixture = mixtures.parameters(kind, 2, 2)
     tiny = Parameters(
@@ -111,7 +118,8 @@ def test_parameters_beyond_float32_are_not_screened(kind):
         covariance_type=kind,
     )
     X = mixtures.rows(mixtures.parameters("full", 2, 2), 50)
-    small, normal = one_pass(X * 1e-25, [tiny]), one_pass(X, [mixture])
+    small = one_pass(X * 1e-25, [tiny], compiled=compiled)
+    normal = one_pass(X, [mixture], compiled=compiled)
     shift = 50 * 2 * 25 * math.log(10)  # the density per unit of X
     assert float(small.log_likelihood[0]) - shift == pytest.approx(
         float(normal.log_likelihood[0]), rel=1e-9
@@ -134,6 +142,66 @@ def test_pieces_and_chunks_change_nothing(kind, monkeypatch):
     torch.testing.assert_close(small.survivors.flip(0), whole.survivors, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weighted", [False, True])
+@every_type
+def test_compiled_loops_sum_what_torch_does(kind, weighted, dtype):
+    """Pairs of few and of many components, in chunks of any length, of several lanes."""
+    X = mixtures.rows(apart("full", 5, 3), 5000).to(dtype)
+    lanes = [apart(kind, 5, 3), mixtures.parameters(kind, 11, 3, seed=1)]
+    weight = mixtures.row_weights(5000) if weighted else None
+    by_torch, by_loops = (
+        one_pass(X, lanes, weight, edges=[1, 2000, 2001], compiled=compiled)
+        for compiled in (False, True)
+    )
+    for field in fields(by_torch):
+        one, other = getattr(by_loops, field.name), getattr(by_torch, field.name)
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.parametrize("has_products", [False, True])
+def test_the_loops_are_what_they_are_in_python(has_products, monkeypatch):
+    kind = "full" if has_products else "diag"
+    X, mixture = mixtures.rows(apart("full", 3, 4), 150), apart(kind, 3, 4)
+    expected = one_pass(X, [mixture], compiled=True)
+    monkeypatch.setattr(compiled, "loops_for", lambda has_products, _: compiled.plain(has_products))
+    found = one_pass(X, [mixture], compiled=True)
+    torch.testing.assert_close(found.moments, expected.moments, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-13, atol=0)
+
+
+def test_without_numba_torch_does_it(monkeypatch):
+    """Numba is missing, or refuses the NumPy that there is."""
+    X, lanes = mixtures.rows(apart("full", 3, 2), 100), [apart("full", 3, 2)]
+    expected = one_pass(X, lanes)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    compiled.can_compile.cache_clear()
+    try:
+        assert not compiled.pays(10**9, "full", 2)
+        # As where the driver has what a worker lacks.
+        assert torch.equal(
+            one_pass(X[:99], lanes, compiled=True).moments, one_pass(X[:99], lanes).moments
+        )
+    finally:
+        compiled.can_compile.cache_clear()
+    assert torch.equal(one_pass(X, lanes).moments, expected.moments)
+
+
+def test_loops_are_compiled_where_no_folder_keeps_them(monkeypatch):
+    numba = pytest.importorskip("numba")
+    calls = []
+
+    def njit(signature, *, cache=False, **options):
+        calls.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda loop: loop
+
+    monkeypatch.setattr(numba, "njit", njit)
+    compiled.loops_for.__wrapped__(True, "f")
+    assert calls == [True, False] * 4
+
+
 # ---- which form a lane takes -----------------------------------------------------------------
 
 
@@ -142,7 +210,7 @@ def forms_of(X, start: Parameters, **settings) -> list[Precision]:
     shards = mixtures.shards(X, [len(X) // 2])
     config = EMConfig(tol=1e-8, max_iter=12, reg_covar=1e-6, reg_unit=ABSOLUTE, **settings)
     total = shards.run(SumMoments(X.shape[1]))
-    running = lane.Lane.start(start, config, total.scale)
+    running = lane.Lane.start(start, config, total)
     forms = [running.precision]
     loop.run(shards, [running], config, total, watch=lambda lanes: forms.append(lanes[0].precision))
     return forms[:-1]
@@ -150,7 +218,7 @@ def forms_of(X, start: Parameters, **settings) -> list[Precision]:
 
 def test_a_lane_of_few_survivors_takes_the_centred_form():
     mixture = mixtures.parameters("full", 64, 64)
-    few, _ = most_survivors("full", 64, 64)
+    few, _ = most_survivors("full", 64, 64, compiled=False)
     assert few > 1.5
     X = mixtures.rows(mixture, 15_000)
     forms = forms_of(X, mixture)
@@ -213,5 +281,5 @@ def test_what_float32_came_to_is_judged_by_the_faster_exact_form(survivors, expe
 def test_products_are_never_slower_where_everything_survives():
     for kind in COVARIANCE_TYPES:
         for k, d in [(2, 1), (12, 6), (64, 64), (1024, 16), (512, 128)]:
-            few, some = most_survivors(kind, k, d)
+            few, some = most_survivors(kind, k, d, compiled=False)
             assert few < some < k

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal
 
-from gmm_dist.em.features import Features
+from gmm_dist.em.forms.features import Features
 from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF, Moments
 from gmm_dist.model.covariance.features import n_feature_rows, product_pairs
 from gmm_dist.model.criteria import n_parameters

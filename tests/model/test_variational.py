@@ -15,7 +15,7 @@ from sklearn.mixture import BayesianGaussianMixture
 
 from gmm_dist.config import ABSOLUTE, EMConfig
 from gmm_dist.em.estep import SumMoments
-from gmm_dist.em.features import Features
+from gmm_dist.em.forms.features import Features
 from gmm_dist.em.lane import Lane
 from gmm_dist.em.lane_batch import Precision
 from gmm_dist.em.loop import run

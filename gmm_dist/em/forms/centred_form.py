@@ -5,6 +5,8 @@ logit is within `28 + ln k` nats, and a margin for the screen's rounding, of the
 and lane: what is left out has a responsibility of e^-28 at most, of all k together. The pairs
 that count are evaluated by the component's Cholesky factor. They show what the screen was worth:
 a row of which one logit was off by half the margin is evaluated with all components.
+
+Pairs are taken chunk by chunk by compiled loops, or those of many chunks at once by torch's calls.
 """
 
 from __future__ import annotations
@@ -18,15 +20,13 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from gmm_dist.em.features import Features
-from gmm_dist.em.lane_batch import LaneBatch, cut
+from gmm_dist.em.forms.compiled import CompiledPairs, can_compile
+from gmm_dist.em.forms.features import Features
+from gmm_dist.em.lane_batch import MARGIN, LaneBatch, cut
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.densities import Densities
 from gmm_dist.shards.protocol import Block
-
-MARGIN = 1.0
-"""Nats that are allowed for the rounding of the screen, twice over."""
 
 _PIECE_ROWS, _PIECE_LOGITS = 1 << 15, 1 << 21  # rows screened before their pairs are evaluated
 _STAGGER = 80  # numbers between lines: a power of two apart, they would share places in a cache
@@ -49,19 +49,24 @@ class CentredForm:
         n_components, d = group.stack.means.shape
         edges = itertools.accumulate(self._sizes, initial=0)
         self._of_lane = list(itertools.starmap(slice, itertools.pairwise(edges)))
-        self._n_piece = max(n_max, min(_PIECE_LOGITS // n_components, _PIECE_ROWS))
         like = features.empty
+        self._compiled = None
+        self._n_piece = max(n_max, min(_PIECE_LOGITS // n_components, _PIECE_ROWS))
+        if group.compiled and like.device.type == "cpu" and can_compile():
+            has_products = self._type.has_products
+            self._compiled = CompiledPairs(self._sizes, n_max, has_products=has_products)
+            self._n_piece = n_max
         self._logits = like.new_empty(n_components, self._n_piece + _STAGGER)
         self._matter = torch.empty_like(self._logits, dtype=torch.bool)
         self._unsure = self._matter.new_empty(self._n_piece)
         zeros = like.double().new_zeros
-        self._nk, self._sum_x = zeros(n_components), zeros(n_components, d)
         cell = (d, d) if self._type.has_products else (d,)
-        self._scatter, self._squares = zeros(n_components, *cell), zeros(n_components)
+        self._sum_x, self._scatter = zeros(n_components, d), zeros(n_components, *cell)
+        self._by_component = zeros(2, n_components)
+        self._by_lane = zeros(3, len(self._sizes))
+        self._nk, self._squares = self._by_component
+        self._log_likelihood, self._entropy, self._survivors = self._by_lane
         self._of_component = list(zip(self._sum_x, self._scatter, strict=True))  # views
-        n_lanes = len(self._sizes)
-        self._log_likelihood, self._entropy = zeros(n_lanes), zeros(n_lanes)
-        self._survivors = zeros(n_lanes)
         self._waiting: list[Block] = []
         self._n_waiting = 0
         self.begin(group)
@@ -75,11 +80,12 @@ class CentredForm:
         self._peaks = self._densities.peaks.to(device)
         self._theta = group.theta.to(device, self._logits.dtype)
         self._screens = bool(self._theta.isfinite().all())
+        if self._compiled is not None:
+            self._compiled.begin(self._densities)
 
     def clear(self) -> None:
         """Forget what was summed, before the next shard."""
-        sums = (self._nk, self._sum_x, self._scatter, self._squares)
-        for total in (*sums, self._log_likelihood, self._entropy, self._survivors):
+        for total in (self._sum_x, self._scatter, self._by_component, self._by_lane):
             total.zero_()
 
     def add(self, chunk: Block) -> None:
@@ -88,10 +94,15 @@ class CentredForm:
             self._add_densely(chunk)
             return
         n = chunk.X.shape[1]
+        phi = self._features.of[self._type.name]
+        if self._compiled is not None:
+            torch.mm(self._theta, phi, out=self._logits[:, :n])
+            self._add_compiled(self._compiled, chunk)
+            return
         if self._n_waiting + n > self._n_piece:
             self._add_screened()
         place = slice(self._n_waiting, self._n_waiting + n)
-        torch.mm(self._theta, self._features.of[self._type.name], out=self._logits[:, place])
+        torch.mm(self._theta, phi, out=self._logits[:, place])
         self._screen(place)
         self._waiting.append(chunk)
         self._n_waiting = place.stop
@@ -112,6 +123,13 @@ class CentredForm:
             squares=squares,
             survivors=survivors,
         )
+
+    def _add_compiled(self, pairs: CompiledPairs, chunk: Block) -> None:
+        """Add rows by their logits of the screen, with the components that matter to each."""
+        sums = (self._by_component, self._by_lane, self._sum_x, self._scatter)
+        unsure = pairs.add(self._logits, chunk, *sums)
+        if unsure is not None:
+            self._add_densely(Block(chunk.X[:, unsure], chunk.weights[unsure]))
 
     def _add_screened(self) -> None:
         """Add the rows that wait, with the components that matter to each."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.em.features import Features
+from gmm_dist.em.forms.features import Features
 from gmm_dist.em.lane_batch import LaneBatch, cut
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF
@@ -140,12 +140,12 @@ class ProductForm:
         self._carry()
         squares = self._squares if self._is_weighted else self._sums[self._constant]
         return SufficientStatistics(
-            moments=self._sums[:, self._places].cpu(),
+            moments=self._by_component(self._sums).cpu(),
             log_likelihood=self._in_order(self._log_likelihood).cpu(),
             entropy=self._in_order(self._entropy).cpu(),
             float32_error=checks[0],
             float32_squares=checks[1],
-            squares=squares[self._places].cpu(),
+            squares=self._by_component(squares).cpu(),
             survivors=checks[2],
         )
 
@@ -170,6 +170,9 @@ class ProductForm:
         if weight is not None:
             entropy = entropy * weight
         self._entropy += entropy.sum(1)
+
+    def _by_component(self, values: Tensor) -> Tensor:
+        return values.clone() if len(self._lanes) == 1 else values[..., self._places]
 
     def _in_order(self, values: Tensor) -> Tensor:
         if len(self._lanes) == 1:

@@ -1,0 +1,1 @@
+"""The forms of the E-step: how a chunk of rows becomes sufficient statistics."""

@@ -81,7 +81,9 @@ class Ours:
             )
             for start in problem.starts
         ]
-        self._config = EMConfig(max_iter=10**9, reg_covar=0.0, precision=precision)
+        self._config = EMConfig(
+            max_iter=10**9, reg_covar=0.0, precision=precision, accelerate=False
+        )
         self._total = self._shards.run(SumMoments(problem.shape.d))
         self._together = together
 
@@ -102,7 +104,7 @@ class Ours:
         from gmm_dist.em.lane import Lane, grouped, task_of
         from gmm_dist.em.mstep import advance
 
-        lanes = [Lane.start(parameters, self._config) for parameters in starts]
+        lanes = [Lane.start(parameters, self._config, self._total) for parameters in starts]
         while running := [lane for lane in lanes if lane.n_iter < iterations]:
             assert all(lane.is_running for lane in running), "a lane has failed"
             groups = grouped(running)

@@ -105,10 +105,18 @@ def patches(side: int = 4, *, seed: int = 0) -> pa.Table:
     return _table(X.astype(np.float32))
 
 
+def centres(d: int, k: int, *, distance: float, seed: int = 0) -> npt.NDArray[np.float64]:
+    """Return the means (k, d) of the components that `blobs` draws from."""
+    drawn = np.random.default_rng(seed).normal(size=(k, d))
+    means: npt.NDArray[np.float64] = drawn * distance / np.sqrt(2 * d)
+    return means
+
+
 def blobs(n: int, d: int, k: int, *, distance: float = 8.0, seed: int = 0) -> pa.Table:
     """Return n rows of k components, each of its own covariance, means about `distance` apart."""
+    means = centres(d, k, distance=distance, seed=seed)
     rng = np.random.default_rng(seed)
-    means = rng.normal(size=(k, d)) * distance / np.sqrt(2 * d)
+    rng.normal(size=(k, d))  # the centres
     shapes = np.eye(d) + 0.3 * rng.normal(size=(k, d, d)) / np.sqrt(d)
     labels = rng.integers(k, size=n)
     X = np.empty((n, d), dtype=np.float32)

@@ -2,6 +2,10 @@
 
 python benchmarks/passes.py --json passes.jsonl
 python benchmarks/passes.py --shapes full:20000:8:8 --contenders ours-f32 sklearn-f64 --repeats 1
+python benchmarks/passes.py --shapes full:60000:16:256:10
+
+The last shape's components are 10 standard deviations apart (the others': 3), so that few of them
+matter to a row.
 
 Install the peers with `pip install -c constraints.txt -e '.[bench]'`; Spark needs Java 17. Run
 nothing else on the machine meanwhile.
@@ -25,11 +29,11 @@ _DEFAULT = [name for name in CONTENDERS if name not in (_SEPARATE, "ours-ray-f32
 
 
 def parse_shape(text: str) -> Shape:
-    """Parse TYPE:N:D:K, e.g. full:200000:16:16."""
-    kind, n, d, k = text.split(":")
+    """Parse TYPE:N:D:K, or TYPE:N:D:K:APART, e.g. full:200000:16:16."""
+    kind, n, d, k, *apart = text.split(":")
     if kind not in ("full", "diag"):
         raise argparse.ArgumentTypeError(f"{kind} is not full or diag: other peers have no more")
-    return Shape(int(n), int(d), (int(k),), kind)
+    return Shape(int(n), int(d), (int(k),), kind, *map(float, apart))
 
 
 def n_features(shape: Shape) -> int:

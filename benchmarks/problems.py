@@ -24,16 +24,27 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a problem: `k` has one number of components for each start."""
+    """The size of a problem: `k` has one number of components for each start.
+
+    `apart` is how far apart the components are that the rows are drawn from, in standard
+    deviations, roughly.
+    """
 
     n: int
     d: int
     k: tuple[int, ...]
     covariance_type: str
+    apart: float = 3.0
 
     def __str__(self) -> str:
         ks = str(self.k[0]) if len(self.k) == 1 else f"{self.k[0]}..{self.k[-1]}"
-        return f"{self.covariance_type} n={self.n:,} d={self.d} K={ks}"
+        apart = f", {self.apart:g} sd apart" if self.is_separated else ""
+        return f"{self.covariance_type} n={self.n:,} d={self.d} K={ks}{apart}"
+
+    @property
+    def is_separated(self) -> bool:
+        """Whether few components matter to a row."""
+        return self.apart > 3.0
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,17 @@ class Problem:
 
     @classmethod
     def make(cls, shape: Shape, *, seed: int = 0) -> Problem:
-        """Draw rows of an overlapping mixture; starts are near random rows."""
-        table = datasets.blobs(shape.n, shape.d, max(shape.k), distance=3.0, seed=seed)
+        """Draw rows of a mixture; starts are near random rows.
+
+        Of a separated one they are near its components, where most passes of a fit are made.
+        """
+        k, distance = max(shape.k), shape.apart
+        table = datasets.blobs(shape.n, shape.d, k, distance=distance, seed=seed)
         rows = np.column_stack([column.to_numpy() for column in table.columns]).astype(np.float64)
         X = (rows - rows.mean(axis=0)).astype(np.float32)
+        if shape.is_separated:
+            means = datasets.centres(shape.d, k, distance=distance, seed=seed) - rows.mean(axis=0)
+            return cls(shape, X, [_near(means, shape.covariance_type)])
         order = np.random.default_rng(seed + 1).permutation(shape.n)
         return cls(shape, X, [_start(X, order[:k], shape.covariance_type) for k in shape.k])
 
@@ -74,6 +92,12 @@ def _start(X: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], kind: str) -
     # rows than features: singular, and most peers fail. Half way from the centre none is.
     means = 0.5 * X[rows].astype(np.float64)
     return Mixture(np.full(k, 1 / k), means, np.stack([one] * k))
+
+
+def _near(means: Array, kind: str) -> Mixture:
+    k, d = means.shape
+    one = 1.5 * np.eye(d) if kind == "full" else np.full(d, 1.5)
+    return Mixture(np.full(k, 1 / k), means + 0.3, np.stack([one] * k))
 
 
 def save_mixtures(mixtures: list[Mixture], path: Path) -> None:

@@ -170,6 +170,28 @@ def test_the_loops_are_what_they_are_in_python(has_products, monkeypatch):
     torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "d", "n_rows", "expected"),
+    [
+        ("full", 48, 50_000, True),
+        ("full", 48, 49_999, False),
+        ("tied", 49, 10**9, False),
+        ("diag", 49, 50_000, True),
+        ("spherical", 2, 10**9, True),
+    ],
+)
+def test_from_many_rows_on_the_loops_are_compiled(kind, d, n_rows, expected):
+    running = lane.Lane.start(mixtures.parameters(kind, 2, d), EMConfig())
+    (batch,) = lane.task_of([[running]], n_rows).groups
+    assert batch.compiled == expected == compiled.pays(n_rows, kind, d)
+
+
+def test_numba_that_is_switched_off_is_not_asked(monkeypatch):
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert not compiled.can_compile.__wrapped__()
+
+
 def test_without_numba_torch_does_it(monkeypatch):
     """Numba is missing, or refuses the NumPy that there is."""
     X, lanes = mixtures.rows(apart("full", 3, 2), 100), [apart("full", 3, 2)]

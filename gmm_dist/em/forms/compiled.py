@@ -40,12 +40,13 @@ def pays(n_rows: int, covariance_type: str, n_features: int) -> bool:
 
 @functools.cache
 def can_compile() -> bool:
-    """Say whether Numba is there, and goes with the NumPy that is."""
+    """Say whether Numba is there, goes with the NumPy that is, and has not been switched off."""
     try:
-        import numba  # noqa: F401
+        import numba
     except ImportError:
         return False
-    return True
+    config: Any = numba.config
+    return not config.DISABLE_JIT
 
 
 class CompiledPairs:

@@ -20,7 +20,7 @@ from torch import Tensor
 from gmm_dist.config import RELATIVE, EMConfig
 from gmm_dist.em.estep import EStep
 from gmm_dist.em.forms import compiled
-from gmm_dist.em.lane_batch import LaneBatch, Precision
+from gmm_dist.em.lane_batch import LaneBatch, Precision, screens
 from gmm_dist.em.precision import PrecisionPolicy, check_every
 from gmm_dist.em.squarem import Squarem
 from gmm_dist.em.statistics import TotalMoments
@@ -180,7 +180,18 @@ class Lane:
     def close(self) -> None:
         """Have the remaining passes judge exactly what float32 has come to."""
         self.policy.leave_float32()
+        self.repeat_exactly()
+
+    def repeat_exactly(self) -> None:
+        """Have the next pass score the same parameters in the faster of the exact forms."""
+        self.look_at_screen(self.parameters)
         self.repeat_in(self.policy.exact)
+
+    def look_at_screen(self, parameters: Parameters) -> None:
+        """Tell the policy how many components cannot be screened, where it depends on it."""
+        if self.policy.asks_for_screen:
+            screened = screens(ParameterStack.of([parameters]))
+            self.policy.unscreened = float((~screened).sum())
 
     def take_back(self) -> None:
         """Have the next pass score the EM step that a failed leap replaced."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from gmm_dist.model.covariance import TYPE_OF
@@ -41,6 +41,27 @@ def cut(n_components: int) -> float:
     All of those further below have a responsibility of e^-28 together, 7e-13, at the most.
     """
     return _KEPT + math.log(n_components)
+
+
+_NEAR = 3.0  # standard deviations
+
+
+def screens(stack: ParameterStack) -> Bool[Tensor, " K"]:
+    """Say of which components the centred form may screen the logits in float32.
+
+    Of rows near the component, of which a logit is a sum of terms that largely cancel: rounding
+    errs by less than 2^-25 (3 + √P) times the sum of their sizes. Half the margin is allowed.
+    """
+    stack = stack.unshared()
+    kind, theta = stack.type, natural(stack).theta
+    variances = kind.variances(stack.covariances, stack.means.shape[1])
+    x = stack.means.abs() + _NEAR * variances.clamp_min(0).sqrt()
+    second = x[:, :, None] * x[:, None, :] if kind.has_products else x.square()
+    # Features are products, so those of the largest x are the largest.
+    largest = kind.sums(torch.ones_like(stack.weights), x, kind.second(second))
+    error = 2.0**-25 * (3 + theta.shape[1] ** 0.5) * (theta.abs() * largest.T).sum(1)
+    is_small: Tensor = error <= MARGIN / 2  # NaN is not
+    return is_small
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

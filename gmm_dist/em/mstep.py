@@ -68,7 +68,7 @@ def advance(
         if taken_back:
             lane.take_back()
         if has_lost:
-            lane.repeat_in(lane.policy.exact)
+            lane.repeat_exactly()
         if has_lost or taken_back:
             continue
         lane.log_likelihood, lane.entropy = log_likelihood, float(sums.entropy[i])
@@ -181,6 +181,8 @@ def _m_step(
     parts = (of_lanes(of_all, sizes) for of_all in (at.theta, at.failed, at.condition))
     for lane, of_lane, model, *part in zip(lanes, moments, stepped, *parts, strict=True):
         theta, failed, condition = part[0], bool(part[1].any()), float(part[2].max())
+        if not failed:
+            lane.look_at_screen(model.parameters)
         if _repeats(lane, condition, failed, total, config):
             continue
         if failed:

@@ -120,8 +120,9 @@ class PrecisionPolicy:
     `mode` is what the user chose (`config.EMConfig.precision`), `tol` that of the fit. `least` is
     the fastest form that the measured error of float32 admits. `next_check` is the pass, counted
     from 0, that measures it next; None: none does. `survivors` are the components that matter to a
-    row, as far as a pass has counted them; at `most_survivors` of them the centred form costs what
-    float32 products do, and float64 ones.
+    row, as far as a pass has counted them; the centred form takes them and the components that it
+    may not screen, as many as are `unscreened`. At `most_survivors` of them it costs what float32
+    products do, and float64 ones.
     """
 
     mode: str
@@ -131,6 +132,7 @@ class PrecisionPolicy:
     next_check: int | None = None
     n_passes: int = 0
     survivors: float = math.inf
+    unscreened: float = math.inf
     most_survivors: list[float]
 
     @classmethod
@@ -199,6 +201,11 @@ class PrecisionPolicy:
         leaves = better is Precision.FLOAT64 and self.form is Precision.FLOAT32
         return self.exact if leaves else better
 
+    @property
+    def asks_for_screen(self) -> bool:
+        """Whether the centred form would be fast enough, if it may screen all components."""
+        return self.survivors <= _STAY * max(self.most_survivors)
+
     def come_back(self, condition: float) -> None:
         """Take a faster form, if a step of such a condition has shown that it may."""
         if self.mode == "float32":
@@ -234,7 +241,10 @@ class PrecisionPolicy:
         products = list(FORMS[FORMS.index(self.least) : 2])
         most = dict(zip(FORMS, self.most_survivors, strict=False))
         stay = _STAY if self.form is Precision.CENTRED else 1.0
-        slower = (i for i, form in enumerate(products) if self.survivors <= stay * most[form])
+        # Its own passes count the pairs of components that are not screened.
+        more = 0.0 if self.form is Precision.CENTRED else self.unscreened
+        pairs = self.survivors + more
+        slower = (i for i, form in enumerate(products) if pairs <= stay * most[form])
         place = next(slower, len(products))
         return [*products[:place], Precision.CENTRED, *products[place:]]
 

@@ -271,7 +271,8 @@ class _SharedCell:
     fs: AbstractFileSystem
     path: str
 
-    _lock: ClassVar[threading.Lock] = threading.Lock()
+    # A store that calls back, as tests have one do, may come here again in the same thread.
+    _lock: ClassVar[threading.RLock] = threading.RLock()
 
     def read(self) -> Version | None:
         try:

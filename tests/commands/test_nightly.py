@@ -611,7 +611,7 @@ def test_three_nights_at_once_keep_their_clusters_numbers(tmp_path: Path) -> Non
         on.write(day, FIRST)
 
     def run(day: int) -> int:
-        job = [sys.executable, str(Path(nightly.__file__)), str(on.lake), "--registry", on.url]
+        job = [sys.executable, "-m", "gmm_dist", "nightly", str(on.lake), "--registry", on.url]
         job += ["--night", night(day), "--partition", "ds", "--k", "3", "--num-workers", "1"]
         return subprocess.run(job, check=False, timeout=600).returncode
 

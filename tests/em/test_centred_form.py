@@ -15,7 +15,8 @@ from gmm_dist.config import ABSOLUTE, EMConfig
 from gmm_dist.em import lane, loop, precision
 from gmm_dist.em.estep import EStep, SumMoments
 from gmm_dist.em.forms import centred_form, compiled
-from gmm_dist.em.lane_batch import MARGIN, LaneBatch, Precision, cut
+from gmm_dist.em.forms.features import Features
+from gmm_dist.em.lane_batch import MARGIN, LaneBatch, Precision, cut, screens
 from gmm_dist.em.precision import most_survivors
 from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 from gmm_dist.model.covariance.features import CONSTANT_ROW
@@ -104,6 +105,60 @@ def test_rows_that_float32_cannot_screen_are_evaluated_with_all(kind, far, compi
     # The far rows belong to someone, and to no one in part less than nothing.
     assert float(excess.sum()) == pytest.approx(float(weight[~near].sum()), rel=1e-6)
     assert bool((excess > -1e-9).all())
+
+
+@every_type
+@pytest.mark.parametrize("narrow", [1e-8, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("d", [2, 16])
+@both_ways
+def test_a_tight_component_far_out_keeps_its_rows(kind, narrow, d, compiled):
+    """The screen puts its rows far from it, and near a wide one of which it is right."""
+    if TYPE_OF[kind].is_shared:
+        pytest.skip("no component is tighter than another")
+    X = torch.randn(400, d, generator=torch.Generator().manual_seed(d), dtype=torch.float64)
+    X[:100] = X[:100] * narrow + 300.0
+    wide = mixtures.parameters("full", 2, d)
+    spread = torch.tensor([narrow, 100.0], dtype=torch.float64).square()
+    eye = torch.eye(d, dtype=torch.float64)
+    covariances = {
+        "full": spread[:, None, None] * eye,
+        "diag": spread[:, None].expand(-1, d).clone(),
+        "spherical": spread,
+    }[kind]
+    means = torch.stack([torch.full((d,), 300.0), torch.zeros(d)]).double()
+    mixture = replace(wide, means=means, covariances=covariances, covariance_type=kind)
+    sums, exact = one_pass(X, [mixture], compiled=compiled), logits(X, mixture)
+    assert float(sums.log_likelihood[0]) == pytest.approx(float(exact.logsumexp(1).sum()), rel=1e-9)
+    torch.testing.assert_close(mass(sums, kind), exact.softmax(1).sum(0), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["full", "diag", "spherical"])
+@pytest.mark.parametrize("d", [1, 2, 8, 32, 64])
+def test_where_components_are_screened_the_screen_is_within_its_margin(kind, d):
+    """By its place or by its shape a component comes nearer and nearer to what is refused."""
+    generator = torch.Generator().manual_seed(d)
+    z = torch.randn(4000, d, generator=generator, dtype=torch.float64)
+    refused = set()
+    for power in range(12):
+        for shape in ("far", "flat"):
+            start = mixtures.parameters(kind, 1, d, seed=d)
+            if shape == "far":
+                start = replace(start, means=start.means * 3.0**power)
+            elif kind == "full" and d > 1:
+                narrow = 4.0**-power * torch.eye(d, dtype=torch.float64)
+                start = replace(start, covariances=(1.0 + narrow)[None])
+            else:
+                continue
+            stack = ParameterStack.of([start])
+            if not bool(screens(stack).all()):
+                refused.add(shape)
+                continue
+            X = start.means + z @ torch.linalg.cholesky(start.covariance_matrices()[0]).T
+            features = Features(d, 4000, {kind}, torch.float32, X.device)
+            features.fill(X.T.contiguous())
+            screened = (natural(stack).theta.float() @ features.of[kind])[0]
+            assert float((screened - logits(X, start)[:, 0]).abs().max()) < MARGIN / 2
+    assert refused == ({"far", "flat"} if kind == "full" and d > 1 else {"far"})
 
 
 @both_ways
@@ -264,6 +319,7 @@ def policy(**changes) -> precision.PrecisionPolicy:
         "form": Precision.FLOAT32,
         "least": Precision.FLOAT32,
         "next_check": 0,
+        "unscreened": 0.0,
         "most_survivors": [2.0, 6.0],
     }
     return precision.PrecisionPolicy(**(fields | changes))
@@ -281,6 +337,19 @@ def test_a_lane_stays_in_the_centred_form_until_survivors_are_well_above_the_lim
         assert not chosen.has_lost(0.0, survivors=survivors, in_range=True)
         chosen.come_back(1.0)
         assert chosen.form is expected
+
+
+def test_components_that_are_not_screened_count_as_survivors():
+    chosen = policy(unscreened=1.5)
+    assert not chosen.has_lost(0.0, survivors=1.0, in_range=True)
+    chosen.come_back(1.0)
+    assert chosen.form is Precision.FLOAT32
+    chosen.unscreened = 1.0
+    chosen.come_back(1.0)
+    assert chosen.form is Precision.CENTRED
+    assert not chosen.has_lost(0.0, survivors=2.0, in_range=True)  # with that of the one
+    chosen.come_back(1.0)
+    assert chosen.form is Precision.CENTRED
 
 
 @pytest.mark.parametrize(

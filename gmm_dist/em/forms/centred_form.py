@@ -4,7 +4,9 @@ One cheap product in float32 screens all pairs of a row and a component. A pair 
 logit is within `28 + ln k` nats, and a margin for the screen's rounding, of the largest of its row
 and lane: what is left out has a responsibility of e^-28 at most, of all k together. The pairs
 that count are evaluated by the component's Cholesky factor. They show what the screen was worth:
-a row of which one logit was off by half the margin is evaluated with all components.
+a row of which one logit was off by half the margin is evaluated with all components. That does not
+show what was left out wrongly, by a component that is tight and far from the centre of the rows. So
+a component whose logits float32 cannot tell (`lane_batch.screens`) counts for all rows.
 
 Pairs are taken chunk by chunk by compiled loops, or those of many chunks at once by torch's calls.
 """
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from gmm_dist.em.forms.compiled import CompiledPairs, can_compile
 from gmm_dist.em.forms.features import Features
-from gmm_dist.em.lane_batch import MARGIN, LaneBatch, cut
+from gmm_dist.em.lane_batch import MARGIN, LaneBatch, cut, screens
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.densities import Densities
@@ -80,8 +82,10 @@ class CentredForm:
         self._peaks = self._densities.peaks.to(device)
         self._theta = group.theta.to(device, self._logits.dtype)
         self._screens = bool(self._theta.isfinite().all())
+        trusted = screens(group.stack).to(device)
+        self._trusted, self._unscreened = trusted, torch.nonzero(~trusted)[:, 0]
         if self._compiled is not None:
-            self._compiled.begin(self._densities)
+            self._compiled.begin(self._densities, trusted)
 
     def clear(self) -> None:
         """Forget what was summed, before the next shard."""
@@ -96,13 +100,13 @@ class CentredForm:
         n = chunk.X.shape[1]
         phi = self._features.of[self._type.name]
         if self._compiled is not None:
-            torch.mm(self._theta, phi, out=self._logits[:, :n])
+            self._fill_logits(phi, slice(0, n))
             self._add_compiled(self._compiled, chunk)
             return
         if self._n_waiting + n > self._n_piece:
             self._add_screened()
         place = slice(self._n_waiting, self._n_waiting + n)
-        torch.mm(self._theta, phi, out=self._logits[:, place])
+        self._fill_logits(phi, place)
         self._screen(place)
         self._waiting.append(chunk)
         self._n_waiting = place.stop
@@ -124,6 +128,11 @@ class CentredForm:
             survivors=survivors,
         )
 
+    def _fill_logits(self, phi: Tensor, place: slice) -> None:
+        torch.mm(self._theta, phi, out=self._logits[:, place])
+        if len(self._unscreened):
+            self._logits[self._unscreened, place] = -torch.inf
+
     def _add_compiled(self, pairs: CompiledPairs, chunk: Block) -> None:
         """Add rows by their logits of the screen, with the components that matter to each."""
         sums = (self._by_component, self._by_lane, self._sum_x, self._scatter)
@@ -143,6 +152,7 @@ class CentredForm:
         exact = self._peaks.index_select(0, pairs.components) - 0.5 * distances
         screened = logits.view(-1).take(pairs.components * logits.stride(0) + pairs.rows)
         off = ~((exact - screened).abs() <= MARGIN / 2)  # NaN is off, too
+        off &= self._trusted.index_select(0, pairs.components)
         unsure[pairs.rows[off]] = True
         if bool(unsure.any()):
             trusted = ~unsure[pairs.rows]
@@ -158,6 +168,7 @@ class CentredForm:
             top = logits.amax(0)
             unsure |= ~top.isfinite()
             torch.ge(logits, top.sub_(cut(size) + MARGIN), out=self._matter[lane, place])
+        self._matter[self._unscreened, place] = True
 
     def _add_pairs(self, rows: Block, pairs: _Pairs, exact: Float64[Tensor, " p"]) -> None:
         """Add the statistics of pairs with the logits `exact`; rows without pairs add nothing."""

@@ -69,8 +69,12 @@ class CompiledPairs:
         self._top, self._total = np.empty((2, n_max))
         self._unsure = np.empty(n_max, dtype=np.bool_)
 
-    def begin(self, densities: Densities) -> None:
-        """Take the parameters of the next passes."""
+    def begin(self, densities: Densities, trusted: Bool[Tensor, " K"]) -> None:
+        """Take the parameters of the next passes, and which components are `trusted` to a screen.
+
+        The others' pairs all matter.
+        """
+        self._trusted = trusted.numpy()
         means, factors, _ = zip(*densities.components, strict=True)
         d = len(means[0])
         self._means = torch.stack(means).numpy()
@@ -103,10 +107,12 @@ class CompiledPairs:
         loops = loops_for(self._has_products, X.dtype.char)
         firsts, rows, shares, unsure = self._firsts, self._rows, self._shares, self._unsure
         screened = logits.numpy()
-        loops.select(screened, n, self._edges, self._cuts, firsts, rows, self._highest)
+        trusted = self._trusted
+        loops.select(screened, n, self._edges, self._cuts, trusted, firsts, rows, self._highest)
         loops.distances(X, self._means, self._factors, firsts, rows, shares)
         some = loops.shares(
             screened,
+            trusted,
             shares,
             weight,
             MARGIN / 2,
@@ -135,11 +141,11 @@ class Loops:
 
 
 _SIGNATURES = {
-    "_select": "i8(f4[:,::1], i8, i8[::1], f4[::1], i8[::1], i4[::1], f4[::1])",
+    "_select": "i8(f4[:,::1], i8, i8[::1], f4[::1], b1[::1], i8[::1], i4[::1], f4[::1])",
     "_distances": "void({x}[:,:], f8[:,::1], f8[:,:,::1], i8[::1], i4[::1], f8[::1])",
     "_distances_apart": "void({x}[:,:], f8[:,::1], f8[:,::1], i8[::1], i4[::1], f8[::1])",
-    "_shares": "b1(f4[:,::1], f8[::1], f8[::1], f8, i8[::1], i8[::1], i4[::1], f8[::1], f8[::1], "
-    "f8[::1], b1[::1], f8[:,::1], f8[:,::1])",
+    "_shares": "b1(f4[:,::1], b1[::1], f8[::1], f8[::1], f8, i8[::1], i8[::1], i4[::1], f8[::1], "
+    "f8[::1], f8[::1], b1[::1], f8[:,::1], f8[:,::1])",
     "_moments": "void({x}[:,:], f8[:,::1], i8[::1], i4[::1], f8[::1], f8[:,::1], f8[:,:,::1])",
     "_moments_apart": "void({x}[:,:], f8[:,::1], i8[::1], i4[::1], f8[::1], f8[:,::1], f8[:,::1])",
 }
@@ -175,17 +181,26 @@ def plain(has_products: bool, wrapped: Callable[..., Any] = lambda loop: loop) -
 
 
 def _select(
-    logits: Array, n: int, edges: Array, cuts: Array, firsts: Array, rows: Array, top: Array
+    logits: Array,
+    n: int,
+    edges: Array,
+    cuts: Array,
+    trusted: Array,
+    firsts: Array,
+    rows: Array,
+    top: Array,
 ) -> int:
     """Find the pairs that matter, component by component; return their number.
 
-    Those whose logit is not more than a cut below the largest of the row and lane. Of NaN all do.
+    Those whose logit is not more than a cut below the largest of the row and lane, and all of
+    components that are not trusted, whose logits are -inf. Of NaN all do.
 
     Args:
         logits: (K, m), float32.
         n: How many columns are filled.
         edges: (L + 1,), the first component of each lane, and K.
         cuts: (L,), float32, nats.
+        trusted: (K,), bool.
         firsts: (K + 1,), the first pair of each component, and their number; filled.
         rows: (K n,), int32, the row of each pair; filled.
         top: (n,), float32; overwritten.
@@ -206,7 +221,7 @@ def _select(
             firsts[k] = p
             line = logits[k]
             for j in range(n):
-                if not (line[j] < top[j]):
+                if not (trusted[k] and line[j] < top[j]):
                     rows[p] = j
                     p += 1
     firsts[edges[-1]] = p
@@ -278,6 +293,7 @@ def _distances_apart(
 
 def _shares(
     logits: Array,
+    trusted: Array,
     exact: Array,
     weight: Array,
     off: float,
@@ -293,11 +309,12 @@ def _shares(
 ) -> bool:
     """Turn the distances of pairs into weighted responsibilities, and sum what needs no rows.
 
-    A row of which a logit is off by more than `off` is unsure, and adds nothing. Return whether
-    there are any.
+    A row of which a trusted logit is off by more than `off` is unsure, and adds nothing. Return
+    whether there are any.
 
     Args:
         logits: (K, m), float32, of the screen.
+        trusted: (K,), bool.
         exact: The squared distance of each pair; then its share, the responsibility times the
             row's weight.
         weight: (n,).
@@ -318,7 +335,7 @@ def _shares(
         for p in range(firsts[k], firsts[k + 1]):
             j = rows[p]
             exact[p] = peaks[k] - 0.5 * exact[p]
-            if not (abs(exact[p] - logits[k, j]) <= off):
+            if trusted[k] and not (abs(exact[p] - logits[k, j]) <= off):
                 unsure[j] = some = True
     for lane in range(len(edges) - 1):
         first, last = firsts[edges[lane]], firsts[edges[lane + 1]]

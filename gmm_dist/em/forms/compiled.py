@@ -158,8 +158,7 @@ def loops_for(has_products: bool, dtype: str) -> Loops:
 
     def compile_(loop: Callable[..., Any]) -> Any:
         signature = _SIGNATURES[loop.__name__].format(x={"f": "f4", "d": "f8"}[dtype])
-        # Sums may be taken in any order, which vector instructions need; NaN and inf stay what
-        # they are.
+        # Sums may be taken in any order, which vector instructions need.
         fast = {"contract", "reassoc", "nsz"}
         options: dict[str, Any] = {"fastmath": fast, "nogil": True, "error_model": "numpy"}
         try:
@@ -175,8 +174,8 @@ def plain(has_products: bool, wrapped: Callable[..., Any] = lambda loop: loop) -
     distances, moments = (
         (_distances, _moments) if has_products else (_distances_apart, _moments_apart)
     )
-    # Tests check the annotations of functions, by others that Numba could not compile.
     loops = (_select, distances, _shares, moments)
+    # Without what tests wrap functions in to check annotations.
     return Loops(*(wrapped(inspect.unwrap(loop)) for loop in loops))
 
 

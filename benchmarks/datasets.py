@@ -105,18 +105,18 @@ def patches(side: int = 4, *, seed: int = 0) -> pa.Table:
     return _table(X.astype(np.float32))
 
 
-def centres(d: int, k: int, *, distance: float, seed: int = 0) -> npt.NDArray[np.float64]:
-    """Return the means (k, d) of the components that `blobs` draws from."""
-    drawn = np.random.default_rng(seed).normal(size=(k, d))
-    means: npt.NDArray[np.float64] = drawn * distance / np.sqrt(2 * d)
+def centres(
+    rng: np.random.Generator, d: int, k: int, *, distance: float
+) -> npt.NDArray[np.float64]:
+    """Draw means (k, d) about `distance` apart; `blobs` of a seed begins with those of its rng."""
+    means: npt.NDArray[np.float64] = rng.normal(size=(k, d)) * distance / np.sqrt(2 * d)
     return means
 
 
 def blobs(n: int, d: int, k: int, *, distance: float = 8.0, seed: int = 0) -> pa.Table:
     """Return n rows of k components, each of its own covariance, means about `distance` apart."""
-    means = centres(d, k, distance=distance, seed=seed)
     rng = np.random.default_rng(seed)
-    rng.normal(size=(k, d))  # the centres
+    means = centres(rng, d, k, distance=distance)
     shapes = np.eye(d) + 0.3 * rng.normal(size=(k, d, d)) / np.sqrt(d)
     labels = rng.integers(k, size=n)
     X = np.empty((n, d), dtype=np.float32)
@@ -136,7 +136,7 @@ def overlapping(
     """
     rng = np.random.default_rng(seed)
     weights = rng.dirichlet(np.full(k, 5.0))
-    means = rng.normal(size=(k, d)) * distance / np.sqrt(2 * d)
+    means = centres(rng, d, k, distance=distance)
     axes = np.linalg.qr(rng.normal(size=(k, d, d)))[0]
     factors = axes * np.exp(rng.uniform(-spread, spread, size=(k, 1, d)))
     labels = rng.choice(k, size=n, p=weights)

@@ -66,8 +66,8 @@ class Problem:
         rows = np.column_stack([column.to_numpy() for column in table.columns]).astype(np.float64)
         X = (rows - rows.mean(axis=0)).astype(np.float32)
         if shape.is_separated:
-            means = datasets.centres(shape.d, k, distance=distance, seed=seed) - rows.mean(axis=0)
-            return cls(shape, X, [_near(means, shape.covariance_type)])
+            means = datasets.centres(np.random.default_rng(seed), shape.d, k, distance=distance)
+            return cls(shape, X, [_near(means - rows.mean(axis=0), shape.covariance_type)])
         order = np.random.default_rng(seed + 1).permutation(shape.n)
         return cls(shape, X, [_start(X, order[:k], shape.covariance_type) for k in shape.k])
 

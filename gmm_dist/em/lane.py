@@ -20,7 +20,7 @@ from torch import Tensor
 from gmm_dist.config import RELATIVE, EMConfig
 from gmm_dist.em.estep import EStep
 from gmm_dist.em.forms import compiled
-from gmm_dist.em.lane_batch import LaneBatch, Precision, screens
+from gmm_dist.em.lane_batch import LaneBatch, Precision, screen_of, screens
 from gmm_dist.em.precision import PrecisionPolicy, check_every
 from gmm_dist.em.squarem import Squarem
 from gmm_dist.em.statistics import TotalMoments
@@ -184,13 +184,13 @@ class Lane:
 
     def repeat_exactly(self) -> None:
         """Have the next pass score the same parameters in the faster of the exact forms."""
-        self.look_at_screen(self.parameters)
+        self.look_at_screen(self.parameters, self.theta)
         self.repeat_in(self.policy.exact)
 
-    def look_at_screen(self, parameters: Parameters) -> None:
+    def look_at_screen(self, parameters: Parameters, theta: Float64[Tensor, "k P"]) -> None:
         """Tell the policy how many components cannot be screened, where it depends on it."""
         if self.policy.asks_for_screen:
-            screened = screens(ParameterStack.of([parameters]))
+            screened = screens(*screen_of(ParameterStack.of([parameters]), theta))
             self.policy.unscreened = float((~screened).sum())
 
     def take_back(self) -> None:

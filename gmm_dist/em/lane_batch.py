@@ -46,14 +46,27 @@ def cut(n_components: int) -> float:
 _NEAR = 3.0  # standard deviations
 
 
-def screens(stack: ParameterStack) -> Bool[Tensor, " K"]:
-    """Say of which components the centred form may screen the logits in float32.
+def screen_of(
+    stack: ParameterStack, theta: Float64[Tensor, "K _"]
+) -> tuple[ParameterStack, Float64[Tensor, "K P"]]:
+    """Return what the centred form screens by: the components, each by itself, and their Θ.
+
+    `theta` are the stack's natural parameters; those of components that share a covariance leave
+    out what they share.
+    """
+    if not stack.type.is_shared:
+        return stack, theta
+    alone = stack.unshared()
+    return alone, natural(alone).theta
+
+
+def screens(stack: ParameterStack, theta: Float64[Tensor, "K P"]) -> Bool[Tensor, " K"]:
+    """Say which components of a `screen_of` the centred form may screen in float32.
 
     Of rows near the component, of which a logit is a sum of terms that largely cancel: rounding
     errs by less than 2^-25 (3 + √P) times the sum of their sizes. Half the margin is allowed.
     """
-    stack = stack.unshared()
-    kind, theta = stack.type, natural(stack).theta
+    kind = stack.type
     variances = kind.variances(stack.covariances, stack.means.shape[1])
     x = stack.means.abs() + _NEAR * variances.clamp_min(0).sqrt()
     second = x[:, :, None] * x[:, None, :] if kind.has_products else x.square()
@@ -94,10 +107,9 @@ class LaneBatch:
         """Pack mixtures of one covariance type, and their natural parameters."""
         kind, sizes = lanes[0].covariance_type, tuple(lane.n_components for lane in lanes)
         stack = ParameterStack.of(lanes) if precision is Precision.CENTRED else None
-        if stack is not None and stack.type.is_shared:
-            theta = natural(stack.unshared()).theta
-        else:
-            theta = thetas[0] if len(thetas) == 1 else torch.cat(list(thetas))
+        theta = thetas[0] if len(thetas) == 1 else torch.cat(list(thetas))
+        if stack is not None:
+            _, theta = screen_of(stack, theta)
         return cls(
             covariance_type=kind,
             precision=precision,

@@ -182,7 +182,7 @@ def _m_step(
     for lane, of_lane, model, *part in zip(lanes, moments, stepped, *parts, strict=True):
         theta, failed, condition = part[0], bool(part[1].any()), float(part[2].max())
         if not failed:
-            lane.look_at_screen(model.parameters)
+            lane.look_at_screen(model.parameters, theta)
         if _repeats(lane, condition, failed, total, config):
             continue
         if failed:

@@ -249,10 +249,8 @@ class _CandidateLanes:
             return
         self._refitted.append(i)
         k = self._candidates[i].k
-        halved, copied = (
-            Lane.start(split_merge.halved(smaller, k, **settings), self._config, self._total)
-            for settings in ({}, {"shift": 0.0})
-        )
+        halves, copies = split_merge.halved(smaller, k), split_merge.halved(smaller, k, shift=0.0)
+        halved, copied = (Lane.start(m, self._config, self._total) for m in (halves, copies))
         copied.policy.form, copied.verdict = Precision.CENTRED, Status.CONVERGED
         for lane in (halved, copied):
             self._lanes.append(lane)

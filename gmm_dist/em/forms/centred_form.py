@@ -82,7 +82,7 @@ class CentredForm:
         self._peaks = self._densities.peaks.to(device)
         self._theta = group.theta.to(device, self._logits.dtype)
         self._screens = bool(self._theta.isfinite().all())
-        trusted = screens(group.stack).to(device)
+        trusted = screens(group.stack.unshared(), group.theta).to(device)
         self._trusted, self._unscreened = trusted, torch.nonzero(~trusted)[:, 0]
         if self._compiled is not None:
             self._compiled.begin(self._densities, trusted)

@@ -375,13 +375,7 @@ def _shares(
 
 
 def _moments(
-    X: Array,
-    means: Array,
-    firsts: Array,
-    rows: Array,
-    shares: Array,
-    sum_x: Array,
-    scatter: Array,
+    X: Array, means: Array, firsts: Array, rows: Array, shares: Array, sum_x: Array, scatter: Array
 ) -> None:
     """Add pairs' first and second moments about their components' means.
 
@@ -420,22 +414,15 @@ def _moments(
                         t10 += w1[m] * z0[m]
                         t11 += w1[m] * z1[m]
                     S[i, j] += t00
-                    if j + 1 < d:
-                        S[i, j + 1] += t01
-                    if i + 1 < d and i < j:
+                    if i < j:
                         S[i + 1, j] += t10
                     if j + 1 < d:
+                        S[i, j + 1] += t01
                         S[i + 1, j + 1] += t11
 
 
 def _moments_apart(
-    X: Array,
-    means: Array,
-    firsts: Array,
-    rows: Array,
-    shares: Array,
-    sum_x: Array,
-    scatter: Array,
+    X: Array, means: Array, firsts: Array, rows: Array, shares: Array, sum_x: Array, scatter: Array
 ) -> None:
     """Do the same for independent features, whose `scatter` is (K, d)."""
     for k in range(len(means)):

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from gmm_dist.chunks import chunk_rows
 from gmm_dist.em.forms.centred_form import CentredForm
+from gmm_dist.em.forms.compiled import can_compile
 from gmm_dist.em.forms.features import Features
 from gmm_dist.em.forms.product_form import ProductForm
+from gmm_dist.em.forms.pruned_form import PrunedForm
 from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.statistics import PassStatistics, TotalMoments
 from gmm_dist.model.covariance import TYPE_OF
@@ -58,19 +60,15 @@ class _Workspace:
     def __init__(self, task: EStep, n_max: int, device: torch.device) -> None:
         d = task.n_features
         self.task: EStep | None = None
+        by_chunks = [group for group in task.groups if not _is_pruned(group, device)]
         self._d, self._n_max = d, n_max
-        self._features = {
-            dtype: Features(d, n_max, _kinds(task.groups, dtype), dtype, device)
-            for dtype in {group.features[1] for group in task.groups}
-        }
-        self._passes: list[ProductForm | CentredForm] = [
-            (CentredForm if group.precision is Precision.CENTRED else ProductForm)(
-                group, self._features[group.features[1]], n_max
-            )
-            for group in task.groups
-        ]
-        self._checks: dict[int, _Float32Check] = {}
         self._n_samples = torch.zeros((), dtype=torch.float64, device=device)
+        self._features = {
+            dtype: Features(d, n_max, _kinds(by_chunks, dtype), dtype, device)
+            for dtype in {group.features[1] for group in by_chunks}
+        }
+        self._passes = [self._form(group) for group in task.groups]
+        self._checks: dict[int, _Float32Check] = {}
 
     def begin(self, task: EStep) -> None:
         """Take the parameters of a pass."""
@@ -84,20 +82,32 @@ class _Workspace:
     def run(self, rows: ShardRows) -> PassStatistics:
         task = self.task
         assert task is not None
-        for lanes in self._passes:
+        by_chunks = [lanes for lanes in self._passes if not isinstance(lanes, PrunedForm)]
+        for lanes in by_chunks:
             lanes.clear()
         self._n_samples.zero_()
         for chunk in rows.chunks(task.width):
             for features in self._features.values():
                 features.fill(chunk.X)
-            for lanes in self._passes:
+            for lanes in by_chunks:
                 lanes.add(chunk)
             weight = chunk.sample_weight
             self._n_samples += chunk.X.shape[1] if weight is None else weight.sum()
         checks, checked = self._check_float32(task, rows)
         pairs = zip(self._passes, checks, strict=True)
-        groups = tuple(lanes.statistics(of_group) for lanes, of_group in pairs)
+        groups = tuple(
+            lanes.statistics(rows, of_group)
+            if isinstance(lanes, PrunedForm)
+            else lanes.statistics(of_group)
+            for lanes, of_group in pairs
+        )
         return PassStatistics(groups, float(self._n_samples), checked)
+
+    def _form(self, group: LaneBatch) -> ProductForm | CentredForm | PrunedForm:
+        if _is_pruned(group, self._n_samples.device):
+            return PrunedForm(group, self._d)
+        form = CentredForm if group.precision is Precision.CENTRED else ProductForm
+        return form(group, self._features[group.features[1]], self._n_max)
 
     def _check_float32(
         self, task: EStep, rows: ShardRows
@@ -179,6 +189,11 @@ def _workspace(task: EStep, device: torch.device) -> _Workspace:
     if workspace.task is not task:
         workspace.begin(task)
     return workspace
+
+
+def _is_pruned(group: LaneBatch, device: torch.device) -> bool:
+    centred = group.precision is Precision.CENTRED
+    return centred and group.compiled and device.type == "cpu" and can_compile()
 
 
 def _kinds(groups: Sequence[LaneBatch], dtype: torch.dtype) -> set[str]:

@@ -19,7 +19,7 @@ from gmm_dist.model.parameters import Parameters, ParameterStack
 Rows = npt.NDArray[Any] | Tensor
 
 _TINY = torch.finfo(torch.float64).tiny
-_FAR = -1e12  # log-densities below it have no digits left for what sets components apart
+FAR = -1e12  # log-densities below it have no digits left for what sets components apart
 _BEYOND = 1e300  # minus the log-density of a row whose distances overflow, at most
 
 
@@ -59,7 +59,7 @@ class Densities:
         parts = [c - 0.5 * distance(x - m[:, None], f) for m, f, c in self.components]
         logits = torch.stack(parts)
         # One sum shows whether any row is so far out that digits or the range run short.
-        if not float(logits.detach().sum()) > _FAR:
+        if not float(logits.detach().sum()) > FAR:
             self._place_far_rows(x, logits)
         return logits
 
@@ -72,7 +72,7 @@ class Densities:
             logits[:, beyond] = self._relative(x[:, beyond])
         top = logits.amax(0)
         tied = (logits == top).sum(0) > 1
-        tied &= finite & (top < _FAR)
+        tied &= finite & (top < FAR)
         if bool(tied.any()):
             logits[:, tied] = self._apart(x[:, tied], logits[:, tied])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -58,12 +58,15 @@ class ShardRows:
 
     `counts` is the Summary of what was counted while the shard was read (None for rows from
     memory). `held_out` are rows that nothing is fitted to; a task sees them only through `HeldOut`.
+    In `kept` tasks leave themselves what they have worked out from the rows to save time; it may be
+    lost at any time, so it changes no bit.
     """
 
     shard: int
     blocks: Sequence[Block]
     counts: object = None
     held_out: Sequence[Block] = ()
+    kept: dict[str, object] = field(default_factory=dict, repr=False)
 
     @property
     def n_rows(self) -> int:

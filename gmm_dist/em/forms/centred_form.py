@@ -1,14 +1,14 @@
 """The E-step in centred form: float64, each component about its own mean, for pairs that matter.
 
-One cheap product in float32 screens all pairs of a row and a component. A pair counts whose
-logit is within `28 + ln k` nats, and a margin for the screen's rounding, of the largest of its row
-and lane: what is left out has a responsibility of e^-28 at most, of all k together. The pairs
-that count are evaluated by the component's Cholesky factor. They show what the screen was worth:
+A pair of a row and a component counts whose logit is within `28 + ln k` nats of the largest of its
+row and lane: what is left out has a responsibility of e^-28 at most, of all k together. One cheap
+product in float32 screens all pairs, with a margin for its rounding. Those that it lets through
+are evaluated by the component's Cholesky factor. They show what the screen was worth:
 a row of which one logit was off by half the margin is evaluated with all components. That does not
 show what was left out wrongly, by a component that is tight and far from the centre of the rows. So
 a component whose logits float32 cannot tell (`lane_batch.screens`) counts for all rows.
 
-Pairs are taken chunk by chunk by compiled loops, or those of many chunks at once by torch's calls.
+`pruned_form` does the same by compiled loops, on a CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from gmm_dist.em.forms.compiled import CompiledPairs, can_compile
 from gmm_dist.em.forms.features import Features
 from gmm_dist.em.lane_batch import MARGIN, LaneBatch, cut, screens
 from gmm_dist.em.statistics import SufficientStatistics
@@ -52,12 +51,7 @@ class CentredForm:
         edges = itertools.accumulate(self._sizes, initial=0)
         self._of_lane = list(itertools.starmap(slice, itertools.pairwise(edges)))
         like = features.empty
-        self._compiled = None
         self._n_piece = max(n_max, min(_PIECE_LOGITS // n_components, _PIECE_ROWS))
-        if group.compiled and like.device.type == "cpu" and can_compile():
-            has_products = self._type.has_products
-            self._compiled = CompiledPairs(self._sizes, n_max, has_products=has_products)
-            self._n_piece = n_max
         self._logits = like.new_empty(n_components, self._n_piece + _STAGGER)
         self._matter = torch.empty_like(self._logits, dtype=torch.bool)
         self._unsure = self._matter.new_empty(self._n_piece)
@@ -84,8 +78,6 @@ class CentredForm:
         self._screens = bool(self._theta.isfinite().all())
         trusted = screens(group.stack.unshared(), group.theta).to(device)
         self._trusted, self._unscreened = trusted, torch.nonzero(~trusted)[:, 0]
-        if self._compiled is not None:
-            self._compiled.begin(self._densities, trusted)
 
     def clear(self) -> None:
         """Forget what was summed, before the next shard."""
@@ -99,10 +91,6 @@ class CentredForm:
             return
         n = chunk.X.shape[1]
         phi = self._features.of[self._type.name]
-        if self._compiled is not None:
-            self._fill_logits(phi, slice(0, n))
-            self._add_compiled(self._compiled, chunk)
-            return
         if self._n_waiting + n > self._n_piece:
             self._add_screened()
         place = slice(self._n_waiting, self._n_waiting + n)
@@ -132,13 +120,6 @@ class CentredForm:
         torch.mm(self._theta, phi, out=self._logits[:, place])
         if len(self._unscreened):
             self._logits[self._unscreened, place] = -torch.inf
-
-    def _add_compiled(self, pairs: CompiledPairs, chunk: Block) -> None:
-        """Add rows by their logits of the screen, with the components that matter to each."""
-        sums = (self._by_component, self._by_lane, self._sum_x, self._scatter)
-        unsure = pairs.add(self._logits, chunk, *sums)
-        if unsure is not None:
-            self._add_densely(Block(chunk.X[:, unsure], chunk.weights[unsure]))
 
     def _add_screened(self) -> None:
         """Add the rows that wait, with the components that matter to each."""
@@ -179,14 +160,16 @@ class CentredForm:
             part = slice(edges[lane.start], edges[lane.stop])
             of_row, logit = pairs.rows[part], exact[part]
             top = exact.new_full((n,), -torch.inf).scatter_reduce_(0, of_row, logit, "amax")
-            r = (logit - top.index_select(0, of_row)).exp_()
+            r = logit - top.index_select(0, of_row)
+            matters = r >= -cut(self._sizes[i])
+            r.exp_().masked_fill_(~matters, 0)
             total = _sum_by_row(r, of_row, n)
             log_norm = top + total.log()
             r /= total.index_select(0, of_row)
             torch.mul(r, of_pairs[part], out=shares[part])
             self._log_likelihood[i] += torch.where(total > 0, log_norm * weight, 0.0).sum()
             self._entropy[i] += torch.special.entr(r) @ of_pairs[part]
-            self._survivors[i] += of_pairs[part].sum()
+            self._survivors[i] += matters.double() @ of_pairs[part]
         self._nk += pairs.sums(shares)
         self._squares += pairs.sums(shares * of_pairs)
         for k, part, z in self._about_means(rows, pairs):
@@ -200,11 +183,13 @@ class CentredForm:
             x, weight = chunk.X.double(), chunk.weights
             logits = self._densities(x)
             for i, lane in enumerate(self._of_lane):
-                log_norm = logits[lane].logsumexp(0)
-                shares = (logits[lane] - log_norm).exp()
+                below = logits[lane] - logits[lane].amax(0)
+                mattering = torch.where(below >= -cut(self._sizes[i]), logits[lane], -torch.inf)
+                log_norm = mattering.logsumexp(0)
+                shares = (mattering - log_norm).exp()
                 self._log_likelihood[i] += (log_norm * weight).sum()
                 self._entropy[i] += torch.special.entr(shares).sum(0) @ weight
-                self._survivors[i] += len(shares) * weight.sum()
+                self._survivors[i] += (mattering > -torch.inf).double().sum(0) @ weight
                 shares *= weight
                 self._nk[lane] += shares.sum(1)
                 self._squares[lane] += shares @ weight

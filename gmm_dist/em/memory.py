@@ -9,9 +9,10 @@ from gmm_dist.errors import Option, Text, UserError
 from gmm_dist.formats import gigabytes
 from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 
-# Parameters, their padded copy, sums in the working precision and in float64, the summary that
-# is sent and the partial sums that it meets on the way: so many float64 copies at once.
-_COPIES = 8
+# Parameters, their padded copy, those that pairs were last tried with, sums in the working
+# precision and in float64, the summary that is sent and the partial sums that it meets on the way:
+# so many float64 copies at once.
+_COPIES = 12
 
 
 def lane_bytes(lanes: Sequence[tuple[int, str]], n_features: int) -> int:

@@ -15,7 +15,8 @@ A lane of which float32 cannot hold a sum leaves it for good: that shows in no c
 that came back to fail again would never have the two passes in one form that tell a gain.
 
 The centred form loses nothing. It is the slowest where many components matter to a row, and the
-fastest where few do; the passes that measure float32 count those, too.
+fastest where few do, the more so as it need not screen in each pass; the passes that measure
+float32 count those, too.
 
 What a lane is ranked by is always scored in float64.
 """
@@ -58,8 +59,9 @@ _FEATURE, _LOGIT = 5.0, 25.0  # to make a feature; a logit's share of the softma
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """What the centred form costs beside its screen: for a component, and for a survivor."""
+    """What the centred form costs: in how many passes the screen, for a component, a survivor."""
 
+    screened: float
     component: float
     pair: float
     per_feature: float
@@ -71,8 +73,12 @@ class _Pairs:
 
 
 # By torch, calls for a component are dealt to the rows of a piece.
-_BY_TORCH = _Pairs(component=25.0 + 3e6 / (1 << 14), pair=6e3, per_feature=400.0, per_product=5.0)
-_COMPILED = _Pairs(component=30.0, pair=1e3, per_feature=50.0, per_product=6.0)
+_BY_TORCH = _Pairs(
+    screened=1.0, component=25.0 + 3e6 / (1 << 14), pair=6e3, per_feature=400.0, per_product=5.0
+)
+# Most passes try the pairs of earlier ones again, unless rows are so narrow that they are not kept.
+_COMPILED = _Pairs(screened=1 / 3, component=55.0, pair=1.5e3, per_feature=50.0, per_product=6.0)
+_NARROW = 8
 
 
 def check_every(n_rows: int) -> int:
@@ -109,6 +115,7 @@ def most_survivors(
     products, alone = kind.n_rows(n_features), TYPE_OF[kind.alone].n_rows(n_features)
     float32 = 2 * products * n_components + _FEATURE * products + _LOGIT * n_components
     screen = alone * n_components + _FEATURE * alone + costs.component * n_components
+    screen *= costs.screened if n_features >= _NARROW else 1.0
     pair = costs.survivor(kind, n_features)
     return (float32 - screen) / pair, (_FLOAT64 * float32 - screen) / pair
 

@@ -33,10 +33,10 @@ def test_what_fits_passes() -> None:
     require_memory([(k, "full") for k in range(2, 21)], 64, 2**30)
 
 
-# 54 · 12,507,501 statistics in 8 copies, and 256 rows of as many features, of 8 bytes each.
+# 54 · 12,507,501 statistics in 12 copies, and 256 rows of as many features, of 8 bytes each.
 def test_what_does_not_fit_is_one_line_with_the_numbers_and_a_remedy() -> None:
     wanted = (
-        r"^the statistics of 54 components with 5,000 features need 64\.1 GiB in every worker, "
+        r"^the statistics of 54 components with 5,000 features need 84\.2 GiB in every worker, "
         r"which has at most 2\.0 GiB: use covariance_type=.diag., smaller n_components, fewer "
         r"columns, or fewer workers per machine$"
     )

@@ -14,21 +14,26 @@ from gmm_dist.shards.protocol import ShardRows
 
 _FEW, _MANY = 0.01, 0.1  # of the rows
 _MOST_MOVED = 0.25  # of the components, before all pairs are found anew
-_MOST_BYTES = 0.25  # of those of the rows
+_MOST_BYTES = 1 / 6  # of those of the rows
 _MOST_PAIRS = 2.0  # tried for one that matters, beside one for each row
-_REST = 8  # passes after which to try again, where pairs were too many
+_REST = 3  # passes after which to try again, where pairs were too many
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptPiece:
     """The pairs of a piece, as `screening_loops` has them, and how deep they go: (L, n), int16.
 
-    A row's go down to a depth of DEPTHS in each lane, or to none: -1.
+    A row's go down to a depth of DEPTHS in each lane, or to none: -1. The `rows` are uint16.
     """
 
     firsts: Array
     rows: Array
     depths: Array
+
+    @classmethod
+    def of(cls, firsts: Array, rows: Array, depths: Array) -> KeptPiece:
+        """Copy the pairs of a piece of 65,536 rows at most."""
+        return cls(firsts, rows[: firsts[-1]].astype(np.uint16), depths)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -36,8 +36,9 @@ from gmm_dist.model.densities import FAR, Densities
 from gmm_dist.shards.protocol import Block, ShardRows
 
 _CPU = torch.device("cpu")
-_ROWS_PER_COMPONENT = 32  # of a piece, so that a component's rows are worked on together
-_LEAST_PIECE, _MOST_PIECE = 2048, 16_384
+_ROWS_PER_COMPONENT = 64  # of a piece, so that a component's rows are worked on together
+_LEAST_PIECE, _MOST_PIECE = 4096, 32_768
+_MOST_PAIRS = 1 << 24  # of a piece, if all components matter to all rows
 _STAGGER = 80  # numbers between lines: a power of two apart, they would share places in a cache
 _DENSE = 1 << 20  # pairs of rows with all components, at once
 _GRID, _NO_GRID = DEPTHS.numpy(), np.empty(0)
@@ -71,7 +72,7 @@ class PrunedForm:
         n_components, d = sum(self._sizes), n_features
         self._edges = np.array(list(itertools.accumulate(self._sizes, initial=0)))
         self._cuts = np.array([cut(size) for size in self._sizes])
-        most = min(_ROWS_PER_COMPONENT * n_components, _MOST_PIECE)
+        most = min(_ROWS_PER_COMPONENT * n_components, _MOST_PIECE, _MOST_PAIRS // n_components)
         self._n_piece = max(most, _LEAST_PIECE)
         self._n_chunk = chunk_rows(group.theta.shape[1] + n_components, _CPU)
         self._features = Features(d, self._n_chunk, {self._type.name}, torch.float32, _CPU)
@@ -154,7 +155,7 @@ class PrunedForm:
                 pairs = pairs.replaced(stale, fresh, loops)
         of_piece = None
         if memory.keeps or memory.moved.any():
-            of_piece = KeptPiece(tried.firsts, tried.rows[: tried.firsts[-1]].copy(), depths)
+            of_piece = KeptPiece.of(tried.firsts, tried.rows, depths)
         top = self._top(loops, pairs, n)
         if (far := ~(top > FAR).all(0)).any():
             pairs = pairs.replaced(far, self._far(X, far), loops)
@@ -200,14 +201,15 @@ class PrunedForm:
 
         Those of components that have moved far are found anew.
         """
+        rows = known.rows.astype(np.int32)
         if not bool(memory.moved.any()):
-            return self._exact(loops, X, known.firsts, known.rows), known.depths
+            return self._exact(loops, X, known.firsts, rows), known.depths
         assert memory.known is not None
         moved = memory.moved.numpy()
         stays = np.repeat(~moved, np.diff(known.firsts))
         lengths = np.where(moved, 0, np.diff(known.firsts))
         firsts = np.concatenate([[0], np.cumsum(lengths)])
-        old = self._exact(loops, X, firsts, known.rows[stays])
+        old = self._exact(loops, X, firsts, rows[stays])
         found = _Found(np.flatnonzero(moved), len(self._means))
         for logits, part in self._products(columns, found.components):
             limit = self._limit

@@ -13,7 +13,7 @@ import numpy as np
 Array = Any
 """A NumPy array; the docstrings say which shape, and which dtype if not float64."""
 
-_BLOCK = 32  # rows that are turned, or looked at, at once
+_BLOCK = 32  # rows that are looked at at once
 _SLACK, _SLACK_PART = 6.0, 0.08
 """Nats below its cut to which a row's pairs are taken, and of its depth the part, at least."""
 
@@ -26,12 +26,11 @@ def room(below: Array, margin: float) -> Array:
 def transpose(X: Array, rows: Array) -> None:
     """Fill `rows` (n, d) with the columns of X (d, n)."""
     d, n = X.shape
-    for first in range(0, n, _BLOCK):
-        last = min(first + _BLOCK, n)
+    # Row by row: lines that are written from end to end come into a cache ahead of time.
+    for j in range(n):
+        row = rows[j]
         for i in range(d):
-            line = X[i]
-            for j in range(first, last):
-                rows[j, i] = line[j]
+            row[i] = X[i, j]
 
 
 def limits(

@@ -35,6 +35,10 @@ class KeptPiece:
         """Copy the pairs of a piece of 65,536 rows at most."""
         return cls(firsts, rows[: firsts[-1]].astype(np.uint16), depths)
 
+    @property
+    def n_bytes(self) -> int:
+        return int(self.firsts.nbytes + self.rows.nbytes + self.depths.nbytes)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptPairs:
@@ -49,6 +53,10 @@ class KeptPairs:
     peaks: Array
     pieces: tuple[KeptPiece, ...]
     counts: Array
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(piece.n_bytes for piece in self.pieces)
 
 
 class Memory:
@@ -116,7 +124,10 @@ class Memory:
     def _worth_keeping(self) -> KeptPairs | None:
         """Return the pairs of this pass, unless they are many or take too much memory."""
         n_pairs = sum(len(piece.rows) for piece in self._pieces)
-        size = sum(p.firsts.nbytes + p.rows.nbytes + p.depths.nbytes for p in self._pieces)
+        size = sum(piece.n_bytes for piece in self._pieces)
+        for kind, kept in self._rows.kept.items():
+            if kind != self._kind and isinstance(kept, KeptPairs):
+                size += kept.n_bytes
         of_rows = sum(block.X.nbytes for block in self._rows.blocks)
         n_rows = self._rows.n_rows * len(self._sizes)
         if size > _MOST_BYTES * of_rows or n_pairs > _MOST_PAIRS * self._n_mattered + n_rows:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 _DEEPEST, _RATIO, _LEAST = 2.0e7, 1.016, 20.0
-_ROUNDING = 1e-9  # of the singular values' squares
+_ROUNDING = 1e-6  # of the singular values' squares, whatever the factors' condition
 _LOOSE = 0.01  # a norm above it is bounded more tightly
 
 DEPTHS = _LEAST * _RATIO ** torch.arange(

@@ -64,10 +64,19 @@ class Memory:
 
     `known` are pairs to try, or None. Those of components that have `moved` (K,) far since are to
     be found anew, to the same depths; `bounds` (L, G) are of those left out of the others. Whether
-    the pass `keeps` the pairs that it tries, it has to know before.
+    the pass `keeps` the pairs that it tries, it has to know before. None are found, nor kept, where
+    it cannot screen any.
     """
 
-    def __init__(self, rows: ShardRows, kind: str, now: Centred, sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        rows: ShardRows,
+        kind: str,
+        now: Centred,
+        sizes: tuple[int, ...],
+        *,
+        screens: bool,
+    ) -> None:
         self._rows, self._kind, self._now, self._sizes = rows, kind, now, sizes
         found = rows.kept.get(kind, 0)
         self.known: KeptPairs | None = None
@@ -75,8 +84,8 @@ class Memory:
         self.bounds = np.empty((len(sizes), 0))
         self._rest = found if isinstance(found, int) else 0
         if isinstance(found, KeptPairs) and found.sizes == sizes:
-            self._look_at(found)
-        self.keeps = self.known is None and self._rest == 0
+            self._look_at(found, screens=screens)
+        self.keeps = screens and self.known is None and self._rest == 0
         self._pieces: list[KeptPiece] = []
         self._n_stale = self._n_mattered = 0
 
@@ -93,7 +102,7 @@ class Memory:
         if self.keeps:
             kept[self._kind] = self._worth_keeping() or _REST
         elif self.known is None:
-            kept[self._kind] = self._rest - 1
+            kept[self._kind] = max(self._rest - 1, 0)
         elif self._n_stale > _MANY * self._rows.n_rows:
             kept[self._kind] = 0
         elif bool(self.moved.any()):
@@ -102,7 +111,7 @@ class Memory:
                 self._sizes, known.before, known.peaks, pieces, known.counts
             )
 
-    def _look_at(self, found: KeptPairs) -> None:
+    def _look_at(self, found: KeptPairs, *, screens: bool) -> None:
         """See which components have moved too far for what is known of them to be of use."""
         lanes = torch.repeat_interleave(torch.arange(len(self._sizes)), torch.tensor(self._sizes))
         peaks, counts = torch.from_numpy(found.peaks), torch.from_numpy(found.counts)
@@ -112,7 +121,8 @@ class Memory:
         edge = peaks[:, None] - room(DEPTHS, MARGIN)
         parts = counts / counts.sum(1, keepdim=True).clamp_min(1)
         self.moved = ((bounds >= edge[lanes]) * parts[lanes]).sum(1) > _FEW
-        if float(self.moved.sum()) > _MOST_MOVED * len(self.moved):
+        most = _MOST_MOVED * len(self.moved) if screens else 0
+        if float(self.moved.sum()) > most:
             return
         before = found.before
         if bool(self.moved.any()):

@@ -7,9 +7,9 @@ largest logit of their row and lane go on: what a row adds depends on its exact 
 So it makes no difference to any bit which pairs were tried, as long as all that matter were. The
 form therefore keeps, with the rows, the pairs that a pass has tried, taken further down than it
 needed, and in later passes tries these again without any product. `certificate` bounds what the
-components left out may have come to since; a row of which one may have come to matter is screened
-anew. When there are many of these, all rows are, and their pairs kept. What is kept may be lost at
-any time: it is made again.
+components left out may have come to since. A row in which one may have come to matter is screened
+anew, and so is a component that has moved far, in all rows. When there are many of either, all are,
+and kept. What is kept may be lost at any time: it is made again.
 """
 
 from __future__ import annotations
@@ -106,14 +106,13 @@ class PrunedForm:
         self._highest_peaks = np.array([float(p.max()) for p in peaks.split(self._sizes)])
         self._theta = group.theta.float()
         self._screens = bool(self._theta.isfinite().all())
-        trusted = screens(group.stack.unshared(), group.theta)
-        self._trusted = trusted.numpy()
+        self._trusted = screens(group.stack.unshared(), group.theta).numpy()
 
     def statistics(self, rows: ShardRows, checks: Float64[Tensor, "3 L"]) -> SufficientStatistics:
         """Return the sums over the rows; no `checks` are made of what is exact."""
         for total in (self._sum_x, self._scatter, self._by_component, self._by_lane):
             total.zero_()
-        memory = Memory(rows, self._type.name, self._now, self._sizes)
+        memory = Memory(rows, self._type.name, self._now, self._sizes, screens=self._screens)
         for i, piece in enumerate(self._pieces(rows)):
             self._add(piece, memory, i)
         memory.leave()
@@ -153,10 +152,11 @@ class PrunedForm:
             if n_stale:
                 fresh, _ = self._screen(loops, piece.X, X, stale, keeps=False)
                 pairs = pairs.replaced(stale, fresh, loops)
+        if pairs is not tried or memory.known is None:
+            top = self._top(loops, pairs, n)
         of_piece = None
         if memory.keeps or memory.moved.any():
             of_piece = KeptPiece.of(tried.firsts, tried.rows, depths)
-        top = self._top(loops, pairs, n)
         if (far := ~(top > FAR).all(0)).any():
             pairs = pairs.replaced(far, self._far(X, far), loops)
             top = self._top(loops, pairs, n)

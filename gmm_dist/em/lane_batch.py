@@ -43,7 +43,7 @@ def cut(n_components: int) -> float:
     return _KEPT + math.log(n_components)
 
 
-_NEAR = 3.0  # standard deviations
+NEAR = 3.0  # standard deviations
 
 
 def screen_of(
@@ -63,18 +63,26 @@ def screen_of(
 def screens(stack: ParameterStack, theta: Float64[Tensor, "K P"]) -> Bool[Tensor, " K"]:
     """Say which components of a `screen_of` the centred form may screen in float32.
 
-    Of rows near the component, of which a logit is a sum of terms that largely cancel: rounding
-    errs by less than 2^-25 (3 + √P) times the sum of their sizes. Half the margin is allowed.
+    Half the margin is allowed.
+    """
+    is_small: Tensor = screening_error(stack, theta) <= MARGIN / 2  # NaN is not
+    return is_small
+
+
+def screening_error(stack: ParameterStack, theta: Float64[Tensor, "K P"]) -> Float64[Tensor, " K"]:
+    """Bound the rounding, nats, of the float32 logits of each component of a `screen_of`.
+
+    Of rows within NEAR standard deviations of the component. A logit is a sum of terms that largely
+    cancel: rounding errs by less than 2^-25 (3 + √P) times the sum of their sizes.
     """
     kind = stack.type
     variances = kind.variances(stack.covariances, stack.means.shape[1])
-    x = stack.means.abs() + _NEAR * variances.clamp_min(0).sqrt()
+    x = stack.means.abs() + NEAR * variances.clamp_min(0).sqrt()
     second = x[:, :, None] * x[:, None, :] if kind.has_products else x.square()
     # Features are products, so those of the largest x are the largest.
     largest = kind.sums(torch.ones_like(stack.weights), x, kind.second(second))
-    error = 2.0**-25 * (3 + theta.shape[1] ** 0.5) * (theta.abs() * largest.T).sum(1)
-    is_small: Tensor = error <= MARGIN / 2  # NaN is not
-    return is_small
+    error: Tensor = 2.0**-25 * (3 + theta.shape[1] ** 0.5) * (theta.abs() * largest.T).sum(1)
+    return error
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -30,7 +30,13 @@ class Reweighted(Generic[S]):
             for blocks in (rows.blocks, rows.held_out)
         )
         return self.task(
-            ShardRows(shard=rows.shard, blocks=fitted, counts=rows.counts, held_out=held)
+            ShardRows(
+                shard=rows.shard,
+                blocks=fitted,
+                counts=rows.counts,
+                held_out=held,
+                kept=rows.kept,  # of what weights have no part in
+            )
         )
 
 

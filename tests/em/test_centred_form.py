@@ -181,6 +181,30 @@ def test_parameters_beyond_float32_are_not_screened(kind, compiled):
     torch.testing.assert_close(small.squares, normal.squares, rtol=1e-9, atol=0)
 
 
+@both_ways
+def test_rows_far_along_a_narrow_axis_keep_their_component(compiled):
+    """There float32 errs by more than near the component, of which the screen was trusted."""
+    generator = torch.Generator().manual_seed(0)
+    d, long, n = 8, 300.0, 6000
+    axis = torch.tensor([1, 0.83, 1.21, 0.77, 1.1, 0.93, 1.07, 0.71], dtype=torch.float64)
+    axis /= axis.norm()
+    eye = torch.eye(d, dtype=torch.float64)
+    mixture = Parameters(
+        covariance_type="full",
+        weights=torch.tensor([0.5, 0.5], dtype=torch.float64),
+        means=torch.zeros(2, d, dtype=torch.float64),
+        covariances=torch.stack([0.7 * eye + long**2 * axis[:, None] * axis, (301.2**2) * eye]),
+    )
+    along = long * torch.randn(n, dtype=torch.float64, generator=generator)
+    far = torch.rand(n // 20, dtype=torch.float64, generator=generator)
+    along[: n // 20] = long * (40 + 160 * far)
+    noise = torch.randn(n, d, dtype=torch.float64, generator=generator)
+    X = 0.8 * noise + along[:, None] * axis
+    sums, exact = one_pass(X, [mixture], compiled=compiled), logits(X, mixture)
+    torch.testing.assert_close(mass(sums, "full"), exact.softmax(1).sum(0), rtol=1e-8, atol=0)
+    torch.testing.assert_close(sums.log_likelihood[0], exact.logsumexp(1).sum(), rtol=1e-11, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["full", "diag", "tied-spherical"])
 def test_pieces_and_chunks_change_nothing(kind, monkeypatch):
     X = mixtures.rows(apart("full", 3, 2), 9000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import mixtures
 import numpy as np
@@ -168,7 +168,7 @@ def test_no_component_comes_nearer_than_its_bound(seed, by, kind):
     now = moved(before, by, generator)
     was, has_come_to = centred(before), centred(now)
     peaks = torch.full((4,), float(was.peaks.max()), dtype=torch.float64)
-    bounds = reached(was, has_come_to, peaks, 0.0)
+    bounds = reached(was, has_come_to, peaks)
     X = 30 * torch.randn(3, 400, dtype=torch.float64, generator=generator)
     cpu = torch.device("cpu")
     old, new = (Densities.of(mixture, cpu)(X) for mixture in (before, now))
@@ -187,6 +187,49 @@ def centred(mixture: Parameters) -> Centred:
     parts = zip(*Densities.of(mixture, torch.device("cpu")).components, strict=True)
     means, factors, peaks = (torch.stack(part) for part in parts)
     return Centred(means, factors.mT if factors.ndim == 3 else factors, peaks)
+
+
+def test_a_component_that_moves_to_rows_far_along_its_axis_has_them():
+    """Of them its logits, as screened, were off by more than of rows near it."""
+    generator = torch.Generator().manual_seed(0)
+    d, long, n, n_far = 8, 300.0, 60_000, 540
+    axis = torch.tensor([1, 0.83, 1.21, 0.77, 1.1, 0.93, 1.07, 0.71], dtype=torch.float64)
+    axis /= axis.norm()
+    eye = torch.eye(d, dtype=torch.float64)
+    narrow = 0.7 * eye + long**2 * axis[:, None] * axis
+    start = Parameters(
+        covariance_type="full",
+        weights=torch.tensor([0.5, 0.5], dtype=torch.float64),
+        means=torch.zeros(2, d, dtype=torch.float64),
+        covariances=torch.stack([narrow, (1.12 * long) ** 2 * eye]),
+    )
+    along = long * torch.randn(n, dtype=torch.float64, generator=generator)
+    far = torch.rand(n_far, dtype=torch.float64, generator=generator)
+    along[:n_far] = long * (29 + 10 * far)
+    noise = torch.randn(n, d, dtype=torch.float64, generator=generator)
+    X = 0.8 * noise + along[:, None] * axis
+    for by in (0.4, 0.6, 0.8, 1.2):
+        shards = mixtures.shards(X)
+        shards.run(task_of([start]))
+        means = torch.stack([by * long * axis, start.means[1]])
+        now = task_of([replace(start, means=means)])
+        (found,), (expected,) = shards.run(now).groups, mixtures.shards(X).run(now).groups
+        assert the_same(found, expected), by
+
+
+def test_what_is_kept_does_not_outgrow_its_part_by_and_by():
+    start = mixtures.parameters("full", 64, D, seed=0, spread=40.0)
+    X = mixtures.rows(start, 20_000).float()
+    shards = mixtures.shards(X)
+    shards.run(task_of([start]))
+    (rows,) = shards._shards
+    covariances = start.covariances.clone()
+    for i in range(4):  # they grow until all overlap
+        covariances[i::4] *= 60.0
+        shards.run(task_of([replace(start, covariances=covariances.clone())]))
+        kept = rows.kept["full"]
+        if isinstance(kept, kept_pairs.KeptPairs):
+            assert kept.n_bytes <= X.nbytes / 6
 
 
 def test_depths_are_in_one_ratio():

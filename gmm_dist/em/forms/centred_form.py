@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from gmm_dist.em.forms.features import Features
-from gmm_dist.em.lane_batch import MARGIN, LaneBatch, cut, screens
+from gmm_dist.em.lane_batch import MARGIN, NEAR, LaneBatch, cut, screening_error
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.densities import Densities
@@ -76,7 +76,11 @@ class CentredForm:
         self._peaks = self._densities.peaks.to(device)
         self._theta = group.theta.to(device, self._logits.dtype)
         self._screens = bool(self._theta.isfinite().all())
-        trusted = screens(group.stack.unshared(), group.theta).to(device)
+        errors = screening_error(group.stack.unshared(), group.theta).to(device)
+        trusted = errors <= MARGIN / 2  # NaN is not
+        growth = 2 / NEAR**2 * errors  # r² = 2 (peak - logit)
+        allowed = torch.stack([errors, growth, growth * self._peaks])
+        self._allowed = allowed.to(self._logits.dtype)
         self._trusted, self._unscreened = trusted, torch.nonzero(~trusted)[:, 0]
 
     def clear(self) -> None:
@@ -148,7 +152,12 @@ class CentredForm:
             logits = self._logits[lane, place]
             top = logits.amax(0)
             unsure |= ~top.isfinite()
-            torch.ge(logits, top.sub_(cut(size) + MARGIN), out=self._matter[lane, place])
+            # Half the margin is for the largest logit; the rest for the other, which errs by more
+            # further out, as the sizes of its terms grow with the square of its distance.
+            least = top.sub_(cut(size) + MARGIN / 2)
+            near, growth, rise = (of_each[lane, None] for of_each in self._allowed)
+            limit = torch.minimum(least - near, torch.addcmul(-rise, least, 1 + growth))
+            torch.ge(logits, limit, out=self._matter[lane, place])
         self._matter[self._unscreened, place] = True
 
     def _add_pairs(self, rows: Block, pairs: _Pairs, exact: Float64[Tensor, " p"]) -> None:

@@ -50,13 +50,10 @@ class Centred:
         return Centred(means, factors, torch.where(moved, now.peaks, self.peaks))
 
 
-def reached(
-    before: Centred, now: Centred, peaks: Float64[Tensor, " K"], margin: float
-) -> Float64[Tensor, "K G"]:
+def reached(before: Centred, now: Centred, peaks: Float64[Tensor, " K"]) -> Float64[Tensor, "K G"]:
     """Return the largest logit that each component can have by now.
 
-    In rows where its logit was as deep below its lane's peak (`peaks`, nats) as each of DEPTHS,
-    give or take a `margin`.
+    In rows where its logit was as deep below its lane's peak (`peaks`, nats) as each of DEPTHS.
     """
     shift = now.means - before.means
     if now.factors.ndim == 3:
@@ -65,7 +62,7 @@ def reached(
         moved = (now.factors * shift).norm(dim=1)
     stretch = _stretch(before.factors, now.factors)
     # How much higher a component's peak is than a row's logit, at the least.
-    below = (before.peaks - peaks - margin)[:, None] + DEPTHS
+    below = (before.peaks - peaks)[:, None] + DEPTHS
     r = below.clamp_min_(0).mul_(2).sqrt_()
     nearest = r.mul_(stretch[:, None]).sub_(moved[:, None]).clamp_min_(0)
     logits: Tensor = nearest.square_().mul_(-0.5).add_(now.peaks[:, None])

@@ -107,18 +107,16 @@ class Memory:
             kept[self._kind] = 0
         elif bool(self.moved.any()):
             known, pieces = self.known, tuple(self._pieces)
-            kept[self._kind] = KeptPairs(
-                self._sizes, known.before, known.peaks, pieces, known.counts
-            )
+            now = KeptPairs(self._sizes, known.before, known.peaks, pieces, known.counts)
+            kept[self._kind] = now if self._is_small(now) else 0
 
     def _look_at(self, found: KeptPairs, *, screens: bool) -> None:
         """See which components have moved too far for what is known of them to be of use."""
         lanes = torch.repeat_interleave(torch.arange(len(self._sizes)), torch.tensor(self._sizes))
         peaks, counts = torch.from_numpy(found.peaks), torch.from_numpy(found.counts)
-        now, margin = self._now, MARGIN / 2
-        bounds = reached(found.before, now, peaks[lanes], margin)
+        bounds = reached(found.before, self._now, peaks[lanes])
         # Of most rows the largest logit is what it was.
-        edge = peaks[:, None] - room(DEPTHS, MARGIN)
+        edge = peaks[:, None] - room(DEPTHS, MARGIN / 2)
         parts = counts / counts.sum(1, keepdim=True).clamp_min(1)
         self.moved = ((bounds >= edge[lanes]) * parts[lanes]).sum(1) > _FEW
         most = _MOST_MOVED * len(self.moved) if screens else 0
@@ -126,25 +124,29 @@ class Memory:
             return
         before = found.before
         if bool(self.moved.any()):
-            before = before.renewed(self.moved, now)
-            bounds[self.moved] = peaks[lanes[self.moved], None] - DEPTHS + margin
+            before = before.renewed(self.moved, self._now)
+            bounds = reached(before, self._now, peaks[lanes])
         self.bounds = np.stack([part.amax(0).numpy() for part in bounds.split(self._sizes)])
         self.known = KeptPairs(self._sizes, before, found.peaks, found.pieces, found.counts)
 
     def _worth_keeping(self) -> KeptPairs | None:
         """Return the pairs of this pass, unless they are many or take too much memory."""
         n_pairs = sum(len(piece.rows) for piece in self._pieces)
-        size = sum(piece.n_bytes for piece in self._pieces)
-        for kind, kept in self._rows.kept.items():
-            if kind != self._kind and isinstance(kept, KeptPairs):
-                size += kept.n_bytes
-        of_rows = sum(block.X.nbytes for block in self._rows.blocks)
         n_rows = self._rows.n_rows * len(self._sizes)
-        if size > _MOST_BYTES * of_rows or n_pairs > _MOST_PAIRS * self._n_mattered + n_rows:
+        if n_pairs > _MOST_PAIRS * self._n_mattered + n_rows:
             return None
         counts = np.zeros((len(self._sizes), len(DEPTHS)))
         for piece in self._pieces:
             for of_lane, depths in zip(counts, piece.depths, strict=True):
                 of_lane += np.bincount(depths[depths >= 0], minlength=len(DEPTHS))
         peaks = np.array([float(part.max()) for part in self._now.peaks.split(self._sizes)])
-        return KeptPairs(self._sizes, self._now, peaks, tuple(self._pieces), counts)
+        kept = KeptPairs(self._sizes, self._now, peaks, tuple(self._pieces), counts)
+        return kept if self._is_small(kept) else None
+
+    def _is_small(self, kept: KeptPairs) -> bool:
+        """Say whether pairs and those of other layouts take but a part of the rows' memory."""
+        # A copy: another thread may add a layout of its own.
+        kept_now = list(self._rows.kept.items())
+        others = (other for kind, other in kept_now if kind != self._kind)
+        size = kept.n_bytes + sum(o.n_bytes for o in others if isinstance(o, KeptPairs))
+        return size <= _MOST_BYTES * sum(block.X.nbytes for block in self._rows.blocks)

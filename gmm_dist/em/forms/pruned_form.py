@@ -29,7 +29,7 @@ from gmm_dist.em.forms.compiled import Loops, loops_for
 from gmm_dist.em.forms.features import Features
 from gmm_dist.em.forms.kept_pairs import KeptPiece, Memory
 from gmm_dist.em.forms.screening_loops import Array
-from gmm_dist.em.lane_batch import MARGIN, LaneBatch, cut, screens
+from gmm_dist.em.lane_batch import MARGIN, LaneBatch, cut, screening_error
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.densities import FAR, Densities
@@ -101,12 +101,14 @@ class PrunedForm:
         else:  # a spherical component's factor is one number
             own = factors.reshape(len(means), -1).expand(-1, d).contiguous()
             self._factors = own.numpy()
-        self._now = Centred(means, own, peaks)
         self._means, self._peaks = means.numpy(), peaks.numpy()
         self._highest_peaks = np.array([float(p.max()) for p in peaks.split(self._sizes)])
         self._theta = group.theta.float()
         self._screens = bool(self._theta.isfinite().all())
-        self._trusted = screens(group.stack.unshared(), group.theta).numpy()
+        self._now = Centred(means, own, peaks)
+        errors = screening_error(group.stack.unshared(), group.theta)
+        self._trusted = (errors <= MARGIN / 2).numpy()  # NaN is not
+        self._errors = errors.numpy()
 
     def statistics(self, rows: ShardRows, checks: Float64[Tensor, "3 L"]) -> SufficientStatistics:
         """Return the sums over the rows; no `checks` are made of what is exact."""
@@ -211,10 +213,11 @@ class PrunedForm:
         firsts = np.concatenate([[0], np.cumsum(lengths)])
         old = self._exact(loops, X, firsts, rows[stays])
         found = _Found(np.flatnonzero(moved), len(self._means))
+        allowed = self._of_lane, ~self._trusted, self._peaks, self._errors
         for logits, part in self._products(columns, found.components):
             limit = self._limit
             loops.depth_limits(part.start, memory.known.peaks, _GRID, known.depths, limit)
-            found.select(loops, logits, part, self._of_lane, ~self._trusted, limit)
+            found.select(loops, logits, part, allowed, limit)
         fresh, unsure = self._exact_of(loops, X, found, np.arange(len(X), dtype=np.int32))
         depths = np.where(unsure, np.int16(-1), known.depths)
         return old.replaced(np.zeros(len(X), dtype=np.bool_), fresh, loops), depths
@@ -236,10 +239,11 @@ class PrunedForm:
             return self._all(loops, X, chosen), depths
         grid, limit = _GRID if keeps else _NO_GRID, self._limit
         found = _Found(np.arange(len(self._means)), len(self._means))
+        allowed = self._of_lane, ~self._trusted, self._peaks, self._errors
         for logits, part in self._products(columns, found.components):
-            at = (logits, part.stop - part.start, part.start, self._edges, self._cuts + MARGIN)
+            at = (logits, part.stop - part.start, part.start, self._edges, self._cuts + MARGIN / 2)
             loops.limits(*at, self._highest_peaks, grid, depths, limit)
-            found.select(loops, logits, part, self._of_lane, ~self._trusted, limit)
+            found.select(loops, logits, part, allowed, limit)
         pairs, unsure = self._exact_of(loops, X, found, chosen)
         if unsure.any():
             every = self._all(loops, X, np.flatnonzero(unsure).astype(np.int32))
@@ -307,7 +311,7 @@ class _Found:
         self._screened = np.empty(0, dtype=np.float32)
 
     def select(
-        self, loops: Loops, logits: Array, part: slice, lanes: Array, takes_all: Array, limit: Array
+        self, loops: Loops, logits: Array, part: slice, allowed: tuple[Array, ...], limit: Array
     ) -> None:
         """Add the pairs of some rows, as `screening_loops.select` does."""
         n = part.stop - part.start
@@ -316,7 +320,7 @@ class _Found:
             size = max(most, 2 * len(self._of))
             self._of, self._rows = _longer(self._of, size), _longer(self._rows, size)
             self._screened = _longer(self._screened, size)
-        place = (n, part.start, self.components, lanes, takes_all, limit)
+        place = (n, part.start, self.components, *allowed, limit)
         arrays = self._of, self._rows, self._screened
         self._n_pairs = loops.select(logits, *place, *arrays, self._n_pairs)
 

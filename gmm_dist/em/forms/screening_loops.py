@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from gmm_dist.em.lane_batch import NEAR
+
 Array = Any
 """A NumPy array; the docstrings say which shape, and which dtype if not float64."""
 
@@ -72,7 +74,7 @@ def limits(
             for j in range(n):
                 line[j] = other[j] if other[j] > line[j] else line[j]
         for j in range(n):
-            line[j] -= cuts[lane]
+            line[j] -= cuts[lane] + 1e-6 * abs(line[j])  # rounded downwards
         if len(grid) > 0:
             ratio = np.log(grid[1] / grid[0])
             for j in range(n):
@@ -112,6 +114,8 @@ def select(
     components: Array,
     lanes: Array,
     takes_all: Array,
+    peaks: Array,
+    errors: Array,
     limit: Array,
     of: Array,
     rows: Array,
@@ -120,7 +124,9 @@ def select(
 ) -> int:
     """Append the pairs of some rows that may matter; return the number of pairs then.
 
-    Those not below the limit of their row and lane; of NaN all.
+    Those whose exact logit may not be below the limit of their row and lane; of NaN all. A screened
+    logit errs by the component's error within NEAR standard deviations of it, and further out, as
+    the sizes of its terms grow, by more: with the square of the distance.
 
     Args:
         logits: (C, m), float32, of some components.
@@ -129,6 +135,8 @@ def select(
         components: (C,), their numbers.
         lanes: (K,), each component's lane.
         takes_all: (K,), bool, whether all of a component's pairs are taken.
+        peaks: (K,), the largest logit of each component.
+        errors: (K,), nats.
         limit: (L, m), float32.
         of: int32, the component of each pair; filled from `n_pairs` on, as the next two.
         rows: int32, the row of each pair.
@@ -139,15 +147,18 @@ def select(
     for c in range(len(components)):
         k = components[c]
         line, least, takes = logits[c], limit[lanes[k]], takes_all[k]
+        peak, error = np.float32(peaks[k]), np.float32(errors[k])
+        # A distance of r has r² = 2 (peak - logit).
+        growth = np.float32(2.0 / NEAR**2) * error
         for j0 in range(0, n, _BLOCK):
             j1 = min(j0 + _BLOCK, n)
             n_below = 0
             for j in range(j0, j1):
-                n_below += line[j] < least[j]
+                n_below += line[j] < least[j] - max(error, growth * (peak - least[j]))
             if n_below == j1 - j0 and not takes:
                 continue
             for j in range(j0, j1):
-                if takes or not (line[j] < least[j]):
+                if takes or not (line[j] < least[j] - max(error, growth * (peak - least[j]))):
                     of[p], rows[p], screened[p] = k, first_row + j, line[j]
                     p += 1
     return p

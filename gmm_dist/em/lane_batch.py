@@ -43,7 +43,11 @@ def cut(n_components: int) -> float:
     return _KEPT + math.log(n_components)
 
 
-NEAR = 3.0  # standard deviations
+_NEAR = 3.0  # standard deviations
+GROWTH = 2 / _NEAR**2
+"""By how many `screening_error`s a screened logit errs, at most, for each nat that the row lies deep
+below the component's peak; near the component by one. (At r standard deviations it is r²/2 nats,
+and the terms of a logit grow with r².)"""
 
 
 def screen_of(
@@ -72,12 +76,12 @@ def screens(stack: ParameterStack, theta: Float64[Tensor, "K P"]) -> Bool[Tensor
 def screening_error(stack: ParameterStack, theta: Float64[Tensor, "K P"]) -> Float64[Tensor, " K"]:
     """Bound the rounding, nats, of the float32 logits of each component of a `screen_of`.
 
-    Of rows within NEAR standard deviations of the component. A logit is a sum of terms that largely
+    Of rows within three standard deviations of the component. A logit is a sum of terms that largely
     cancel: rounding errs by less than 2^-25 (3 + √P) times the sum of their sizes.
     """
     kind = stack.type
     variances = kind.variances(stack.covariances, stack.means.shape[1])
-    x = stack.means.abs() + NEAR * variances.clamp_min(0).sqrt()
+    x = stack.means.abs() + _NEAR * variances.clamp_min(0).sqrt()
     second = x[:, :, None] * x[:, None, :] if kind.has_products else x.square()
     # Features are products, so those of the largest x are the largest.
     largest = kind.sums(torch.ones_like(stack.weights), x, kind.second(second))

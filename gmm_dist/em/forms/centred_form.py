@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from gmm_dist.em.forms.features import Features
-from gmm_dist.em.lane_batch import MARGIN, NEAR, LaneBatch, cut, screening_error
+from gmm_dist.em.lane_batch import GROWTH, MARGIN, LaneBatch, cut, screening_error
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.densities import Densities
@@ -78,7 +78,7 @@ class CentredForm:
         self._screens = bool(self._theta.isfinite().all())
         errors = screening_error(group.stack.unshared(), group.theta).to(device)
         trusted = errors <= MARGIN / 2  # NaN is not
-        growth = 2 / NEAR**2 * errors  # r² = 2 (peak - logit)
+        growth = GROWTH * errors
         allowed = torch.stack([errors, growth, growth * self._peaks])
         self._allowed = allowed.to(self._logits.dtype)
         self._trusted, self._unscreened = trusted, torch.nonzero(~trusted)[:, 0]
@@ -152,8 +152,7 @@ class CentredForm:
             logits = self._logits[lane, place]
             top = logits.amax(0)
             unsure |= ~top.isfinite()
-            # Half the margin is for the largest logit; the rest for the other, which errs by more
-            # further out, as the sizes of its terms grow with the square of its distance.
+            # Half the margin is for the largest logit. The other errs by more further out.
             least = top.sub_(cut(size) + MARGIN / 2)
             near, growth, rise = (of_each[lane, None] for of_each in self._allowed)
             limit = torch.minimum(least - near, torch.addcmul(-rise, least, 1 + growth))

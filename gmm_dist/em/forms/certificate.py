@@ -13,6 +13,7 @@ of features. (Hamerly and Elkan bound distances so in k-means, where B = A = I.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,10 @@ class Centred:
     means: Float64[Tensor, "K d"]
     factors: Tensor
     peaks: Float64[Tensor, " K"]
+
+    def highest(self, sizes: Sequence[int]) -> Float64[Tensor, " L"]:
+        """Return the highest peak of each lane, of so many components."""
+        return torch.stack([of_lane.max() for of_lane in self.peaks.split(list(sizes))])
 
     def renewed(self, moved: Bool[Tensor, " K"], now: Centred) -> Centred:
         """Return these, but the components that have `moved` as they are now."""

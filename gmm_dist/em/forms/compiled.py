@@ -48,7 +48,7 @@ class Loops:
     arrange: Callable[..., None]
     merge: Callable[..., None]
     distances: Callable[..., None]
-    unsure: Callable[..., bool]
+    unsure: Callable[..., None]
     highest: Callable[..., None]
     stale: Callable[..., int]
     shares: Callable[..., None]
@@ -66,7 +66,7 @@ _SIGNATURES = {
     "i4[::1], f8[::1])",
     "distances": "void(f8[:,::1], f8[:,::1], f8[:,:,::1], f8[::1], i8[::1], i4[::1], f8[::1])",
     "distances_apart": "void(f8[:,::1], f8[:,::1], f8[:,::1], f8[::1], i8[::1], i4[::1], f8[::1])",
-    "unsure": "b1(f8[::1], f4[::1], b1[::1], f8, i8[::1], i4[::1], b1[::1])",
+    "unsure": "void(f8[::1], f4[::1], b1[::1], f8, i8[::1], i4[::1], b1[::1])",
     "highest": "void(i8[::1], i8[::1], i4[::1], f8[::1], f8[:,::1])",
     "stale": "i8(f8[:,::1], i2[:,::1], f8[:,::1], f8[::1], b1[::1])",
     "shares": "void(i8[::1], f8[::1], f8[:,::1], i8[::1], i4[::1], f8[::1], f8[::1], f8[::1], "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,8 +44,8 @@ class KeptPiece:
 class KeptPairs:
     """The pairs of a shard, tried with lanes of `sizes` whose components were as `before`.
 
-    Depths are counted from each lane's `peak` (L,); `counts` (L, G) has how many rows go down to
-    each.
+    Depths are counted from the lanes' highest `peaks` (L,); `counts` (L, G) has how many rows go
+    down to each.
     """
 
     sizes: tuple[int, ...]
@@ -106,8 +106,7 @@ class Memory:
         elif self._n_stale > _MANY * self._rows.n_rows:
             kept[self._kind] = 0
         elif bool(self.moved.any()):
-            known, pieces = self.known, tuple(self._pieces)
-            now = KeptPairs(self._sizes, known.before, known.peaks, pieces, known.counts)
+            now = replace(self.known, pieces=tuple(self._pieces))
             kept[self._kind] = now if self._is_small(now) else 0
 
     def _look_at(self, found: KeptPairs, *, screens: bool) -> None:
@@ -118,16 +117,14 @@ class Memory:
         # Of most rows the largest logit is what it was.
         edge = peaks[:, None] - room(DEPTHS, MARGIN / 2)
         parts = counts / counts.sum(1, keepdim=True).clamp_min(1)
-        self.moved = ((bounds >= edge[lanes]) * parts[lanes]).sum(1) > _FEW
-        most = _MOST_MOVED * len(self.moved) if screens else 0
-        if float(self.moved.sum()) > most:
+        moved = ((bounds >= edge[lanes]) * parts[lanes]).sum(1) > _FEW
+        if float(moved.sum()) > (_MOST_MOVED * len(moved) if screens else 0):
             return
-        before = found.before
-        if bool(self.moved.any()):
-            before = before.renewed(self.moved, self._now)
-            bounds = reached(before, self._now, peaks[lanes])
+        self.known, self.moved = found, moved
+        if bool(moved.any()):
+            self.known = replace(found, before=found.before.renewed(moved, self._now))
+            bounds[moved] = peaks[lanes[moved], None] - DEPTHS  # they are found to these depths
         self.bounds = np.stack([part.amax(0).numpy() for part in bounds.split(self._sizes)])
-        self.known = KeptPairs(self._sizes, before, found.peaks, found.pieces, found.counts)
 
     def _worth_keeping(self) -> KeptPairs | None:
         """Return the pairs of this pass, unless they are many or take too much memory."""
@@ -139,7 +136,7 @@ class Memory:
         for piece in self._pieces:
             for of_lane, depths in zip(counts, piece.depths, strict=True):
                 of_lane += np.bincount(depths[depths >= 0], minlength=len(DEPTHS))
-        peaks = np.array([float(part.max()) for part in self._now.peaks.split(self._sizes)])
+        peaks = self._now.highest(self._sizes).numpy()
         kept = KeptPairs(self._sizes, self._now, peaks, tuple(self._pieces), counts)
         return kept if self._is_small(kept) else None
 

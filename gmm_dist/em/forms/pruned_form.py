@@ -102,13 +102,13 @@ class PrunedForm:
             own = factors.reshape(len(means), -1).expand(-1, d).contiguous()
             self._factors = own.numpy()
         self._means, self._peaks = means.numpy(), peaks.numpy()
-        self._highest_peaks = np.array([float(p.max()) for p in peaks.split(self._sizes)])
         self._theta = group.theta.float()
         self._screens = bool(self._theta.isfinite().all())
         self._now = Centred(means, own, peaks)
-        errors = screening_error(group.stack.unshared(), group.theta)
-        self._trusted = (errors <= MARGIN / 2).numpy()  # NaN is not
-        self._errors = errors.numpy()
+        self._highest_peaks = self._now.highest(self._sizes).numpy()
+        errors = screening_error(group.stack.unshared(), group.theta).numpy()
+        self._trusted = errors <= MARGIN / 2  # NaN is not
+        self._allowed = self._of_lane, ~self._trusted, self._peaks, errors
 
     def statistics(self, rows: ShardRows, checks: Float64[Tensor, "3 L"]) -> SufficientStatistics:
         """Return the sums over the rows; no `checks` are made of what is exact."""
@@ -145,7 +145,7 @@ class PrunedForm:
         loops.transpose(columns, X)
         if memory.known is None:
             pairs, depths = self._screen(loops, piece.X, X, None, keeps=memory.keeps)
-            tried, n_stale = pairs, n
+            tried, n_stale, top = pairs, n, self._top(loops, pairs, n)
         else:
             pairs, depths = self._try_again(loops, piece.X, X, memory, memory.known.pieces[i])
             tried, stale = pairs, np.empty(n, dtype=np.bool_)
@@ -154,8 +154,7 @@ class PrunedForm:
             if n_stale:
                 fresh, _ = self._screen(loops, piece.X, X, stale, keeps=False)
                 pairs = pairs.replaced(stale, fresh, loops)
-        if pairs is not tried or memory.known is None:
-            top = self._top(loops, pairs, n)
+                top = self._top(loops, pairs, n)
         of_piece = None
         if memory.keeps or memory.moved.any():
             of_piece = KeptPiece.of(tried.firsts, tried.rows, depths)
@@ -213,11 +212,10 @@ class PrunedForm:
         firsts = np.concatenate([[0], np.cumsum(lengths)])
         old = self._exact(loops, X, firsts, rows[stays])
         found = _Found(np.flatnonzero(moved), len(self._means))
-        allowed = self._of_lane, ~self._trusted, self._peaks, self._errors
         for logits, part in self._products(columns, found.components):
-            limit = self._limit
-            loops.depth_limits(part.start, memory.known.peaks, _GRID, known.depths, limit)
-            found.select(loops, logits, part, allowed, limit)
+            depths_of = (part.start, memory.known.peaks, _GRID, known.depths)
+            loops.depth_limits(*depths_of, self._limit)
+            found.select(loops, logits, part, self._allowed, self._limit)
         fresh, unsure = self._exact_of(loops, X, found, np.arange(len(X), dtype=np.int32))
         depths = np.where(unsure, np.int16(-1), known.depths)
         return old.replaced(np.zeros(len(X), dtype=np.bool_), fresh, loops), depths
@@ -239,11 +237,10 @@ class PrunedForm:
             return self._all(loops, X, chosen), depths
         grid, limit = _GRID if keeps else _NO_GRID, self._limit
         found = _Found(np.arange(len(self._means)), len(self._means))
-        allowed = self._of_lane, ~self._trusted, self._peaks, self._errors
         for logits, part in self._products(columns, found.components):
             at = (logits, part.stop - part.start, part.start, self._edges, self._cuts + MARGIN / 2)
             loops.limits(*at, self._highest_peaks, grid, depths, limit)
-            found.select(loops, logits, part, allowed, limit)
+            found.select(loops, logits, part, self._allowed, limit)
         pairs, unsure = self._exact_of(loops, X, found, chosen)
         if unsure.any():
             every = self._all(loops, X, np.flatnonzero(unsure).astype(np.int32))

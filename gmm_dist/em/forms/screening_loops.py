@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gmm_dist.em.lane_batch import NEAR
+from gmm_dist.em.lane_batch import GROWTH
 
 Array = Any
 """A NumPy array; the docstrings say which shape, and which dtype if not float64."""
@@ -125,8 +125,7 @@ def select(
     """Append the pairs of some rows that may matter; return the number of pairs then.
 
     Those whose exact logit may not be below the limit of their row and lane; of NaN all. A screened
-    logit errs by the component's error within NEAR standard deviations of it, and further out, as
-    the sizes of its terms grow, by more: with the square of the distance.
+    logit errs by the component's error near it, and by more further out (`lane_batch.GROWTH`).
 
     Args:
         logits: (C, m), float32, of some components.
@@ -148,8 +147,7 @@ def select(
         k = components[c]
         line, least, takes = logits[c], limit[lanes[k]], takes_all[k]
         peak, error = np.float32(peaks[k]), np.float32(errors[k])
-        # A distance of r has r² = 2 (peak - logit).
-        growth = np.float32(2.0 / NEAR**2) * error
+        growth = np.float32(GROWTH) * error
         for j0 in range(0, n, _BLOCK):
             j1 = min(j0 + _BLOCK, n)
             n_below = 0
@@ -249,8 +247,8 @@ def unsure(
     firsts: Array,
     rows: Array,
     unsure: Array,
-) -> bool:
-    """Mark the rows of which a trusted logit is off by more than `off`; say whether any are.
+) -> None:
+    """Mark the rows of which a trusted logit is off by more than `off`.
 
     Args:
         exact: The logit of each pair.
@@ -261,13 +259,11 @@ def unsure(
         rows: int32.
         unsure: (n,), bool; marked.
     """
-    some = False
     for k in range(len(trusted)):
         if trusted[k]:
             for p in range(firsts[k], firsts[k + 1]):
                 if not (abs(exact[p] - screened[p]) <= off):
-                    unsure[rows[p]] = some = True
-    return some
+                    unsure[rows[p]] = True
 
 
 def highest(edges: Array, firsts: Array, rows: Array, exact: Array, top: Array) -> None:
@@ -278,7 +274,7 @@ def highest(edges: Array, firsts: Array, rows: Array, exact: Array, top: Array) 
             line[j] = -np.inf
         for p in range(firsts[edges[lane]], firsts[edges[lane + 1]]):
             j = rows[p]
-            if not (exact[p] <= line[j]):
+            if exact[p] > line[j] or exact[p] != exact[p]:
                 line[j] = exact[p]
 
 

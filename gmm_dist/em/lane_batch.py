@@ -45,9 +45,9 @@ def cut(n_components: int) -> float:
 
 _NEAR = 3.0  # standard deviations
 GROWTH = 2 / _NEAR**2
-"""By how many `screening_error`s a screened logit errs, at most, for each nat that the row lies deep
-below the component's peak; near the component by one. (At r standard deviations it is r²/2 nats,
-and the terms of a logit grow with r².)"""
+"""By how many `screening_error`s a screened logit errs, at most, for each nat that the row lies
+deep below the component's peak; near the component by one. (At r standard deviations it is r²/2
+nats, and the terms of a logit grow with r².)"""
 
 
 def screen_of(
@@ -76,8 +76,8 @@ def screens(stack: ParameterStack, theta: Float64[Tensor, "K P"]) -> Bool[Tensor
 def screening_error(stack: ParameterStack, theta: Float64[Tensor, "K P"]) -> Float64[Tensor, " K"]:
     """Bound the rounding, nats, of the float32 logits of each component of a `screen_of`.
 
-    Of rows within three standard deviations of the component. A logit is a sum of terms that largely
-    cancel: rounding errs by less than 2^-25 (3 + √P) times the sum of their sizes.
+    Of rows within three standard deviations of it. A logit is a sum of terms that largely cancel:
+    rounding errs by less than 2^-25 (3 + √P) times the sum of their sizes.
     """
     kind = stack.type
     variances = kind.variances(stack.covariances, stack.means.shape[1])

@@ -112,7 +112,9 @@ class EMConfig:
     harmless (`em.precision`). `accelerate` has SQUAREM leap ahead of EM where that raises the
     likelihood. A fit `returns` the parameters that were "scored" last, or those "stepped" from
     them, as scikit-learn does. `on_singular` says what becomes of covariances that are not
-    positive definite: "regularise" raises their variances, "raise" ends the fit.
+    positive definite: "regularise" raises their variances, "raise" ends the fit. Passes over
+    `compile_from` rows or more may take loops that Numba compiles: for fewer, to load it takes
+    longer than they do.
 
     Raises UserError for a value out of range.
     """
@@ -125,6 +127,7 @@ class EMConfig:
     reg_unit: str = RELATIVE
     returns: str = "scored"
     on_singular: str = "regularise"
+    compile_from: int = 50_000
 
     def __post_init__(self) -> None:
         _require(_is_size(self.tol), "tol", self.tol, "a number >= 0")

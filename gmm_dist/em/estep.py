@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gmm_dist.chunks import chunk_rows
 from gmm_dist.em.forms.centred_form import CentredForm
-from gmm_dist.em.forms.compiled import can_compile
+from gmm_dist.em.forms.compiled import can_compile, may_compile
+from gmm_dist.em.forms.dense_form import DenseForm
 from gmm_dist.em.forms.features import Features
 from gmm_dist.em.forms.product_form import ProductForm
 from gmm_dist.em.forms.pruned_form import PrunedForm
@@ -26,6 +27,8 @@ from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.statistics import PassStatistics, TotalMoments
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.shards.protocol import ShardRows
+
+_COMPILED = (PrunedForm, DenseForm)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +63,7 @@ class _Workspace:
     def __init__(self, task: EStep, n_max: int, device: torch.device) -> None:
         d = task.n_features
         self.task: EStep | None = None
-        by_chunks = [group for group in task.groups if not _is_pruned(group, device)]
+        by_chunks = [group for group in task.groups if not _is_compiled(group, device)]
         self._d, self._n_max = d, n_max
         self._n_samples = torch.zeros((), dtype=torch.float64, device=device)
         self._features = {
@@ -82,30 +85,30 @@ class _Workspace:
     def run(self, rows: ShardRows) -> PassStatistics:
         task = self.task
         assert task is not None
-        by_chunks = [lanes for lanes in self._passes if not isinstance(lanes, PrunedForm)]
-        for lanes in by_chunks:
-            lanes.clear()
+        by_chunks = [form for form in self._passes if not isinstance(form, _COMPILED)]
+        for form in by_chunks:
+            form.clear()
         self._n_samples.zero_()
         for chunk in rows.chunks(task.width):
             for features in self._features.values():
                 features.fill(chunk.X)
-            for lanes in by_chunks:
-                lanes.add(chunk)
+            for form in by_chunks:
+                form.add(chunk)
             weight = chunk.sample_weight
             self._n_samples += chunk.X.shape[1] if weight is None else weight.sum()
         checks, checked = self._check_float32(task, rows)
         pairs = zip(self._passes, checks, strict=True)
         groups = tuple(
             lanes.statistics(rows, of_group)
-            if isinstance(lanes, PrunedForm)
+            if isinstance(lanes, _COMPILED)
             else lanes.statistics(of_group)
             for lanes, of_group in pairs
         )
         return PassStatistics(groups, float(self._n_samples), checked)
 
-    def _form(self, group: LaneBatch) -> ProductForm | CentredForm | PrunedForm:
-        if _is_pruned(group, self._n_samples.device):
-            return PrunedForm(group, self._d)
+    def _form(self, group: LaneBatch) -> ProductForm | CentredForm | PrunedForm | DenseForm:
+        if _is_compiled(group, self._n_samples.device):
+            return (DenseForm if group.all_pairs else PrunedForm)(group, self._d)
         form = CentredForm if group.precision is Precision.CENTRED else ProductForm
         return form(group, self._features[group.features[1]], self._n_max)
 
@@ -191,7 +194,7 @@ def _workspace(task: EStep, device: torch.device) -> _Workspace:
     return workspace
 
 
-def _is_pruned(group: LaneBatch, device: torch.device) -> bool:
+def _is_compiled(group: LaneBatch, device: torch.device) -> bool:
     centred = group.precision is Precision.CENTRED
     return centred and group.compiled and device.type == "cpu" and can_compile()
 
@@ -235,4 +238,5 @@ class SumMoments:
             sum_xx=sum_xx,
             sum_ww=sum_ww,
             max_weight=largest,
+            compiles=device.type == "cpu" and may_compile(),
         )

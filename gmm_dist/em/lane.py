@@ -120,23 +120,32 @@ class Lane:
             unit = parameters.means.new_ones(parameters.n_features)
             return cls.of(MaximumLikelihood(parameters, regularisation(config, unit)), config)
         model = MaximumLikelihood(parameters, regularisation(config, total.scale))
-        lane = cls.of(model, config, total.n_rows)
+        lane = cls.of(model, config, total)
         if config.accelerate:
             lane.squarem = Squarem(scale=total.scale)
         return lane
 
     @classmethod
     def of(
-        cls, model: Model, config: EMConfig, n_rows: int = 0, last_bound: float | None = None
+        cls,
+        model: Model,
+        config: EMConfig,
+        total: TotalMoments | None = None,
+        last_bound: float | None = None,
     ) -> Lane:
-        """Start from a model, of `n_rows` rows; the first bound is compared with `last_bound`."""
+        """Start from a model, of rows with moments; the first bound is compared with `last_bound`.
+
+        Without moments no loops are compiled.
+        """
         at_start = natural(ParameterStack.of([model.parameters]))
         condition = float(at_start.condition.max())
         empty = torch.zeros_like(model.parameters.weights)
         return cls(
             model=model,
             theta=at_start.theta,
-            policy=PrecisionPolicy.first(config, condition, model.parameters, n_rows),
+            policy=PrecisionPolicy.first(
+                config, condition, model.parameters, compiled=_compiles(model, config, total)
+            ),
             nk=empty,
             rows=empty.clone(),
             status=Status.COLLAPSED if bool(at_start.failed.any()) else None,
@@ -200,6 +209,13 @@ class Lane:
         self.theta = natural(ParameterStack.of([self.parameters])).theta
 
 
+def _compiles(model: Model, config: EMConfig, total: TotalMoments | None) -> bool:
+    """Say whether a lane's centred passes take compiled loops."""
+    if total is None or not total.compiles or total.n_rows < config.compile_from:
+        return False
+    return compiled.suits(model.parameters.covariance_type, model.parameters.n_features)
+
+
 def regularisation(config: EMConfig, scale: Float64[Tensor, " d"]) -> Float64[Tensor, " d"]:
     """Return what is added to the variances (squared feature units)."""
     if config.reg_unit == RELATIVE:
@@ -208,30 +224,33 @@ def regularisation(config: EMConfig, scale: Float64[Tensor, " d"]) -> Float64[Te
 
 
 def grouped(lanes: Sequence[Lane]) -> list[list[Lane]]:
-    """Group lanes of one covariance type and precision, in a fixed order."""
-    groups: dict[tuple[str, Precision], list[Lane]] = {}
+    """Group lanes of one covariance type and form, in a fixed order."""
+    groups: dict[tuple[str, Precision, bool], list[Lane]] = {}
     for lane in lanes:
-        groups.setdefault((lane.parameters.covariance_type, lane.precision), []).append(lane)
+        all_pairs = lane.precision is Precision.CENTRED and lane.policy.all_pairs
+        key = lane.parameters.covariance_type, lane.precision, all_pairs
+        groups.setdefault(key, []).append(lane)
     return list(groups.values())
 
 
 def task_of(groups: Sequence[Sequence[Lane]], n_rows: int) -> EStep:
     """Return the pass over `n_rows` rows that scores all lanes."""
     return EStep(
-        groups=tuple(_batch(group, n_rows) for group in groups),
+        groups=tuple(_batch(group) for group in groups),
         n_features=groups[0][0].parameters.n_features,
         check_every=check_every(n_rows),
     )
 
 
-def _batch(group: Sequence[Lane], n_rows: int) -> LaneBatch:
-    first = group[0].parameters
+def _batch(group: Sequence[Lane]) -> LaneBatch:
+    policy = group[0].policy
     return LaneBatch.of(
         [lane.parameters for lane in group],
         [lane.theta for lane in group],
-        group[0].precision,
+        policy.form,
         checks=any(lane.policy.measures_float32 for lane in group),
-        compiled=compiled.pays(n_rows, first.covariance_type, first.n_features),
+        compiled=policy.compiled,
+        all_pairs=policy.form is Precision.CENTRED and policy.all_pairs,
     )
 
 

@@ -21,7 +21,7 @@ class Precision(Enum):
 
     FLOAT32 = "float32 matrix products"
     FLOAT64 = "float64 matrix products"
-    CENTRED = "float64, each component about its own mean, for the pairs that matter"
+    CENTRED = "float64, each component about its own mean"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,8 +94,9 @@ class LaneBatch:
     """Lanes of one covariance type and precision, as a worker needs them.
 
     `theta` (K, P) are the natural parameters of all their components; the centred form screens by
-    them, each component's by itself, and evaluates by `stack`, on a CPU in `compiled` loops or
-    without. Where the batch `checks`, the pass holds float32 log-densities against float64.
+    them, each component's by itself, and evaluates by `stack`, in `compiled` loops or without. In
+    these it may take `all_pairs` of rows and components, instead of those that pass the screen.
+    Where the batch `checks`, the pass holds float32 log-densities against float64.
     """
 
     covariance_type: str
@@ -105,6 +106,7 @@ class LaneBatch:
     stack: ParameterStack | None = None
     checks: bool = False
     compiled: bool = False
+    all_pairs: bool = False
 
     @classmethod
     def of(
@@ -115,6 +117,7 @@ class LaneBatch:
         *,
         checks: bool = False,
         compiled: bool = False,
+        all_pairs: bool = False,
     ) -> LaneBatch:
         """Pack mixtures of one covariance type, and their natural parameters."""
         kind, sizes = lanes[0].covariance_type, tuple(lane.n_components for lane in lanes)
@@ -130,6 +133,7 @@ class LaneBatch:
             stack=stack,
             checks=checks,
             compiled=compiled,
+            all_pairs=all_pairs,
         )
 
     @property
@@ -140,6 +144,6 @@ class LaneBatch:
         return self.covariance_type, self.precision.dtype
 
     @property
-    def layout(self) -> tuple[str, Precision, tuple[int, ...], bool]:
+    def layout(self) -> tuple[str, Precision, tuple[int, ...], bool, bool]:
         """What the buffers of a pass depend on."""
-        return self.covariance_type, self.precision, self.sizes, self.compiled
+        return self.covariance_type, self.precision, self.sizes, self.compiled, self.all_pairs

@@ -14,9 +14,10 @@ A pass takes the fastest form that keeps the digits that matter. Two things can 
 A lane of which float32 cannot hold a sum leaves it for good: that shows in no condition, and a lane
 that came back to fail again would never have the two passes in one form that tell a gain.
 
-The centred form loses nothing. It is the slowest where many components matter to a row, and the
-fastest where few do, the more so as it need not screen in each pass; the passes that measure
-float32 count those, too.
+The centred form loses nothing. Where few components matter to a row it is the fastest, the more so
+as it need not screen in each pass; the passes that measure float32 count those, too. Where many do
+it evaluates all pairs: in compiled loops, on a CPU, that takes no longer than float64's products,
+and no longer than float32's where features or components are few. Elsewhere it is the slowest.
 
 What a lane is ranked by is always scored in float64.
 """
@@ -28,7 +29,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gmm_dist.config import EMConfig
-from gmm_dist.em.forms import compiled
 from gmm_dist.em.lane_batch import Precision
 from gmm_dist.em.statistics import PassStatistics, SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF, CovarianceType
@@ -53,8 +53,10 @@ _STAY = 1.5  # how far above its limit the number of survivors may be in the cen
 
 # What a row costs, in multiplications and additions of a float32 matrix product: the unit in which
 # processors differ least (benchmarks/forms.py). The figures choose between forms, no more.
-_FLOAT64 = 2.4  # a pass of float64 products, in passes of float32
-_FEATURE, _LOGIT = 5.0, 25.0  # to make a feature; a logit's share of the softmax
+_FLOAT64 = 2.2  # a pass of float64 products, in passes of float32
+# To work on a row at all; to make a feature; a logit's share of the softmax.
+_ROW, _FEATURE, _LOGIT = 1000.0, 5.0, 60.0
+_JUDGED = 1.15  # what measuring float32, and two passes of float64 in the end, add to its passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,9 @@ _BY_TORCH = _Pairs(
 # Most passes try the pairs of earlier ones again, unless rows are so narrow that they are not kept.
 _COMPILED = _Pairs(screened=1 / 3, component=55.0, pair=1.5e3, per_feature=50.0, per_product=6.0)
 _NARROW = 8
+# All pairs in compiled loops: for a row, for a pair, and for its features and their products.
+_DENSE_ROW, _DENSE_PAIR = 500.0, 90.0
+_DENSE_FEATURE, _DENSE_PRODUCT, _DENSE_APART = 6.0, 2.3, 16.0
 
 
 def check_every(n_rows: int) -> int:
@@ -104,20 +109,24 @@ def survivors_per_row(
 
 def most_survivors(
     covariance_type: str, n_components: int, n_features: int, *, compiled: bool
-) -> tuple[float, float]:
-    """Return at how many survivors per row the centred form costs what products do.
+) -> tuple[float, float, float]:
+    """Return at how many survivors per row the centred form costs what others do.
 
-    In float32, and in float64; below one where products always cost less. Its loops may be
-    `compiled`.
+    What products in float32 do, and in float64, and what it does itself when it evaluates all
+    pairs, which takes `compiled` loops. Below one where the other always costs less.
     """
     costs = _COMPILED if compiled else _BY_TORCH
-    kind = TYPE_OF[covariance_type]
+    kind, d = TYPE_OF[covariance_type], n_features
     products, alone = kind.n_rows(n_features), TYPE_OF[kind.alone].n_rows(n_features)
-    float32 = 2 * products * n_components + _FEATURE * products + _LOGIT * n_components
+    float32 = 2 * products * n_components + _FEATURE * products + _LOGIT * n_components + _ROW
     screen = alone * n_components + _FEATURE * alone + costs.component * n_components
     screen *= costs.screened if n_features >= _NARROW else 1.0
-    pair = costs.survivor(kind, n_features)
-    return (float32 - screen) / pair, (_FLOAT64 * float32 - screen) / pair
+    pair = costs.survivor(kind, d)
+    features = d * (_DENSE_FEATURE + _DENSE_PRODUCT * d if kind.has_products else _DENSE_APART)
+    dense = _DENSE_ROW + n_components * (_DENSE_PAIR + features) if compiled else math.inf
+    others = _JUDGED * float32, _FLOAT64 * float32, dense
+    float32_, float64, all_pairs = ((other - screen) / pair for other in others)
+    return float32_, float64, all_pairs
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -129,7 +138,7 @@ class PrecisionPolicy:
     from 0, that measures it next; None: none does. `survivors` are the components that matter to a
     row, as far as a pass has counted them; the centred form takes them and the components that it
     may not screen, as many as are `unscreened`. At `most_survivors` of them it costs what float32
-    products do, and float64 ones.
+    products do, float64 ones, and all pairs. Its loops may be `compiled`.
     """
 
     mode: str
@@ -141,26 +150,32 @@ class PrecisionPolicy:
     survivors: float = math.inf
     unscreened: float = math.inf
     most_survivors: list[float]
+    compiled: bool = False
 
     @classmethod
     def first(
-        cls, config: EMConfig, condition: float, start: Parameters, n_rows: int
+        cls, config: EMConfig, condition: float, start: Parameters, *, compiled: bool
     ) -> PrecisionPolicy:
-        """Return the choice for a lane of `n_rows` rows that starts from such a condition."""
-        kind, d = start.covariance_type, start.n_features
-        most = most_survivors(kind, start.n_components, d, compiled=compiled.pays(n_rows, kind, d))
+        """Return the choice for a lane that starts from such a condition."""
+        kind, k, d = start.covariance_type, start.n_components, start.n_features
         least = Precision.FLOAT64 if config.precision == "float64" else Precision.FLOAT32
-        form = least if config.precision == "float32" else _fastest(least, condition)
-        if config.returns == "scored" and form is Precision.CENTRED:
-            form = Precision.FLOAT64  # whether the lane deserves the slowest form, a pass shows
-        return cls(
+        policy = cls(
             mode=config.precision,
             tol=config.tol,
-            form=form,
+            form=least,
             least=least,
             next_check=0 if config.precision == "auto" else None,
-            most_survivors=list(most),
+            most_survivors=list(most_survivors(kind, k, d, compiled=compiled)),
+            compiled=compiled,
         )
+        if config.precision != "float32":
+            fastest = policy._by_speed[0]
+            is_exact = fastest is Precision.CENTRED
+            policy.form = fastest if is_exact else _fastest(least, condition)
+            if config.returns == "scored" and policy.form is Precision.CENTRED and not is_exact:
+                # Whether the lane deserves the slowest form, a pass shows.
+                policy.form = policy.exact
+        return policy
 
     @property
     def measures_float32(self) -> bool:
@@ -211,7 +226,13 @@ class PrecisionPolicy:
     @property
     def asks_for_screen(self) -> bool:
         """Whether the centred form would be fast enough, if it may screen all components."""
-        return self.survivors <= _STAY * max(self.most_survivors)
+        *products, all_pairs = self.most_survivors
+        return self.survivors <= min(_STAY * max(products), all_pairs)
+
+    @property
+    def all_pairs(self) -> bool:
+        """Whether the centred form takes all pairs of rows and components."""
+        return self.compiled and self._pairs > self.most_survivors[2]
 
     def come_back(self, condition: float) -> None:
         """Take a faster form, if a step of such a condition has shown that it may."""
@@ -246,14 +267,19 @@ class PrecisionPolicy:
     def _by_speed(self) -> list[Precision]:
         """The forms that the lane may take, the fastest first."""
         products = list(FORMS[FORMS.index(self.least) : 2])
-        most = dict(zip(FORMS, self.most_survivors, strict=False))
+        *most, all_pairs = self.most_survivors
         stay = _STAY if self.form is Precision.CENTRED else 1.0
-        # Its own passes count the pairs of components that are not screened.
-        more = 0.0 if self.form is Precision.CENTRED else self.unscreened
-        pairs = self.survivors + more
-        slower = (i for i, form in enumerate(products) if pairs <= stay * most[form])
-        place = next(slower, len(products))
+        place = len(products)
+        for i, form in reversed(list(enumerate(products))):
+            at_most = most[FORMS.index(form)]
+            if all_pairs <= at_most or self._pairs <= stay * at_most:
+                place = i
         return [*products[:place], Precision.CENTRED, *products[place:]]
+
+    @property
+    def _pairs(self) -> float:
+        """The pairs of a row that the centred form would take."""
+        return self.survivors + self.unscreened
 
 
 def _fastest(least: Precision, condition: float) -> Precision:

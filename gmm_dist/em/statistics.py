@@ -115,7 +115,7 @@ class TotalMoments:
     x and x xᵀ; where all covariances are diagonal and rows wide, `sum_xx` (d,) is the diagonal
     alone. `n_rows` counts rows of positive weight. `sum_ww` sums the squared weights, and
     `max_weight` is the largest; 0 where that is not known. `spikes` are known of all rows only
-    (`spikes`): a sum has none.
+    (`spikes`): a sum has none. `compiles` says whether all who hold rows can take compiled loops.
     """
 
     n_samples: float
@@ -125,6 +125,7 @@ class TotalMoments:
     sum_ww: float = 0.0
     max_weight: float = 0.0
     spikes: tuple[Spike, ...] = ()
+    compiles: bool = False
 
     def __add__(self, other: TotalMoments) -> TotalMoments:
         return TotalMoments(
@@ -134,6 +135,7 @@ class TotalMoments:
             sum_xx=self.sum_xx + other.sum_xx,
             sum_ww=self.sum_ww + other.sum_ww,
             max_weight=max(self.max_weight, other.max_weight),
+            compiles=self.compiles and other.compiles,
         )
 
     @property

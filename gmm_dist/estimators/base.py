@@ -336,7 +336,7 @@ class BaseMixture(FittedMixture):
         return self._best_of((lanes[:1], lanes[1:]), resident)
 
     def _lane(self, model: Model, total: TotalMoments, last_bound: float | None = None) -> Lane:
-        return Lane.of(model, self._rules(self.max_iter), total.n_rows, last_bound)
+        return Lane.of(model, self._rules(self.max_iter), total, last_bound)
 
     def _rules(self, max_iter: int) -> EMConfig:
         """Return scikit-learn's rules of EM."""

@@ -28,8 +28,8 @@ class Densities:
 
     The textbook form by Cholesky factors: K triangular products per chunk, and accurate where
     the matrix-product form loses its digits to cancellation. `peaks` (K,) are the largest values,
-    those at the means; `components` has each one's mean, factor and peak. `width` is how many
-    numbers a row of a chunk needs.
+    those at the `means` (K, d); `factors` (K, ...) are as the covariance type has them. `width` is
+    how many numbers a row of a chunk needs.
     """
 
     def __init__(self, stack: ParameterStack, device: torch.device) -> None:
@@ -37,9 +37,8 @@ class Densities:
         factors, failed = self._family.precisions_cholesky(stack.covariances)
         assert not bool(failed.any()), "a covariance is not positive definite"
         half = stack.per_component(self._family.half_log_det(factors, d))
-        self.peaks = log_weights(stack) + half - 0.5 * d * LOG_2PI
-        parts = (stack.means, stack.per_component(factors), self.peaks)
-        self.components = list(zip(*(part.to(device) for part in parts), strict=True))
+        self.peaks = (log_weights(stack) + half - 0.5 * d * LOG_2PI).to(device)
+        self.means, self.factors = stack.means.to(device), stack.per_component(factors).to(device)
         self.width, self._device = d + len(self.peaks), device
 
     @classmethod
@@ -56,7 +55,8 @@ class Densities:
     def __call__(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
         """Return log w_k + log N(x; k) of rows `x`, one per column."""
         distance = self._family.mahalanobis
-        parts = [c - 0.5 * distance(x - m[:, None], f) for m, f, c in self.components]
+        each = zip(self.means, self.factors, self.peaks, strict=True)
+        parts = [c - 0.5 * distance(x - m[:, None], f) for m, f, c in each]
         logits = torch.stack(parts)
         # One sum shows whether any row is so far out that digits or the range run short.
         if not float(logits.detach().sum()) > FAR:
@@ -79,10 +79,10 @@ class Densities:
     def _relative(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
         """Return stand-ins for log-densities whose distances overflow, in the distances' order."""
         unit = x.abs().amax(0)
-        steepest = max(float(f.abs().max()) for _, f, _ in self.components)
+        steepest = float(self.factors.abs().max())
         near = [
             self._family.mahalanobis(x / unit - m[:, None] / unit, f / steepest)
-            for m, f, _ in self.components
+            for m, f in zip(self.means, self.factors, strict=True)
         ]
         distances = torch.stack(near)
         return -_BEYOND * (1 + 1e6 * distances / distances.amax(0).clamp_min(_TINY))
@@ -93,7 +93,8 @@ class Densities:
         """Break ties between equally distant components by the side that a row lies on."""
         top = logits.amax(0)
         unit = x / x.abs().amax(0)
-        sides = torch.stack([self._side(unit, m, f) for m, f, _ in self.components])
+        each = zip(self.means, self.factors, strict=True)
+        sides = torch.stack([self._side(unit, m, f) for m, f in each])
         sides = torch.where(logits == top, sides, -math.inf)
         return torch.where(sides == sides.amax(0), logits, logits * (1 + 1e-9))
 

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "_checkpoints"
 # Of checkpoints alone: 1 held lanes of maximum likelihood only, in another shape; 2 did not count
 # the components that matter to a row, 3 not those that cannot be screened.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _IDENTITY = "run.json"
 _NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.safetensors")
 _KEYS = {"format_version", "key", "environment", "number", "state"}

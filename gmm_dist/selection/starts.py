@@ -36,6 +36,8 @@ from gmm_dist.shards.protocol import Jobs, WorkingShards
 TRAIL = 32
 """The largest k on the trail."""
 
+# Rows from which on a search takes seconds, and to load Numba half of one.
+_COMPILE_FROM = 10_000
 # What a candidate's seeded starts, and the rest of its search, take beside a step of the trail.
 _SEEDED, _REST = 2, 6
 
@@ -83,6 +85,7 @@ def find_starts(
 
     Starts are about the rows' shared centre.
     """
+    config = _on_samples(config, total)
     sampler = Sampler(shards, start, total)
     searches = {
         candidate: Search(
@@ -138,7 +141,8 @@ def repair_degenerate(
     degenerate = [i for i, fit in enumerate(fits) if fit.status is Status.DEGENERATE]
     if not degenerate:
         return starts
-    sampler, long = Sampler(shards, start, total), replace(config, max_iter=LONG)
+    long = replace(_on_samples(config, total), max_iter=LONG)
+    sampler = Sampler(shards, start, total)
 
     def repaired(i: int) -> Steps[list[Parameters]]:
         fit = fits[i]
@@ -159,6 +163,11 @@ def repair_degenerate(
     with shards.jobs() as jobs:
         _work_off(jobs, errands, _Progress(lambda progress: None, []))
     return starts
+
+
+def _on_samples(config: EMConfig, total: TotalMoments) -> EMConfig:
+    """Return the settings of EM on samples: there are so many passes that compiled loops pay."""
+    return replace(config, compile_from=0 if total.n_rows >= _COMPILE_FROM else config.compile_from)
 
 
 def _with_trail(candidates: Sequence[Candidate]) -> list[Candidate]:

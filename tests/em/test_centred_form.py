@@ -18,6 +18,7 @@ from gmm_dist.em.forms import centred_form, compiled
 from gmm_dist.em.forms.features import Features
 from gmm_dist.em.lane_batch import MARGIN, LaneBatch, Precision, cut, screens
 from gmm_dist.em.precision import most_survivors
+from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 from gmm_dist.model.covariance.features import CONSTANT_ROW
 from gmm_dist.model.natural import natural
@@ -259,9 +260,24 @@ def test_the_loops_are_what_they_are_in_python(has_products, monkeypatch):
     ],
 )
 def test_from_many_rows_on_the_loops_are_compiled(kind, d, n_rows, expected):
-    running = lane.Lane.start(mixtures.parameters(kind, 2, d), EMConfig())
+    mixture, one = mixtures.parameters(kind, 2, d), torch.ones(d, dtype=torch.float64)
+    total = TotalMoments(
+        n_samples=n_rows, n_rows=n_rows, sum_x=one, sum_xx=one * n_rows, compiles=True
+    )
+    running = lane.Lane.start(mixture, EMConfig(), total)
     (batch,) = lane.task_of([[running]], n_rows).groups
-    assert batch.compiled == expected == compiled.pays(n_rows, kind, d)
+    assert batch.compiled == running.policy.compiled == expected
+    elsewhere = lane.Lane.start(mixture, EMConfig(), replace(total, compiles=False))
+    assert not elsewhere.policy.compiled
+
+
+def test_rows_compile_where_all_who_hold_them_can(monkeypatch):
+    rows = mixtures.shards(torch.ones(9, 2))
+    total = rows.run(SumMoments(2))
+    assert total.compiles == compiled.may_compile()
+    assert not (total + replace(total, compiles=False)).compiles
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert not rows.run(SumMoments(2)).compiles
 
 
 def test_numba_that_is_switched_off_is_not_asked(monkeypatch):
@@ -277,7 +293,7 @@ def test_without_numba_torch_does_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     compiled.can_compile.cache_clear()
     try:
-        assert not compiled.pays(10**9, "full", 2)
+        assert not compiled.can_compile()
         # As where the driver has what a worker lacks.
         assert torch.equal(
             one_pass(X[:99], lanes, compiled=True).moments, one_pass(X[:99], lanes).moments
@@ -318,7 +334,7 @@ def forms_of(X, start: Parameters, **settings) -> list[Precision]:
 
 def test_a_lane_of_few_survivors_takes_the_centred_form():
     mixture = mixtures.parameters("full", 64, 64)
-    few, _ = most_survivors("full", 64, 64, compiled=False)
+    few, *_ = most_survivors("full", 64, 64, compiled=False)
     assert few > 1.5
     X = mixtures.rows(mixture, 15_000)
     forms = forms_of(X, mixture)
@@ -343,7 +359,7 @@ def policy(**changes) -> precision.PrecisionPolicy:
         "least": Precision.FLOAT32,
         "next_check": 0,
         "unscreened": 0.0,
-        "most_survivors": [2.0, 6.0],
+        "most_survivors": [2.0, 6.0, math.inf],
     }
     return precision.PrecisionPolicy(**(fields | changes))
 
@@ -395,5 +411,6 @@ def test_what_float32_came_to_is_judged_by_the_faster_exact_form(survivors, expe
 def test_products_are_never_slower_where_everything_survives():
     for kind in COVARIANCE_TYPES:
         for k, d in [(2, 1), (12, 6), (64, 64), (1024, 16), (512, 128)]:
-            few, some = most_survivors(kind, k, d, compiled=False)
-            assert few < some < k
+            few, some, every = most_survivors(kind, k, d, compiled=False)
+            assert few < some < k < every == math.inf
+            assert most_survivors(kind, k, d, compiled=True)[2] < k

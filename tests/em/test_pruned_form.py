@@ -184,9 +184,8 @@ def test_no_component_comes_nearer_than_its_bound(seed, by, kind):
 
 
 def centred(mixture: Parameters) -> Centred:
-    parts = zip(*Densities.of(mixture, torch.device("cpu")).components, strict=True)
-    means, factors, peaks = (torch.stack(part) for part in parts)
-    return Centred(means, factors.mT if factors.ndim == 3 else factors, peaks)
+    of = Densities.of(mixture, torch.device("cpu"))
+    return Centred(of.means, of.factors.mT if of.factors.ndim == 3 else of.factors, of.peaks)
 
 
 def test_a_component_that_moves_to_rows_far_along_its_axis_has_them():

@@ -133,7 +133,7 @@ class CentredForm:
         self._waiting, self._n_waiting = [], 0
         distances = rows.X.new_empty(len(pairs.rows), dtype=torch.float64)
         for k, part, z in self._about_means(rows, pairs):
-            distances[part] = self._type.mahalanobis(z, self._densities.components[k][1])
+            distances[part] = self._type.mahalanobis(z, self._densities.factors[k])
         exact = self._peaks.index_select(0, pairs.components) - 0.5 * distances
         screened = logits.view(-1).take(pairs.components * logits.stride(0) + pairs.rows)
         off = ~((exact - screened).abs() <= MARGIN / 2)  # NaN is off, too

@@ -1,4 +1,4 @@
-"""The loops of the pruned form, compiled by Numba: when they pay, and their signatures.
+"""The loops of the pruned and the dense form, compiled by Numba: when they pay, and signatures.
 
 Numba compiles them once for each machine, in seconds, and keeps the code in a cache. They are plain
 Python too, for tests.
@@ -7,23 +7,28 @@ Python too, for tests.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
-from gmm_dist.em.forms import pair_loops, screening_loops
+from gmm_dist.em.forms import dense_loops, pair_loops, screening_loops
 from gmm_dist.model.covariance import TYPE_OF
 
-# Passes over fewer rows take less time than it takes to load Numba, half a second.
-_LEAST_ROWS = 50_000
 _MOST_FEATURES = 128  # with more of them, torch's products of a component's rows take less time
 
 
-def pays(n_rows: int, covariance_type: str, n_features: int) -> bool:
-    """Say whether a lane's centred passes over `n_rows` rows take compiled loops."""
-    is_small = n_features <= _MOST_FEATURES or not TYPE_OF[covariance_type].has_products
-    return n_rows >= _LEAST_ROWS and is_small and can_compile()
+def suits(covariance_type: str, n_features: int) -> bool:
+    """Say whether a lane's centred passes are the faster for compiled loops."""
+    return n_features <= _MOST_FEATURES or not TYPE_OF[covariance_type].has_products
+
+
+def may_compile() -> bool:
+    """Say whether Numba is there and has not been switched off, without loading it."""
+    is_off = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+    return not is_off and importlib.util.find_spec("numba") is not None
 
 
 @functools.cache
@@ -39,7 +44,7 @@ def can_compile() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Loops:
-    """The loops for one layout of moments and one type of rows."""
+    """The loops of the pruned form for one layout of moments and one type of rows."""
 
     transpose: Callable[..., None]
     limits: Callable[..., None]
@@ -55,7 +60,24 @@ class Loops:
     moments: Callable[..., None]
 
 
+@dataclass(frozen=True, slots=True)
+class DenseLoops:
+    """The loops of the dense form for one layout of moments and one type of rows."""
+
+    all_logits: Callable[..., None]
+    all_shares: Callable[..., int]
+    all_moments: Callable[..., None]
+
+
+_L = TypeVar("_L", Loops, DenseLoops)
+_SUMMING = (pair_loops.__name__, dense_loops.__name__)
 _SIGNATURES = {
+    "all_logits": "void({x}[:,:], f8[:,::1], f8[:,:,::1], f8[::1], f8[:,::1])",
+    "all_logits_apart": "void({x}[:,:], f8[:,::1], f8[:,::1], f8[::1], f8[:,::1])",
+    "all_shares": "i8(i8[::1], f8[::1], f8, f8[:,::1], f8[:,::1], f8[::1], b1[::1], f8[:,::1], "
+    "f8[:,::1])",
+    "all_moments": "void({x}[:,:], f8[:,::1], f8[:,::1], f8[:,::1], f8[:,:,::1])",
+    "all_moments_apart": "void({x}[:,:], f8[:,::1], f8[:,::1], f8[:,::1], f8[:,::1])",
     "transpose": "void({x}[:,:], f8[:,::1])",
     "limits": "void(f4[:,::1], i8, i8, i8[::1], f8[::1], f8[::1], f8[::1], i2[:,::1], f4[:,::1])",
     "depth_limits": "void(i8, f8[::1], f8[::1], i2[:,::1], f4[:,::1])",
@@ -78,27 +100,46 @@ _SIGNATURES = {
 
 @functools.cache
 def loops_for(has_products: bool, dtype: str) -> Loops:
-    """Return the compiled loops for rows of a dtype, "f" or "d"."""
+    """Return the compiled loops of the pruned form for rows of a dtype, "f" or "d"."""
+    return plain(Loops, has_products, _compiler(dtype))
+
+
+@functools.cache
+def dense_loops_for(has_products: bool, dtype: str) -> DenseLoops:
+    """Return the compiled loops of the dense form for rows of a dtype, "f" or "d"."""
+    return plain(DenseLoops, has_products, _compiler(dtype))
+
+
+def _compiler(dtype: str) -> Callable[[Callable[..., Any]], Any]:
     import numba
 
     def compile_(loop: Callable[..., Any]) -> Any:
         signature = _SIGNATURES[loop.__name__].format(x={"f": "f4", "d": "f8"}[dtype])
         # Sums may be taken in any order, which vector instructions need, but not where it could
         # depend on pairs that are skipped.
-        fast = {"contract", "reassoc", "nsz"} if loop.__module__ == pair_loops.__name__ else set()
+        fast = {"contract", "reassoc", "nsz"} if loop.__module__ in _SUMMING else set()
         options: dict[str, Any] = {"fastmath": fast, "nogil": True, "error_model": "numpy"}
         try:
             return numba.njit(signature, cache=True, **options)(loop)
         except RuntimeError:  # no folder to keep it in
             return numba.njit(signature, **options)(loop)
 
-    return plain(has_products, compile_)
+    return compile_
 
 
-def plain(has_products: bool, wrapped: Callable[..., Any] = lambda loop: loop) -> Loops:
+def plain(
+    loops: type[_L],
+    has_products: bool,
+    wrapped: Callable[[Callable[..., Any]], Any] = lambda loop: loop,
+) -> _L:
     """Return the loops as they stand in their modules, each `wrapped`."""
-    loops = vars(screening_loops) | vars(pair_loops)
-    apart = [] if has_products else ["distances", "moments"]
-    names = [f"{part.name}_apart" if part.name in apart else part.name for part in fields(Loops)]
-    # Without what tests wrap functions in to check annotations.
-    return Loops(*(wrapped(inspect.unwrap(loops[name])) for name in names))
+    written = vars(screening_loops) | vars(pair_loops) | vars(dense_loops)
+
+    def of(name: str) -> Callable[..., Any]:
+        apart = f"{name}_apart"
+        loop = written[name if has_products or apart not in written else apart]
+        # Without what tests wrap functions in to check annotations.
+        compiled_: Callable[..., Any] = wrapped(inspect.unwrap(loop))
+        return compiled_
+
+    return loops(*(of(part.name) for part in fields(loops)))

@@ -24,15 +24,16 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.chunks import chunk_rows, cuts
+from gmm_dist.em.forms.about_means import Components, Sums
 from gmm_dist.em.forms.certificate import DEPTHS, Centred
 from gmm_dist.em.forms.compiled import Loops, loops_for
 from gmm_dist.em.forms.features import Features
 from gmm_dist.em.forms.kept_pairs import KeptPiece, Memory
 from gmm_dist.em.forms.screening_loops import Array
-from gmm_dist.em.lane_batch import MARGIN, LaneBatch, cut, screening_error
+from gmm_dist.em.lane_batch import MARGIN, LaneBatch, screening_error
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF
-from gmm_dist.model.densities import FAR, Densities
+from gmm_dist.model.densities import FAR
 from gmm_dist.shards.protocol import Block, ShardRows
 
 _CPU = torch.device("cpu")
@@ -70,8 +71,8 @@ class PrunedForm:
         self._type = TYPE_OF[TYPE_OF[group.covariance_type].alone]
         self._sizes, self._d = group.sizes, n_features
         n_components, d = sum(self._sizes), n_features
-        self._edges = np.array(list(itertools.accumulate(self._sizes, initial=0)))
-        self._cuts = np.array([cut(size) for size in self._sizes])
+        self._sums = Sums(self._sizes, self._type, d)
+        self._edges, self._cuts = self._sums.edges, self._sums.cuts
         most = min(_ROWS_PER_COMPONENT * n_components, _MOST_PIECE, _MOST_PAIRS // n_components)
         self._n_piece = max(most, _LEAST_PIECE)
         self._n_chunk = chunk_rows(group.theta.shape[1] + n_components, _CPU)
@@ -79,32 +80,17 @@ class PrunedForm:
         self._screened = torch.empty(n_components, self._n_chunk + _STAGGER)
         self._limit = np.empty((len(self._sizes), self._n_chunk), dtype=np.float32)
         self._of_lane = np.repeat(np.arange(len(self._sizes)), self._sizes)
-        self._padded = -(-d // 4) * 4
-        cell = (self._padded, self._padded) if self._type.has_products else (d,)
-        zeros = self._features.empty.double().new_zeros
-        self._sum_x, self._scatter = zeros(n_components, d), zeros(n_components, *cell)
-        self._by_component, self._by_lane = zeros(2, n_components), zeros(3, len(self._sizes))
         self._X = np.empty((self._n_piece, d))
         self.begin(group)
 
     def begin(self, group: LaneBatch) -> None:
         """Take the parameters of the next passes."""
         assert group.stack is not None
-        self._densities = Densities(group.stack, _CPU)
-        columns = zip(*self._densities.components, strict=True)
-        means, factors, peaks = (torch.stack(column) for column in columns)
-        d = self._d
-        if self._type.has_products:
-            padded = factors.new_zeros(len(means), self._padded, self._padded)
-            padded[:, :d, :d] = factors.mT
-            self._factors, own = padded.numpy(), padded[:, :d, :d]
-        else:  # a spherical component's factor is one number
-            own = factors.reshape(len(means), -1).expand(-1, d).contiguous()
-            self._factors = own.numpy()
-        self._means, self._peaks = means.numpy(), peaks.numpy()
+        of = self._components = Components.of(group.stack, self._type)
+        self._means, self._peaks = of.means.numpy(), of.peaks.numpy()
         self._theta = group.theta.float()
         self._screens = bool(self._theta.isfinite().all())
-        self._now = Centred(means, own, peaks)
+        self._now = Centred(of.means, of.own, of.peaks)
         self._highest_peaks = self._now.highest(self._sizes).numpy()
         errors = screening_error(group.stack.unshared(), group.theta).numpy()
         self._trusted = errors <= MARGIN / 2  # NaN is not
@@ -112,26 +98,12 @@ class PrunedForm:
 
     def statistics(self, rows: ShardRows, checks: Float64[Tensor, "3 L"]) -> SufficientStatistics:
         """Return the sums over the rows; no `checks` are made of what is exact."""
-        for total in (self._sum_x, self._scatter, self._by_component, self._by_lane):
-            total.zero_()
+        self._sums.clear()
         memory = Memory(rows, self._type.name, self._now, self._sizes, screens=self._screens)
         for i, piece in enumerate(self._pieces(rows)):
             self._add(piece, memory, i)
         memory.leave()
-        second = self._scatter
-        if self._type.has_products:
-            second = second[:, : self._d, : self._d]
-        nk, squares = self._by_component
-        log_likelihood, entropy, survivors = self._by_lane.clone()
-        return SufficientStatistics(
-            moments=self._type.sums(nk, self._sum_x, self._type.second(second)),
-            log_likelihood=log_likelihood,
-            entropy=entropy,
-            float32_error=checks[0],
-            float32_squares=checks[1],
-            squares=squares.clone(),
-            survivors=survivors,
-        )
+        return self._sums.statistics(checks)
 
     def _pieces(self, rows: ShardRows) -> Iterator[Block]:
         for block in rows.blocks:
@@ -178,16 +150,16 @@ class PrunedForm:
             np.empty(len(weight)),
             firsts,
             rows,
-            self._by_component.numpy(),
-            self._by_lane.numpy(),
+            self._sums.by_component,
+            self._sums.by_lane,
         )
-        sums = self._sum_x.numpy(), self._scatter.numpy()
-        loops.moments(X, self._means, firsts, rows, pairs.logits, *sums)
+        sum_x, scatter = self._sums.sum_x, self._sums.scatter
+        loops.moments(X, self._means, firsts, rows, pairs.logits, sum_x, scatter)
         return int(firsts[-1])
 
     def _exact(self, loops: Loops, X: Array, firsts: Array, rows: Array) -> _Pairs:
         logits = np.empty(len(rows))
-        loops.distances(X, self._means, self._factors, self._peaks, firsts, rows, logits)
+        loops.distances(X, self._means, self._components.factors, self._peaks, firsts, rows, logits)
         return _Pairs(firsts, rows, logits)
 
     def _top(self, loops: Loops, pairs: _Pairs, n: int) -> Array:
@@ -284,7 +256,7 @@ class PrunedForm:
 
     def _far(self, X: Array, which: Array) -> _Pairs:
         """Return the pairs of rows (bool) so far out that their logits have few digits left."""
-        logits = self._densities(torch.from_numpy(X[which]).T).numpy()
+        logits = self._components.densities(torch.from_numpy(X[which]).T).numpy()
         rows = np.flatnonzero(which).astype(np.int32)
         return _in_order([self._mattering(rows, logits)], len(logits))
 

@@ -346,8 +346,8 @@ def shares(
                 total[j] += np.exp(exact[p] - line[j])
         log_likelihood = 0.0
         for j in range(n):
-            total[j] = line[j] + np.log(total[j])
-            log_likelihood += total[j] * weight[j]
+            total[j] = np.log(total[j])
+            log_likelihood += (line[j] + total[j]) * weight[j]
         entropy = survivors = 0.0
         for k in range(edges[lane], edges[lane + 1]):
             nk = squares = 0.0
@@ -355,7 +355,7 @@ def shares(
             for p in range(firsts[k], firsts[k + 1]):
                 j = rows[p]
                 if exact[p] >= line[j] - cut:
-                    log_share = exact[p] - total[j]
+                    log_share = (exact[p] - line[j]) - total[j]  # large logits have few digits
                     share = np.exp(log_share) * weight[j]
                     rows_out[q], exact[q] = j, share
                     q += 1

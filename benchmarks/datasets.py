@@ -86,23 +86,58 @@ def patches(side: int = 4, *, seed: int = 0) -> pa.Table:
     skies are flat, so uniform noise of ±0.5 grey level is added: without it components shrink
     onto single values. Needs Pillow, which scikit-learn reads photographs with.
     """
+    rows = [_patches(photograph.mean(axis=2)[..., None], side) for photograph in _photographs()]
+    return _table(_with_noise(np.concatenate(rows), seed))
+
+
+def colours(side: int = 4, *, seed: int = 0) -> pa.Table:
+    """Return the same patches in red, green and blue: 33,920 rows, 3 side² features."""
+    rows = [_patches(photograph.astype(float), side) for photograph in _photographs()]
+    return _table(_with_noise(np.concatenate(rows), seed))
+
+
+def digits(*, seed: int = 0) -> pa.Table:
+    """Return scikit-learn's handwritten digits: 1,797 rows, 50 pixels of 8 x 8.
+
+    Left out are those at the edges, which vary by less than 1.5 of 16 levels. Noise of ±0.5 level
+    is added, since levels are whole.
+    """
+    from sklearn.datasets import load_digits
+
+    X = load_digits().data
+    return _table(_with_noise(X[:, X.std(axis=0) >= 1.5], seed))
+
+
+def tumours() -> pa.Table:
+    """Return Wisconsin's breast tumours: 569 rows, 30 features of a very different scale."""
+    from sklearn.datasets import load_breast_cancer
+
+    return _table(load_breast_cancer().data.astype(np.float32))
+
+
+def _photographs() -> list[npt.NDArray[np.uint8]]:
     try:
         from sklearn.datasets import load_sample_images
 
-        photographs = load_sample_images().images
+        photographs: list[npt.NDArray[np.uint8]] = load_sample_images().images
     except ImportError as error:
         raise SystemExit(
             "error: Pillow or scikit-learn is not installed: pip install pillow scikit-learn"
         ) from error
-    rows = []
-    for photograph in photographs:
-        grey = photograph.mean(axis=2)
-        height, width = (size // side for size in grey.shape)
-        cut = grey[: height * side, : width * side].reshape(height, side, width, side)
-        rows.append(cut.swapaxes(1, 2).reshape(-1, side * side))
-    X = np.concatenate(rows)
-    X += np.random.default_rng(seed).uniform(-0.5, 0.5, X.shape)
-    return _table(X.astype(np.float32))
+    return photographs
+
+
+def _patches(picture: npt.NDArray[np.float64], side: int) -> npt.NDArray[np.float64]:
+    """Cut a picture (height, width, channels) into patches, one a row."""
+    *size, channels = picture.shape
+    height, width = (length // side for length in size)
+    cut = picture[: height * side, : width * side].reshape(height, side, width, side, channels)
+    return cut.swapaxes(1, 2).reshape(-1, side * side * channels)
+
+
+def _with_noise(X: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float32]:
+    noise = np.random.default_rng(seed).uniform(-0.5, 0.5, X.shape)
+    return (X + noise).astype(np.float32)
 
 
 def centres(
@@ -155,6 +190,9 @@ QUALITY: dict[str, DataSet] = {
     "flights": DataSet(flights, (3, 6, 12)),
     "weather": DataSet(weather, (4, 8, 12)),
     "patches": DataSet(patches, (4, 8)),
+    "colours": DataSet(colours, (4, 8)),
+    "digits": DataSet(digits, (2, 4)),
+    "tumours": DataSet(tumours, (2, 3)),
     # The best possible labels are wrong for 38, 26 and 14 % of these rows.
     "overlap4": DataSet(lambda: overlapping(100_000, 4, 12, spread=0.7, seed=1), (6, 12)),
     "overlap16": DataSet(lambda: overlapping(100_000, 16, 16, spread=0.5, seed=2), (8, 16)),

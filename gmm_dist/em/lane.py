@@ -98,6 +98,8 @@ class Lane:
     lower_bounds: list[float] = field(default_factory=list)
     log_likelihood: float = -math.inf
     entropy: float = math.nan
+    # Bounds what the log-likelihood leaves out, nats per row.
+    left_out: float = 0.0
     # The bound before this one, if the present precision may be compared with it.
     last_bound: float | None = None
     # What the lane will have come to when a better form has scored its parameters.

@@ -43,6 +43,15 @@ def cut(n_components: int) -> float:
     return _KEPT + math.log(n_components)
 
 
+def left_out(n_components: int, survivors: float) -> float:
+    """Bound what a centred pass leaves out of the mean log-likelihood, nats per row.
+
+    `survivors` are the components that matter to a row, in the mean. The others' responsibilities
+    are e^-cut each at the most, and ln(1 + x) < x.
+    """
+    return max(n_components - survivors, 0.0) * math.exp(-cut(n_components))
+
+
 _NEAR = 3.0  # standard deviations
 GROWTH = 2 / _NEAR**2
 """By how many `screening_error`s a screened logit errs, at most, for each nat that the row lies

@@ -25,7 +25,8 @@ class FitResult:
     `lower_bounds` are the mean log-likelihoods per row, one for each set of parameters that
     counts; `nk` (k,) the weight that each component answers for, and `rows` (k,) how many rows
     of equal weight that is worth (without weights the same); `degenerate` (k,) marks those that
-    mean nothing; `passes_saved` the passes that plain EM would at least have needed more
+    mean nothing; `left_out` bounds what the last pass left out of the mean log-likelihood (nats per
+    row); `passes_saved` the passes that plain EM would at least have needed more
     (`acceleration.Squarem`).
     """
 
@@ -40,6 +41,7 @@ class FitResult:
     nk: Float64[Tensor, " k"]
     rows: Float64[Tensor, " k"]
     degenerate: Bool[Tensor, " k"]
+    left_out: float = 0.0
     passes_saved: float = 0.0
 
     @property
@@ -145,6 +147,7 @@ def result_of(lane: Lane, total: TotalMoments) -> FitResult:
         nk=lane.nk,
         rows=lane.rows,
         degenerate=degenerate,
+        left_out=lane.left_out,
         passes_saved=0.0 if lane.squarem is None else lane.squarem.saved,
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gmm_dist.config import EMConfig
 from gmm_dist.em.degenerate import is_useless
 from gmm_dist.em.lane import Lane, MaximumLikelihood, Model, Status
-from gmm_dist.em.lane_batch import Precision
+from gmm_dist.em.lane_batch import Precision, left_out
 from gmm_dist.em.precision import MAX_CONDITION, float32_error, survivors_per_row
 from gmm_dist.em.statistics import (
     PassStatistics,
@@ -72,6 +72,8 @@ def advance(
         if has_lost or taken_back:
             continue
         lane.log_likelihood, lane.entropy = log_likelihood, float(sums.entropy[i])
+        is_centred = lane.precision is Precision.CENTRED
+        lane.left_out = left_out(sizes[i], survivors) if is_centred else 0.0
         of_lane = moments_of(lane, per_lane[i], total)
         lane.nk = of_lane.nk.clone()
         lane.rows = effective_rows(lane.nk, squares[i])

@@ -38,11 +38,16 @@ _FIRST, _TRIAL, _SHORT, LONG = 10, 12, 20, 100
 # Gains (nats per row) below which a short run or a round of moves has stalled, and a run on the
 # larger sample is done; on all rows EM goes on to the user's tol.
 _SHORT_TOL, _LONG_TOL = 1e-4, 1e-5
+TRAIL = 32
+"""The largest k on the trail."""
+
 _KEPT = 3  # from the small sample to the larger
 # A full covariance needs this times d + 1 rows: with fewer its correlations fit noise, which gains
 # hundreds of nats without any structure (at d = 60 more than two real clusters gain).
 _SOUND = 2
 _PROPOSALS = 4  # moves tried in a round
+# Of so many components one is split at once: of thousands, a single split gains next to nothing.
+_ALONE = 16
 _PATIENCE = 2  # rounds without a gain, the second with the moves that promise next most
 _GROWN, _FRESH = 2, 2  # splits and seeded starts that the trail tries for each size
 _STATISTICS_BYTES = 1 << 29  # of the lanes of a job that run at once
@@ -131,8 +136,8 @@ class Propose:
             parameters, keyed_generator(self.stream, self.random_state, self.round)
         )
         merges = split_merge.merges(parameters, rows.total.n_samples)
-        limit = _PATIENCE * _PROPOSALS
-        moved = split_merge.split_and_merge(parameters, splits, merges, limit)
+        limit, at_once = _PATIENCE * _PROPOSALS, parameters.n_components // _ALONE
+        moved = split_merge.split_and_merge(parameters, splits, merges, limit, at_once)
         if bool(self.degenerate.any()):
             repaired = split_merge.replace(parameters, self.degenerate, splits)
             return moved if repaired is None else [repaired, *moved]
@@ -154,8 +159,31 @@ class Repair:
         repaired = split_merge.replace(self.parameters, self.degenerate, splits)
         if repaired is None:
             return []
+        of = _candidate_of(self.parameters)
+        if stand_in(of, samples) != of:
+            return [repaired]
         (refit,) = run(samples.large, [repaired], self.config)
         return [refit.parameters] if refit.is_ranked else []
+
+
+def stand_in(candidate: Candidate, samples: Samples) -> Candidate:
+    """Return what is searched for in place of a candidate: it, unless its rows are too few.
+
+    Each covariance of many components may have fewer rows of the samples than it has features.
+    Where the clusters lie, variances alone tell as well, in a d-th of the time; all rows then give
+    the covariances.
+    """
+    lighter, rows = TYPE_OF[candidate.covariance_type].lighter, samples.small
+    needed = _SOUND * (rows.n_features + 1) * candidate.k
+    if lighter is None or candidate.k <= TRAIL or needed <= len(rows.sample.X):
+        return candidate
+    return Candidate(candidate.k, lighter)
+
+
+def as_type(mixture: Parameters, kind: str) -> Parameters:
+    """Return a mixture as one of a type of which its own is the lighter one."""
+    covariances = TYPE_OF[kind].of_variances(mixture.covariances)
+    return replace(mixture, covariances=covariances, covariance_type=kind)
 
 
 def run(

@@ -241,26 +241,49 @@ def split_and_merge(
     best_splits: Sequence[Split],
     cheapest_merges: Sequence[Merge],
     limit: int,
+    at_once: int = 1,
 ) -> list[Parameters]:
-    """Return the `limit` most promising mixtures of as many components: one split, one merge."""
+    """Return the `limit` most promising mixtures of as many components: one split, one merge.
+
+    The first one has several that promise a gain, of components apart, where up to `at_once` of
+    them may be made together.
+    """
     ranked = sorted(
         (
             (split.gain - merge.loss, i, j)
             for i, split in enumerate(best_splits)
-            for j, merge in enumerate(cheapest_merges[:limit])
+            for j, merge in enumerate(cheapest_merges[: max(limit, at_once)])
         ),
         reverse=True,
     )
-    moved = []
+    moved = _together(parameters, best_splits, cheapest_merges, at_once)[:limit]
     for _, i, j in ranked:
         split, merge = best_splits[i], cheapest_merges[j]
         if split.component in merge.pair:
             continue
         drop = (split.component, *merge.pair)
         moved.append(apply(parameters, drop=drop, add=[*split.parts, merge.part]))
-        if len(moved) == limit:
+        if len(moved) >= limit:
             break
     return moved
+
+
+def _together(
+    parameters: Parameters, splits: Sequence[Split], merges: Sequence[Merge], at_once: int
+) -> list[Parameters]:
+    """Return the mixture after several splits and merges that promise a gain, if there are some."""
+    drop: list[int] = []
+    add: list[Part] = []
+    left = list(splits)
+    for merge in merges:
+        split = next((s for s in left if s.component not in {*drop, *merge.pair}), None)
+        if split is None or split.gain <= merge.loss or 3 * at_once <= len(drop):
+            break
+        if not set(merge.pair) & set(drop):
+            left.remove(split)
+            drop += [split.component, *merge.pair]
+            add += [*split.parts, merge.part]
+    return [apply(parameters, drop=drop, add=add)] if len(drop) > 3 else []
 
 
 def replace(

@@ -30,11 +30,8 @@ from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.samples import Sampler
-from gmm_dist.selection.search import LONG, Repair, Search, Steps
+from gmm_dist.selection.search import LONG, TRAIL, Repair, Search, Steps, as_type, stand_in
 from gmm_dist.shards.protocol import Jobs, WorkingShards
-
-TRAIL = 32
-"""The largest k on the trail."""
 
 # Rows from which on a search takes seconds, and to load Numba half of one.
 _COMPILE_FROM = 10_000
@@ -89,7 +86,7 @@ def find_starts(
     sampler = Sampler(shards, start, total)
     searches = {
         candidate: Search(
-            candidate=candidate,
+            candidate=stand_in(candidate, sampler.samples(candidate.k)),
             samples=sampler.samples(candidate.k),
             seeds=sampler.seeds(candidate.k),
             config=config,
@@ -112,7 +109,7 @@ def find_starts(
             _Errand((0, k), trail.steps(k, kind)) for kind, k in trail.ends(candidates).items()
         ]
         for i, candidate in enumerate(candidates):
-            steps = _candidate(searches[candidate], trail, progress)
+            steps = _candidate(candidate, searches[candidate], trail, progress)
             errands.append(_Errand((1, candidate.k, i), steps, functools.partial(keep, i)))
         _work_off(jobs, errands, progress)
     return [starts[i] for i in range(len(candidates))]
@@ -211,14 +208,21 @@ class _Trail:
         return None if mixture is None else [mixture]
 
 
-def _candidate(search: Search, trail: _Trail, progress: _Progress) -> Steps[list[Parameters]]:
+def _candidate(
+    candidate: Candidate, search: Search, trail: _Trail, progress: _Progress
+) -> Steps[list[Parameters]]:
     seeded = yield from search.seeded()
     progress.advance(_SEEDED * search.candidate.k)
     while (on_trail := trail.mixtures(search.candidate)) is None:
         yield search.samples, []
     finalists = yield from search.finalists(seeded, on_trail)
     progress.advance(_REST * search.candidate.k)
-    return finalists
+    if search.candidate == candidate:
+        return finalists
+    # Those of the candidate's own type, which did not join the search, are as good as finalists.
+    kind = candidate.covariance_type
+    own = [m for m in search.warm if Candidate(m.n_components, m.covariance_type) == candidate]
+    return [*(as_type(mixture, kind) for mixture in finalists), *own]
 
 
 class _Progress:

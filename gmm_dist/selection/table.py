@@ -63,6 +63,7 @@ COLUMNS: Mapping[str, Column] = {
     "n_starts": Column(value=lambda s: s.outcome.n_starts, head="starts", is_listed=False),
     "n_dropped": Column(value=lambda s: s.outcome.n_dropped, is_listed=False),
     "passes_saved": Column(value=lambda s: s.outcome.passes_saved, is_listed=False),
+    "left_out": Column(value=lambda s: s.fit.left_out, is_listed=False),
     "seconds": Column(value=lambda s: s.outcome.seconds, head="seconds", digits=1, is_listed=False),
     "lower_bounds": Column(value=lambda s: s.fit.lower_bounds, is_listed=False),
 }

@@ -213,3 +213,22 @@ def test_lanes_in_different_forms_are_grouped_apart():
     assert len(lane.grouped([first, second])) == 2
     task = lane.task_of(lane.grouped([first, second]), 50)
     assert [group.all_pairs for group in task.groups] == [True, False]
+
+
+@pytest.mark.parametrize("all_pairs", [True, False])
+def test_what_a_pass_leaves_out_is_bounded_in_its_result(all_pairs, monkeypatch):
+    mixture = mixtures.parameters("full", 6, 8, spread=1.5)
+    X = mixtures.rows(mixture, 500)
+    monkeypatch.setattr("gmm_dist.em.lane_batch._KEPT", 3.0)  # so that something is left out
+    shards = mixtures.shards(X)
+    config = EMConfig(compile_from=0, max_iter=1, accelerate=False)
+    running = lane.Lane.start(mixture, config, shards.run(SumMoments(8)))
+    running.policy.form, running.policy.survivors = Precision.CENTRED, math.inf
+    if not all_pairs:
+        running.policy.survivors = running.policy.unscreened = -1e9
+    total = shards.run(SumMoments(8))
+    loop.run(shards, [running], config, total)
+    fit = loop.result_of(running, total)
+    exact = float(logits(X, fit.parameters).logsumexp(1).mean())
+    short = exact - fit.log_likelihood / 500
+    assert 0 < short <= fit.left_out <= math.exp(-3.0)

@@ -172,3 +172,39 @@ def test_a_round_without_a_gain_goes_on_with_the_moves_that_promise_next_most():
 
 def same(one, other) -> bool:
     return torch.equal(one.means, other.means)
+
+
+def test_many_components_of_few_rows_each_are_searched_for_by_their_variances():
+    """Their covariances would have fewer rows than features; all rows give those in the end."""
+    k, d = 40, 30
+    mixture = mixtures.parameters("full", k, d, spread=30.0)
+    X = mixtures.rows(mixture, 2400)
+    shards = LocalShards.of(X, n_threads=0)
+    total = shards.run(SumMoments(d))
+    asked_of: list[Candidate] = []
+    watched = search_module.Search.seeded
+
+    def seeded(self):
+        asked_of.append(self.candidate)
+        return watched(self)
+
+    few = StartConfig(n_init=2, moves=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_module.Search, "seeded", seeded)
+        (starts,) = find_starts(shards, [Candidate(k, "full")], EMConfig(), few, total)
+        wide = find_starts(shards, [Candidate(4, "full")], EMConfig(), few, total)
+    assert asked_of == [Candidate(k, "diag"), Candidate(4, "full")]
+    assert {start.covariance_type for start in starts} == {"full"}
+    assert starts[0].covariances.shape == (k, d, d)
+    assert wide[0][0].covariance_type == "full"
+
+
+def test_a_mixture_of_the_candidates_own_type_still_joins():
+    k, d = 40, 30
+    mixture = mixtures.parameters("full", k, d, spread=30.0)
+    shards = LocalShards.of(mixtures.rows(mixture, 1500), n_threads=0)
+    total = shards.run(SumMoments(d))
+    few = StartConfig(n_init=1, moves=0)
+    candidate = Candidate(k, "full")
+    (starts,) = find_starts(shards, [candidate], EMConfig(), few, total, warm=[mixture])
+    assert any(start is mixture for start in starts)

@@ -14,6 +14,7 @@ import torch
 from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import split_merge
+from gmm_dist.selection.kmeans import start_of
 from gmm_dist.selection.split_merge import (
     Merge,
     Part,
@@ -467,3 +468,25 @@ def test_copies_of_components_are_the_same_density_and_halves_nearly(kind):
     # The largest was halved, and its halves lie on either side of its mean.
     largest = int(mixture.weights.argmax())
     torch.testing.assert_close(halved.means[-2:].mean(0), mixture.means[largest])
+
+
+def test_many_components_are_moved_together_where_several_moves_promise_a_gain():
+    """Three pairs of clusters share a component each, and three clusters have two."""
+    generator = torch.Generator().manual_seed(0)
+    places = torch.arange(9.0, dtype=torch.float64)[:, None] * 40
+    X = torch.cat([p + torch.randn(200, 1, generator=generator).double() for p in places])
+    labels = torch.cat([torch.full((200,), i) for i in (0, 0, 1, 1, 2, 2)])
+    halves = torch.cat([3 + 2 * i + (torch.arange(200) % 2) for i in range(3)])
+    mixture = start_of(X, ones(len(X)), torch.cat([labels, halves]), 9, "full")
+    found = splits(mixture, X, ones(len(X)), torch.cat([labels, halves]), generator)
+    cheap = merges(mixture, 1800.0)
+    one_by_one = split_and_merge(mixture, found, cheap, 8)
+    together = split_and_merge(mixture, found, cheap, 8, at_once=3)
+    assert len(together) == 8
+    assert torch.equal(together[1].means, one_by_one[0].means)
+    means = together[0].means.flatten().sort().values
+    torch.testing.assert_close(means, places.flatten(), rtol=0, atol=1.0)
+    # Never more of them at once than may be, and no component twice.
+    two = split_and_merge(mixture, found, cheap, 8, at_once=2)[0]
+    assert two.n_components == 9
+    assert len({round(m) for m in two.means.flatten().tolist()} & {20, 100, 180}) == 1

@@ -44,7 +44,7 @@ def test_names_in_files_and_in_python_stay(result):
     common = (
         "rank k covariance_type bic aic icl log_likelihood n_parameters n_iter converged status"
     )
-    more = "holdout n_starts n_dropped passes_saved seconds lower_bounds"
+    more = "holdout n_starts n_dropped passes_saved left_out seconds lower_bounds"
     assert set(saved(result)[0]) == {*common.split(), *more.split()}
     assert set(listed(result)[0]) == {*common.split(), "mean_log_likelihood"}
 

@@ -52,6 +52,8 @@ class CovarianceType(ABC):
     alone: ClassVar[str]
     # scikit-learn's type that can say the same.
     in_sklearn: ClassVar[str]
+    # The type of a mixture of like clusters that needs far fewer rows for each, if there is one.
+    lighter: ClassVar[str | None] = None
     # Whether features are correlated, so that products of two of them are needed.
     has_products: ClassVar[bool]
     # Whether all components of a lane share one covariance.
@@ -75,6 +77,10 @@ class CovarianceType(ABC):
     def unstacked(self, covariances: Tensor) -> Tensor:
         """Return the stack of one mixture in its public shape."""
         return covariances[0] if self.is_shared else covariances
+
+    def of_variances(self, variances: Float64[Tensor, "C d"]) -> Tensor:
+        """Return covariances of features that are not correlated; of types with a `lighter` one."""
+        raise NotImplementedError
 
     # Counting.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.model.covariance.covariance_type import TINY, CovarianceType, Moments, Shared
@@ -18,11 +19,16 @@ class Full(CovarianceType):
     """One covariance matrix for each component."""
 
     name = alone = in_sklearn = "full"
+    lighter = "diag"
     has_products = True
     validity = "symmetric, positive-definite"
 
     def cell(self, n_features: int) -> tuple[int, ...]:
         return (n_features, n_features)
+
+    def of_variances(self, variances: Float64[Tensor, "C d"]) -> Tensor:
+        matrices: Tensor = variances.diag_embed()
+        return matrices
 
     def n_values(self, n_features: int) -> int:
         return n_features * (n_features + 1) // 2

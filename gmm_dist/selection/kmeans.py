@@ -28,6 +28,7 @@ METHODS = ("kmeans", "k-means++", "random", "random_from_data")
 """Methods of seeding on a sample, by scikit-learn's names."""
 
 _TRIALS = 4  # of greedy k-means++; not a function of k, so that seeds of a smaller k are a prefix
+_MANY = 64  # seeds, beyond which distances to them are taken by products
 _EXACT = "donot_use_mm_for_euclid_dist"  # by differences: a row is at distance 0 from its copies
 _MAX_LLOYD = 50
 _OVERSAMPLING = 2  # rows that a round of k-means|| draws on average, times k
@@ -95,12 +96,18 @@ def k_means_plus_plus(
     """
     seeds = [int(torch.multinomial(weight, 1, generator=generator))]
     apart = (Z - Z[seeds[0]]).square().sum(1)
+    squares = Z.square().sum(1)
     for _ in range(k - 1):
         mass = weight * apart
         # Fewer distinct rows than seeds: any row is as good as another.
         mass = mass if bool(mass.sum() > 0) else weight
         trials = torch.multinomial(mass, _TRIALS, replacement=True, generator=generator)
-        after = torch.minimum(torch.cdist(Z[trials], Z, compute_mode=_EXACT).square(), apart)
+        if len(seeds) < _MANY:
+            distances = torch.cdist(Z[trials], Z, compute_mode=_EXACT).square()
+        else:  # but for a few of the last digits, in half of the time
+            products = torch.addmm(squares, Z[trials], Z.T, alpha=-2)
+            distances = (products + squares[trials, None]).clamp_min(0)
+        after = torch.minimum(distances, apart)
         chosen = int((after @ weight).argmin())
         apart = after[chosen]
         seeds.append(int(trials[chosen]))

@@ -451,3 +451,15 @@ def test_a_start_is_positive_definite_whatever_the_partition(kind):
     assert (torch.linalg.cholesky_ex(matrices).info == 0).all()
     assert float(start.weights.sum()) == pytest.approx(1)
     assert (start.weights > 0).all()
+
+
+def test_many_seeds_are_as_far_apart_as_few_and_begin_with_them():
+    """Beyond some number, distances are taken by products: they differ in the last digits."""
+    k, generator = kmeans._MANY + 40, torch.Generator()
+    centres = 100 * torch.randn(k, 3, dtype=torch.float64, generator=generator.manual_seed(1))
+    Z = centres.repeat_interleave(20, 0) + mixtures.normal_rows(20 * k, 3) * 1e-3
+    weight = torch.ones(len(Z), dtype=torch.float64)
+    seeds = kmeans.k_means_plus_plus(Z, weight, k, generator.manual_seed(2))
+    assert sorted((seeds // 20).tolist()) == list(range(k))
+    few = kmeans.k_means_plus_plus(Z, weight, 10, generator.manual_seed(2))
+    assert torch.equal(few, seeds[:10])

@@ -310,8 +310,6 @@ def _first_length(
     # Some rows at first: one is enough where none is null, and lists may be long.
     for batch in reader.iter_batches(_LISTS_AT_ONCE, group, names):
         column = batch.column(name)
-        if pa.types.is_null(column.type):  # a table's column that the file lacks
-            return None
         lengths = pc.list_value_length(stored(column)).to_numpy()
         fits = np.nan_to_num(lengths.astype(np.float64)) > 0  # neither null nor empty
         fits &= tested if isinstance(tested, bool) else tested.mask(batch)

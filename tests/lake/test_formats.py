@@ -137,9 +137,7 @@ def test_a_partition_by_way_of_a_link_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "table" / "ds=1")
     lakes.write(tmp_path / "lake" / "a.parquet", {"x": [1.0]})
     (tmp_path / "lake" / "b.parquet").symlink_to(tmp_path / "table" / "ds=1" / "old.parquet")
-    message = (
-        rf": not the root of a Delta table \(.*\), .* itself, {tmp_path}/table$"
-    )
+    message = rf": not the root of a Delta table \(.*\), .* itself, {tmp_path}/table$"
     for part in ("link", "lake", "lake/b.parquet"):
         with pytest.raises(UserError, match=part + message):
             plan_lake(str(tmp_path / part))

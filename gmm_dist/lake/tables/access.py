@@ -20,7 +20,9 @@ _OUTAGE = re.compile(
     r"|status: 5\d\d|max_retries",
     re.IGNORECASE,
 )
-_FEATURE = re.compile(r"Feature '([^']+)' is not supported")
+_FEATURE = re.compile(
+    r"Feature '([^']+)' is not supported|Unsupported table features required: \[([^\]]+)\]"
+)
 _AWS = ".amazonaws.com"
 
 
@@ -101,7 +103,7 @@ def told_in_a_line(root: str) -> Iterator[None]:
                 f"({reason}); check the network and the endpoint, and run again when it works"
             ) from error
         if feature := _FEATURE.search(reason):
-            raise unknown_feature(root, feature[1]) from error
+            raise unknown_feature(root, feature[1] or feature[2]) from error
         raise UserError(
             f"deltalake cannot read the table's log ({reason})",
             where=storage.redacted(root),

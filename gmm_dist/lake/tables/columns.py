@@ -86,7 +86,7 @@ class LakeFileReader:
 
     @property
     def schema(self) -> pa.Schema:
-        """The lake's columns, in the types that they are read in; null for one that is not here."""
+        """The lake's columns, in the types that they are read in."""
         if self._columns is None:
             return self._file_schema
         return pa.schema([(field.name, self._type(field)) for field in self._columns.schema])
@@ -148,7 +148,7 @@ class LakeFileReader:
     def _type(self, field: pa.Field) -> pa.DataType:
         """Return the type in which a column is read: the file's own, but for the zone of times."""
         if field.name not in self._stored:
-            return pa.null()
+            return field.type
         type_ = self._file_schema.field(self._stored[field.name]).type
         both = pa.types.is_timestamp(type_) and pa.types.is_timestamp(field.type)
         return pa.timestamp(type_.unit, field.type.tz) if both and type_.tz is None else type_

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,9 @@ def find(root: Url, at: At | None = None) -> Listing:
     with told_in_a_line(root):
         actions = pa.table(table.get_add_actions(flatten=False))
         schema = pa.schema(table.schema().to_arrow())
-        masks = _masks(table)
+        # deltalake refuses to look for vectors in tables of some features, whose log it does read.
+        features = table.protocol().reader_features or ()
+        masks = _masks(table) if "deletionVectors" in features else iter(())
     keys = pa.schema([schema.field(name) for name in table.metadata().partition_columns])
     keys = pa.schema([(field.name, field.type) for field in keys])
     deleted = _by_path(root, table, actions, masks)
@@ -146,21 +149,28 @@ def _by_path(
 ) -> Mapping[str, Deleted | None]:
     """Return what is deleted of files, by their paths in the log."""
     paths: Sequence[str] = actions.column("path").to_pylist()
-    if twice := [path for path, n in Counter(paths).items() if n > 1]:
+    base = _plain(table.table_uri).rstrip("/")
+    uris = [_plain(p) if _is_absolute(p) else f"{base}/{unquote(p)}" for p in paths]
+    if twice := [uri for uri, n in Counter(uris).items() if n > 1]:
         raise UserError(
-            f"{storage.redacted(root)}: the table's log names {twice[0]} twice in one version, so "
-            "that its rows would count twice; mend the table"
+            f"{storage.redacted(root)}: the table's log names {storage.redacted(twice[0])} twice "
+            "in one version, so that its rows would count twice; mend the table"
         )
-    base = unquote(table.table_uri).rstrip("/")
-    of_uri = {unquote(p) if _is_absolute(p) else f"{base}/{unquote(p)}": p for p in paths}
-    deleted = {unquote(uri): mask for uri, mask in masks}
+    of_uri = dict(zip(uris, paths, strict=True))
+    deleted = {_plain(uri): mask for uri, mask in masks}
     if strangers := deleted.keys() - of_uri.keys():
         # Never read on: their deleted rows would count.
         raise UserError(
-            f"{storage.redacted(root)}: rows of {min(strangers)} are deleted, which is no file of "
-            "this version; mend the table"
+            f"{storage.redacted(root)}: rows of {storage.redacted(min(strangers))} are deleted, "
+            "which is no file of this version; mend the table"
         )
     return {of_uri[uri]: mask for uri, mask in deleted.items()}
+
+
+def _plain(uri: str) -> str:
+    """Return a URI in one spelling: `file:/a%20b` is `file:///a b`, and so is `/a%20b`."""
+    plain = unquote(uri)
+    return re.sub(r"^(file:)?/+", "file:///", plain)
 
 
 def _files(

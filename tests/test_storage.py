@@ -340,9 +340,9 @@ def test_an_outage_in_the_middle_of_a_file_is_outlasted(proxied):
 
 def test_a_busy_store_is_asked_again(proxied):
     proxy, url = proxied
-    proxy.busy = 12
+    proxy.busy = 5
     np.testing.assert_array_equal(rows_of(plan_lake(url)), WANTED)
-    assert proxy.faults == 12
+    assert proxy.faults == 5
 
 
 @pytest.mark.parametrize("small", [True, False])

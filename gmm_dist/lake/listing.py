@@ -20,6 +20,7 @@ from gmm_dist import storage
 from gmm_dist.errors import UserError
 from gmm_dist.lake import data_files
 from gmm_dist.lake.tables import formats
+from gmm_dist.lake.tables.bounds import Bounds
 from gmm_dist.lake.tables.columns import TableColumns
 from gmm_dist.lake.tables.entry import Entry, Mask
 from gmm_dist.lake.tables.snapshot import Snapshot
@@ -71,7 +72,8 @@ class LakeFile:
 class Listing:
     """Hold the data files under `root`, an absolute URL, by name; `keys` types their hive keys.
 
-    Of a table, `columns` are those that its files hold, and `snapshot` says which version it is.
+    Of a table, `columns` are those that its files hold, `snapshot` says which version it is, and
+    `bounds` has the files' statistics.
     """
 
     root: Url
@@ -79,6 +81,7 @@ class Listing:
     keys: pa.Schema
     columns: TableColumns | None = None
     snapshot: Snapshot | None = None
+    bounds: Bounds | None = None
 
 
 def key_table(files: Sequence[LakeFile], keys: pa.Schema) -> pa.Table:

@@ -263,15 +263,24 @@ def plan_lake(
 
 
 def _matching_files(lake_listing: Listing, condition: Filter | None) -> Sequence[LakeFile]:
-    """Return the files whose hive keys match."""
-    if condition is None or not {*condition.columns} & {*lake_listing.keys.names}:
-        return lake_listing.files
-    keys = listing.key_table(lake_listing.files, lake_listing.keys)
-    matches = condition.matching_paths(keys, lambda: nights.columns_of(lake_listing))
-    if not matches.any():
-        what = f"any of {len(lake_listing.files)} files' hive keys"
-        raise nothing_matches(lake_listing.root, condition, what)
-    return [file for file, match in zip(lake_listing.files, matches, strict=True) if match]
+    """Return the files whose hive keys match and, of a table, the statistics in its log."""
+    files = lake_listing.files
+    if condition is None:
+        return files
+    among: Sequence[int] = range(len(files))
+    if {*condition.columns} & {*lake_listing.keys.names}:
+        keys = listing.key_table(files, lake_listing.keys)
+        matches = condition.matching_paths(keys, lambda: nights.columns_of(lake_listing))
+        among = np.flatnonzero(matches).tolist()
+        if not among:
+            what = f"any of {len(files)} files' hive keys"
+            raise nothing_matches(lake_listing.root, condition, what)
+    if lake_listing.bounds is not None:
+        among = lake_listing.bounds.matching(condition, among)
+        if not among:
+            what = f"the statistics of {len(files)} files in the table's log"
+            raise nothing_matches(lake_listing.root, condition, what)
+    return [files[i] for i in among]
 
 
 def _columns_of(names: Sequence[str] | None) -> Collection[str] | None:

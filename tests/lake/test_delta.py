@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -410,6 +411,70 @@ def test_row_groups_are_left_out_by_their_statistics(tmp_path):
     assert plan(root, ["i"], where="i >= 18 and i < 33").n_rows == 19
     with pytest.raises(UserError, match="no rows match the filter"):
         plan(root, ["i"], where="i >= 10 and i < 20")
+
+
+WHEN = dt.datetime(2026, 11, 1, 12, 30, 0, 999_999)
+
+
+@pytest.mark.parametrize(
+    ("where", "files", "rows"),
+    [
+        ("n < 10", 1, 10),
+        ("n == 9 or n in (20, 99)", 2, 2),
+        ("not n < 20 and x is not null", 1, 10),
+        ("day > '2026-11-02' and kind == 'a'", 1, 10),
+        ("day > '2026-11-02' or kind == 'a'", 3, 30),
+        ("t >= '2026-11-01T12:30:00.999999'", 3, 21),
+        ("t > '2026-11-01T12:30:00.9999995'", 2, 20),
+        ("n is null", 3, 0),
+        (pc.field("n") < 10, 3, 10),
+    ],
+)
+def test_files_are_left_out_by_the_statistics_of_the_log(tmp_path, where, files, rows):
+    root = tmp_path / "t"
+    for i in range(3):
+        times = [WHEN + dt.timedelta(days=i) - dt.timedelta(seconds=9 - j) for j in range(10)]
+        columns = {
+            "x": lakes.numbers(10, i),
+            "n": np.arange(10 * i, 10 * i + 10),
+            "day": [WHEN.date() + dt.timedelta(days=i)] * 10,
+            "t": pa.array(times, pa.timestamp("us", "UTC")),
+            "kind": ["a"] * 10,
+        }
+        deltas.write(root, columns, partition_by=["kind"])
+    if rows == 0:
+        with pytest.raises(
+            UserError, match="no rows match the filter n is null, by the row groups"
+        ):
+            plan(root, ["x"], where=where)
+        return
+    found = plan(root, ["x"], where=where)
+    assert len(found.files) == files
+    assert len(lakes.read_all(found)[0]) == rows
+    with pytest.raises(
+        UserError, match=r"no rows match the filter .*, by the statistics of 3 files"
+    ):
+        plan(root, ["x"], where="n > 99")
+
+
+def test_mapped_columns_have_statistics(tmp_path):
+    root = mapped(tmp_path / "t", "name")
+    stats = {"numRecords": 3, "minValues": {"c-7": 5}, "maxValues": {"c-7": 7}}
+    fields = [
+        deltas.field(
+            "n", "long", **{"delta.columnMapping.physicalName": "c-7", "delta.columnMapping.id": 7}
+        )
+    ]
+    file = lakes.write(root / "g.parquet", {"c-7": [5, 6, 7]})
+    settings = {"delta_columnMapping_mode": "name", "delta_columnMapping_maxColumnId": "7"}
+    (old,) = (action["add"] for action in deltas.actions_of(root, 1) if "add" in action)
+    kept = {name: old[name] for name in ("path", "size", "deletionVector")}
+    remove = {"remove": kept | {"dataChange": True}}
+    added = deltas.add("g.parquet", file, stats=json.dumps(stats))
+    deltas.commit(root, remove, deltas.metadata(fields, **settings), added)
+    assert lakes.read_all(plan(root, ["n"], where="n == 6"))[0].ravel().tolist() == [6]
+    with pytest.raises(UserError, match="no rows match the filter n == 8, by the statistics of "):
+        plan(root, ["n"], where="n == 8")
 
 
 @pytest.mark.parametrize("deleted", [False, True])

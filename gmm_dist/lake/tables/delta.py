@@ -23,6 +23,7 @@ from gmm_dist import storage
 from gmm_dist.errors import NoRows, UserError
 from gmm_dist.lake.listing import LakeFile, Listing
 from gmm_dist.lake.tables.access import told_in_a_line, unknown_feature, uri_and_options
+from gmm_dist.lake.tables.bounds import Bounds
 from gmm_dist.lake.tables.columns import TableColumns
 from gmm_dist.lake.tables.entry import Deleted, Entry
 from gmm_dist.lake.tables.history import version_at
@@ -68,7 +69,9 @@ def find(root: Url, at: At | None = None) -> Listing:
     keys = pa.schema([schema.field(name) for name in table.metadata().partition_columns])
     keys = pa.schema([(field.name, field.type) for field in keys])
     deleted = _by_path(root, table, actions, masks)
-    files = sorted(_files(root, actions, deleted, keys), key=lambda file: file.path)
+    files = list(_files(root, actions, deleted, keys))
+    order = sorted(range(len(files)), key=lambda i: files[i].path)
+    files, actions = [files[i] for i in order], actions.take(pa.array(order, pa.int64()))
     snapshot = Snapshot(
         format=FORMAT,
         table=str(table.metadata().id),
@@ -78,12 +81,15 @@ def find(root: Url, at: At | None = None) -> Listing:
     logger.info("%s: %s", storage.redacted(root), snapshot.shown)
     if not files:
         raise NoRows(f"{storage.redacted(root)}: no rows in {snapshot.shown}; check the version")
+    fields = json.loads(table.schema().to_json())["fields"]
+    columns = _columns(root, table, schema, fields, keys.names)
     return Listing(
         root=root,
         files=tuple(files),
         keys=keys,
-        columns=_columns(root, table, schema, keys.names),
+        columns=columns,
         snapshot=snapshot,
+        bounds=_bounds(actions, columns.schema, fields),
     )
 
 
@@ -217,13 +223,33 @@ def _location(root: Url, path: str) -> str:
     return Url(plain)
 
 
+def _bounds(
+    actions: pa.Table, types: pa.Schema, fields: Sequence[Mapping[str, Any]]
+) -> Bounds | None:
+    """Return the statistics of files in the log; None where it has none."""
+    names = {f["metadata"].get(_MAPPED_BY["name"], f["name"]): f["name"] for f in fields}
+    extremes = []
+    for which in ("min", "max"):
+        if which not in actions.column_names:
+            return None
+        kept = actions.column(which).combine_chunks()
+        if not pa.types.is_struct(kept.type):
+            return None
+        parts = zip(kept.type, kept.flatten(), strict=True)
+        extremes.append(pa.table({names.get(f.name, f.name): part for f, part in parts}))
+    return Bounds.of(types, *extremes)
+
+
 def _columns(
-    root: Url, table: DeltaTable, schema: pa.Schema, partition_names: Sequence[str]
+    root: Url,
+    table: DeltaTable,
+    schema: pa.Schema,
+    fields: Sequence[Mapping[str, Any]],
+    partition_names: Sequence[str],
 ) -> TableColumns:
     mode = table.metadata().configuration.get(f"{_MAPPING}.mode", "none")
     if mode not in _MAPPED_BY:
         raise unknown_feature(root, f"column mapping by {mode}")
-    fields = json.loads(table.schema().to_json())["fields"]
     key = _MAPPED_BY[mode]
     stored = {f["name"]: f["name"] if key is None else f["metadata"][key] for f in fields}
     names = [name for name in schema.names if name not in partition_names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -84,14 +85,14 @@ class LakeFileReader:
     def metadata(self) -> pq.FileMetaData:
         return self._parquet.metadata
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
         """The lake's columns, in the types that they are read in."""
         if self._columns is None:
             return self._file_schema
         return pa.schema([(field.name, self._type(field)) for field in self._columns.schema])
 
-    @property
+    @cached_property
     def stored_schema(self) -> pa.Schema:
         """All columns of the file, as they are stored; those that the lake lacks have no names."""
         if self._columns is None:

@@ -66,8 +66,8 @@ def find(root: Url, at: At | None = None) -> Listing:
         # deltalake refuses to look for vectors in tables of some features, whose log it does read.
         features = table.protocol().reader_features or ()
         masks = _masks(table) if "deletionVectors" in features else iter(())
-    keys = pa.schema([schema.field(name) for name in table.metadata().partition_columns])
-    keys = pa.schema([(field.name, field.type) for field in keys])
+    partitions = table.metadata().partition_columns
+    keys = pa.schema([(name, schema.field(name).type) for name in partitions])
     deleted = _by_path(root, table, actions, masks)
     files = list(_files(root, actions, deleted, keys))
     order = sorted(range(len(files)), key=lambda i: files[i].path)

@@ -79,13 +79,19 @@ def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
     A job changes a default by the parser's `set_defaults`, which --help shows too.
     """
     parser.add_argument(
-        "data", type=parse_url, metavar="DATA", help="folder or file of Parquet, local or any URL"
+        "data",
+        type=parse_url,
+        metavar="DATA",
+        help="folder or file of Parquet, local or any URL, or a Delta table",
     )
     if output:
         parser.add_argument(
             "--output", required=True, type=parse_url, metavar="OUT", help="a new folder or URL"
         )
-    _add_rows(parser.add_argument_group("rows"))
+    rows = parser.add_argument_group("rows")
+    _add_rows(rows)
+    if output:
+        _add_at(rows)
     _add_fit(parser.add_argument_group("fit"))
     add_cluster(parser.add_argument_group("cluster"))
     _add_run(parser.add_argument_group("run"))
@@ -122,6 +128,15 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         default=0.0,
         metavar="SHARE",
         help="score the fits on this share of the rows, kept out of them (default: %(default)g)",
+    )
+
+
+def _add_at(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--at",
+        metavar="VERSION",
+        help="of a table: the number of a version, or a time, for the newest version of then, "
+        "e.g. 2026-11-21T08:30:00+01:00 (default: the newest)",
     )
 
 

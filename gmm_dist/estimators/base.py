@@ -190,10 +190,10 @@ class BaseMixture(FittedMixture):
             self._validate_params()
             self._start_parameters()  # errors come before those of the lake
             # Only here are Ray and pyarrow needed: they would be most of the time of an import.
-            from gmm_dist.estimators.kept import kept_fit
+            from gmm_dist.estimators.kept import kept_fit, stay
             from gmm_dist.lake.plan import plan_of
 
-            plan = plan_of(X)
+            plan = plan_of(stay(X, url, resume=resume))
             with one_thread(), kept_fit(self, plan, url, resume=resume) as kept:
                 if not kept.is_finished:
                     self._fit_lake(plan, cluster or Cluster(), kept)

@@ -26,8 +26,10 @@ from gmm_dist.errors import UserError
 from gmm_dist.estimators.save import provenance_of, settings_of
 from gmm_dist.estimators.settings import seed_of
 from gmm_dist.fitting.checkpoints import FitCheckpoints
+from gmm_dist.lake.lake import Lake
 from gmm_dist.lake.plan import Plan
-from gmm_dist.runs.checkpoint import RunIdentity, environment
+from gmm_dist.lake.tables.snapshot import stay_at
+from gmm_dist.runs.checkpoint import RunIdentity, begun_with, environment, snapshot_in
 from gmm_dist.runs.claim import claim
 from gmm_dist.runs.commit import OTHER_OUTPUT, Result
 from gmm_dist.runs.folder import Folder
@@ -101,12 +103,28 @@ def kept_fit(
         latest = checkpoints.latest
         seed = seed_of(estimator.random_state) if latest is None else int(latest.state["seed"])
         yield KeptFit(seed=seed, checkpoints=checkpoints, number=checkpoints.number)
-        provenance = replace(provenance_of(estimator), plan_hash=plan.hash)
+        provenance = replace(
+            provenance_of(estimator),
+            plan_hash=plan.hash,
+            snapshot=None if plan.snapshot is None else plan.snapshot.content,
+        )
         run.attempt.write_model(estimator.to_mixture(), provenance)
         for name, data in _files(estimator).items():
             run.attempt.write(name, data)
         run.attempt.write(_RUN, identity.canonical)
         run.attempt.commit()
+
+
+def stay(lake: Lake, url: Url | None, *, resume: bool) -> Lake:
+    """Return the lake of a fit that goes on: a table at the version that the fit has begun with."""
+    if url is None or not resume:
+        return lake
+    folder = Folder.of(url)
+    with explained(folder.url):
+        result = Result.find(folder)
+        kept = result is not None and _RUN in result.files
+        saved = snapshot_in(result.read(_RUN)) if result and kept else begun_with(folder)
+    return replace(lake, at=stay_at(lake.at, saved))
 
 
 def _identity(estimator: BaseMixture, plan: Plan) -> RunIdentity:
@@ -130,6 +148,7 @@ def _identity(estimator: BaseMixture, plan: Plan) -> RunIdentity:
         files=plan.versions,
         settings={**rows, **settings},
         environment=environment(),
+        snapshot=None if plan.snapshot is None else plan.snapshot.content,
     )
 
 

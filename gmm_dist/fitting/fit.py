@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -24,6 +24,7 @@ from gmm_dist.fitting.results import DrawReport, Fitted, no_report, sample_of
 from gmm_dist.formats import counted
 from gmm_dist.lake.load import Counted, LakeLoader
 from gmm_dist.lake.plan import Plan, plan_of
+from gmm_dist.lake.tables.snapshot import stay_at
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.runs import claim, load
@@ -82,6 +83,7 @@ def fit_lake(
     with one_thread(), claim.claim(options.output, resume=options.resume) as run:
         if run.committed:
             return FitOutcome(output=options.output, result=None, warnings=[])
+        options = replace(options, at=stay_at(options.at, run.begun_with()))
         start_model = None if options.start is None else load.load(options.start)
         job = Job.of(options, start_model=start_model, progress=progress)
         fitted = job.fit(run)
@@ -191,6 +193,7 @@ class Job:
             files=self.plan.versions,
             settings=settings,
             environment=environment(),
+            snapshot=None if self.plan.snapshot is None else self.plan.snapshot.content,
         )
 
     def fit(self, run: Run, look: Look = lambda shards, result: None) -> Fitted:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import datetime
 from typing import get_args
 
 from gmm_dist import config
 from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig, optional, several
 from gmm_dist.errors import Option, UserError
 from gmm_dist.lake.lake import Lake, Missing
+from gmm_dist.lake.tables.snapshot import parse_at
 from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.selection.ranking import CRITERIA
 
@@ -23,7 +25,7 @@ class FitOptions:
     Lists may be given for tuples, one value for several, and paths for URLs.
 
     Args:
-        data: Folder or file of Parquet, local or any URL.
+        data: Folder or file of Parquet, local or any URL, or a Delta table.
         output: A new folder or URL.
         k: Numbers of components. None: that of the model `start`.
         covariance_type: Covariance types, each fitted with each of `k`.
@@ -34,6 +36,7 @@ class FitOptions:
         where: Filter of rows, see `gmm_dist.lake.filters`.
         missing: How nulls and NaN are treated: "error", "drop" or "mean".
         holdout: Share of the rows, in [0, 1), that nothing is fitted to.
+        at: Version of a table: its number, or a time; None for the newest.
         init: How restarts are seeded.
         n_init: Restarts of each candidate, on a sample.
         tol: Gain of the mean log-likelihood (nats per row) below which a fit has converged.
@@ -65,6 +68,7 @@ class FitOptions:
     where: str | None = None
     missing: Missing = "error"
     holdout: float = 0.0
+    at: int | str | datetime | None = None
     init: str = _START.init
     n_init: int = _START.n_init
     tol: float = _EM.tol
@@ -96,6 +100,7 @@ class FitOptions:
             where=optional(config.text),
             missing=config.one_of(get_args(Missing)),
             holdout=config.number,
+            at=lambda name, value: parse_at(value),
             tol=config.number,
             max_iter=config.whole,
             accelerate=config.flag,
@@ -134,6 +139,7 @@ class FitOptions:
             weight_column=self.weight_column,
             missing=self.missing,
             holdout=self.holdout,
+            at=self.at,
         )
 
     @property

@@ -143,6 +143,7 @@ def _provenance(best: RankedCandidate, plan: Plan, settings: dict[str, Any]) -> 
         config=settings,
         plan_hash=plan.hash,
         versions=_versions(),
+        snapshot=None if plan.snapshot is None else plan.snapshot.content,
     )
 
 
@@ -164,6 +165,7 @@ def _report(
         "plan_hash": plan.hash,
         "config": settings,
         "versions": _versions(),
+        **({} if plan.snapshot is None else {"snapshot": plan.snapshot.content}),
     }
 
 

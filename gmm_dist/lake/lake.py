@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from datetime import datetime
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from gmm_dist.errors import Option, UserError
+from gmm_dist.lake.tables.snapshot import parse_at
 from gmm_dist.urls import Url
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ class Lake:
     ('x', 'y')
 
     Args:
-        url: a local path, or any URL that fsspec opens: a Parquet file, or a folder of them.
+        url: a local path, or any URL that fsspec opens: a Parquet file, a folder of them, or the
+            root of a Delta table (on a local disk or S3).
         columns: numeric columns, or one column of lists of one length. None: every floating-point
             column but pandas' indices, else the one column of lists.
         where: which rows, by any columns and hive partitions: text in the syntax of `--where`, or
@@ -40,6 +43,8 @@ class Lake:
         weight_column: the column of sample weights: 0 is an absent row, 2 a doubled one.
         missing: what becomes of nulls and NaN: "error", "drop" the row, or the column's "mean".
         holdout: the share of the rows, 0 <= share < 1, that nothing is fitted to.
+        at: which version of a table: its number, or a time (a datetime, or text such as
+            "2026-11-21T08:30:00+01:00"; UTC without an offset) for the newest version of then.
 
     Raises UserError for what is wrong whatever the files hold.
     """
@@ -56,6 +61,7 @@ class Lake:
     weight_column: str | None = None
     missing: Missing = "error"
     holdout: float = 0.0
+    at: int | str | datetime | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", _url(self.url))
@@ -79,9 +85,10 @@ class Lake:
             wanted = "give one of error, drop, mean"
             raise UserError(f"is {self.missing!r}", option="missing", remedy=wanted)
         require_share(self.holdout)
+        object.__setattr__(self, "at", parse_at(self.at))
 
 
-_GIVE_URL = "give the path or URL of a Parquet file or folder"
+_GIVE_URL = "give the path or URL of a Parquet file, folder or table"
 
 
 def _url(source: Any) -> Url:

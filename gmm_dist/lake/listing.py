@@ -1,13 +1,12 @@
-"""The data files of a lake: found by listing, opened only as they were listed."""
+"""The data files of a lake, found by listing."""
 
 from __future__ import annotations
 
-import io
+import itertools
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,16 @@ from fsspec.implementations.local import LocalFileSystem
 
 from gmm_dist import storage
 from gmm_dist.errors import UserError
-from gmm_dist.lake import data_files, table_formats
+from gmm_dist.lake import data_files
+from gmm_dist.lake.tables import formats
+from gmm_dist.lake.tables.bounds import Bounds
+from gmm_dist.lake.tables.columns import TableColumns
+from gmm_dist.lake.tables.entry import Entry, Mask
+from gmm_dist.lake.tables.snapshot import Snapshot
 from gmm_dist.urls import Url
 
 logger = logging.getLogger(__name__)
 
-_SMALL_BYTES = 2**21
 _INFOS_AT_ONCE = 32
 _SHOWN = 3  # names in a message
 
@@ -33,27 +36,52 @@ _SHOWN = 3  # names in a message
 class LakeFile:
     """Name one Parquet file and the version that was planned.
 
-    `path` is relative to the plan's url, `version` the ETag or mtime, `rows` the rows of each
-    row group, `partition` the hive keys and values of the path (None: null). `identity` is what
-    else tells a local file from one that replaces it, within a run (see `storage.identity`): a
-    copy of the lake is the same lake.
+    `path` is relative to the plan's url, `version` the ETag or mtime ("": not known yet), `rows`
+    the rows of each row group, `partition` the hive keys and values of the path, or a table's
+    partition values (None: null). `identity` is what else tells a local file from one that replaces
+    it, within a run (see `storage.identity`): a copy of the lake is the same lake. `entry` is what
+    a table's log says of the file; `path` is the whole URL of a file that lies outside the table.
     """
 
     path: str
     size: int
     version: str
     rows: tuple[int, ...]
-    partition: tuple[tuple[str, str | int | None], ...]
+    partition: tuple[tuple[str, Any], ...]
     identity: tuple[str, ...] = field(default=(), compare=False)
+    entry: Entry | None = None
+
+    def live(self, row_group: int) -> Mask | None:
+        """Say of each row of a row group (n,) whether it is live; None where all are."""
+        if self.entry is None or self.entry.deleted is None:
+            return None
+        first = sum(self.rows[:row_group])
+        return self.entry.deleted.live(first, first + self.rows[row_group])
+
+    @property
+    def live_rows(self) -> tuple[int, ...]:
+        """The rows of each row group that no table has deleted."""
+        if self.entry is None or self.entry.deleted is None:
+            return self.rows
+        edges = list(itertools.accumulate(self.rows, initial=0))
+        live = self.entry.deleted.live(0, edges[-1])
+        return tuple(int(live[a:b].sum()) for a, b in itertools.pairwise(edges))
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Hold the data files under `root`, an absolute URL, by name; `keys` types their hive keys."""
+    """Hold the data files under `root`, an absolute URL, by name; `keys` types their hive keys.
+
+    Of a table, `columns` are those that its files hold, `snapshot` says which version it is, and
+    `bounds` has the files' statistics.
+    """
 
     root: Url
     files: tuple[LakeFile, ...]
     keys: pa.Schema
+    columns: TableColumns | None = None
+    snapshot: Snapshot | None = None
+    bounds: Bounds | None = None
 
 
 def key_table(files: Sequence[LakeFile], keys: pa.Schema) -> pa.Table:
@@ -74,7 +102,7 @@ def find(url: str) -> Listing:
             holds, is or lies in a Delta, Iceberg, Hudi or such table; it has a link to a folder
             or to nothing, or a data file whose name is not UTF-8.
     """
-    _check_name(url, url)
+    check_name(url, url)
     root = storage.absolute(url)
     fs, path = storage.open_url(root)
     infos = _infos_by_path(fs, path, root)
@@ -84,15 +112,15 @@ def find(url: str) -> Listing:
                 f"{root}: neither a file nor a folder (a pipe or a device); check the path"
             )
         parent, name = storage.parent_and_name(root)
-        table_formats.refuse_within(root, [name])
-        table_formats.refuse_around(fs, path.rpartition("/")[0], root)
+        formats.refuse_within(root, [name])
+        formats.refuse_around(fs, path.rpartition("/")[0], root)
         _refuse_links_into_tables(fs, root, {path: infos[path]})
         return _partitioned(parent, [_listed(fs, parent, name, infos[path])])
     relative = {name.removeprefix(path).lstrip("/"): info for name, info in infos.items()}
-    table_formats.refuse_within(root, relative)
+    formats.refuse_within(root, relative)
     with storage.explained(root):
-        table_formats.refuse_uncommitted(fs, root, relative)
-    table_formats.refuse_around(fs, path, root)
+        formats.refuse_uncommitted(fs, root, relative)
+    formats.refuse_around(fs, path, root)
     with storage.explained(root):
         files = [_listed(fs, root, *item) for item in _data_files(fs, root, relative)]
     return _partitioned(root, files)
@@ -148,7 +176,7 @@ def _data_files(
             *(storage.redacted(root), len(names), len(visible) + len(hidden), kind, _some(names)),
         )
     for name in data:
-        _check_name(name, storage.join(root, name))
+        check_name(name, storage.join(root, name))
     return [(name, full[name]) for name in data]
 
 
@@ -167,7 +195,7 @@ def _with_details(
         name = info["name"]
         with storage.explained(name):
             answer: Mapping[str, Any] = storage.patiently(lambda: fs.info(name), name)
-        return _sized(name, answer)
+        return sized(name, answer)
 
     wanted = {name: info for name, info in index_infos.items() if not data_files.is_foreign(name)}
     with ThreadPoolExecutor(_INFOS_AT_ONCE) as pool:
@@ -175,7 +203,7 @@ def _with_details(
     return {name: infos.get(name, {**info, "size": 1}) for name, info in index_infos.items()}
 
 
-def _sized(url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
+def sized(url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
     if info["size"] is None:
         raise UserError(
             f"{storage.redacted(url)}: the server does not tell the size of the file; copy it to a "
@@ -195,7 +223,8 @@ def _shown(name: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in spelt)
 
 
-def _check_name(name: str, where: str) -> None:
+def check_name(name: str, where: str) -> None:
+    """Raise UserError for a name that is not UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -205,7 +234,7 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _listed(fs: AbstractFileSystem, root: Url, name: str, info: Mapping[str, Any]) -> LakeFile:
-    size = _sized(storage.join(root, name), info)["size"]
+    size = sized(storage.join(root, name), info)["size"]
     # A web server's index spells names as URLs do.
     partition = _partition(unquote(name) if storage.is_http(fs) else name)
     version, identity = storage.version(fs, info), storage.identity(fs, info)
@@ -237,7 +266,7 @@ def _refuse_links_into_tables(
 ) -> None:
     linked = (info["name"] for info in infos.values() if info.get("islink"))
     for folder in sorted({Path(name).resolve().parent for name in linked}):
-        table_formats.refuse_around(fs, folder.as_posix(), root)
+        formats.refuse_around(fs, folder.as_posix(), root)
 
 
 def _partition(name: str) -> tuple[tuple[str, str | int | None], ...]:
@@ -275,151 +304,12 @@ def _is_int64(text: str) -> bool:
     return bool(re.fullmatch(r"-?[0-9]{1,19}", text)) and -(2**63) <= int(text) < 2**63
 
 
-@contextmanager
-def opened(
-    fs: AbstractFileSystem, root: str, url: str, file: LakeFile, *, footer: bool = False
-) -> Iterator[Any]:
-    """Open a planned file, if it still is the version that was planned, and explain errors.
-
-    Fit for `storage.patiently`, around the whole block.
-
-    Args:
-        fs: The file system that `storage.open_url(url)` returns.
-        root: The path that it returns.
-        url: The lake's URL, for messages.
-        file: The planned file.
-        footer: Whether only the footer will be read.
-
-    Raises:
-        UserError: it changed, is corrupt or cannot be reached, from here to the block's end.
-    """
-    path, name = storage.join(root, file.path), name_of(url, file)
-    changed = UserError(f"{name}: changed since the plan was made; run again")
-    try:
-        with storage.explained(name), _open(fs, path, file, footer=footer) as source:
-            # Opened first, then compared: s3fs reads on with If-Match of these very details.
-            info = getattr(source, "details", None) or fs.info(path)
-            if _is_other(fs, info, file):
-                raise changed
-            is_native = isinstance(source, pa.NativeFile)
-            yield source if is_native else _Exact(source, file.size, is_http=storage.is_http(fs))
-    except UserError as error:
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            raise UserError(
-                f"{name}: the name of a column is not UTF-8; write the file again under other names"
-            ) from error
-        is_gone = isinstance(error.__cause__, FileNotFoundError)
-        if (is_gone and not storage.is_transient(error)) or _is_refused_as_other(error):
-            raise changed from error
-        raise
-    except Exception as error:
-        if type(error).__name__ == "FileExpired":  # s3fs: the store answered 412
-            raise changed from error
-        if isinstance(error, _NoParts) or _is_about_parts(fs, error):
-            raise UserError(
-                f"{name}: the server sends no parts of the file; copy it to a disk or an object "
-                "store"
-            ) from error
-        if storage.is_transient(error) or not _is_about_the_file(error):
-            raise
-        reason = storage.line_of(error)
-        # What the disk holds does not change on the way here.
-        kind = UserError if isinstance(fs, LocalFileSystem) else storage.DamagedError
-        raise kind(
-            f"{name}: cannot be read as Parquet ({reason}); write the file again or move it away"
-        ) from error
-
-
-def _is_other(fs: AbstractFileSystem, info: Mapping[str, Any], file: LakeFile) -> bool:
-    """Say whether `info` describes another version of the file than was planned."""
-    if (info["size"], storage.version(fs, info)) != (file.size, file.version):
-        return True
-    return storage.is_replaced(file.identity, storage.identity(fs, info))
-
-
-def _is_refused_as_other(error: Exception) -> bool:
-    """Say whether a web server responds that the file is gone, or another version."""
-    return storage.http_status(error) in (404, 410, 412)
-
-
-def _is_about_parts(fs: AbstractFileSystem, error: Exception) -> bool:
-    # fsspec's error for a web server that sends only whole files.
-    is_arrows = isinstance(error, pa.ArrowInvalid)
-    return storage.is_http(fs) and isinstance(error, ValueError) and not is_arrows
-
-
-def _is_about_the_file(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno is None
-    return isinstance(error, pa.ArrowInvalid | pa.ArrowNotImplementedError)
-
-
-def _open(fs: AbstractFileSystem, path: str, file: LakeFile, *, footer: bool) -> Any:
-    if isinstance(fs, LocalFileSystem):
-        return pa.OSFile(path)  # reads without Python in between
-    # Arrow asks for the ranges it needs, and fsspec's readahead would fetch up to 50 MiB more;
-    # of a small file one request for all is faster.
-    small = file.size <= _SMALL_BYTES
-    if storage.is_http(fs):
-        return _open_http(fs, path, "all" if small else "none")
-    return fs.open(path, "rb", cache_type="all" if small and not footer else "none")
-
-
-def _open_http(fs: AbstractFileSystem, path: str, cache_type: str) -> Any:
-    """Open a file of a web server, such that it answers 412 once the file has changed.
-
-    fsspec asks a server for details when it opens a file, but keeps its size alone.
-    """
-    info = fs.info(path)
-    headers = dict(storage.UNCOMPRESSED)
-    tag, date = info.get("ETag", ""), info.get("Last-Modified")
-    if tag and not tag.startswith("W/"):  # a weak one never matches
-        headers["If-Match"] = tag
-    elif date:
-        headers["If-Unmodified-Since"] = date
-    size = _sized(path, info)["size"]
-    source = fs.open(path, "rb", cache_type=cache_type, size=size, headers=headers)
-    source.details = info
-    return source
-
-
-class _NoParts(Exception):  # noqa: N818 - it says what is wrong
-    """Report that a web server refuses to send a part of a file: fsspec returns no bytes."""
-
-
-class _Exact(io.RawIOBase):
-    """A file that reads all bytes requested, up to its end, or raises TornReadError.
-
-    Arrow would accept a short read, and call the file corrupt.
-    """
-
-    def __init__(self, source: Any, size: int, *, is_http: bool = False) -> None:
-        self._source, self._size, self._is_http = source, size, is_http
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return int(self._source.tell())
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return int(self._source.seek(offset, whence))
-
-    def read(self, size: int = -1) -> bytes:
-        start = self.tell()
-        there = max(self._size - start, 0)
-        wanted = there if size is None or size < 0 else min(size, there)
-        data: bytes = self._source.read(wanted)
-        if self._is_http and wanted and not data:
-            raise _NoParts(f"{wanted} bytes from {start} on")
-        if len(data) != wanted:
-            raise storage.TornReadError(f"{len(data)} of {wanted} bytes came from {start} on")
-        return data
-
-
 def name_of(url: str, file: LakeFile) -> str:
     """Return the file's whole name, fit for messages."""
-    return storage.redacted(storage.join(url, file.path))
+    return storage.redacted(address_of(url, file))
+
+
+def address_of(url: str, file: LakeFile) -> str:
+    """Return the URL of a file, `url` being the lake's: it may lie outside a table."""
+    is_outside = file.entry is not None and file.entry.is_outside
+    return file.path if is_outside else storage.join(url, file.path)

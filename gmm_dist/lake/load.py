@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gmm_dist.lake import read
 from gmm_dist.lake.plan import Plan
+from gmm_dist.lake.probe import probe as some_rows
 from gmm_dist.lake.read import RowCounts
 from gmm_dist.shards.protocol import Block, ShardRows, Shards
 
@@ -132,7 +133,7 @@ def column_means(shards: Shards, loader: LakeLoader) -> npt.NDArray[np.float64]:
 
 def loader_for(plan: Plan) -> LakeLoader:
     """Choose the centre and the resident precision from a few rows spread over the plan."""
-    probe = read.probe(plan)
+    probe = some_rows(plan)
     # The median, not the mean: one outlier must not move the centre away from the rows.
     centre = np.median(probe, axis=0) if len(probe) else np.zeros(plan.n_features)
     small = 8 * plan.n_rows * plan.n_features <= _SMALL_BYTES

@@ -28,7 +28,9 @@ from gmm_dist.errors import Option, UserError
 from gmm_dist.lake import listing
 from gmm_dist.lake.filters.where import Clause, Filter
 from gmm_dist.lake.listing import LakeFile, Listing
+from gmm_dist.lake.opening import opened as opened_file
 from gmm_dist.lake.parquet.decoding import parquet_file
+from gmm_dist.lake.tables.find import find as find_files
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +102,15 @@ def find(url: str, names: Sequence[str]) -> NightKey:
     Raises:
         UserError: there is no such column, or its values are no nights in a known spelling.
     """
-    lake_listing = listing.find(url)
+    lake_listing = find_files(url)
+    if lake_listing.snapshot is not None:
+        raise UserError(
+            "a table, of which nights are not fitted yet",
+            where=storage.redacted(lake_listing.root),
+            remedy="fit a night's rows by fit or sweep with "
+            + Option("where")
+            + ", or give a folder of Parquet files",
+        )
     columns = (
         lake_listing.keys
         if set(names) <= set(lake_listing.keys.names)
@@ -167,7 +177,12 @@ def _day(year: object, month: object, day: object) -> str | None:
 
 
 def columns_of(lake_listing: Listing) -> pa.Schema:
-    """Return the hive keys and the columns of the first file with rows; keys come first."""
+    """Return the hive keys and the columns of the first file with rows; keys come first.
+
+    A table tells its columns itself.
+    """
+    if lake_listing.columns is not None:
+        return pa.schema([*lake_listing.keys, *lake_listing.columns.schema])
     footers = (
         _opened(lake_listing, file, lambda opened: (opened.metadata.num_rows, opened.schema_arrow))
         for file in lake_listing.files
@@ -282,7 +297,7 @@ def _opened(lake_listing: Listing, file: LakeFile, look: Callable[[pq.ParquetFil
     fs, path = storage.open_url(lake_listing.root)
 
     def read() -> T:
-        with listing.opened(fs, path, lake_listing.root, file, footer=True) as source:
+        with opened_file(fs, path, lake_listing.root, file, footer=True) as source:
             return look(parquet_file(source))
 
     return storage.patiently(read, listing.name_of(lake_listing.root, file))

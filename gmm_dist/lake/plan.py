@@ -36,6 +36,9 @@ from gmm_dist.lake.survey import (
     tell_of_old_timestamps,
     unpruned,
 )
+from gmm_dist.lake.tables.columns import TableColumns
+from gmm_dist.lake.tables.find import find
+from gmm_dist.lake.tables.snapshot import At, Snapshot, parse_at
 from gmm_dist.urls import Url
 
 logger = logging.getLogger(__name__)
@@ -51,7 +54,8 @@ class Plan:
     files; `float64_source` says that float32 cannot hold some feature's every value; `holdout` is
     the share of rows that nothing is fitted to; `kept` are columns to go along with the rows,
     which some files may lack; `first_list` says where the list is whose length all lists of an
-    embedding must have, where their types do not tell it; `keys` types the hive keys of the files.
+    embedding must have, where their types do not tell it; `keys` types the hive keys of the files;
+    of a table, `table_columns` says how files name its columns, `snapshot` which version it is.
     """
 
     url: str
@@ -68,6 +72,8 @@ class Plan:
     kept: tuple[str, ...] = ()
     first_list: str | None = None
     keys: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    table_columns: TableColumns | None = None
+    snapshot: Snapshot | None = None
     hash: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,13 +129,17 @@ class Plan:
         """Say which rows of a range are held out, (n,), or None when none ever is.
 
         It depends on the file's path within the lake and the row's number within the file alone:
-        neither on the filter, nor on shards, nor on other files.
+        neither on the filter, nor on shards, nor on other files. Deleted rows have numbers, too.
         """
         if self.holdout == 0:
             return None
         file = self.files[part.file]
         first = sum(file.rows[: part.row_group])
-        hashes = _row_hashes(file.path, first + part.start, first + part.stop)
+        live = file.live(part.row_group)
+        if live is None:
+            hashes = _row_hashes(file.path, first + part.start, first + part.stop)
+        else:
+            hashes = _row_hashes(file.path, first, first + len(live))[live][part.start : part.stop]
         return hashes < np.uint64(int(self.holdout * 2.0**64))
 
 
@@ -142,6 +152,7 @@ def plan_of(lake: Lake, *, keep: Sequence[str] = (), remedy: Words = NAME_COLUMN
         where=lake.where,
         missing=lake.missing,
         holdout=lake.holdout,
+        at=parse_at(lake.at),
         keep=keep,
         remedy=remedy,
     )
@@ -155,13 +166,14 @@ def plan_lake(
     where: str | pc.Expression | Filter | None = None,
     missing: Missing = "error",
     holdout: float = 0.0,
+    at: At | None = None,
     keep: Sequence[str] = (),
     remedy: Words = NAME_COLUMNS,
     n_shards: int | None = None,
 ) -> Plan:
-    """Plan the Parquet file or folder at `url`; reads footers, and one list at most.
+    """Plan the Parquet file or folder, or the table, at `url`; reads footers, and one list at most.
 
-    `listing.find` says which files count. Where types do not say how long lists are, the first one
+    `tables.find` says which files count. Where types do not say how long lists are, the first one
     that matches is read; the others are checked when they are read.
 
     Args:
@@ -174,19 +186,20 @@ def plan_lake(
         missing: What becomes of nulls and NaN. With "error", nulls of which footers tell are an
             error here, unless a filter by row might leave them out.
         holdout: Share of rows, at random but the same every time, that nothing is fitted to.
+        at: Version of a table; None for the newest.
         keep: Columns to go along with the rows; hive keys among them stay in the path.
         remedy: What helps when a feature is missing.
         n_shards: Number of shards; None for one that depends on the number of rows alone.
 
     Raises:
         UserError: the path, bucket or credentials are wrong; there is no Parquet file, or it is
-            corrupt, or part of a Delta, Iceberg or Hudi table; a column is missing from a file,
-            duplicate, or of a wrong or incompatible type; no rows, or none that match; `holdout`
-            is not a share below one.
+            corrupt, or a part of a table, or the table cannot be read; a column is missing from a
+            file, duplicate, or of a wrong or incompatible type; no rows, or none that match;
+            `holdout` is not a share below one; `at` is no version of it.
     """
     require_share(holdout)
     condition = filter_of(where)
-    lake_listing = nights.with_dates(listing.find(url), condition)
+    lake_listing = nights.with_dates(find(url, at), condition)
     tested = condition.by_row(lake_listing.keys.names) if condition else None
     files = _matching_files(lake_listing, condition)
     may_fail = missing == "error" and tested is None
@@ -202,8 +215,8 @@ def plan_lake(
         chunks=_CHUNKS_ASKED // len(files),
         keep=keep,
     )
-    file_footers = read_footers(lake_listing.root, files, questions)
-    if not any(sum(footer.file.rows) for footer in file_footers):
+    file_footers = read_footers(lake_listing, files, questions)
+    if not any(sum(footer.file.live_rows) for footer in file_footers):
         n_files = counted(len(file_footers), "Parquet file")
         raise NoRows(f"{storage.redacted(lake_listing.root)}: no rows in {n_files}; check the path")
     # Writers leave files without rows or even columns: these say nothing about the lake's.
@@ -239,6 +252,8 @@ def plan_lake(
         kept=chosen.kept,
         first_list=first_list,
         keys=lake_listing.keys,
+        table_columns=lake_listing.columns,
+        snapshot=lake_listing.snapshot,
     )
     what = counted(len(files), "file"), counted(result.n_rows, "row")
     logger.info("%s: %s, %s", storage.redacted(result.url), *what)
@@ -248,15 +263,24 @@ def plan_lake(
 
 
 def _matching_files(lake_listing: Listing, condition: Filter | None) -> Sequence[LakeFile]:
-    """Return the files whose hive keys match."""
-    if condition is None or not {*condition.columns} & {*lake_listing.keys.names}:
-        return lake_listing.files
-    keys = listing.key_table(lake_listing.files, lake_listing.keys)
-    matches = condition.matching_paths(keys, lambda: nights.columns_of(lake_listing))
-    if not matches.any():
-        what = f"any of {len(lake_listing.files)} files' hive keys"
-        raise nothing_matches(lake_listing.root, condition, what)
-    return [file for file, match in zip(lake_listing.files, matches, strict=True) if match]
+    """Return the files whose hive keys match and, of a table, the statistics in its log."""
+    files = lake_listing.files
+    if condition is None:
+        return files
+    among: Sequence[int] = range(len(files))
+    if {*condition.columns} & {*lake_listing.keys.names}:
+        keys = listing.key_table(files, lake_listing.keys)
+        matches = condition.matching_paths(keys, lambda: nights.columns_of(lake_listing))
+        among = np.flatnonzero(matches).tolist()
+        if not among:
+            what = f"any of {len(files)} files' hive keys"
+            raise nothing_matches(lake_listing.root, condition, what)
+    if lake_listing.bounds is not None:
+        among = lake_listing.bounds.matching(condition, among)
+        if not among:
+            what = f"the statistics of {len(files)} files in the table's log"
+            raise nothing_matches(lake_listing.root, condition, what)
+    return [files[i] for i in among]
 
 
 def _columns_of(names: Sequence[str] | None) -> Collection[str] | None:
@@ -296,5 +320,7 @@ def _hash(plan: Plan) -> str:
         content["holdout"] = plan.holdout
     if plan.kept:
         content["kept"] = plan.kept
+    if plan.snapshot is not None:
+        content["snapshot"] = plan.snapshot.content
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,20 +16,20 @@ import pyarrow.compute as pc
 from gmm_dist import storage
 from gmm_dist.errors import Option, UserError
 from gmm_dist.lake.deal import RowRange
-from gmm_dist.lake.listing import LakeFile, name_of, opened
+from gmm_dist.lake.listing import LakeFile, name_of
+from gmm_dist.lake.opening import opened
 from gmm_dist.lake.parquet.column_types import is_embedding, without_views
 from gmm_dist.lake.parquet.comparing import stored
-from gmm_dist.lake.parquet.decoding import parquet_file, wrong_rows
+from gmm_dist.lake.parquet.decoding import wrong_rows
 from gmm_dist.lake.plan import Plan
+from gmm_dist.lake.tables.columns import LakeFileReader
+from gmm_dist.lake.tables.entry import Mask
 
 Float = np.float32 | np.float64
 
 _MEND_WEIGHT = "weights are finite and not negative: mend it or filter such rows with " + Option(
     "where"
 )
-_PROBED_PLACES = 16
-_PROBED_VALUES = 2**24
-_MIN_BATCH = 256
 _CACHED_BYTES = 2**30
 
 
@@ -94,38 +93,6 @@ def read(plan: Plan, shard: int, *, fill: npt.NDArray[np.float64] | None = None)
             yield _Extract(plan, plan.files[part.file], part).rows(files.decoded(part), fill)
 
 
-def probe(plan: Plan, *, max_rows: int = 16384) -> npt.NDArray[np.float64]:
-    """Return some complete, finite rows (m, d), m <= max_rows, for choosing a centre.
-
-    They are the first that pass `where` at 16 or more places spread over the plan: the starts of
-    16 row groups or, when there are fewer, several places in each. Parquet decodes a row group
-    from its start only, so the places lie where the probe can reach them by decoding 16M values
-    in all (less than a second); it decodes more only while it lacks rows, and fetches whole row
-    groups in any case. m is 0 when none of these row groups has such a row. Bad values are left
-    out: `read` reports them.
-    """
-    groups = list(dict.fromkeys((p.file, p.row_group) for shard in plan.shards for p in shard))
-    n = min(len(groups), _PROBED_PLACES, max_rows)
-    chosen = [groups[i] for i in np.linspace(0, len(groups) - 1, n).round().astype(int)]
-    rows_each = max_rows // max(n, 1)
-    fs, root = storage.open_url(plan.url)
-    parts = []
-    for index, row_group in chosen:
-        file = plan.files[index]
-        reach = min(file.rows[row_group], _PROBED_VALUES // (n * plan.n_features))
-        places = min(math.ceil(_PROBED_PLACES / n), rows_each)
-        sampler = _Sampler(rows_each, places, reach)
-
-        def sample(
-            index: int = index, sampler: _Sampler = sampler, g: int = row_group
-        ) -> npt.NDArray[np.float64]:
-            with opened(fs, root, plan.url, plan.files[index]) as source:
-                return sampler.rows(plan, index, source, g)
-
-        parts.append(storage.patiently(sample, name_of(plan.url, file)))
-    return np.concatenate([np.empty((0, plan.n_features)), *parts])
-
-
 def passed(
     plan: Plan, part: RowRange, decoded: pa.Table
 ) -> tuple[pa.Table, npt.NDArray[np.float64]]:
@@ -137,10 +104,10 @@ def passed(
     Raises:
         UserError: an infinite value, or a list of another length.
     """
-    table, positions = _filtered(plan, part.file, decoded)
+    table, positions = filtered(plan, part.file, decoded)
     extract = _Extract(plan, plan.files[part.file], part)
     extract.check_lengths(table, positions)
-    columns = _columns(plan, table)
+    columns = features(plan, table)
     if not np.isfinite(columns).all():
         extract.check(columns, table, positions)
     return table, columns.astype(np.float64, copy=False)
@@ -213,64 +180,27 @@ class _Opened:
 
 
 def _decoded(plan: Plan, source: Any, part: RowRange) -> pa.Table:
-    """Return the rows of `part`, the plan's read columns."""
+    """Return the live rows of `part`, the plan's read columns."""
     file, columns = plan.files[part.file], plan.read_columns
     key = (plan.url, file.path, file.version, part.row_group, columns)
     table = _last_decoded.get(key)
     if table is None:
         _last_decoded.forget()  # before the next is decoded, not after
-        parquet = parquet_file(source, pre_buffer=True)
-        table = parquet.read_row_group(part.row_group, columns=list(columns))
+        name = name_of(plan.url, file)
+        reader = LakeFileReader(source, plan.table_columns, name, pre_buffer=True)
+        table = reader.read_row_group(part.row_group, columns)
         promised = file.rows[part.row_group]
         if table.num_rows != promised:
-            name = name_of(plan.url, file)
             raise wrong_rows(name, part.row_group, table.num_rows, promised)
-    if part.stop < file.rows[part.row_group]:
+        table = those(table, file.live(part.row_group))
+    if part.stop < table.num_rows:
         _last_decoded.put(key, table)
     else:
         _last_decoded.forget()
     return table.slice(part.start, part.stop - part.start)
 
 
-@dataclass(frozen=True, slots=True)
-class _Sampler:
-    """Take `n` rows from `places` evenly spread over the first `reach` rows of a row group."""
-
-    n: int
-    places: int
-    reach: int
-
-    def rows(self, plan: Plan, file: int, source: Any, row_group: int) -> npt.NDArray[np.float64]:
-        """Return up to n complete, finite rows that pass the filter."""
-        step = max(1, self.reach // self.places)
-        size = min(step, max(self.n // self.places, _MIN_BATCH))
-        batches = parquet_file(source, pre_buffer=True).iter_batches(
-            batch_size=size, row_groups=[row_group], columns=list(plan.read_columns)
-        )
-        sampled = np.empty((0, plan.n_features))
-        offset = 0
-        for batch in batches:
-            # A place that yields too little leaves the rest to the next ones.
-            due = self.n * min(offset // step + 1, self.places) // self.places
-            if len(sampled) < due:
-                good = _good_rows(plan, file, batch)
-                sampled = np.concatenate([sampled, good[: due - len(sampled)]])
-            if len(sampled) == self.n:
-                break
-            offset += len(batch)
-        return sampled
-
-
-def _good_rows(plan: Plan, file: int, batch: pa.RecordBatch) -> npt.NDArray[np.float64]:
-    """Return the complete, finite rows that pass the filter, less those of weight 0."""
-    table, _ = _filtered(plan, file, pa.Table.from_batches([batch]))
-    if plan.weight_column is not None:
-        table = table.filter(pc.not_equal(table.column(plan.weight_column), 0))
-    X = _columns(plan, table).T
-    return X[np.isfinite(X).all(axis=1)].astype(np.float64)
-
-
-def _filtered(
+def filtered(
     plan: Plan, file: int, table: pa.Table
 ) -> tuple[pa.Table, npt.NDArray[np.intp] | None]:
     """Return the rows of a file that pass the filter and, under a filter, their positions."""
@@ -278,13 +208,20 @@ def _filtered(
     if condition is True:
         return table, None
     mask = condition.mask(table) if condition else np.zeros(table.num_rows, dtype=np.bool_)
+    return those(table, mask), np.flatnonzero(mask)
+
+
+def those(table: pa.Table, mask: Mask | None) -> pa.Table:
+    """Return the rows of a table that a mask (n,) has, all of them without one."""
+    if mask is None:
+        return table
     types = pa.schema([field.with_type(without_views(field.type)) for field in table.schema])
     if types != table.schema:
         table = table.cast(types)
-    return table.filter(pa.array(mask)), np.flatnonzero(mask)
+    return table.filter(pa.array(mask))
 
 
-def _columns(plan: Plan, table: pa.Table) -> npt.NDArray[Float]:
+def features(plan: Plan, table: pa.Table) -> npt.NDArray[Float]:
     """Return the features (d, n), C-contiguous, null as NaN."""
     dtype = np.float64 if plan.float64_source else np.float32
     columns = np.empty((plan.n_features, table.num_rows), dtype)
@@ -343,13 +280,13 @@ class _Extract:
     part: RowRange
 
     def rows(self, decoded: pa.Table, fill: npt.NDArray[np.float64] | None) -> Rows:
-        table, positions = _filtered(self.plan, self.part.file, decoded)
+        table, positions = filtered(self.plan, self.part.file, decoded)
         self.check_lengths(table, positions)
         weight = self._weight(table, positions)
         held_out = self.plan.held_out(self.part)
         if held_out is not None and positions is not None:
             held_out = held_out[positions]
-        columns = _columns(self.plan, table)
+        columns = features(self.plan, table)
         dropped = imputed = absent = 0
         if not np.isfinite(columns).all():
             self.check(columns, table, positions)
@@ -443,6 +380,8 @@ class _Extract:
 
     def _row(self, row: int, positions: npt.NDArray[np.intp] | None) -> str:
         at = self.part.start + (row if positions is None else int(positions[row]))
+        live = self.file.live(self.part.row_group)
+        at = at if live is None else int(np.flatnonzero(live)[at])
         return f"{name_of(self.plan.url, self.file)}, row group {self.part.row_group}, row {at}"
 
 

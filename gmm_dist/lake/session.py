@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gmm_dist.errors import Option, TooFewRows, UserError, Words
+from gmm_dist import storage
+from gmm_dist.errors import Option, RunFailed, TooFewRows, UserError, Words
 from gmm_dist.formats import gigabytes
 from gmm_dist.lake.load import Counted, LakeLoader, column_means, count_rows
 from gmm_dist.lake.plan import Plan
@@ -118,6 +119,12 @@ def load_rows(
         shards.replace(LakeLoader(plan=plan, centre=loader.centre, dtype=loader.dtype, fill=fill))
         shards.load(watch)
     counted = shards.run(count_rows)
+    if counted.counts.read != plan.n_rows:
+        raise RunFailed(
+            f"{counted.counts.read:,} rows were read of the {plan.n_rows:,} that were planned",
+            where=storage.redacted(plan.url),
+            remedy="run again",
+        )
     if counted.counts.dropped:
         dropped = f"{counted.counts.dropped:,}"
         logger.info("%s left out %s rows", Option("missing", "drop"), dropped)

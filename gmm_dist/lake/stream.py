@@ -17,7 +17,8 @@ from gmm_dist import storage
 from gmm_dist.errors import Option, UserError
 from gmm_dist.lake import read
 from gmm_dist.lake.deal import RowRange
-from gmm_dist.lake.listing import name_of, opened
+from gmm_dist.lake.listing import name_of
+from gmm_dist.lake.opening import opened
 from gmm_dist.lake.parquet.comparing import stored
 from gmm_dist.lake.parquet.decoding import parquet_file, wrong_rows
 from gmm_dist.lake.parquet.footers import statistics, stored_in

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +20,13 @@ from gmm_dist.lake.deal import RowRange
 from gmm_dist.lake.filters.expressions import ArrowFilter
 from gmm_dist.lake.filters.where import Filter, shown_names
 from gmm_dist.lake.listing import LakeFile, Listing
+from gmm_dist.lake.opening import opened, opened_first
 from gmm_dist.lake.parquet import footers
 from gmm_dist.lake.parquet.comparing import stored
-from gmm_dist.lake.parquet.decoding import parquet_file
 from gmm_dist.lake.parquet.footers import Extent
 from gmm_dist.lake.schema import Chosen, Columns
+from gmm_dist.lake.tables.columns import LakeFileReader
+from gmm_dist.lake.tables.entry import Mask
 
 logger = logging.getLogger(__name__)
 
@@ -72,22 +73,36 @@ class Questions:
     chunks: int
     keep: Sequence[str]
 
-    def of(self, file: LakeFile, parquet: pq.ParquetFile) -> Footer:
+    def of(self, file: LakeFile, reader: LakeFileReader) -> Footer:
         """Return what is wanted from one file's footer."""
-        metadata, schema = parquet.metadata, parquet.schema_arrow
+        metadata, stored = reader.metadata, reader.stored_schema
         rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-        bare = schema.remove_metadata()
-        groups = self._groups(file, metadata, bare)
+        file = replace(file, rows=rows)
+        groups = self._groups(file, metadata, stored)
         read = {*self.keep, *(self.tested.columns if self.tested else ())}
         return Footer(
-            file=replace(file, rows=rows),
-            schema=bare,
-            indices=footers.index_columns(schema),
+            file=file,
+            schema=reader.schema.remove_metadata(),
+            indices=footers.index_columns(reader.schema),
             groups=groups,
-            nulls=footers.nulls(metadata, bare, groups, self.no_nulls, most=self.chunks),
-            extents=footers.extents(metadata, bare, groups, self.keep),
-            old_timestamps=footers.old_timestamps(metadata, bare) & read if read else frozenset(),
+            nulls=self._nulls(file, reader, groups),
+            extents=footers.extents(metadata, stored, groups, self.keep),
+            old_timestamps=footers.old_timestamps(metadata, stored) & read if read else frozenset(),
         )
+
+    def _nulls(
+        self, file: LakeFile, reader: LakeFileReader, groups: Sequence[int]
+    ) -> Mapping[str, tuple[int, int]]:
+        """Return the first row group with nulls of each column that has some, and how many."""
+        if self.no_nulls is not None and not self.no_nulls:
+            return {}
+        live_rows = file.live_rows
+        filled = [(group, live_rows[group]) for group in groups if live_rows[group]]
+        nulls = dict.fromkeys(reader.absent, filled[0]) if filled else {}
+        if live_rows != file.rows:  # the footer counts nulls of deleted rows, too
+            return nulls
+        stored, no_nulls = reader.stored_schema, self.no_nulls
+        return nulls | footers.nulls(reader.metadata, stored, groups, no_nulls, most=self.chunks)
 
     def _groups(
         self, file: LakeFile, metadata: pq.FileMetaData, schema: pa.Schema
@@ -113,18 +128,25 @@ def tell_of_old_timestamps(file_footers: Sequence[Footer]) -> None:
         )
 
 
-def read_footers(root: str, files: Sequence[LakeFile], questions: Questions) -> list[Footer]:
+def read_footers(
+    lake_listing: Listing, files: Sequence[LakeFile], questions: Questions
+) -> list[Footer]:
+    """Return the footers of some files of a lake, in their order."""
+    root = lake_listing.root
     fs, path = storage.open_url(root)
     known: dict[bytes, pa.Schema] = {}  # one for all files that have the same
 
     def read(file: LakeFile) -> Footer:
-        with listing.opened(fs, path, root, file, footer=True) as source:
-            parquet = parquet_file(source)
-            leaves = footers.looked_at(parquet.metadata, questions.names)
-            footers.require_sound(parquet.metadata, file.size, leaves)
-            footer = questions.of(file, parquet)
-        if lie := footers.contradiction(parquet.metadata, leaves):
-            name = listing.name_of(root, file)
+        name = listing.name_of(root, file)
+        with opened_first(fs, path, root, file, footer=True) as (source, file):
+            reader = LakeFileReader(source, lake_listing.columns, name)
+            metadata, names = reader.metadata, questions.names
+            stored_names = None if names is None else reader.stored_names(names)
+            leaves = footers.looked_at(metadata, stored_names)
+            footers.require_sound(metadata, file.size, leaves)
+            footer = questions.of(file, reader)
+        lie = footers.contradiction(metadata, leaves) or _unlike_its_log(footer.file)
+        if lie:
             raise UserError(f"{name}: {lie}; write the file again or move it away")
         schema = known.setdefault(footer.schema.serialize().to_pybytes(), footer.schema)
         return replace(footer, schema=schema)
@@ -138,6 +160,18 @@ def read_footers(root: str, files: Sequence[LakeFile], questions: Questions) -> 
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _unlike_its_log(file: LakeFile) -> str | None:
+    """Say where a file has other rows than a table's log promises; None where it does not."""
+    if file.entry is None:
+        return None
+    n_rows, deleted = sum(file.rows), file.entry.deleted
+    if file.entry.n_rows not in (None, n_rows):
+        return f"the footer promises {n_rows:,} rows, the table's log {file.entry.n_rows:,}"
+    if deleted is not None and deleted.n_rows > n_rows:
+        return f"the footer promises {n_rows:,} rows, and of {deleted.n_rows:,} some are deleted"
+    return None
 
 
 def unpruned(file_footers: list[Footer], tested: Filter | None, types: pa.Schema) -> list[Footer]:
@@ -167,10 +201,11 @@ def matching_row_groups(
 ) -> list[RowRange]:
     """Return the row groups that may hold a matching row, whole; `condition` is tested by row."""
     groups = [
-        RowRange(file=index, row_group=group, start=0, stop=footer.file.rows[group])
+        RowRange(file=index, row_group=group, start=0, stop=live_rows[group])
         for index, footer in enumerate(file_footers)
+        for live_rows in (footer.file.live_rows,)
         for group in footer.groups
-        if footer.file.rows[group] > 0
+        if live_rows[group] > 0
     ]
     if condition is not None and not groups:
         raise nothing_matches(root, condition, "the row groups' statistics")
@@ -249,8 +284,10 @@ def measure_lists(
         def read(
             file: LakeFile = file, group: int = part.row_group, left: Filter | bool = left
         ) -> tuple[int, int] | None:
-            with listing.opened(fs, path, root, file) as source:
-                return _first_length(source, group, left, name)
+            with opened(fs, path, root, file) as source:
+                table = lake_listing.columns, listing.name_of(root, file)
+                reader = LakeFileReader(source, *table, buffer_size=_PAGES_BYTES)
+                return _first_length(reader, group, file.live(group), left, name)
 
         first = storage.patiently(read, where)
         if first is not None:
@@ -265,28 +302,23 @@ def measure_lists(
 
 
 def _first_length(
-    source: Any, group: int, tested: Filter | bool, name: str
+    reader: LakeFileReader, group: int, live: Mask | None, tested: Filter | bool, name: str
 ) -> tuple[int, int] | None:
-    """Return the row and the length of a row group's first list that matches."""
+    """Return the row and the length of a row group's first live list that matches."""
     names = [name, *(() if isinstance(tested, bool) else tested.columns)]
-    parquet = parquet_file(source, buffer_size=_PAGES_BYTES)
     start = 0
-    for batch in _batches(parquet, group, names):
+    # Some rows at first: one is enough where none is null, and lists may be long.
+    for batch in reader.iter_batches(_LISTS_AT_ONCE, group, names):
         column = batch.column(name)
         lengths = pc.list_value_length(stored(column)).to_numpy()
         fits = np.nan_to_num(lengths.astype(np.float64)) > 0  # neither null nor empty
         fits &= tested if isinstance(tested, bool) else tested.mask(batch)
+        fits &= True if live is None else live[start : start + batch.num_rows]
         if fits.any():
             row = int(fits.argmax())
             return start + row, int(lengths[row])
         start += batch.num_rows
     return None
-
-
-def _batches(parquet: pq.ParquetFile, group: int, names: list[str]) -> Iterator[pa.Table]:
-    # Some rows at first: one is enough where none is null, and lists may be long.
-    for batch in parquet.iter_batches(_LISTS_AT_ONCE, row_groups=[group], columns=names):
-        yield pa.Table.from_batches([batch])
 
 
 def nothing_matches(root: str, condition: Filter, what: str) -> NoRows:

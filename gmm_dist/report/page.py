@@ -103,7 +103,16 @@ def _told(content: Json) -> Table:
         "settings": _settings(content),
         "versions": [(name, version or ABSENT) for name, version in content["versions"].items()],
         "plan_hash": content["plan_hash"],
+        "snapshot": _snapshot(content.get("snapshot")),
     }
+
+
+def _snapshot(snapshot: Json | None) -> str | None:
+    """Name the version of the table that the rows are of, if they are of one."""
+    if snapshot is None:
+        return None
+    name = f"version {snapshot['version']} of the {snapshot['format']} table {snapshot['table']}"
+    return printable(name)
 
 
 def _environment() -> Environment:

@@ -16,6 +16,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,16 @@ class RunIdentity:
     """Say what decides a run's bits: the plan, and `settings` as plain JSON values.
 
     `files` are the plan's, as (path, size in bytes, version), so that messages can name one that
-    has changed. `environment` (library versions, processors) is not part of `key`: in another one
-    a run resumes, and may differ in the last bits.
+    has changed; `snapshot` says which version of a table the rows are of, None for no table.
+    `environment` (library versions, processors) is not part of `key`: in another one a run
+    resumes, and may differ in the last bits.
     """
 
     plan_hash: str
     files: tuple[tuple[str, int, str], ...]
     settings: Mapping[str, Any]
     environment: Mapping[str, str | None] = field(default_factory=dict)
+    snapshot: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> str:
@@ -78,6 +81,8 @@ class RunIdentity:
     def canonical(self) -> bytes:
         """The bytes whose sha256 is `key`; they are kept beside a run."""
         content = {"plan_hash": self.plan_hash, "files": self.files, "settings": self.settings}
+        if self.snapshot is not None:  # runs of no table keep the key that they always had
+            content["snapshot"] = self.snapshot
         return json.dumps(content, sort_keys=True).encode()
 
     def difference(self, saved: bytes | None, key: str) -> str:
@@ -87,7 +92,8 @@ class RunIdentity:
         now = json.loads(self.canonical)
         try:
             then = json.loads(saved)
-            changes = _changed_files(then["files"], now["files"])
+            changes = _other_snapshot(then.get("snapshot"), now.get("snapshot"))
+            changes = changes or _changed_files(then["files"], now["files"])
             was, are = _flat(then["settings"]), _flat(now["settings"])
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             return f"{_IDENTITY} is damaged, or not ours"
@@ -101,6 +107,20 @@ class RunIdentity:
         if changed:
             return f"the settings differ: {', '.join(changed)}"
         return "the plan (columns, filter or rows) differs"
+
+
+def _other_snapshot(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str | None:
+    if then == now:
+        return None
+    was, is_now = (
+        "no table"
+        if snapshot is None
+        else f"version {snapshot['version']} of the {snapshot['format']} table {snapshot['table']}"
+        for snapshot in (then, now)
+    )
+    if was == is_now:
+        return f"other rows of {was} are deleted than were"
+    return f"the rows were those of {was}, and are of {is_now}"
 
 
 def _changed_files(then: list[list[Any]], now: list[list[Any]]) -> str | None:
@@ -150,6 +170,22 @@ def _processor() -> str:
 def checkpoint_names(folder: Folder) -> list[str]:
     """Return the names of the checkpoints in a run's output, the oldest first."""
     return _sorted(folder.below(CHECKPOINTS).names())
+
+
+def begun_with(folder: Folder) -> Mapping[str, Any] | None:
+    """Return the version of a table with which a run has begun that can be resumed.
+
+    As `RunIdentity.snapshot` has it; None where there is no such run, or no table.
+    """
+    return snapshot_in(folder.read(CHECKPOINTS, _IDENTITY)) if checkpoint_names(folder) else None
+
+
+def snapshot_in(saved: bytes | None) -> Mapping[str, Any] | None:
+    """Return the snapshot that a `run.json` names, None where it names none or is damaged."""
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        snapshot = json.loads(saved or b"{}")["snapshot"]
+        return snapshot if isinstance(snapshot, dict) else None
+    return None
 
 
 def _sorted(names: set[str]) -> list[str]:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from gmm_dist.errors import UserError
 from gmm_dist.runs import commit
-from gmm_dist.runs.checkpoint import CHECKPOINTS, CheckpointStore, RunIdentity, checkpoint_names
+from gmm_dist.runs.checkpoint import (
+    CHECKPOINTS,
+    CheckpointStore,
+    RunIdentity,
+    begun_with,
+    checkpoint_names,
+)
 from gmm_dist.runs.commit import ATTEMPTS, LEASE, MANIFEST, MODEL, Attempt, Result
 from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.lease import SECONDS, Lease, LeaseCell, Terms, acquire, lease_at
@@ -53,6 +60,10 @@ class Run:
             self._folder, identity, keep=keep, seconds=seconds, guard=lambda: lease.is_current
         )
         return self._checkpoints
+
+    def begun_with(self) -> Mapping[str, Any] | None:
+        """Return the version of a table that the run has begun with; None for none."""
+        return begun_with(self._folder)
 
     def forget(self) -> None:
         """Remove the checkpoints: the run has ended and cannot be resumed."""

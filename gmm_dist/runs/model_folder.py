@@ -34,7 +34,8 @@ class Provenance:
 
     `criteria` are `bic`, `aic`, `icl` and, where rows were held out, `holdout`; `status` is the
     sentence that says why EM stopped; `config` is the run's settings as plain JSON values;
-    `plan_hash` names the rows that were read; `versions` are those of `library_versions`.
+    `plan_hash` names the rows that were read; `versions` are those of `library_versions`;
+    `snapshot` says which version of a table was read, None for none.
     """
 
     criteria: Mapping[str, float]
@@ -44,6 +45,7 @@ class Provenance:
     config: Mapping[str, Any]
     plan_hash: str
     versions: Mapping[str, str | None]
+    snapshot: Mapping[str, Any] | None = None
 
 
 def library_versions(packages: Iterable[str]) -> dict[str, str | None]:
@@ -116,6 +118,9 @@ def _tensor_bytes(parameters: Parameters) -> bytes:
 
 def _card(mixture: Mixture, provenance: Provenance, tensors: FileEntry) -> dict[str, Any]:
     parameters, quantiles = mixture.parameters, mixture.log_density_quantiles
+    facts = asdict(provenance)
+    if provenance.snapshot is None:
+        del facts["snapshot"]
     return {
         "format_version": FORMAT_VERSION,
         "covariance_type": parameters.covariance_type,
@@ -126,7 +131,7 @@ def _card(mixture: Mixture, provenance: Provenance, tensors: FileEntry) -> dict[
         "log_likelihood": mixture.log_likelihood,
         "log_density_quantiles": None if quantiles is None else asdict(quantiles),
         "component_ids": None if mixture.ids is None else list(mixture.ids),
-        **asdict(provenance),
+        **facts,
         "files": {TENSORS: asdict(tensors)},
     }
 

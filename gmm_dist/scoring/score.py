@@ -111,6 +111,12 @@ class _Job:
         )
         remedy = "the model needs all its features: score files that have them"
         plan = plan_of(rows, keep=options.keep, remedy=remedy)
+        if plan.snapshot is not None:
+            raise UserError(
+                "a table, whose rows cannot be scored yet",
+                where=redacted(plan.url),
+                remedy="export its rows to a folder of Parquet files and score those",
+            )
         if plan.feature_names != mixture.feature_names:
             raise UserError(
                 f"{redacted(plan.url)} has the features {', '.join(plan.feature_names)}, the model "

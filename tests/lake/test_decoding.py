@@ -17,6 +17,7 @@ from gmm_dist.errors import UserError
 from gmm_dist.lake import read as reading
 from gmm_dist.lake import stream
 from gmm_dist.lake.plan import plan_lake
+from gmm_dist.lake.probe import probe
 
 DAYS = [
     dt.datetime(1, 1, 1),
@@ -124,7 +125,7 @@ def test_a_page_with_a_wrong_checksum_is_named(tmp_path):
     message = f"{path}: cannot be read as Parquet .*checksum.*; write the file again or move it"
     for read in (
         lambda: lakes.read_all(plan_lake(str(path), columns=["x"])),
-        lambda: reading.probe(plan_lake(str(path), columns=["x"])),
+        lambda: probe(plan_lake(str(path), columns=["x"])),
         lambda: streamed(path, columns=["x"]),
         lambda: streamed(path, columns=["i"], keep=["x"]),
     ):

@@ -13,8 +13,8 @@ import pytest
 from conftest import S3Server
 
 from gmm_dist.errors import SchemaError, TooFewRows, UserError
-from gmm_dist.lake import read
 from gmm_dist.lake.plan import plan_lake
+from gmm_dist.lake.probe import probe
 from gmm_dist.lake.read import RowCounts
 from gmm_dist.lake.stream import row_groups, stream
 from gmm_dist.nightly import gate
@@ -57,7 +57,7 @@ def test_lists_of_any_kind_keep_their_rows_over_nulls_and_cuts(tmp_path: Path, k
         assert X[good].tolist() == [ROWS[i] for i in good]
         assert X[4, 1] == 4.5
     assert len(lakes.read_all(plan_lake(str(tmp_path), missing="drop", n_shards=5))[0]) == 9
-    assert len(read.probe(plan)) == 9
+    assert len(probe(plan)) == 9
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "tensor"])
@@ -93,7 +93,7 @@ def test_a_list_of_another_length_is_named(tmp_path: Path, kind: str) -> None:
         r".*a.parquet, row group 0, row 1; write lists of one length, or leave out such rows with"
     )
     plan = plan_lake(str(tmp_path), missing="drop")
-    assert len(read.probe(plan)) == 13
+    assert len(probe(plan)) == 13
     with pytest.raises(UserError, match=message) as caught:
         lakes.read_all(plan)
     assert "\n" not in str(caught.value)

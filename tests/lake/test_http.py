@@ -15,7 +15,7 @@ import pytest
 
 from gmm_dist import web_folders
 from gmm_dist.errors import UserError
-from gmm_dist.lake import listing, read
+from gmm_dist.lake import opening, read
 from gmm_dist.lake.plan import plan_lake
 
 
@@ -92,7 +92,7 @@ ANSWERS = {
 @pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
 @pytest.mark.parametrize("small", [0, 2**21], ids=["ranges", "whole"])
 def test_a_file_is_read_as_it_was_planned(served, monkeypatch, answers, small):
-    monkeypatch.setattr(listing, "_SMALL_BYTES", small)
+    monkeypatch.setattr(opening, "_SMALL_BYTES", small)
     for name, value in answers.items():
         monkeypatch.setattr(Handler, name, value)
     plan = plan_lake(f"{served}/dt=2026-11-02/a.parquet", columns=["i"])
@@ -124,7 +124,7 @@ def test_a_file_that_changed_since_the_plan_is_an_error(served, tmp_path, monkey
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(listing, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(opening, "_SMALL_BYTES", 0)
     rows = read.read(plan_lake(f"{served}/dt=2026-11-02/a.parquet", columns=["i"]), 0)
     next(rows)
     os.utime(tmp_path / "lake" / "dt=2026-11-02" / "a.parquet", (1e9, 1e9))
@@ -140,7 +140,7 @@ def test_a_server_without_ranges_serves_what_is_small(served, tmp_path, monkeypa
     )
     url = f"{served}/dt=2026-11-02/a.parquet"
     assert len(lakes.read_all(plan_lake(url, columns=["i"]))[0]) == 50_000
-    monkeypatch.setattr(listing, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(opening, "_SMALL_BYTES", 0)
     message = (
         f"^{url}: the server sends no parts of the file; copy it to a disk or an object store$"
     )
@@ -150,7 +150,7 @@ def test_a_server_without_ranges_serves_what_is_small(served, tmp_path, monkeypa
 
 @pytest.mark.parametrize("small", [0, 2**21], ids=["ranges", "whole"])
 def test_a_server_that_refuses_ranges_is_not_waited_for(served, monkeypatch, small):
-    monkeypatch.setattr(listing, "_SMALL_BYTES", small)
+    monkeypatch.setattr(opening, "_SMALL_BYTES", small)
     monkeypatch.setattr(Handler, "refuses_ranges", True)
     url = f"{served}/dt=2026-11-02/a.parquet"
     with pytest.raises(UserError, match=f"^{url}: the server sends no parts of the file; copy"):

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 
 import gmm_dist
 from gmm_dist.errors import NoRows, UserError
-from gmm_dist.lake import listing, read, stream
+from gmm_dist.lake import listing, stream
 from gmm_dist.lake.deal import RowRange, deal
 from gmm_dist.lake.plan import Plan, _row_hashes, plan_lake
+from gmm_dist.lake.probe import probe
 from gmm_dist.lake.read import RowCounts
 
 NAN = float("nan")
@@ -186,7 +187,7 @@ def test_a_lake_on_s3_gives_the_same_shards_and_rows(two_files, s3_lake):
     assert [f.path for f in remote.files] == [f.path for f in local.files]
     assert plan_lake(f"{url}/", where="i != 3", n_shards=5) == remote
     np.testing.assert_array_equal(lakes.read_all(remote)[0], lakes.read_all(local)[0])
-    np.testing.assert_array_equal(read.probe(remote), read.probe(local))
+    np.testing.assert_array_equal(probe(remote), probe(local))
 
 
 # --- files without rows

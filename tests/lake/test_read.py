@@ -1,4 +1,4 @@
-"""Rows of a shard: decoded once, bad values named, probed; real Parquet files."""
+"""Rows of a shard: decoded once, bad values named; real Parquet files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from gmm_dist.errors import UserError
 from gmm_dist.lake import read
 from gmm_dist.lake.plan import plan_lake
+from gmm_dist.lake.probe import probe
 from gmm_dist.lake.read import RowCounts
 
 NAN, INF = float("nan"), float("inf")
@@ -149,7 +150,7 @@ def test_rows_of_zero_weight_are_left_out_and_counted(tmp_path):
     held = [plan.held_out(part) for shard in plan.shards for part in shard]
     expected = int((np.concatenate(held) & (weight > 0)).sum())
     assert counts == RowCounts(read=10, absent=4, held_out=expected)
-    assert read.probe(plan).max() == x[weight > 0].max()
+    assert probe(plan).max() == x[weight > 0].max()
 
 
 @pytest.mark.parametrize("missing", ["error", "drop", "mean"])
@@ -196,60 +197,3 @@ def test_a_column_of_nothing_but_null_is_missing(tmp_path):
     lakes.write(tmp_path / "b.parquet", {"x": pa.nulls(2)})
     with pytest.raises(UserError, match=r"b\.parquet, row group 0, row 0: column 'x' is null"):
         lakes.read_all(plan_lake(str(tmp_path)))
-
-
-# --- probing
-
-
-def test_a_probe_takes_rows_from_all_over_the_plan(tmp_path):
-    x = np.arange(40_000.0)
-    lakes.write(tmp_path / "a.parquet", {"x": x, "y": x}, rows_per_group=1000)
-    X = read.probe(plan_lake(str(tmp_path)), max_rows=160)
-    assert X.shape == (160, 2)
-    assert X.dtype == np.float64
-    assert X[0, 0] == 0
-    assert X[-1, 0] == 39_009
-    assert np.isin(X[:, 0], x).all()
-
-
-def test_a_probe_of_few_row_groups_takes_rows_from_all_over_each(tmp_path):
-    x = np.arange(40_960.0)
-    lakes.write(tmp_path / "a.parquet", {"x": x}, rows_per_group=20_480)
-    X = read.probe(plan_lake(str(tmp_path)), max_rows=160)[:, 0]
-    assert X.tolist() == [2560 * place + row for place in range(16) for row in range(10)]
-    assert read.probe(plan_lake(str(tmp_path)), max_rows=3)[:, 0].tolist() == [0, 20_480]
-
-
-def test_a_place_without_enough_rows_leaves_the_rest_of_a_probe_to_the_next(tmp_path):
-    x = np.arange(16_384.0)
-    x[3077:8192] = NAN
-    lakes.write(tmp_path / "a.parquet", {"x": x})
-    X = read.probe(plan_lake(str(tmp_path)), max_rows=160)[:, 0]
-    expected = [1024.0 * place + row for place in range(3) for row in range(10)]
-    expected += [*range(3072, 3077), *range(8192, 8247)]
-    expected += [1024.0 * place + row for place in range(9, 16) for row in range(10)]
-    assert X.tolist() == expected
-
-
-def test_a_probe_decodes_only_so_much_of_a_huge_row_group(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "_PROBED_VALUES", 2 * 8192)
-    x = np.arange(100_000.0)
-    lakes.write(tmp_path / "a.parquet", {"x": x, "y": x})
-    X = read.probe(plan_lake(str(tmp_path)), max_rows=16)
-    assert X[:, 0].tolist() == [512 * place for place in range(16)]
-    kept = read.probe(plan_lake(str(tmp_path), where="x >= 99_998"), max_rows=16)
-    assert kept[:, 0].tolist() == [99_998, 99_999]
-
-
-def test_a_probe_leaves_out_bad_and_filtered_rows(tmp_path):
-    url = bad_rows(tmp_path, x=(0, NAN), y=(1, INF))
-    plan = plan_lake(url, columns=["x", "y"], where="i != 2")
-    X = read.probe(plan)
-    np.testing.assert_array_equal(X[:, 0], lakes.numbers(10)[3:])
-    assert read.probe(plan, max_rows=4).shape == (4, 2)
-    assert read.probe(plan, max_rows=1).shape == (1, 2)
-
-
-def test_a_probe_may_find_nothing(tmp_path):
-    lakes.write(tmp_path / "a.parquet", {"x": [NAN, 1.0], "i": [1, 3]})
-    assert read.probe(plan_lake(str(tmp_path), where="i <= 2")).shape == (0, 1)

@@ -207,7 +207,7 @@ def test_reading_goes_on_in_the_row_group_where_an_outage_began(
     with proxy(s3_lake.endpoint) as between:
         monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
         forget_connections()
-        monkeypatch.setattr("gmm_dist.lake.listing._SMALL_BYTES", 0)
+        monkeypatch.setattr("gmm_dist.lake.opening._SMALL_BYTES", 0)
         plan = plan_of(s3_lake.url, keep=["id"])
         parts = []
         for i, (kept, _) in enumerate(stream(plan, 0, row_groups(plan)[0])):

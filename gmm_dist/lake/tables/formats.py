@@ -1,7 +1,8 @@
-"""Recognise table formats (Delta, Iceberg and others): their folders hold deleted rows, too."""
+"""Recognise table formats (Delta, Iceberg and others); refuse all but roots of those we read."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -38,8 +39,9 @@ class _Format:
     file: re.Pattern[str] | None = None
 
 
+_DELTA = _Format(kind="a Delta table", mark=re.compile(r"(^|/)_delta_log/"), folder="_delta_log")
 _FORMATS = (
-    _Format(kind="a Delta table", mark=re.compile(r"(^|/)_delta_log/"), folder="_delta_log"),
+    _DELTA,
     _Format(
         kind="an Iceberg table",
         mark=re.compile(r"(^|/)metadata/[^/]*\.metadata\.json(\.gz)?$"),
@@ -78,7 +80,8 @@ def refuse_within(root: str, names: Iterable[str]) -> None:
     for name in names:
         for known in _FORMATS:
             if known.mark.search(name):
-                raise _refusal(root, known, name)
+                table = storage.join(root, _root_of(known, name)).rstrip("/")
+                raise _refusal(root, known, name, table)
 
 
 _MARK = re.compile(r"(?P<folder>(?:.*/)?)_(?P<step>started|committed)_(?P<id>\d+)")
@@ -137,7 +140,9 @@ def refuse_around(fs: AbstractFileSystem, folder: str, root: str) -> None:
     folders that it cannot look into.
     """
     above = list(_folders_up(fs, folder))
-    refuse_within(root, (f"{path}/" for path in above))
+    for path, known in itertools.product(above, _FORMATS):
+        if known.mark.search(name := f"{path}/"):
+            raise _refusal(root, known, name, _address(fs, _root_of(known, name)))
     looks = [
         partial(_mark_in, fs, path, known) for path in above for known in _FORMATS if known.folder
     ]
@@ -148,14 +153,38 @@ def refuse_around(fs: AbstractFileSystem, folder: str, root: str) -> None:
             marks = list(pool.map(lambda look: look(), looks))
     for look, mark in zip(looks, marks, strict=True):
         if mark is not None:
-            raise _refusal(root, look.args[2], storage.redacted(mark))
+            raise _refusal(root, look.args[2], storage.redacted(mark), _address(fs, look.args[1]))
 
 
-def _refusal(root: str, known: _Format, mark: str) -> UserError:
+def is_delta(fs: AbstractFileSystem, path: str, url: str) -> bool:
+    """Say whether `url`, a path of `fs`, is the root of a Delta table."""
+    return _mark_in(fs, path, _DELTA, url) is not None
+
+
+def _refusal(root: str, known: _Format, mark: str, table: str) -> UserError:
+    """Return the error for what is not a table's root, or of a format that is not read.
+
+    `table` is the URL of the table, as far as its mark tells.
+    """
+    if known is _DELTA:
+        return UserError(
+            f"{storage.redacted(root)}: not the root of a Delta table ({mark}), whose folder also "
+            f"holds deleted rows; give the table itself, {storage.redacted(table)}"
+        )
     return UserError(
         f"{storage.redacted(root)}: {known.kind} ({mark}), whose folder also holds deleted rows; "
         "export its current rows to a folder of Parquet files and give that"
     )
+
+
+def _root_of(known: _Format, name: str) -> str:
+    """Return the path of a table's root, by that of a file or folder in it."""
+    match = known.mark.search(name)
+    return name[: match.start()] if match else name
+
+
+def _address(fs: AbstractFileSystem, path: str) -> str:
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
 def _folders_up(fs: AbstractFileSystem, folder: str) -> Iterator[str]:
@@ -172,11 +201,16 @@ def _folders_up(fs: AbstractFileSystem, folder: str) -> Iterator[str]:
         path = path.rstrip("/").rpartition("/")[0]
 
 
-def _mark_in(fs: AbstractFileSystem, path: str, known: _Format) -> str | None:
-    """Return the mark of a table format that lies in a folder, None where there is none."""
+def _mark_in(
+    fs: AbstractFileSystem, path: str, known: _Format, url: str | None = None
+) -> str | None:
+    """Return the mark of a table format that lies in a folder, None where there is none.
+
+    `url` names the folder when its storage fails.
+    """
     folder = storage.join(path, known.folder or "")
     try:
-        return storage.patiently(lambda: _look_for_mark(fs, path, folder, known), folder)
+        return storage.patiently(lambda: _look_for_mark(fs, path, folder, known), url or folder)
     except Exception as error:
         # Whoever may read a folder need not be allowed to see those above.
         if not (isinstance(error, OSError) or storage.is_http(fs)):

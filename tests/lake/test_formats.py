@@ -12,15 +12,13 @@ import lakes
 import pytest
 
 from gmm_dist.errors import UserError
-from gmm_dist.lake import table_formats
 from gmm_dist.lake.plan import plan_lake
+from gmm_dist.lake.tables import formats
 
 REFUSED = r", whose folder also holds deleted rows; export its current rows to a folder of Parquet"
 
 # What a table keeps beside its data, and where its data may lie.
 TABLES = [
-    ("_delta_log/00000000000000000000.json", "ds=2026-11-21", "a Delta table"),
-    ("_delta_log/00000000000000000010.checkpoint.parquet", "a=1/b=2/c=3", "a Delta table"),
     ("metadata/00001-abc.metadata.json", "data", "an Iceberg table"),
     ("metadata/v3.gz.metadata.json", "data/day=1/hour=2", "an Iceberg table"),
     (".hoodie/hoodie.properties", "region=eu/day=1", "a Hudi table"),
@@ -53,11 +51,28 @@ def test_any_part_of_a_table_is_refused(tmp_path, mark, data, kind):
             plan_lake(part)
 
 
-@pytest.mark.parametrize(("mark", "data", "kind"), [TABLES[1], TABLES[3], TABLES[5]])
+@pytest.mark.parametrize(("mark", "data", "kind"), [TABLES[1], TABLES[2], TABLES[4]])
 def test_any_part_of_a_table_on_s3_is_refused(tmp_path, s3_lake, mark, data, kind):
     url = lakes.upload(table(tmp_path, mark, data), s3_lake.file_system(), s3_lake.url)
     for part in parts_of(url, data)[-2:]:
         with pytest.raises(UserError, match=rf"^{part}: {kind} \(.*\){REFUSED}"):
+            plan_lake(part)
+
+
+@pytest.mark.parametrize("data", ["ds=2026-11-21", "a=1/b=2/c=3"])
+def test_a_part_of_a_delta_table_is_refused_and_its_root_named(tmp_path, data):
+    url = table(tmp_path / "tables" / "t", "_delta_log/0.json", data).as_posix()
+    for part in (tmp_path.as_posix(), *parts_of(url, data)[1:], f"{url}/_delta_log"):
+        message = rf"^{part}: not the root of a Delta table \(.*_delta_log.*\), .*itself, {url}$"
+        with pytest.raises(UserError, match=message):
+            plan_lake(part)
+
+
+def test_a_part_of_a_delta_table_on_s3_is_refused_and_its_root_named(tmp_path, s3_lake):
+    table(tmp_path / "tables" / "t", "_delta_log/0.json", "ds=1")
+    url = f"{lakes.upload(tmp_path, s3_lake.file_system(), s3_lake.url)}/tables/t"
+    for part in (s3_lake.url, f"{url}/ds=1", f"{url}/ds=1/old.parquet"):
+        with pytest.raises(UserError, match=rf"^{part}: not the root of .* itself, {url}$"):
             plan_lake(part)
 
 
@@ -122,8 +137,9 @@ def test_a_partition_by_way_of_a_link_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "table" / "ds=1")
     lakes.write(tmp_path / "lake" / "a.parquet", {"x": [1.0]})
     (tmp_path / "lake" / "b.parquet").symlink_to(tmp_path / "table" / "ds=1" / "old.parquet")
+    message = rf": not the root of a Delta table \(.*\), .* itself, {tmp_path}/table$"
     for part in ("link", "lake", "lake/b.parquet"):
-        with pytest.raises(UserError, match=rf"{part}: a Delta table \(.*\){REFUSED}"):
+        with pytest.raises(UserError, match=part + message):
             plan_lake(str(tmp_path / part))
 
 
@@ -149,7 +165,7 @@ def test_what_may_not_be_looked_at_is_passed_by(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fs, "info", denied)
     monkeypatch.setattr(fs, "ls", denied)
-    assert table_formats.refuse_around(fs, "/bucket/a/b", "memory://bucket/a/b") is None
+    assert formats.refuse_around(fs, "/bucket/a/b", "memory://bucket/a/b") is None
 
 
 def test_a_partition_behind_a_web_server_is_refused(tmp_path):
@@ -157,11 +173,13 @@ def test_a_partition_behind_a_web_server_is_refused(tmp_path):
     handler = functools.partial(_Quiet, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever).start()
-        url = f"http://127.0.0.1:{server.server_port}/table/ds=1"
+        root = f"http://127.0.0.1:{server.server_port}/table"
         try:
-            for part in (url, f"{url}/old.parquet"):
-                with pytest.raises(UserError, match=rf"^{part}: a Delta table \(.*\){REFUSED}"):
+            for part in (f"{root}/ds=1", f"{root}/ds=1/old.parquet"):
+                with pytest.raises(UserError, match=rf"^{part}: not the root .* itself, {root}$"):
                     plan_lake(part)
+            with pytest.raises(UserError, match=rf"^{root}: Delta tables are read from local disk"):
+                plan_lake(root)
         finally:
             server.shutdown()
 

@@ -1,0 +1,1 @@
+"""Tables: lakes whose rows a log tells, such as Delta's; their folders hold deleted rows, too."""

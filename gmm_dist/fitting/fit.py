@@ -43,13 +43,15 @@ logger = logging.getLogger(__name__)
 class FitOutcome:
     """The outcome of a fit that has committed, or that could rank no candidate.
 
-    `result` is None where the run had committed before; `has_report` says whether there is a
-    report.html. Where `result.best` is None there is no model, and the output is free again.
+    `result` is None where the run had committed before; `clusters` are those of the best model
+    where asked for; `has_report` says whether there is a report.html. Where `result.best` is None
+    there is no model, and the output is free again.
     """
 
     output: str
     result: SweepResult | None
     warnings: list[str]
+    clusters: Clusters | None = None
     has_report: bool = False
 
 
@@ -90,9 +92,8 @@ def fit_lake(
         result = fitted.result
         sweep_warnings = result.warnings(job.plan.feature_names, next_run, spelling=spelling)
         warnings = [*(spelt(words, spelling) for words in fitted.incomplete), *sweep_warnings]
-        warnings += [
-            spelt(words, spelling) for words in _too_few(fitted.clusters, options.clusters)
-        ]
+        too_few = _too_few(fitted.clusters, options.clusters)
+        warnings += [spelt(words, spelling) for words in too_few]
         if result.best is None:
             run.forget()
             return FitOutcome(output=options.output, result=result, warnings=warnings)
@@ -102,7 +103,11 @@ def fit_lake(
         finish()
         run.attempt.commit()
     return FitOutcome(
-        output=options.output, result=result, warnings=warnings, has_report=has_report
+        output=options.output,
+        result=result,
+        warnings=warnings,
+        clusters=fitted.clusters,
+        has_report=has_report,
     )
 
 

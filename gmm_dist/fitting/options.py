@@ -179,8 +179,12 @@ class FitOptions:
 def _clusters(name: str, value: Any) -> str | int:
     """Return "auto", or a number of clusters of 1 or more."""
     if isinstance(value, str):
-        return config.one_of(("auto",))(name, value)
-    n_clusters = config.whole(name, value)
+        if value != "auto":
+            raise UserError(
+                f"is {value[:50]!r}", option=name, remedy='give "auto", a whole number or None'
+            )
+        return value
+    n_clusters: int = config.whole(name, value)
     if n_clusters < 1:
         raise UserError(f"is {n_clusters}", option=name, remedy="give a whole number >= 1")
     return n_clusters

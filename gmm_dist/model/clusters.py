@@ -120,3 +120,9 @@ def merged(resp: Float64[Tensor, "k n"], clusters: Sequence[int]) -> Float64[Ten
     member = resp.new_zeros(max(clusters) + 1, len(clusters))
     member[list(clusters), torch.arange(len(clusters))] = 1.0
     return member @ resp
+
+
+def spell_clusters(clusters: Clusters) -> str:
+    """Say how many clusters there are, and of how many components."""
+    components = counted(clusters.n_components, "component")
+    return f"{counted(clusters.n_clusters, 'cluster')} ({components})"

@@ -27,11 +27,11 @@ _SHARDS = 8  # of it
 # Two clusters are one if a row of one is so often labelled as of the other,
 _OVERLAPPING = 0.1
 # or so often, where no valley is so deep between them.
-_TOUCHING, _VALLEY = 0.015, 1 / 3
+_TOUCHING, _VALLEY = 0.018, 1 / 3
 
 RULE = (
     "merged while a row of one cluster has a chance of 10\u202f% to be labelled as of the other, "
-    "or of 1.5\u202f% if the density between them nowhere falls below a third of the lower peak"
+    "or of 1.8\u202f% if the density between them nowhere falls below a third of the lower peak"
 )
 """What `number_of_clusters` does, in words."""
 

@@ -100,8 +100,9 @@ class SumPairs:
 def _gain(one: Tensor, others: Tensor) -> Tensor:
     """Return φ(r_j + r_k) - φ(r_j) - φ(r_k), which is never negative but for rounding."""
     both = one + others
-    gain = torch.special.xlogy(both, both) - torch.special.xlogy(others, others)
-    return (gain - torch.special.xlogy(one, one)).clamp_min(0.0)
+    gain: Tensor = torch.special.xlogy(both, both) - torch.special.xlogy(others, others)
+    gain -= torch.special.xlogy(one, one)
+    return gain.clamp_min(0.0)
 
 
 def _responsibilities(

@@ -60,11 +60,12 @@ def ridgeline(mixture: Parameters, j: int, k: int) -> Float64[Tensor, "p d"]:
     covariances, d = mixture.stacked_covariances, mixture.n_features
     pair = covariances.expand(mixture.n_components, *covariances.shape[1:])[[j, k]]
     if mixture.type.has_products:
-        ours, theirs = torch.linalg.inv(mixture.type.matrices(pair, d))
-        ours, theirs = (1 - alpha)[:, None] * ours, alpha[:, None] * theirs
-        return torch.linalg.solve(ours + theirs, ours @ start + theirs @ end)
-    ours, theirs = 1 / mixture.type.variances(pair, d).expand(2, d)
-    ours, theirs = (1 - alpha) * ours, alpha * theirs
+        inverse = torch.linalg.inv(mixture.type.matrices(pair, d))
+        ours, theirs = (1 - alpha)[:, None] * inverse[0], alpha[:, None] * inverse[1]
+        points: Tensor = torch.linalg.solve(ours + theirs, ours @ start + theirs @ end)
+        return points
+    precisions = 1 / mixture.type.variances(pair, d).expand(2, d)
+    ours, theirs = (1 - alpha) * precisions[0], alpha * precisions[1]
     return (ours * start + theirs * end) / (ours + theirs)
 
 

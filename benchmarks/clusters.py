@@ -1,6 +1,6 @@
 """How many clusters: the number that our rule finds, beside BIC's K, ICL's K and HDBSCAN.
 
-python benchmarks/clusters.py --seed 2026 --out benchmarks/results/clusters.jsonl
+python benchmarks/clusters.py --seed 2027 --out benchmarks/results/clusters.jsonl
 python benchmarks/clusters.py --table benchmarks/results/clusters.jsonl
 
 Draws are those of `shapes`: six families, 3 to 6 clusters. The rule and its constants were fixed on
@@ -150,23 +150,24 @@ def _cell(lines: Sequence[dict[str, Any]], method: str) -> str:
     return f"{off.count(0)}{of}, {np.mean(off):+.1f}, {np.mean(ari):.3f}"
 
 
-def main() -> None:
+def main() -> int:
     """Measure draws, or print the table of those that were."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--seed", type=int, default=2027)
     parser.add_argument("--draws", type=int, default=10, help="of each family")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path, help="print the table of these results")
     arguments = parser.parse_args()
     if arguments.table is not None:
         print(table(_read(arguments.table)))
-        return
+        return 0
     done = {_key(line) for line in _read(arguments.out)}
     for number in range(arguments.draws):
         for family in shapes.FAMILIES:
             if (family, number, arguments.seed) not in done:
                 line = measured(shapes.draw(family, number, arguments.seed))
                 machine.append(line | {"machine": machine.description()}, arguments.out)
+    return 0
 
 
 def _key(line: dict[str, Any]) -> tuple[str, int, int]:
@@ -180,4 +181,4 @@ def _read(path: Path | None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -246,7 +246,7 @@ class TreeSums:
             merges=tuple(
                 Merge(first=j, second=k, entropy=entropy, misclassification=chance, share=share)
                 for (j, k), entropy, chance, share in zip(
-                    pairs, [*left[1:], 0.0], chances, shares, strict=True
+                    pairs, [*left, 0.0][1:], chances, shares, strict=True
                 )
             ),
         )

@@ -53,20 +53,30 @@ def valley(mixture: Parameters, first: Sequence[int], second: Sequence[int]) -> 
 def ridgeline(mixture: Parameters, j: int, k: int) -> Float64[Tensor, "p d"]:
     """Return points on the ridgeline from the mean of component j to that of component k.
 
-    x(α) = [(1 - α) Σ_j⁻¹ + α Σ_k⁻¹]⁻¹ [(1 - α) Σ_j⁻¹ μ_j + α Σ_k⁻¹ μ_k]
+        x(a) = [(1 - a) P_j + a P_k]⁻¹ [(1 - a) P_j μ_j + a P_k μ_k],  P = Σ⁻¹ / (δᵀ Σ⁻¹ δ)
+
+    with δ = μ_k - μ_j. So scaled, components of one shape and any size have points evenly spaced.
     """
-    alpha = torch.linspace(0, 1, _POINTS, dtype=torch.float64)[:, None]
+    a = torch.linspace(0, 1, _POINTS, dtype=torch.float64)[:, None]
     start, end = mixture.means[j], mixture.means[k]
+    between = end - start
     covariances, d = mixture.stacked_covariances, mixture.n_features
     pair = covariances.expand(mixture.n_components, *covariances.shape[1:])[[j, k]]
     if mixture.type.has_products:
         inverse = torch.linalg.inv(mixture.type.matrices(pair, d))
-        ours, theirs = (1 - alpha)[:, None] * inverse[0], alpha[:, None] * inverse[1]
+        inverse = inverse / _or_one(between @ inverse @ between)[:, None, None]
+        ours, theirs = (1 - a)[:, None] * inverse[0], a[:, None] * inverse[1]
         points: Tensor = torch.linalg.solve(ours + theirs, ours @ start + theirs @ end)
         return points
     precisions = 1 / mixture.type.variances(pair, d).expand(2, d)
-    ours, theirs = (1 - alpha) * precisions[0], alpha * precisions[1]
+    precisions = precisions / _or_one(precisions @ between.square())[:, None]
+    ours, theirs = (1 - a) * precisions[0], a * precisions[1]
     return (ours * start + theirs * end) / (ours + theirs)
+
+
+def _or_one(lengths: Float64[Tensor, "2"]) -> Float64[Tensor, "2"]:
+    """Return lengths, 1 in place of 0: those between two means that are one."""
+    return torch.where(lengths > 0, lengths, 1.0)
 
 
 def _within(members: Sequence[int], inside: Tensor, outside: Tensor) -> tuple[list[int], float]:

@@ -74,7 +74,7 @@ def ridgeline(mixture: Parameters, j: int, k: int) -> Float64[Tensor, "p d"]:
     return (ours * start + theirs * end) / (ours + theirs)
 
 
-def _or_one(lengths: Float64[Tensor, "2"]) -> Float64[Tensor, "2"]:
+def _or_one(lengths: Float64[Tensor, " 2"]) -> Float64[Tensor, " 2"]:
     """Return lengths, 1 in place of 0: those between two means that are one."""
     return torch.where(lengths > 0, lengths, 1.0)
 

@@ -19,6 +19,7 @@ To fit:
 
 - `GaussianMixture`, `BayesianGaussianMixture`: scikit-learn's estimators, with weights;
 - `select`: mixtures of several sizes and covariance types, fitted in the same passes and ranked;
+- `find_clusters`: components of a mixture merged into clusters, and how many those are;
 - `Lake`: rows of Parquet files, by name, which `fit`, `select` and `score` take in place of rows;
 - `Cluster`: the Ray cluster that holds a lake's rows, and how many workers do.
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from gmm_dist.estimators.bayesian_gaussian_mixture import (
         BayesianGaussianMixture as BayesianGaussianMixture,
     )
+    from gmm_dist.estimators.clusters import find_clusters as find_clusters
     from gmm_dist.estimators.gaussian_mixture import GaussianMixture as GaussianMixture
     from gmm_dist.estimators.save import save as save
     from gmm_dist.estimators.select import select as select
@@ -61,6 +63,7 @@ _HOMES = {
     "Mixture": "model.mixture",
     "Parameters": "model.parameters",
     "UserError": "errors",
+    "find_clusters": "estimators.clusters",
     "load": "runs.load",
     "save": "estimators.save",
     "select": "estimators.select",
@@ -74,6 +77,7 @@ __all__ = [
     "Mixture",
     "Parameters",
     "UserError",
+    "find_clusters",
     "load",
     "save",
     "select",

@@ -231,10 +231,11 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from gmm_dist.fitting import (
         fit,  # only now: annotations of modules that conftest.py imports go unchecked
     )
-    from gmm_dist.report import figures
+    from gmm_dist.report import cluster_figures, figures
 
     monkeypatch.setattr(fit.Job, "resident", here.resident)
     monkeypatch.setattr(figures, "drawn", here.titled)
+    monkeypatch.setattr(cluster_figures, "drawn", here.titled)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from gmm_dist.commands.ending import note, run, said_how_to_resume
 from gmm_dist.commands.options import (
     CommandLine,
     Parser,
+    add_clusters,
     add_common,
     options_of,
     parse_k,
@@ -26,6 +27,7 @@ from gmm_dist.errors import UserError
 from gmm_dist.fitting.fit import fit_lake, none_ranked
 from gmm_dist.fitting.options import FitOptions
 from gmm_dist.fitting.results import spell_best
+from gmm_dist.model.clusters import spell_clusters
 from gmm_dist.report import of_fit
 
 
@@ -37,6 +39,7 @@ def fit(argv: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_common(parser)
+    add_clusters(parser)
     parser.add_argument("--k", type=parse_k, help="number of components (default: --start's)")
     parser.add_argument(
         "--start", type=parse_url, metavar="MODEL", help="go on from this model's parameters"
@@ -80,12 +83,16 @@ def fit_and_tell(options: FitOptions, command_line: CommandLine) -> None:
         report=report,
         k=best.candidate.k,
         covariance_type=best.candidate.covariance_type,
+        n_clusters=None if outcome.clusters is None else outcome.clusters.n_clusters,
         criterion=result.criterion,
         value=best.holdout if result.criterion == "holdout" else best.value(result.criterion),
         warnings=outcome.warnings,
     )
+    clusters = outcome.clusters
+    found = f"; {spell_clusters(clusters)}" if clusters is not None else ""
     report_note = "" if report is None else f", report in {report}"
-    say(f"best by {spell_best(best, result.criterion)}; model in {output}/model{report_note}")
+    best_line = f"best by {spell_best(best, result.criterion)}"
+    say(f"{best_line}{found}; model in {output}/model{report_note}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

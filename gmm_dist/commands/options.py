@@ -66,6 +66,27 @@ def parse_k(text: str) -> list[int]:
     return list(ks)
 
 
+def parse_clusters(text: str) -> str | int | None:
+    """Read `auto`, `none` or a number of clusters."""
+    if text in ("auto", "none"):
+        return None if text == "none" else text
+    if re.fullmatch(r"\d{1,6}", text) is None or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text[:50]!r} is not auto, none or a number from 1 up")
+    return int(text)
+
+
+def add_clusters(parser: argparse.ArgumentParser) -> None:
+    """Add --clusters, for the jobs that merge components."""
+    parser.add_argument(
+        "--clusters",
+        type=parse_clusters,
+        default="auto",
+        metavar="auto|N|none",
+        help="merge the best model's components into clusters: as many as they look like, or N "
+        "(default: auto)",
+    )
+
+
 def parse_url(text: str) -> Url:
     """Read a path or URL; refuse an empty one, as of a variable that is not set."""
     if not text.strip():

@@ -84,6 +84,10 @@ class Progress:
             line += f", about {progress.seconds_left:.0f} s left"
         self._advance(line, done, n, seconds=_SEARCH_SECONDS)
 
+    def merging(self, done: int, n_passes: int) -> None:
+        """Show how many passes of those that merge components are done."""
+        self._advance(f"merging components: {done} of {counted(n_passes, 'pass')}", done, n_passes)
+
     def resuming(self, number: int) -> None:
         """Say after which pass the run goes on, and count from there; 0: in the search."""
         self._passes = number

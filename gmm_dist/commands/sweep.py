@@ -10,7 +10,15 @@ from collections.abc import Sequence
 
 from gmm_dist.commands.ending import run
 from gmm_dist.commands.fit import fit_and_tell
-from gmm_dist.commands.options import CommandLine, Parser, add_common, options_of, parse_k, program
+from gmm_dist.commands.options import (
+    CommandLine,
+    Parser,
+    add_clusters,
+    add_common,
+    options_of,
+    parse_k,
+    program,
+)
 from gmm_dist.fitting.options import FitOptions
 from gmm_dist.selection.ranking import CRITERIA
 
@@ -23,6 +31,7 @@ def sweep(argv: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_common(parser)
+    add_clusters(parser)
     parser.add_argument("--k", required=True, type=parse_k, help="8, 4,8,16 or 2..20 (inclusive)")
     parser.add_argument(
         "--criterion", choices=CRITERIA, default="bic", help="what ranks the fits (default: bic)"

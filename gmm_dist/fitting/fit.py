@@ -25,11 +25,13 @@ from gmm_dist.formats import counted
 from gmm_dist.lake.load import Counted, LakeLoader
 from gmm_dist.lake.plan import Plan, plan_of
 from gmm_dist.lake.tables.snapshot import stay_at
+from gmm_dist.model.clusters import Clusters
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.runs import claim, load
 from gmm_dist.runs.checkpoint import RunIdentity, environment
 from gmm_dist.runs.claim import Run
+from gmm_dist.selection.clustering import find_clusters
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import sweep
 from gmm_dist.shards.local import one_thread
@@ -42,13 +44,15 @@ logger = logging.getLogger(__name__)
 class FitOutcome:
     """The outcome of a fit that has committed, or that could rank no candidate.
 
-    `result` is None where the run had committed before; `has_report` says whether there is a
-    report.html. Where `result.best` is None there is no model, and the output is free again.
+    `result` is None where the run had committed before; `clusters` are those of the best model
+    where asked for; `has_report` says whether there is a report.html. Where `result.best` is None
+    there is no model, and the output is free again.
     """
 
     output: str
     result: SweepResult | None
     warnings: list[str]
+    clusters: Clusters | None = None
     has_report: bool = False
 
 
@@ -90,6 +94,8 @@ def fit_lake(
         result = fitted.result
         sweep_warnings = result.warnings(job.plan.feature_names, next_run, spelling=spelling)
         warnings = [*(spelt(words, spelling) for words in fitted.incomplete), *sweep_warnings]
+        too_few = _too_few(fitted.clusters, options.clusters)
+        warnings += [spelt(words, spelling) for words in too_few]
         if result.best is None:
             run.forget()
             return FitOutcome(output=options.output, result=result, warnings=warnings)
@@ -99,8 +105,23 @@ def fit_lake(
         finish()
         run.attempt.commit()
     return FitOutcome(
-        output=options.output, result=result, warnings=warnings, has_report=has_report
+        output=options.output,
+        result=result,
+        warnings=warnings,
+        clusters=fitted.clusters,
+        has_report=has_report,
     )
+
+
+def _too_few(clusters: Clusters | None, wanted: str | int | None) -> list[Words]:
+    """Say that the best model has fewer components than clusters were asked for, if it has."""
+    if clusters is None or not isinstance(wanted, int) or clusters.n_clusters == wanted:
+        return []
+    components = counted(clusters.n_components, "component")
+    return [
+        Option("clusters", wanted)
+        + f": the best model has {components}, so there are no more clusters"
+    ]
 
 
 def none_ranked(n_candidates: int) -> Words:
@@ -214,9 +235,30 @@ class Job:
             quantiles = None
             if result.best is not None:
                 quantiles = training_quantiles(shards, result.best.fit.parameters)
+            clusters = self._clusters(shards, result, run)
             sample = sample_of(shards, result, options.random_state)
             look(shards, result)
-        return Fitted(result=result, counted=counted, quantiles=quantiles, sample=sample)
+        return Fitted(
+            result=result, counted=counted, quantiles=quantiles, clusters=clusters, sample=sample
+        )
+
+    def _clusters(self, shards: WorkingShards, result: SweepResult, run: Run) -> Clusters | None:
+        """Merge the best candidate's components into clusters, if that is asked for."""
+        options = self.options
+        if result.best is None or options.clusters is None:
+            return None
+
+        def watch(done: int, n_passes: int) -> None:
+            run.check()
+            self.progress.merging(done, n_passes)
+
+        return find_clusters(
+            shards,
+            result.best.fit.parameters,
+            options.clusters,
+            start=options.search,
+            watch=watch,
+        )
 
     @contextmanager
     def resident(self, progress: FitProgress) -> Iterator[tuple[WorkingShards, Counted]]:

@@ -63,7 +63,7 @@ def scores_of_lake(
     where no row is left.
     """
     mixture = model if isinstance(model, Mixture) else Mixture(parameters=model)
-    plan = _plan(lake, mixture)
+    plan = plan_for(lake, mixture)
     loader = LakeLoader(plan=plan, centre=np.zeros(plan.n_features), dtype=torch.float64)
     with session(loader, plan.n_shards, cluster or Cluster()) as workers:
         shards = _StreamedShards(loader, workers)
@@ -92,7 +92,7 @@ def _scores(sums: ScoreSums, mixture: Mixture) -> LakeScores:
     )
 
 
-def _plan(lake: Lake, mixture: Mixture) -> Plan:
+def plan_for(lake: Lake, mixture: Mixture) -> Plan:
     """Plan the rows, of the mixture's features; raise UserError for others."""
     names = mixture.feature_names
     chosen = lake.columns is None and len(names) > 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import datetime
-from typing import get_args
+from typing import Any, get_args
 
 from gmm_dist import config
 from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig, optional, several
 from gmm_dist.errors import Option, UserError
+from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake, Missing
 from gmm_dist.lake.tables.snapshot import parse_at
 from gmm_dist.model.covariance import COVARIANCE_TYPES
@@ -30,6 +31,8 @@ class FitOptions:
         k: Numbers of components. None: that of the model `start`.
         covariance_type: Covariance types, each fitted with each of `k`.
         criterion: What ranks the fits: "bic", "aic", "icl" or "holdout".
+        clusters: Into how many clusters the best model's components are merged: "auto" for a
+            number found by a rule, or a number; None not to ask.
         start: A model's folder or URL: the fit goes on from its parameters.
         columns: Feature columns; None for every floating-point one.
         weight_column: Column of sample weights; 0 is no row, 2 is two.
@@ -62,6 +65,7 @@ class FitOptions:
     k: tuple[int, ...] | None = None
     covariance_type: tuple[str, ...] = ("full",)
     criterion: str = "bic"
+    clusters: str | int | None = "auto"
     start: str | None = None
     columns: tuple[str, ...] | None = None
     weight_column: str | None = None
@@ -94,6 +98,7 @@ class FitOptions:
             k=optional(several(config.whole)),
             covariance_type=several(config.one_of(COVARIANCE_TYPES)),
             criterion=config.one_of(CRITERIA),
+            clusters=optional(_clusters),
             start=optional(config.url),
             columns=optional(names),
             weight_column=optional(config.text),
@@ -127,6 +132,14 @@ class FitOptions:
                 "needs rows to rank by",
                 option=Option("criterion", "holdout"),
                 remedy="add " + Option("holdout", 0.1),
+            )
+
+        if self.k is not None and isinstance(self.clusters, int) and max(self.k) < self.clusters:
+            raise UserError(
+                f"is {self.clusters}, but no candidate has more than "
+                f"{counted(max(self.k), 'component')}",
+                option="clusters",
+                remedy="give larger " + Option("k") + ", or fewer clusters",
             )
 
     @property
@@ -167,3 +180,17 @@ class FitOptions:
     def cluster(self) -> Cluster:
         """The Ray cluster, how many workers there are, and whether each has a GPU."""
         return Cluster(self.address, self.num_workers, self.use_gpu)
+
+
+def _clusters(name: str, value: Any) -> str | int:
+    """Return "auto", or a number of clusters of 1 or more."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise UserError(
+                f"is {value[:50]!r}", option=name, remedy='give "auto", a whole number or None'
+            )
+        return value
+    n_clusters: int = config.whole(name, value)
+    if n_clusters < 1:
+        raise UserError(f"is {n_clusters}", option=name, remedy="give a whole number >= 1")
+    return n_clusters

@@ -25,6 +25,9 @@ class FitProgress(Protocol):
     def searching(self, progress: SearchProgress) -> None:
         """Note how far the search for starts is."""
 
+    def merging(self, done: int, n_passes: int) -> None:
+        """Note how many passes of those that merge components into clusters are done."""
+
     def resuming(self, number: int) -> None:
         """Note after which pass the run resumes."""
 
@@ -43,6 +46,8 @@ class Silent:
     def starting(self, n_init: int) -> None: ...
 
     def searching(self, progress: SearchProgress) -> None: ...
+
+    def merging(self, done: int, n_passes: int) -> None: ...
 
     def resuming(self, number: int) -> None: ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
+from gmm_dist.model.clusters import Clusters, merged
 from gmm_dist.model.criteria import aic, bic, icl, n_parameters
 from gmm_dist.model.densities import Densities, Rows
 from gmm_dist.model.parameters import Parameters
@@ -31,6 +32,7 @@ class Mixture:
     and nats. `n_samples` and `log_likelihood` (sum, nats) are those of the fit, and so are
     `log_density_quantiles`, of the rows' log-densities; None for a model that keeps none.
     `ids` are the numbers that the components keep from night to night; None where they have none.
+    `clusters` say which components make up a cluster; None where that was not asked for.
     """
 
     parameters: Parameters
@@ -39,6 +41,7 @@ class Mixture:
     log_likelihood: float = float("nan")
     log_density_quantiles: Quantiles | None = None
     ids: tuple[int, ...] | None = None
+    clusters: Clusters | None = None
 
     @property
     def component_ids(self) -> tuple[int, ...]:
@@ -62,9 +65,23 @@ class Mixture:
         """The number of free parameters."""
         return n_parameters(self.covariance_type, self.n_components, self.n_features)
 
-    def predict(self, X: Any) -> Any:
-        """Return the component of largest responsibility for each row, (n,) int64."""
-        return self._of_rows(X, labels)
+    def predict(self, X: Any, *, clusters: bool = False) -> Any:
+        """Return the component of largest responsibility for each row, (n,) int64.
+
+        With `clusters` the cluster of largest responsibility, the sum of its components': not
+        always the one that the row's component is part of. Raises UserError where the mixture
+        has none.
+        """
+        if not clusters:
+            return self._of_rows(X, labels)
+        if self.clusters is None:
+            raise UserError(
+                "the model says of no components that they are one cluster: fit it with "
+                + Option("clusters", "auto")
+                + ", or ask find_clusters of its rows"
+            )
+        of_component = self.clusters.of_component
+        return self._of_rows(X, lambda mixture, rows: cluster_labels(mixture, rows, of_component))
 
     def predict_proba(self, X: Any) -> Any:
         """Return the responsibilities, (n, k), each row summing to one."""
@@ -129,6 +146,14 @@ class Mixture:
 def labels(mixture: Parameters, X: Rows) -> Int64[Tensor, " n"]:
     """Return the component of largest responsibility for each of some checked rows (n, d)."""
     return torch.cat([logits.argmax(0) for logits in _chunks(mixture, X)])
+
+
+def cluster_labels(
+    mixture: Parameters, X: Rows, of_component: Sequence[int]
+) -> Int64[Tensor, " n"]:
+    """Return the cluster of largest responsibility for each of some checked rows (n, d)."""
+    parts = [merged(logits.softmax(0), of_component).argmax(0) for logits in _chunks(mixture, X)]
+    return torch.cat(parts)
 
 
 def responsibilities(mixture: Parameters, X: Rows) -> Float64[Tensor, "n k"]:

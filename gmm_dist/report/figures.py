@@ -122,7 +122,7 @@ def heat_map(name: str, clusters: Clusters, shown: Sequence[int]) -> Drawing:
 
 
 def scatter(
-    name: str, clusters: Clusters, plane: Plane, X: Floats, labels: Labels, shown: Sequence[int]
+    name: str, clusters: Clusters, plane: Plane, X: Floats, hues: Labels, shown: Sequence[int]
 ) -> Drawing:
     """Draw rows of several components in a plane, with ellipses.
 
@@ -131,22 +131,22 @@ def scatter(
         clusters: The mixture's components.
         plane: The plane of the picture.
         X: Rows (m, d) in feature units.
-        labels: The component (m,) of each row, as an index.
+        hues: The colour (m,) of each row, as `colours` has it.
         shown: Indices of the components that have ellipses.
     """
-    points, labels = plane(X[:MOST_POINTS]), labels[:MOST_POINTS]
+    points, hues = plane(X[:MOST_POINTS]), hues[:MOST_POINTS]
     means, covariances = plane(clusters.means), clusters.projected(plane.axes)
-    hues = np.array(colours(clusters))
+    outlines = colours(clusters)
     size = (520.0, 480.0)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.grid(visible=False)
         for i, colour in enumerate(SERIES):
-            ours = points[hues[labels] % N_COLOURS == i]
+            ours = points[hues % N_COLOURS == i]
             axes.plot(*ours.T, "o", markersize=2.6, markeredgewidth=0, color=colour, alpha=0.5)
         for c in shown:
-            axes.add_patch(_ellipse(means[c], covariances[c], radius(len(shown)), int(hues[c])))
+            axes.add_patch(_ellipse(means[c], covariances[c], radius(len(shown)), outlines[c]))
         xlim, ylim = _frame(points, means)
         axes.set(xlim=xlim, ylim=ylim)
         axes.set_xlabel(shortened(printable(plane.labels[0]), 48))
@@ -299,8 +299,11 @@ def n_outside(clusters: Clusters, plane: Plane, X: Floats) -> int:
 def colours(clusters: Clusters) -> list[int]:
     """Return the colour of each component: by its number, so that it stays from night to night.
 
-    Taken modulo N_COLOURS; components of one colour differ in their dashes.
+    Taken modulo N_COLOURS; components of one colour differ in their dashes. Components that are
+    merged have their cluster's colour.
     """
+    if clusters.groups is not None:
+        return list(clusters.groups)
     pairs = enumerate(clusters.numbers)
     return [int(name) if name.isdecimal() else i for i, name in pairs]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gmm_dist.formats import one_line
-from gmm_dist.model.mixture import Mixture, labels
+from gmm_dist.model.mixture import Mixture, cluster_labels, labels
 from gmm_dist.runs.load import Attempt
 from gmm_dist.storage import redacted
 
@@ -66,6 +66,7 @@ def _rendered(
     if mixture is None:
         return page.render(content, nightly=nightly)
     parameters, ids = mixture.parameters, numbers or mixture.component_ids
+    merged = mixture.clusters
     clusters = Clusters(
         weights=parameters.weights.numpy(),
         means=parameters.means.numpy(),
@@ -74,8 +75,12 @@ def _rendered(
         ).numpy(),
         feature_names=tuple(mixture.feature_names),
         numbers=tuple("new" if number is None else str(number) for number in ids),
+        groups=None if merged is None else merged.of_component,
     )
     rows = None
     if sample is not None:
-        rows = page.Sample(sample.numpy(), labels(parameters, sample).numpy())
-    return page.render(content, clusters, rows, nightly)
+        own = None
+        if merged is not None:
+            own = cluster_labels(parameters, sample, merged.of_component).numpy()
+        rows = page.Sample(sample.numpy(), labels(parameters, sample).numpy(), own)
+    return page.render(content, clusters, rows, nightly, merged)

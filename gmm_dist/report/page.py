@@ -29,7 +29,9 @@ from gmm_dist.formats import (
     shortened,
     signed,
 )
+from gmm_dist.model import clusters as model
 from gmm_dist.report import figures
+from gmm_dist.report.of_clusters import cluster_table
 from gmm_dist.report.of_night import Json, Table, drift_table, gate_table, number_or_nan
 from gmm_dist.report.projection import Clusters, Floats, plane
 from gmm_dist.report.svg import N_COLOURS, Drawing
@@ -51,10 +53,14 @@ _ROWS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """Some rows `X` (m, d), in data units, and the index of each one's component, (m,)."""
+    """Some rows `X` (m, d), in data units, and the index of each one's component, (m,).
+
+    `clusters` (m,) are the rows' clusters, where components are merged into such.
+    """
 
     X: Floats
     labels: npt.NDArray[np.int64]
+    clusters: npt.NDArray[np.int64] | None = None
 
 
 def render(
@@ -62,6 +68,7 @@ def render(
     clusters: Clusters | None = None,
     sample: Sample | None = None,
     nightly: Json | None = None,
+    merged: model.Clusters | None = None,
 ) -> str:
     """Return the report as HTML; equal input gives equal bytes.
 
@@ -69,13 +76,14 @@ def render(
     fitted, or nothing could be ranked. Without a `sample` there is no picture. Numbers may be
     None or NaN: they are shown as absent. `nightly` makes it the report of a night: `night`,
     `published`, `reasons` (why not: the gate's sentences), and `drift` (a `drift.Drift` as JSON;
-    None or absent on the first night).
+    None or absent on the first night). `merged` are the clusters that components are merged into;
+    None where that was not asked for.
     """
     chosen = _chosen(content) if content is not None and clusters is not None else None
     view: dict[str, Any] = {
-        **dict.fromkeys(("data", "facts", "candidates", "clusters", "rows")),
+        **dict.fromkeys(("data", "facts", "candidates", "clusters", "merged", "rows")),
         **dict.fromkeys(("picture", "criteria", "iterations", "why", "warnings"), ()),
-        "title": _title(clusters, nightly),
+        "title": _title(clusters, nightly, merged),
         "gate": gate_table(nightly),
         "drift": drift_table(nightly),
     }
@@ -88,6 +96,7 @@ def render(
             "facts": _facts(content, chosen, clusters),
             "criteria": _criteria(content, chosen),
             "clusters": _clusters(clusters, kept, content),
+            "merged": cluster_table(merged, clusters, number_or_nan(content["n_samples"])),
             "picture": _picture(clusters, sample, kept),
             "iterations": _iterations(content, chosen),
         }
@@ -132,9 +141,11 @@ def _svg(drawing: Drawing) -> Markup:
     return Markup(drawing.svg)
 
 
-def _title(clusters: Clusters | None, nightly: Json | None) -> str:
+def _title(clusters: Clusters | None, nightly: Json | None, merged: model.Clusters | None) -> str:
     what = "no model"
-    if clusters is not None:
+    if merged is not None:
+        what = model.spell_clusters(merged)
+    elif clusters is not None:
         k = len(clusters.weights)
         what = f"Gaussian mixture of {k:,} component{'s' if k > 1 else ''}"
     if nightly is None:
@@ -280,6 +291,7 @@ def _clusters(clusters: Clusters, kept: Sequence[int], content: Json) -> Table:
     overview = [
         {
             "number": clusters.numbers[c],
+            "cluster": None if clusters.groups is None else clusters.groups[c],
             "colour": hues[c] % N_COLOURS,
             "share": share(float(clusters.weights[c])),
             "bar": f"{100 * clusters.weights[c] / clusters.weights.max():.1f}",
@@ -337,7 +349,10 @@ def _picture(clusters: Clusters, sample: Sample | None, kept: Sequence[int]) -> 
         one = f"A sample of {counted(n_rows, 'row')}, and each component's share of the density."
         return {"drawing": figures.densities("picture", clusters, sample.X, kept), "said": [one]}
     picture_plane = plane(clusters)
-    drawing = figures.scatter("picture", clusters, picture_plane, sample.X, sample.labels, kept)
+    hues = sample.clusters
+    if hues is None:
+        hues = np.array(figures.colours(clusters))[sample.labels]
+    drawing = figures.scatter("picture", clusters, picture_plane, sample.X, hues, kept)
     said = [
         f"A sample of {counted(n_rows, 'row')} in {picture_plane.kind}; ellipses reach {radius:g} "
         f"standard deviation{'s' if radius > 1 else ''} and bear their component's number."
@@ -347,7 +362,9 @@ def _picture(clusters: Clusters, sample: Sample | None, kept: Sequence[int]) -> 
             f"{shortened(printable(name), _LONGEST_NAME)} {signed(r, 2)}" for name, r in features
         )
         said.append(f"{axis.capitalize()} goes along with (correlation): {parts}.")
-    if len(kept) > N_COLOURS:
+    if clusters.groups is not None:
+        said.append("Rows and ellipses have the colour of their cluster.")
+    if len(set(figures.colours(clusters))) > N_COLOURS:
         said.append(f"Colours repeat after {N_COLOURS}; the numbers do not.")
     if n_out := figures.n_outside(clusters, picture_plane, sample.X):
         said.append(f"Rows of the sample that lie outside the frame: {n_out:,}.")

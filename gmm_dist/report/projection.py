@@ -20,7 +20,7 @@ class Clusters:
 
     `weights` (k,), `means` (k, d), `covariances` (c, d, d), or (c, d) for the variances of
     independent features, where c is 1 if all components share them, else k. `numbers` (k) are
-    the components' names.
+    the components' names. `groups` (k) are the clusters that they are merged into, if they are.
     """
 
     weights: Floats
@@ -28,6 +28,7 @@ class Clusters:
     covariances: Floats
     feature_names: tuple[str, ...]
     numbers: tuple[str, ...]
+    groups: tuple[int, ...] | None = None
 
     @property
     def variances(self) -> Floats:

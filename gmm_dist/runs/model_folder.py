@@ -22,6 +22,7 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.model.soundness import flaw
+from gmm_dist.runs.cluster_json import parse_clusters, plain
 from gmm_dist.runs.json_files import FORMAT_VERSION, FileEntry, parse, to_json, whole
 
 TENSORS = "model.safetensors"
@@ -131,6 +132,7 @@ def _card(mixture: Mixture, provenance: Provenance, tensors: FileEntry) -> dict[
         "log_likelihood": mixture.log_likelihood,
         "log_density_quantiles": None if quantiles is None else asdict(quantiles),
         "component_ids": None if mixture.ids is None else list(mixture.ids),
+        "clusters": plain(mixture.clusters),
         **facts,
         "files": {TENSORS: asdict(tensors)},
     }
@@ -145,6 +147,7 @@ def _mixture(card: Mapping[str, Any], tensors: bytes, url: str) -> Mixture:
         log_likelihood=_number(card, "log_likelihood", url),
         log_density_quantiles=_quantiles(card, url),
         ids=_component_ids(card, parameters.n_components, url),
+        clusters=parse_clusters(card.get("clusters"), parameters.n_components),
     )
 
 

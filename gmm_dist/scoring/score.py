@@ -134,6 +134,7 @@ class _Job:
             probabilities=options.probabilities,
             threshold=threshold,
             ids=mixture.ids,
+            clusters=None if mixture.clusters is None else mixture.clusters.of_component,
         )
         return cls(options=options, progress=progress, mixture=mixture, plan=plan, scoring=scoring)
 
@@ -165,8 +166,11 @@ class _Job:
         requested_settings = {
             name: getattr(self.options, name) for name in ("keep", "where", "probabilities")
         }
+        clusters = self.scoring.clusters
         return {
             **requested_settings,
+            # A run of a model without clusters goes on from what an earlier version left of it.
+            **({} if clusters is None else {"clusters": clusters}),
             "outliers": self.options.outliers,
             "threshold": self.scoring.threshold,
             "component_ids": self.scoring.ids,
@@ -205,7 +209,10 @@ class _Job:
         """Say in one line what was done."""
         options, k, counts = self.options, self.mixture.n_components, scored.counts
         rows, files = counted(counts.rows, "row"), counted(len(scored.files), "file")
-        parts = [f"scored {rows} of {files} by k={k}"]
+        by = f"k={k}"
+        if (clusters := self.mixture.clusters) is not None:
+            by += f", {counted(clusters.n_clusters, 'cluster')}"
+        parts = [f"scored {rows} of {files} by {by}"]
         if counts.filtered:
             parts.append(f"{counted(counts.filtered, 'other')} in them did not pass the filter")
         if counts.missing:

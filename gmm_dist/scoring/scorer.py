@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from gmm_dist.errors import UserError
+from gmm_dist.model.clusters import merged
 from gmm_dist.model.densities import Densities
 from gmm_dist.model.parameters import Parameters
 
 COMPONENT, PROBABILITY, LOG_DENSITY = "component", "probability", "log_density"
+CLUSTER = "cluster"
 PROBABILITIES, OUTLIER = "probabilities", "outlier"
 
 _LEAST = -1e300  # of a log-density, nats: no -inf, from which nothing can be subtracted
@@ -27,6 +29,8 @@ class Scoring:
     `probabilities` asks for all responsibilities; `threshold` is the log-density (nats) below
     which a row is an outlier, None to mark none. `ids` are the numbers that `component` gives in
     place of the components' places in the mixture; `probabilities` keep the mixture's order.
+    `clusters` is each component's cluster, None where the model has none: of a row, `cluster` is
+    the one of largest probability, which is the sum of its components'.
 
     Raises UserError when a kept column has the name of one that is written.
     """
@@ -36,6 +40,7 @@ class Scoring:
     probabilities: bool = False
     threshold: float | None = None
     ids: tuple[int, ...] | None = None
+    clusters: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         taken = [name for name in self.kept.names if name in self._written().names]
@@ -57,6 +62,8 @@ class Scoring:
             (PROBABILITY, pa.float64()),
             (LOG_DENSITY, pa.float64()),
         ]
+        if self.clusters is not None:
+            fields.insert(1, (CLUSTER, pa.int32()))
         if self.probabilities:
             fields.append((PROBABILITIES, pa.list_(pa.float64(), self.mixture.n_components)))
         if self.threshold is not None:
@@ -75,13 +82,15 @@ class Scores:
     """The scores of n rows: float64 and nats; NaN, and component 0, for rows with missing values.
 
     `components` (n,) int32 of largest responsibility, `probabilities` (n,) that responsibility,
-    `log_densities` (n,), and `resp` (n, k) all responsibilities if asked for.
+    `log_densities` (n,), `clusters` (n,) int32 of largest responsibility where the model has them,
+    and `resp` (n, k) all responsibilities if asked for.
     """
 
     components: npt.NDArray[np.int32]
     probabilities: npt.NDArray[np.float64]
     log_densities: npt.NDArray[np.float64]
-    resp: npt.NDArray[np.float64] | None
+    clusters: npt.NDArray[np.int32] | None = None
+    resp: npt.NDArray[np.float64] | None = None
 
 
 def device() -> torch.device:
@@ -109,8 +118,10 @@ class Scorer:
             column.cast(field.type)
             for column, field in zip(kept.columns, self._schema, strict=False)
         ]
+        columns.append(pa.array(self._numbers[scores.components], mask=missing))
+        if scores.clusters is not None:
+            columns.append(pa.array(scores.clusters, mask=missing))
         columns += [
-            pa.array(self._numbers[scores.components], mask=missing),
             pa.array(scores.probabilities, mask=missing),
             pa.array(scores.log_densities, mask=missing),
         ]
@@ -124,20 +135,25 @@ class Scorer:
     def scores(self, X: npt.NDArray[np.float64]) -> Scores:
         """Return the scores of rows `X` (d, n)."""
         parts = [self._of(logits) for logits in self._densities.chunks(X.T)]
-        joined = [torch.cat(chunks).cpu().numpy() for chunks in zip(*parts, strict=True)]
         return Scores(
-            components=joined[0],
-            probabilities=joined[1],
-            log_densities=joined[2],
-            resp=joined[3] if len(joined) > 3 else None,
+            **{name: torch.cat([p[name] for p in parts]).cpu().numpy() for name in parts[0]}
         )
 
-    def _of(self, logits: Tensor) -> tuple[Tensor, ...]:
+    def _of(self, logits: Tensor) -> dict[str, Tensor]:
+        """Return the scores of a chunk, by their names in `Scores`."""
         top, component = logits.max(0)
         if bool(top.isinf().any()):  # so far out that every distance overflows
             logits = logits.clamp_min(_LEAST)
             top, component = logits.max(0)
         shares = (logits - top).exp_()
         total = shares.sum(0)
-        columns = component.int(), total.reciprocal(), top + total.log()
-        return (*columns, (shares / total).T) if self._scoring.probabilities else columns
+        scores = {
+            "components": component.int(),
+            "probabilities": total.reciprocal(),
+            "log_densities": top + total.log(),
+        }
+        if (clusters := self._scoring.clusters) is not None:
+            scores["clusters"] = merged(shares, clusters).argmax(0).int()
+        if self._scoring.probabilities:
+            scores["resp"] = (shares / total).T
+        return scores

@@ -44,7 +44,7 @@ class Standing:
 
 # Up to so many features the moments include all products: they cost little, and seeds drawn in
 # whitened coordinates are better.
-_WIDE = 128
+WIDE = 128
 
 Watch = Callable[[Sequence[Standing]], None]
 Searching = Callable[[SearchProgress], None]
@@ -97,7 +97,7 @@ def sweep(
     numbers whose squares leave float64's range.
     """
     began = time.monotonic()
-    moments = SumMoments(n_features, n_features <= _WIDE or _need_products(candidates))
+    moments = SumMoments(n_features, n_features <= WIDE or _need_products(candidates))
     total = shards.run(moments)
     scale = unit_of(total.max_weight)
     if scale != 1:

@@ -606,3 +606,47 @@ def test_wrong_credentials_and_a_missing_bucket_are_one_line(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     forget_connections()
     assert "check the permissions and the credentials" in refused(capfd, s3_lake.url, *out)
+
+
+def test_components_are_merged_into_clusters_which_rows_are_scored_by(
+    tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = lake(tmp_path / "lake"), tmp_path / "out"
+    argv = [data, "--columns", "x", "y", "--k", "4", "--n-init", "2"]
+    assert sweep_job.main([*argv, "--output", str(out), "--json"]) == 0
+    *_, said, last = capsys.readouterr().out.splitlines()
+    assert "; 3 clusters (4 components); model in " in said
+    assert json.loads(last)["n_clusters"] == 3
+    model = gmm_dist.load(str(out))
+    assert model.clusters is not None
+    assert model.clusters.n_clusters == 3
+    report, card = (
+        json.loads((out / name).read_text()) for name in ("sweep.json", "model/model.json")
+    )
+    assert report["clusters"] == card["clusters"]
+    assert [len(tree["merges"]) for tree in card["clusters"]["trees"].values()] == [3, 3]
+    assert "<h1>3 clusters (4 components)</h1>" in (out / "report.html").read_text()
+    X = np.stack([table()["x"], table()["y"]], axis=1)
+    found = model.predict(X, clusters=True)
+    assert len(set(zip(found.tolist(), (np.arange(600) % 3).tolist(), strict=True))) == 3
+    # Asked for, they are as many, and no more than there are components.
+    wanted = {"2": 2, "none": None}
+    for i, (option, expected) in enumerate(wanted.items()):
+        place = tmp_path / str(i)
+        assert fit_job.main([*argv, "--clusters", option, "--output", str(place)]) == 0
+        clusters = gmm_dist.load(str(place)).clusters
+        assert (clusters and clusters.n_clusters) == expected
+        assert model_hash(place) == model_hash(out)
+    few = [data, "--columns", "x", "y", "--k", "3,4", "--clusters", "4", "--output"]
+    assert sweep_job.main([*few, str(tmp_path / "few")]) == 0
+    expected_line = "warning: --clusters 4: the best model has 3 components, so there are no more"
+    assert expected_line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["0", "some", "-1", ""])
+def test_clusters_that_are_no_number_are_refused(
+    tmp_path: Path, capfd: Errors, option: str
+) -> None:
+    argv = [str(tmp_path), "--k", "2", "--output", str(tmp_path / "out")]
+    line = refused(capfd, *argv, f"--clusters={option}")
+    assert "is not auto, none or a number from 1 up" in line

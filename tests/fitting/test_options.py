@@ -49,6 +49,8 @@ NIGHT: dict[str, Any] = {
         ("holdout", np.float32(0.5), 0.5),
         ("tol", 0, 0.0),
         ("max_iter", np.int64(7), 7),
+        ("clusters", np.int64(2), 2),
+        ("clusters", None, None),
     ],
 )
 def test_equal_settings_are_equal_options(name: str, value: Any, expected: Any) -> None:
@@ -69,6 +71,10 @@ def test_equal_settings_are_equal_options(name: str, value: Any, expected: Any) 
         ("covariance_type", "round", "covariance_type is 'round': give one of full, tied"),
         ("criterion", "BIC", "criterion is 'BIC': give one of bic, aic"),
         ("criterion", "holdout", "needs rows to rank by"),
+        ("clusters", "none", "clusters is 'none': give \"auto\", a whole number or None"),
+        ("clusters", 0, "clusters is 0: give a whole number >= 1"),
+        ("clusters", True, "clusters is True: give a whole number"),
+        ("clusters", 3, "clusters is 3, but no candidate has more than 2 components: give larger"),
         ("columns", [1], "columns is 1: give a text"),
         ("columns", [], r"columns is \[\]: give 1 value at least"),
         ("data", None, "data is None: give a path or URL"),

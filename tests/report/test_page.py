@@ -16,6 +16,7 @@ import pytest
 from pages import Page, candidate, clusters, content, sample
 
 from gmm_dist.em.lane import Status
+from gmm_dist.model import clusters as merging
 from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.nightly import drift as drift_module
 from gmm_dist.report.page import Sample, render
@@ -316,3 +317,47 @@ def test_a_browser_draws_it(tmp_path: Path):
     url = (tmp_path / "page.html").as_uri()
     subprocess.run([CHROMIUM, *flags.split(), *where, url], check=True, capture_output=True)
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def merged(k: int, n_clusters: int, **other) -> merging.Clusters:
+    """Return clusters of components that join the first one after another."""
+    merges = tuple(
+        merging.Merge(
+            first=0, second=c, entropy=0.4 * (k - c) / k, misclassification=0.02, share=0.1
+        )
+        for c in range(k - 1, 0, -1)
+    )
+    tree = merging.MergeTree(entropy=0.5, merges=tuple(merges))
+    trees = dict.fromkeys(merging.TREES, tree)
+    values = {"n_clusters": n_clusters, "by": "entropy", "trees": trees, "rule": "merged at once"}
+    return merging.Clusters(**(values | other))
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (2, 1), (3, 2), (12, 5), (100, 7), (100, 90)])
+def test_clusters_are_the_first_line_and_have_their_components_colours(k, n):
+    found = merged(k, n)
+    mixture = replace(clusters(k, 3), groups=found.of_component)
+    rows = sample(k, 3, 300)
+    rows = replace(rows, clusters=np.array(found.of_component)[rows.labels])
+    told = content([candidate(k, 1, lower_bounds=[])], 3)
+    html, page_ = page(told, mixture, rows, None, found)
+    title = merging.spell_clusters(found)
+    assert f"<h1>{title}</h1>" in html
+    first = next(row for row in page_.rows if row and row[0].strip() == "0")
+    assert first[-1].startswith("0") or k > 3
+    assert ("entropy-title" in page_.ids) == ("tree-title" in page_.ids) == (k > 1)
+    if k > 1:
+        assert "Components are merged at once." in html
+        assert "chosen by all rows and measured by all rows" in html
+    assert ("2.0\u202f% of the rows of one" in html) == (n > 1)
+
+
+def test_the_page_says_what_chose_the_merges_and_what_was_asked_for():
+    told = content([candidate(3, 1, lower_bounds=[])], 4)
+    html, _ = page(told, clusters(3, 4), None, None, merged(3, 2, n_sampled=65_536))
+    assert "chosen by a sample of 65,536 rows and measured by all rows" in html
+    html, _ = page(told, clusters(3, 4), None, None, merged(3, 2).at(1))
+    assert "One cluster was asked for." in html
+    html, found = page(told, clusters(3, 4), None)
+    assert "How many clusters" not in html
+    assert "entropy-title" not in found.ids

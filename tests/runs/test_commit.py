@@ -661,6 +661,8 @@ BAD_CARDS: dict[str, tuple[dict[str, Any], str]] = {
     "text": ({"log_density_quantiles": {"levels": LEVELS, "values": "abc"}}, "no numbers"),
     "a list": ({"log_density_quantiles": [1, 2]}, "an entry that makes no sense"),
     "no values": ({"log_density_quantiles": {"levels": LEVELS}}, "lacks an entry"),
+    "clusters as text": ({"clusters": "two"}, "an entry that makes no sense"),
+    "no trees": ({"clusters": {"n_clusters": 2}}, "lacks an entry"),
     "no size": ({"files": {"model.safetensors": {"sha256": "0"}}}, "makes no sense"),
 }
 

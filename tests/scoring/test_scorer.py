@@ -111,3 +111,22 @@ def test_any_cut_into_batches_gives_the_same_rows():
     assert parts["component"].equals(whole["component"])
     np.testing.assert_allclose(parts["log_density"], whole["log_density"], rtol=1e-14)
     assert scored(X[:0], mixture, probabilities=True).num_rows == 0
+
+
+def test_a_rows_cluster_is_that_of_the_largest_sum_beside_its_component():
+    X, mixture = mixtures.normal_rows(3000, D), mixtures.parameters("full", K, D, spread=0.7)
+    X[7, 1] = np.nan
+    clusters = (0, 1, 1, 0, 1)
+    table = scored(X, mixture, probabilities=True, ids=(9, 8, 7, 6, 5), clusters=clusters)
+    names = ["component", "cluster", "probability", "log_density", "probabilities"]
+    assert table.column_names == names
+    assert table.schema.field("cluster").type == pa.int32()
+    assert table["cluster"].null_count == 1
+    whole = np.arange(3000) != 7
+    resp = np.stack(table["probabilities"].filter(pa.array(whole)).to_numpy())
+    sums = np.stack([resp[:, [0, 3]].sum(1), resp[:, [1, 2, 4]].sum(1)], 1)
+    assert table["cluster"].drop_null().to_pylist() == sums.argmax(1).tolist()
+    # A row may belong to another cluster than its component does.
+    assert sums.argmax(1).tolist() != np.array(clusters)[resp.argmax(1)].tolist()
+    with pytest.raises(UserError, match="keep cluster would stand beside the column of that name"):
+        Scoring(mixture=mixture, kept=pa.schema([("cluster", pa.int32())]), clusters=clusters)

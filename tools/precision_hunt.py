@@ -1,6 +1,7 @@
 """Hunt for mixtures on which `--precision auto` ends elsewhere than float64; a command, no test.
 
     python -m tools.precision_hunt --seeds 0 1 2
+    python -m tools.precision_hunt --compiled --features 1 2 16
 
 Each fit starts from a partition with a tenth of its labels wrong and runs until the gain is
 below 1e-9 nats per row. Held against the same run in float64: that it ends; the likelihood, which
@@ -115,9 +116,15 @@ def fits(
     tol: float = _TOL,
     max_iter: int = _MAX_ITER,
     accelerate: bool = True,
+    compiled: bool = False,
 ) -> FitResult:
     config = EMConfig(
-        tol=tol, max_iter=max_iter, reg_covar=1e-15, precision=precision, accelerate=accelerate
+        tol=tol,
+        max_iter=max_iter,
+        reg_covar=1e-15,
+        precision=precision,
+        accelerate=accelerate,
+        compile_from=0 if compiled else X.shape[0] + 1,
     )
     (result,) = mixtures.fit(X, [start], config, edges=[N // 3])
     return result
@@ -185,6 +192,9 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--features", type=int, nargs="+", default=[1, 2, 16, 64, 128])
+    parser.add_argument(
+        "--compiled", action="store_true", help="auto takes compiled loops, float64 does not"
+    )
     options = parser.parse_args()
     began, counts = time.monotonic(), collections.Counter[str]()
     for seed in options.seeds:
@@ -197,7 +207,8 @@ def main() -> None:
                 start = torch.where(wrong, torch.randint(K, (N,), generator=generator), labels)
                 for kind in COVARIANCE_TYPES:
                     first = start_at(X, start, kind)
-                    auto, exact = (fits(X, first, p) for p in ("auto", "float64"))
+                    auto = fits(X, first, "auto", compiled=options.compiled)
+                    exact = fits(X, first, "float64")
                     counts["fits"] += 1
                     messages = faults(X, auto, kind)
                     if auto.is_ranked and exact.is_ranked:

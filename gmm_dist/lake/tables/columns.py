@@ -86,6 +86,13 @@ class LakeFileReader:
         return self._parquet.metadata
 
     @cached_property
+    def _fields(self) -> dict[str, pa.Field]:
+        """The table's columns by name: a schema looks for each among all."""
+        return (
+            {} if self._columns is None else {field.name: field for field in self._columns.schema}
+        )
+
+    @cached_property
     def schema(self) -> pa.Schema:
         """The lake's columns, in the types that they are read in."""
         if self._columns is None:
@@ -133,10 +140,8 @@ class LakeFileReader:
     def _named(self, table: pa.Table, names: Sequence[str]) -> pa.Table:
         if self._columns is None:
             return table
-        schema = self._columns.schema
-        columns = {
-            name: self._column(table, schema.field(name)) for name in names if name in schema.names
-        }
+        fields = self._fields
+        columns = {name: self._column(table, fields[name]) for name in names if name in fields}
         return pa.table(columns) if columns else table.select([])
 
     def _column(self, table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:

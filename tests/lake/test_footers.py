@@ -174,11 +174,15 @@ def test_planning_takes_time_in_line_with_the_columns(tmp_path: Path) -> None:
         path.mkdir()
         for name in "ab":
             lakes.write(path / f"{name}.parquet", {f"c{i}": [0.5, 1.5] for i in range(n)})
-        began = time.process_time()
-        plan = plan_lake(str(path))
-        assert plan.n_features == n
-        assert lakes.read_all(plan)[0].shape == (4, n)
-        return time.process_time() - began
+
+        def once() -> float:
+            began = time.process_time()
+            plan = plan_lake(str(path))
+            assert plan.n_features == n
+            assert lakes.read_all(plan)[0].shape == (4, n)
+            return time.process_time() - began
+
+        return min(once() for _ in range(3))  # other work on the machine costs time, too
 
     seconds(100)  # what is loaded once
     # A search in each schema for each column took sixteen times as long for four times as many.

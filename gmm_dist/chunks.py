@@ -11,6 +11,9 @@ import torch
 SHORTEST = 256
 """Rows of a chunk, at least, however much memory each takes."""
 
+STAGGER = 80
+"""Numbers between a chunk's lines: a power of two apart, they would share places in a cache."""
+
 _ALIGNED = 16  # chunks are cut at multiples of this many rows: a cache line of float32
 
 

@@ -229,8 +229,7 @@ def grouped(lanes: Sequence[Lane]) -> list[list[Lane]]:
     """Group lanes of one covariance type and form, in a fixed order."""
     groups: dict[tuple[str, Precision, bool], list[Lane]] = {}
     for lane in lanes:
-        all_pairs = lane.precision is Precision.CENTRED and lane.policy.all_pairs
-        key = lane.parameters.covariance_type, lane.precision, all_pairs
+        key = lane.parameters.covariance_type, lane.precision, lane.policy.all_pairs
         groups.setdefault(key, []).append(lane)
     return list(groups.values())
 
@@ -252,7 +251,7 @@ def _batch(group: Sequence[Lane]) -> LaneBatch:
         policy.form,
         checks=any(lane.policy.measures_float32 for lane in group),
         compiled=policy.compiled,
-        all_pairs=policy.form is Precision.CENTRED and policy.all_pairs,
+        all_pairs=policy.all_pairs,
     )
 
 

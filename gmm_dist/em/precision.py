@@ -231,8 +231,9 @@ class PrecisionPolicy:
 
     @property
     def all_pairs(self) -> bool:
-        """Whether the centred form takes all pairs of rows and components."""
-        return self.compiled and self._pairs > self.most_survivors[2]
+        """Whether the next pass takes all pairs of rows and components, about the means."""
+        is_dense = self.compiled and self._pairs > self.most_survivors[2]
+        return is_dense and self.form is Precision.CENTRED
 
     def come_back(self, condition: float) -> None:
         """Take a faster form, if a step of such a condition has shown that it may."""

@@ -37,9 +37,7 @@ def one_pass(X, lanes: list[Parameters], sample_weight=None, *, edges=(), all_pa
 
 
 def logits(X, mixture: Parameters) -> torch.Tensor:
-    matrices = torch.tensor(naive.covariance_matrices(mixture))
-    normal = torch.distributions.MultivariateNormal(mixture.means, matrices)
-    return normal.log_prob(X.double()[:, None]) + mixture.weights.log()
+    return torch.from_numpy(naive.weighted_log_prob(X, mixture))
 
 
 @every_type
@@ -108,7 +106,7 @@ def test_the_loops_are_what_they_are_in_python(kind, monkeypatch):
     X, lanes = mixtures.normal_rows(150, 6), [mixtures.parameters(kind, 3, 6)]
     expected = one_pass(X, lanes)
 
-    def in_python(has_products: bool, _: str) -> compiled.DenseLoops:
+    def in_python(has_products: bool) -> compiled.DenseLoops:
         return compiled.plain(compiled.DenseLoops, has_products)
 
     monkeypatch.setattr(dense_form, "dense_loops_for", in_python)
@@ -122,7 +120,7 @@ def shares_of(logits: np.ndarray, lowest: float = -1e12) -> np.ndarray:
     k, n = logits.shape
     filled = np.zeros((2, k, -(-n // dense_loops.STRETCH) * dense_loops.STRETCH))
     filled[0, :, :n] = logits
-    loops = compiled.dense_loops_for(True, "d")
+    loops = compiled.dense_loops_for(True)
     cuts, weight, far = np.array([cut(k)]), np.ones(n), np.zeros(n, dtype=np.bool_)
     sums = np.zeros((2, k)), np.zeros((3, 1))
     loops.all_shares(np.array([0, k]), cuts, lowest, *filled, weight, far, *sums)

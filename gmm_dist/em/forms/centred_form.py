@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
+from gmm_dist.chunks import STAGGER
 from gmm_dist.em.forms.features import Features
 from gmm_dist.em.lane_batch import GROWTH, MARGIN, LaneBatch, cut, screening_error
 from gmm_dist.em.statistics import SufficientStatistics
@@ -30,7 +31,6 @@ from gmm_dist.model.densities import Densities
 from gmm_dist.shards.protocol import Block
 
 _PIECE_ROWS, _PIECE_LOGITS = 1 << 15, 1 << 21  # rows screened before their pairs are evaluated
-_STAGGER = 80  # numbers between lines: a power of two apart, they would share places in a cache
 _GATHERED = 1 << 17  # numbers of rows about means, at once: they stay in a cache
 _DENSE = 1 << 20  # logits of rows with all components, at once
 
@@ -52,7 +52,7 @@ class CentredForm:
         self._of_lane = list(itertools.starmap(slice, itertools.pairwise(edges)))
         like = features.empty
         self._n_piece = max(n_max, min(_PIECE_LOGITS // n_components, _PIECE_ROWS))
-        self._logits = like.new_empty(n_components, self._n_piece + _STAGGER)
+        self._logits = like.new_empty(n_components, self._n_piece + STAGGER)
         self._matter = torch.empty_like(self._logits, dtype=torch.bool)
         self._unsure = self._matter.new_empty(self._n_piece)
         zeros = like.double().new_zeros

@@ -62,7 +62,7 @@ class Loops:
 
 @dataclass(frozen=True, slots=True)
 class DenseLoops:
-    """The loops of the dense form for one layout of moments and one type of rows."""
+    """The loops of the dense form for one layout of moments."""
 
     all_logits: Callable[..., None]
     all_shares: Callable[..., int]
@@ -72,12 +72,12 @@ class DenseLoops:
 _L = TypeVar("_L", Loops, DenseLoops)
 _SUMMING = (pair_loops.__name__, dense_loops.__name__)
 _SIGNATURES = {
-    "all_logits": "void({x}[:,:], f8[:,::1], f8[:,:,::1], f8[::1], f8[:,::1])",
-    "all_logits_apart": "void({x}[:,:], f8[:,::1], f8[:,::1], f8[::1], f8[:,::1])",
+    "all_logits": "void(i8, f8[:,::1], f8[:,::1], f8[:,:,::1], f8[::1], f8[:,::1])",
+    "all_logits_apart": "void(i8, f8[:,::1], f8[:,::1], f8[:,::1], f8[::1], f8[:,::1])",
     "all_shares": "i8(i8[::1], f8[::1], f8, f8[:,::1], f8[:,::1], f8[::1], b1[::1], f8[:,::1], "
     "f8[:,::1])",
-    "all_moments": "void({x}[:,:], f8[:,::1], f8[:,::1], f8[:,::1], f8[:,:,::1])",
-    "all_moments_apart": "void({x}[:,:], f8[:,::1], f8[:,::1], f8[:,::1], f8[:,::1])",
+    "all_moments": "void(i8, f8[:,::1], f8[:,::1], f8[:,::1], f8[:,::1], f8[:,:,::1])",
+    "all_moments_apart": "void(i8, f8[:,::1], f8[:,::1], f8[:,::1], f8[:,::1], f8[:,::1])",
     "transpose": "void({x}[:,:], f8[:,::1])",
     "limits": "void(f4[:,::1], i8, i8, i8[::1], f8[::1], f8[::1], f8[::1], i2[:,::1], f4[:,::1])",
     "depth_limits": "void(i8, f8[::1], f8[::1], i2[:,::1], f4[:,::1])",
@@ -105,12 +105,12 @@ def loops_for(has_products: bool, dtype: str) -> Loops:
 
 
 @functools.cache
-def dense_loops_for(has_products: bool, dtype: str) -> DenseLoops:
-    """Return the compiled loops of the dense form for rows of a dtype, "f" or "d"."""
-    return plain(DenseLoops, has_products, _compiler(dtype))
+def dense_loops_for(has_products: bool) -> DenseLoops:
+    """Return the compiled loops of the dense form."""
+    return plain(DenseLoops, has_products, _compiler())
 
 
-def _compiler(dtype: str) -> Callable[[Callable[..., Any]], Any]:
+def _compiler(dtype: str = "d") -> Callable[[Callable[..., Any]], Any]:
     import numba
 
     def compile_(loop: Callable[..., Any]) -> Any:

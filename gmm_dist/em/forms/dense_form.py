@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.chunks import cuts
+from gmm_dist.chunks import STAGGER, cuts
 from gmm_dist.em.forms.about_means import Components, Sums
 from gmm_dist.em.forms.compiled import dense_loops_for
 from gmm_dist.em.forms.dense_loops import STRETCH
@@ -38,7 +38,9 @@ class DenseForm:
         most = min(_NUMBERS // n_components, _MOST_ROWS) // STRETCH * STRETCH
         self._n_chunk = max(most, STRETCH)
         self._logits, self._shares = np.zeros((2, n_components, self._n_chunk))
+        self._x = np.zeros((n_features, self._n_chunk + STAGGER))
         self._far = np.empty(self._n_chunk, dtype=np.bool_)
+        self._loops = dense_loops_for(self._type.has_products)
         self.begin(group)
 
     def begin(self, group: LaneBatch) -> None:
@@ -58,24 +60,32 @@ class DenseForm:
     def _add(self, x: Array, weight: Array) -> None:
         """Add rows `x` (d, n)."""
         of, n = self._components, x.shape[1]
-        loops = dense_loops_for(self._type.has_products, x.dtype.char)
-        loops.all_logits(x, of.means.numpy(), of.factors, of.peaks.numpy(), self._logits)
+        self._fill(x)
+        self._loops.all_logits(
+            n, self._x, of.means.numpy(), of.factors, of.peaks.numpy(), self._logits
+        )
         far = self._far[:n]
-        if self._share_out(x, weight, FAR, far):
+        if self._share_out(weight, FAR, far):
             # Their logits have few digits left: these come from distances to one another.
             which = np.flatnonzero(far)
             x = x[:, which].astype(np.float64)
+            self._fill(x)
             self._logits[:, : len(which)] = of.densities(torch.from_numpy(x)).numpy()
-            self._share_out(x, weight[which], -np.inf, far[: len(which)])
+            self._share_out(weight[which], -np.inf, far[: len(which)])
 
-    def _share_out(self, x: Array, weight: Array, lowest: float, far: Array) -> int:
+    def _fill(self, x: Array) -> None:
+        """Take rows (d, n) as float64, and zeros up to whole stretches."""
+        n = x.shape[1]
+        self._x[:, :n] = x
+        self._x[:, n : -(-n // STRETCH) * STRETCH] = 0.0
+
+    def _share_out(self, weight: Array, lowest: float, far: Array) -> int:
         """Add the rows whose logits are there; return how many are below `lowest`."""
         sums, n = self._sums, len(weight)
-        loops = dense_loops_for(self._type.has_products, x.dtype.char)
         by_component, by_lane = sums.by_component, sums.by_lane
         arrays = self._logits, self._shares, weight, far, by_component, by_lane
-        n_far = loops.all_shares(sums.edges, sums.cuts, lowest, *arrays)
+        n_far = self._loops.all_shares(sums.edges, sums.cuts, lowest, *arrays)
         if n_far < n:
             means = self._components.means.numpy()
-            loops.all_moments(x, means, self._shares, sums.sum_x, sums.scatter)
+            self._loops.all_moments(n, self._x, means, self._shares, sums.sum_x, sums.scatter)
         return int(n_far)

@@ -20,31 +20,25 @@ _ROUNDS = 6755399441055744.0  # 1.5 · 2^52: a sum with it has a small whole num
 _LOG_2_HIGH, _LOG_2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 
 
-def all_logits(x: Array, means: Array, factors: Array, peaks: Array, logits: Array) -> None:
+def all_logits(n: int, x: Array, means: Array, factors: Array, peaks: Array, logits: Array) -> None:
     """Fill the logits of rows with all components, by their distances from the means.
 
     Args:
-        x: (d, n).
+        n: How many rows there are.
+        x: (d, N), N the rows filled up to whole stretches, and more.
         means: (K, d).
         factors: (K, D, D), lower triangular: the distance of z is |F z|. D is d rounded up to a
             multiple of four, all beyond d zero.
         peaks: (K,), the logits at the means.
-        logits: (K, N), N the rows filled up to whole stretches; filled.
+        logits: (K, N); filled.
     """
-    d, size, n = len(x), factors.shape[1], x.shape[1]
-    rows, z = np.zeros((size, STRETCH)), np.zeros((size, STRETCH))
+    d, z = len(x), np.zeros((factors.shape[1], STRETCH))
     y0, y1 = np.zeros(STRETCH), np.zeros(STRETCH)
     for first in range(0, n, STRETCH):
-        width = min(STRETCH, n - first)
-        for i in range(d):
-            for m in range(width):
-                rows[i, m] = x[i, first + m]
-            for m in range(width, STRETCH):
-                rows[i, m] = 0.0
         for k in range(len(means)):
             F, mean, line = factors[k], means[k], logits[k, first : first + STRETCH]
             for i in range(d):
-                row, about, centre = rows[i], z[i], mean[i]
+                row, about, centre = x[i, first : first + STRETCH], z[i], mean[i]
                 for m in range(STRETCH):
                     about[m] = row[m] - centre
             for m in range(STRETCH):
@@ -77,23 +71,18 @@ def all_logits(x: Array, means: Array, factors: Array, peaks: Array, logits: Arr
                 line[m] = peak - 0.5 * line[m]
 
 
-def all_logits_apart(x: Array, means: Array, factors: Array, peaks: Array, logits: Array) -> None:
+def all_logits_apart(
+    n: int, x: Array, means: Array, factors: Array, peaks: Array, logits: Array
+) -> None:
     """Do the same for independent features: `factors` (K, d) are inverse standard deviations."""
-    d, n = len(x), x.shape[1]
-    rows = np.zeros((d, STRETCH))
+    d = len(x)
     for first in range(0, n, STRETCH):
-        width = min(STRETCH, n - first)
-        for i in range(d):
-            for m in range(width):
-                rows[i, m] = x[i, first + m]
-            for m in range(width, STRETCH):
-                rows[i, m] = 0.0
         for k in range(len(means)):
             line = logits[k, first : first + STRETCH]
             for m in range(STRETCH):
                 line[m] = 0.0
             for i in range(d):
-                row, centre, factor = rows[i], means[k, i], factors[k, i]
+                row, centre, factor = x[i, first : first + STRETCH], means[k, i], factors[k, i]
                 for m in range(STRETCH):
                     y = (row[m] - centre) * factor
                     line[m] += y * y
@@ -225,31 +214,28 @@ def all_shares(
     return n_far
 
 
-def all_moments(x: Array, means: Array, shares: Array, sum_x: Array, scatter: Array) -> None:
+def all_moments(
+    n: int, x: Array, means: Array, shares: Array, sum_x: Array, scatter: Array
+) -> None:
     """Add the first and second moments of rows about all components' means.
 
     Args:
-        x: (d, n).
+        n: How many rows there are.
+        x: (d, N), N the rows filled up to whole stretches, and more.
         means: (K, d).
-        shares: (K, N), the weighted responsibilities, N the rows filled up to whole stretches.
+        shares: (K, N), the weighted responsibilities.
         sum_x: (K, d), added to.
         scatter: (K, D, D), added to on and above the diagonal, and here and there below it. D is d
             rounded up to a multiple of four.
     """
-    d, size, n = len(x), scatter.shape[1], x.shape[1]
-    rows = np.zeros((size, STRETCH))
+    d, size = len(x), scatter.shape[1]
     z, weighted = np.zeros((size, STRETCH)), np.zeros((size, STRETCH))
     for first in range(0, n, STRETCH):
-        width = min(STRETCH, n - first)
-        for i in range(d):
-            for m in range(width):
-                rows[i, m] = x[i, first + m]
-            for m in range(width, STRETCH):
-                rows[i, m] = 0.0
         for k in range(len(means)):
             S, mean, share = scatter[k], means[k], shares[k, first : first + STRETCH]
             for i in range(d):
-                row, about, times, centre = rows[i], z[i], weighted[i], mean[i]
+                row, centre = x[i, first : first + STRETCH], mean[i]
+                about, times = z[i], weighted[i]
                 for m in range(STRETCH):
                     # A share of zero is a row of no weight, or one infinitely far away.
                     about[m] = row[m] - centre if share[m] > 0 else 0.0
@@ -283,21 +269,16 @@ def all_moments(x: Array, means: Array, shares: Array, sum_x: Array, scatter: Ar
                     S[i + 1, j + 3] += b3
 
 
-def all_moments_apart(x: Array, means: Array, shares: Array, sum_x: Array, scatter: Array) -> None:
+def all_moments_apart(
+    n: int, x: Array, means: Array, shares: Array, sum_x: Array, scatter: Array
+) -> None:
     """Do the same for independent features, whose `scatter` is (K, d)."""
-    d, n = len(x), x.shape[1]
-    rows, z = np.zeros((d, STRETCH)), np.zeros(STRETCH)
+    d, z = len(x), np.zeros(STRETCH)
     for first in range(0, n, STRETCH):
-        width = min(STRETCH, n - first)
-        for i in range(d):
-            for m in range(width):
-                rows[i, m] = x[i, first + m]
-            for m in range(width, STRETCH):
-                rows[i, m] = 0.0
         for k in range(len(means)):
             share = shares[k, first : first + STRETCH]
             for i in range(d):
-                row, centre = rows[i], means[k, i]
+                row, centre = x[i, first : first + STRETCH], means[k, i]
                 for m in range(STRETCH):
                     z[m] = row[m] - centre if share[m] > 0 else 0.0
                 linear = second = 0.0

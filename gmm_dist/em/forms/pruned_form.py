@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from gmm_dist.chunks import chunk_rows, cuts
+from gmm_dist.chunks import STAGGER, chunk_rows, cuts
 from gmm_dist.em.forms.about_means import Components, Sums
 from gmm_dist.em.forms.certificate import DEPTHS, Centred
 from gmm_dist.em.forms.compiled import Loops, loops_for
@@ -40,7 +40,6 @@ _CPU = torch.device("cpu")
 _ROWS_PER_COMPONENT = 64  # of a piece, so that a component's rows are worked on together
 _LEAST_PIECE, _MOST_PIECE = 4096, 32_768
 _MOST_PAIRS = 1 << 24  # of a piece, if all components matter to all rows
-_STAGGER = 80  # numbers between lines: a power of two apart, they would share places in a cache
 _DENSE = 1 << 20  # pairs of rows with all components, at once
 _GRID, _NO_GRID = DEPTHS.numpy(), np.empty(0)
 
@@ -77,7 +76,7 @@ class PrunedForm:
         self._n_piece = max(most, _LEAST_PIECE)
         self._n_chunk = chunk_rows(group.theta.shape[1] + n_components, _CPU)
         self._features = Features(d, self._n_chunk, {self._type.name}, torch.float32, _CPU)
-        self._screened = torch.empty(n_components, self._n_chunk + _STAGGER)
+        self._screened = torch.empty(n_components, self._n_chunk + STAGGER)
         self._limit = np.empty((len(self._sizes), self._n_chunk), dtype=np.float32)
         self._of_lane = np.repeat(np.arange(len(self._sizes)), self._sizes)
         self._X = np.empty((self._n_piece, d))

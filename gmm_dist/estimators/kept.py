@@ -106,7 +106,7 @@ def kept_fit(
         provenance = replace(
             provenance_of(estimator),
             plan_hash=plan.hash,
-            snapshot=None if plan.snapshot is None else plan.snapshot.content,
+            snapshot=plan.snapshot_content,
         )
         run.attempt.write_model(estimator.to_mixture(), provenance)
         for name, data in _files(estimator).items():
@@ -148,7 +148,7 @@ def _identity(estimator: BaseMixture, plan: Plan) -> RunIdentity:
         files=plan.versions,
         settings={**rows, **settings},
         environment=environment(),
-        snapshot=None if plan.snapshot is None else plan.snapshot.content,
+        snapshot=plan.snapshot_content,
     )
 
 

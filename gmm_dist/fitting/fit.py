@@ -214,7 +214,7 @@ class Job:
             files=self.plan.versions,
             settings=settings,
             environment=environment(),
-            snapshot=None if self.plan.snapshot is None else self.plan.snapshot.content,
+            snapshot=self.plan.snapshot_content,
         )
 
     def fit(self, run: Run, look: Look = lambda shards, result: None) -> Fitted:

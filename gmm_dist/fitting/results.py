@@ -148,7 +148,7 @@ def _provenance(best: RankedCandidate, plan: Plan, settings: dict[str, Any]) -> 
         config=settings,
         plan_hash=plan.hash,
         versions=_versions(),
-        snapshot=None if plan.snapshot is None else plan.snapshot.content,
+        snapshot=plan.snapshot_content,
     )
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +80,11 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", Url(self.url))
         object.__setattr__(self, "hash", _hash(self))
+
+    @property
+    def snapshot_content(self) -> dict[str, Any] | None:
+        """The version of the table that it is, as plain JSON values; None for no table."""
+        return None if self.snapshot is None else self.snapshot.content
 
     @property
     def n_rows(self) -> int:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 
 from gmm_dist.config import StartConfig
-from gmm_dist.em.estep import SumMoments
 from gmm_dist.model.clusters import CHOSEN, MISCLASSIFICATION, Clusters, MergeTree
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.coreset import Coreset
 from gmm_dist.selection.merging import Pair, Passed, SumTrees, merge_orders
 from gmm_dist.selection.samples import Sampler
-from gmm_dist.selection.sweep import WIDE
+from gmm_dist.selection.sweep import in_unit
 from gmm_dist.selection.valleys import valley
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Shards, WorkingShards
-from gmm_dist.shards.reweighted import ReweightedShards, unit_of
 
 MOST_BY_ALL_ROWS = 64
 """Components whose merges all rows choose, at most: of more, a sample does."""
@@ -57,14 +55,13 @@ def find_clusters(
         start: The settings of the search, which decide its sample.
         watch: Gets the number of passes done, and that of all.
     """
-    scale = unit_of(shards.run(_moments(mixture)).max_weight)
-    if scale != 1:
-        shards = ReweightedShards(shards, scale)
+    has_products = mixture.type.has_products
+    shards, total, _ = in_unit(shards, mixture.n_features, has_products=has_products)
     n_sampled = None
     if mixture.n_components <= MOST_BY_ALL_ROWS:
         orders = merge_orders(shards, mixture, watch=watch)
     else:
-        sample = _sample(shards, mixture, start or StartConfig())
+        sample = _sample(Sampler(shards, start or StartConfig(), total), mixture.n_components)
         n_sampled = len(sample.X)
         # The number of shards decides the bits, that of threads does not.
         rows = LocalShards.of(
@@ -112,15 +109,8 @@ def number_of_clusters(mixture: Parameters, tree: MergeTree) -> int:
     return 1
 
 
-def _sample(shards: WorkingShards, mixture: Parameters, start: StartConfig) -> Coreset:
+def _sample(sampler: Sampler, k: int) -> Coreset:
     """Return rows of the sample on which a mixture of so many components is searched for."""
-    total = shards.run(_moments(mixture))
-    rows = Sampler(shards, start, total).samples(mixture.n_components).small.sample
-    n_rows = max(_FEWEST_ROWS, _MOST_NUMBERS // mixture.n_components)
+    rows = sampler.samples(k).small.sample
+    n_rows = max(_FEWEST_ROWS, _MOST_NUMBERS // k)
     return Coreset(rows.X[:n_rows], rows.sample_weight[:n_rows])
-
-
-def _moments(mixture: Parameters) -> SumMoments:
-    """Return the task that sums the moments, as a sweep asks for them."""
-    d = mixture.n_features
-    return SumMoments(d, d <= WIDE or mixture.type.has_products)

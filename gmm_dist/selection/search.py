@@ -159,7 +159,7 @@ class Repair:
         repaired = split_merge.replace(self.parameters, self.degenerate, splits)
         if repaired is None:
             return []
-        of = _candidate_of(self.parameters)
+        of = candidate_of(self.parameters)
         if stand_in(of, samples) != of:
             return [repaired]
         (refit,) = run(samples.large, [repaired], self.config)
@@ -303,7 +303,7 @@ class Search:
         starts = [*(fit.parameters for fit in seeded), *on_trail]
         small.add((yield from self._run(starts, self._short)))
         yield from self._improve(small, Stream.MOVES, "small")
-        warm = [mixture for mixture in self.warm if self.candidate == _candidate_of(mixture)]
+        warm = [mixture for mixture in self.warm if self.candidate == candidate_of(mixture)]
         long = replace(self.config, max_iter=LONG, tol=max(self.config.tol, _LONG_TOL))
         large.add((yield from self._run([*small.mixtures, *warm], long, "large", rivals=True)))
         yield from self._improve(large, Stream.LATE_MOVES, "large")
@@ -383,7 +383,8 @@ def _parts(n_lanes: int, candidate: Candidate, rows: Rows) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
 
 
-def _candidate_of(parameters: Parameters) -> Candidate:
+def candidate_of(parameters: Parameters) -> Candidate:
+    """Return the candidate that a mixture is one of."""
     return Candidate(parameters.n_components, parameters.covariance_type)
 
 

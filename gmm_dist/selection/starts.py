@@ -30,7 +30,16 @@ from gmm_dist.em.statistics import TotalMoments
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.samples import Sampler
-from gmm_dist.selection.search import LONG, TRAIL, Repair, Search, Steps, as_type, stand_in
+from gmm_dist.selection.search import (
+    LONG,
+    TRAIL,
+    Repair,
+    Search,
+    Steps,
+    as_type,
+    candidate_of,
+    stand_in,
+)
 from gmm_dist.shards.protocol import Jobs, WorkingShards
 
 # Rows from which on a search takes seconds, and to load Numba half of one.
@@ -221,7 +230,7 @@ def _candidate(
         return finalists
     # Those of the candidate's own type, which did not join the search, are as good as finalists.
     kind = candidate.covariance_type
-    own = [m for m in search.warm if Candidate(m.n_components, m.covariance_type) == candidate]
+    own = [mixture for mixture in search.warm if candidate_of(mixture) == candidate]
     return [*(as_type(mixture, kind) for mixture in finalists), *own]
 
 

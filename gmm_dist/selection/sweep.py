@@ -44,7 +44,7 @@ class Standing:
 
 # Up to so many features the moments include all products: they cost little, and seeds drawn in
 # whitened coordinates are better.
-WIDE = 128
+_WIDE = 128
 
 Watch = Callable[[Sequence[Standing]], None]
 Searching = Callable[[SearchProgress], None]
@@ -97,12 +97,8 @@ def sweep(
     numbers whose squares leave float64's range.
     """
     began = time.monotonic()
-    moments = SumMoments(n_features, n_features <= WIDE or _need_products(candidates))
-    total = shards.run(moments)
-    scale = unit_of(total.max_weight)
-    if scale != 1:
-        shards = ReweightedShards(shards, scale)
-        total = shards.run(moments)
+    has_products = any(TYPE_OF[c.covariance_type].has_products for c in candidates)
+    shards, total, scale = in_unit(shards, n_features, has_products=has_products)
     require_rows(candidates, total.n_rows)
     names = feature_names or [f"x{j}" for j in range(n_features)]
     _require_range(total.overflowing_features(), names, "large")
@@ -159,8 +155,23 @@ def sweep(
     )
 
 
-def _need_products(candidates: Sequence[Candidate]) -> bool:
-    return any(TYPE_OF[c.covariance_type].has_products for c in candidates)
+def in_unit(
+    shards: WorkingShards, n_features: int, *, has_products: bool
+) -> tuple[WorkingShards, TotalMoments, float]:
+    """Return all rows with the largest weight from 1 to 2, their moments, and by how much it grew.
+
+    Args:
+        shards: All rows, about their shared centre.
+        n_features: Number of features d.
+        has_products: Whether mixtures need the products of two features.
+    """
+    moments = SumMoments(n_features, n_features <= _WIDE or has_products)
+    total = shards.run(moments)
+    scale = unit_of(total.max_weight)
+    if scale != 1:
+        shards = ReweightedShards(shards, scale)
+        total = shards.run(moments)
+    return shards, total, scale
 
 
 class _CandidateLanes:

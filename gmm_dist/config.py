@@ -15,6 +15,9 @@ from gmm_dist.urls import Url
 PRECISIONS = ("auto", "float32", "float64")
 RELATIVE, ABSOLUTE = "variance of the feature over all rows", "squared feature unit"
 REG_UNITS = (RELATIVE, ABSOLUTE)
+COMPILE_FROM = 50_000
+"""Rows from which on compiled loops win back the time that it takes to load them."""
+
 INITS = ("k-means||", "k-means++", "kmeans", "random", "random_from_data")
 
 
@@ -127,7 +130,7 @@ class EMConfig:
     reg_unit: str = RELATIVE
     returns: str = "scored"
     on_singular: str = "regularise"
-    compile_from: int = 50_000
+    compile_from: int = COMPILE_FROM
 
     def __post_init__(self) -> None:
         _require(_is_size(self.tol), "tol", self.tol, "a number >= 0")

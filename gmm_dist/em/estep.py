@@ -17,8 +17,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.chunks import chunk_rows
+from gmm_dist.compiling import can_compile, may_compile
 from gmm_dist.em.forms.centred_form import CentredForm
-from gmm_dist.em.forms.compiled import can_compile, may_compile
 from gmm_dist.em.forms.dense_form import DenseForm
 from gmm_dist.em.forms.features import Features
 from gmm_dist.em.forms.product_form import ProductForm

@@ -48,10 +48,6 @@ class LogLikelihoods:
         return LogLikelihoods(self.sums + other.sums, self.n_samples + other.n_samples)
 
 
-def _densities(rows: ShardRows, mixtures: Sequence[Parameters]) -> list[Densities]:
-    return [Densities.of(mixture, rows.device) for mixture in mixtures]
-
-
 def _log_norms(
     rows: ShardRows, densities: Sequence[Densities]
 ) -> Iterator[tuple[Float64[Tensor, " b"], Float64[Tensor, "L b"]]]:
@@ -66,14 +62,15 @@ class Score:
     """The task that sums the rows' log-likelihood under each mixture.
 
     In the centred form, which is right for any mixture of positive definite covariances, and
-    without the moments, which take most of an E-step's time. Peak memory beside the rows: the
+    without the moments; `compiled`, by loops where these suit. Peak memory beside the rows: the
     log-densities (k, b) of a chunk of b rows under one mixture.
     """
 
     mixtures: tuple[Parameters, ...]
+    compiled: bool = False
 
     def __call__(self, rows: ShardRows) -> LogLikelihoods:
-        densities = _densities(rows, self.mixtures)
+        densities = [Densities.of(m, rows.device, compiled=self.compiled) for m in self.mixtures]
         sums = torch.zeros(len(densities), dtype=torch.float64, device=rows.device)
         n_samples = torch.zeros((), dtype=torch.float64, device=rows.device)
         for weight, log_norm in _log_norms(rows, densities):
@@ -147,7 +144,7 @@ class SumScores:
     mixture: Parameters
 
     def __call__(self, rows: ShardRows) -> ScoreSums:
-        (density,) = _densities(rows, [self.mixture])
+        density = Densities.of(self.mixture, rows.device)
         weights = [block.weights for block in rows.blocks if block.X.shape[1]]
         unit = unit_of(max((float(w.max()) for w in weights), default=1.0))
         sums = torch.zeros(4, dtype=torch.float64, device=rows.device)
@@ -168,21 +165,29 @@ class SumScores:
         )
 
 
-def mean_log_likelihoods(shards: Shards, mixtures: Sequence[Parameters]) -> list[float | None]:
+def mean_log_likelihoods(
+    shards: Shards, mixtures: Sequence[Parameters], total: TotalMoments | None = None
+) -> list[float | None]:
     """Return each mixture's mean log-likelihood of the held-out rows: Σ w log p / Σ w, nats.
 
-    The mixtures are about the rows' shared centre. None for one whose covariance is singular,
-    and for all where no row of positive weight is held out.
+    The mixtures are about the rows' shared centre, of which `total` tells whether compiled loops
+    pay. None for one whose covariance is singular, and for all where no row of positive weight is
+    held out.
     """
     sound = [i for i, mixture in enumerate(mixtures) if _has_density(mixture)]
     means: list[float | None] = [None] * len(mixtures)
     if not sound:
         return means
-    found = shards.run(HeldOut(Score(tuple(mixtures[i] for i in sound))))
+    task = Score(tuple(mixtures[i] for i in sound), compiled=_pays(total))
+    found = shards.run(HeldOut(task))
     if found.n_samples > 0:
         for i, value in zip(sound, (found.sums / found.n_samples).tolist(), strict=True):
             means[i] = value
     return means
+
+
+def _pays(total: TotalMoments | None) -> bool:
+    return total is not None and total.loops_pay()
 
 
 def _has_density(mixture: Parameters) -> bool:
@@ -267,14 +272,15 @@ class Tally:
     """The task that counts the rows by their log-density under each mixture.
 
     The mixtures are about the rows' shared centre, of positive definite covariances. In the
-    centred form and float64. Peak memory beside the rows: the log-densities (k, b) of a chunk of
-    b rows under one mixture, and 150 KB of counts for each.
+    centred form and float64; `compiled`, by loops where these suit. Peak memory beside the rows:
+    the log-densities (k, b) of a chunk of b rows under one mixture, and 150 KB of counts for each.
     """
 
     mixtures: tuple[Parameters, ...]
+    compiled: bool = False
 
     def __call__(self, rows: ShardRows) -> Histograms:
-        densities = _densities(rows, self.mixtures)
+        densities = [Densities.of(m, rows.device, compiled=self.compiled) for m in self.mixtures]
         tally = _Counter(torch.stack([density.peaks.logsumexp(0) for density in densities]))
         for weight, log_norm in _log_norms(rows, densities):
             tally.add(log_norm.cpu(), weight.cpu())
@@ -320,10 +326,12 @@ def _gaps() -> Float64[Tensor, " B"]:
     return _SCALE * torch.sinh(_STEP * torch.arange(_N_BINS, dtype=torch.float64))
 
 
-def training_quantiles(shards: Shards, mixture: Parameters) -> Quantiles:
+def training_quantiles(
+    shards: Shards, mixture: Parameters, total: TotalMoments | None = None
+) -> Quantiles:
     """Return the table of quantiles that a model keeps, in one pass over the rows fitted.
 
-    The mixture is about the rows' shared centre.
+    The mixture is about the rows' shared centre; `total` tells whether compiled loops pay.
     """
-    found = shards.run(Tally((mixture,)))
+    found = shards.run(Tally((mixture,), compiled=_pays(total)))
     return Quantiles(LEVELS, tuple(found.quantiles(LEVELS)[0].tolist()))

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from gmm_dist.config import RELATIVE, EMConfig
 from gmm_dist.em.estep import EStep
-from gmm_dist.em.forms import compiled
 from gmm_dist.em.lane_batch import LaneBatch, Precision, screen_of, screens
 from gmm_dist.em.precision import PrecisionPolicy, check_every
 from gmm_dist.em.squarem import Squarem
 from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.model.density_loops import suits
 from gmm_dist.model.natural import natural
 from gmm_dist.model.parameters import Parameters, ParameterStack
 from gmm_dist.model.variational import Posterior, Prior
@@ -213,9 +213,9 @@ class Lane:
 
 def _compiles(model: Model, config: EMConfig, total: TotalMoments | None) -> bool:
     """Say whether a lane's centred passes take compiled loops."""
-    if total is None or not total.compiles or total.n_rows < config.compile_from:
+    if total is None or not total.loops_pay(config.compile_from):
         return False
-    return compiled.suits(model.parameters.covariance_type, model.parameters.n_features)
+    return suits(model.parameters.type, model.parameters.n_features)
 
 
 def regularisation(config: EMConfig, scale: Float64[Tensor, " d"]) -> Float64[Tensor, " d"]:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from gmm_dist.config import COMPILE_FROM
+
 _FEW = 0.1  # of the rows: weights that sum to less do not count them
 _MANY = 1e290  # more are no counts, and their products with log-densities no numbers
 CONSTANT = 1e-13
@@ -137,6 +139,10 @@ class TotalMoments:
             max_weight=max(self.max_weight, other.max_weight),
             compiles=self.compiles and other.compiles,
         )
+
+    def loops_pay(self, compile_from: int = COMPILE_FROM) -> bool:
+        """Say whether passes over these rows may take compiled loops, and win back their load."""
+        return self.compiles and self.n_rows >= compile_from
 
     @property
     def n_effective(self) -> float:

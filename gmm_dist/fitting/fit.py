@@ -234,7 +234,7 @@ class Job:
             result = self._sweep(shards, checkpoints)
             quantiles = None
             if result.best is not None:
-                quantiles = training_quantiles(shards, result.best.fit.parameters)
+                quantiles = training_quantiles(shards, result.best.fit.parameters, result.total)
             clusters = self._clusters(shards, result, run)
             sample = sample_of(shards, result, options.random_state)
             look(shards, result)

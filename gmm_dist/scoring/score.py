@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 import pyarrow as pa
 
-from gmm_dist.config import FailureConfig
+from gmm_dist.config import COMPILE_FROM, FailureConfig
 from gmm_dist.errors import Option, UserError
 from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake
@@ -135,6 +135,7 @@ class _Job:
             threshold=threshold,
             ids=mixture.ids,
             clusters=None if mixture.clusters is None else mixture.clusters.of_component,
+            compiled=plan.n_rows >= COMPILE_FROM,
         )
         return cls(options=options, progress=progress, mixture=mixture, plan=plan, scoring=scoring)
 

@@ -30,7 +30,8 @@ class Scoring:
     which a row is an outlier, None to mark none. `ids` are the numbers that `component` gives in
     place of the components' places in the mixture; `probabilities` keep the mixture's order.
     `clusters` is each component's cluster, None where the model has none: of a row, `cluster` is
-    the one of largest probability, which is the sum of its components'.
+    the one of largest probability, which is the sum of its components'. `compiled`, on a CPU
+    compiled loops evaluate the rows where Numba is there.
 
     Raises UserError when a kept column has the name of one that is written.
     """
@@ -41,6 +42,7 @@ class Scoring:
     threshold: float | None = None
     ids: tuple[int, ...] | None = None
     clusters: tuple[int, ...] | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         taken = [name for name in self.kept.names if name in self._written().names]
@@ -108,7 +110,7 @@ class Scorer:
         self._scoring, self._schema = scoring, scoring.schema
         ids = scoring.ids or range(scoring.mixture.n_components)
         self._numbers = np.array(ids, dtype=np.int32)
-        self._densities = Densities.of(scoring.mixture, device())
+        self._densities = Densities.of(scoring.mixture, device(), compiled=scoring.compiled)
 
     def table(self, kept: pa.Table, X: npt.NDArray[np.float64]) -> pa.Table:
         """Return the scored table of rows `X` (d, n); null where a feature is missing (NaN)."""

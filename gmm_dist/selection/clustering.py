@@ -57,9 +57,9 @@ def find_clusters(
     """
     has_products = mixture.type.has_products
     shards, total, _ = in_unit(shards, mixture.n_features, has_products=has_products)
-    n_sampled = None
+    n_sampled, compiled = None, total.loops_pay()
     if mixture.n_components <= MOST_BY_ALL_ROWS:
-        orders = merge_orders(shards, mixture, watch=watch)
+        orders = merge_orders(shards, mixture, compiled=compiled, watch=watch)
     else:
         sample = _sample(Sampler(shards, start or StartConfig(), total), mixture.n_components)
         n_sampled = len(sample.X)
@@ -68,7 +68,7 @@ def find_clusters(
             sample.X, sample.sample_weight, n_shards=_SHARDS, n_threads=os.cpu_count() or 1
         )
         orders = merge_orders(rows, mixture, keeps=True, watch=watch)
-    trees = trees_of(shards, mixture, orders)
+    trees = trees_of(shards, mixture, orders, compiled=compiled)
     tree = trees[MISCLASSIFICATION]
     is_asked = isinstance(n_clusters, int)
     wanted = n_clusters if isinstance(n_clusters, int) else number_of_clusters(mixture, tree)
@@ -82,11 +82,12 @@ def find_clusters(
 
 
 def trees_of(
-    shards: Shards, mixture: Parameters, orders: dict[str, list[Pair]]
+    shards: Shards, mixture: Parameters, orders: dict[str, list[Pair]], *, compiled: bool = False
 ) -> dict[str, MergeTree]:
     """Return trees of given merges, each merge measured by all rows, in one pass."""
     pairs = tuple(map(tuple, orders.values()))
-    return dict(zip(orders, shards.run(SumTrees(mixture, pairs)).trees(pairs), strict=True))
+    task = SumTrees(mixture, pairs, compiled=compiled)
+    return dict(zip(orders, shards.run(task).trees(pairs), strict=True))
 
 
 def number_of_clusters(mixture: Parameters, tree: MergeTree) -> int:

@@ -135,7 +135,7 @@ def sweep(
     likelihoods: Sequence[float | None] = [None] * len(candidates)
     if holdout or criterion == "holdout":
         likelihoods = mean_log_likelihoods(
-            shards, [best.fit.parameters for best in lanes.best_fits]
+            shards, [best.fit.parameters for best in lanes.best_fits], total
         )
     size = criterion_size(total, scale)
     scored = [

@@ -11,10 +11,11 @@ import naive
 import pytest
 import torch
 
+from gmm_dist import compiling
 from gmm_dist.config import ABSOLUTE, EMConfig
 from gmm_dist.em import lane, loop, precision
 from gmm_dist.em.estep import EStep, SumMoments
-from gmm_dist.em.forms import centred_form, compiled
+from gmm_dist.em.forms import centred_form, compiled, pruned_form
 from gmm_dist.em.forms.features import Features
 from gmm_dist.em.lane_batch import MARGIN, LaneBatch, Precision, cut, screens
 from gmm_dist.em.precision import most_survivors
@@ -243,7 +244,11 @@ def test_the_loops_are_what_they_are_in_python(has_products, monkeypatch):
     kind = "full" if has_products else "diag"
     X, mixture = mixtures.rows(apart("full", 3, 4), 150), apart(kind, 3, 4)
     expected = one_pass(X, [mixture], compiled=True)
-    monkeypatch.setattr(compiled, "loops_for", lambda has_products, _: compiled.plain(has_products))
+
+    def in_python(has_products: bool, _: str) -> compiled.Loops:
+        return compiled.plain(compiled.Loops, has_products)
+
+    monkeypatch.setattr(pruned_form, "loops_for", in_python)
     found = one_pass(X, [mixture], compiled=True)
     torch.testing.assert_close(found.moments, expected.moments, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-13, atol=0)
@@ -274,7 +279,7 @@ def test_from_many_rows_on_the_loops_are_compiled(kind, d, n_rows, expected):
 def test_rows_compile_where_all_who_hold_them_can(monkeypatch):
     rows = mixtures.shards(torch.ones(9, 2))
     total = rows.run(SumMoments(2))
-    assert total.compiles == compiled.may_compile()
+    assert total.compiles == compiling.may_compile()
     assert not (total + replace(total, compiles=False)).compiles
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
     assert not rows.run(SumMoments(2)).compiles
@@ -283,7 +288,7 @@ def test_rows_compile_where_all_who_hold_them_can(monkeypatch):
 def test_numba_that_is_switched_off_is_not_asked(monkeypatch):
     numba = pytest.importorskip("numba")
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    assert not compiled.can_compile.__wrapped__()
+    assert not compiling.can_compile.__wrapped__()
 
 
 def test_without_numba_torch_does_it(monkeypatch):
@@ -291,15 +296,15 @@ def test_without_numba_torch_does_it(monkeypatch):
     X, lanes = mixtures.rows(apart("full", 3, 2), 100), [apart("full", 3, 2)]
     expected = one_pass(X, lanes)
     monkeypatch.setitem(sys.modules, "numba", None)
-    compiled.can_compile.cache_clear()
+    compiling.can_compile.cache_clear()
     try:
-        assert not compiled.can_compile()
+        assert not compiling.can_compile()
         # As where the driver has what a worker lacks.
         assert torch.equal(
             one_pass(X[:99], lanes, compiled=True).moments, one_pass(X[:99], lanes).moments
         )
     finally:
-        compiled.can_compile.cache_clear()
+        compiling.can_compile.cache_clear()
     assert torch.equal(one_pass(X, lanes).moments, expected.moments)
 
 

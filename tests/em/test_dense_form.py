@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gmm_dist import compiling
 from gmm_dist.config import ABSOLUTE, EMConfig
 from gmm_dist.em import lane, loop
 from gmm_dist.em.estep import EStep, SumMoments
@@ -23,7 +24,7 @@ from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
 from gmm_dist.model.natural import natural
 from gmm_dist.model.parameters import Parameters, ParameterStack
 
-pytestmark = pytest.mark.skipif(not compiled.can_compile(), reason="needs Numba")
+pytestmark = pytest.mark.skipif(not compiling.can_compile(), reason="needs Numba")
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 
 

@@ -13,7 +13,7 @@ from gmm_dist.em.evaluate import Score, mean_log_likelihoods
 from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.shards.local import LocalShards
-from gmm_dist.shards.protocol import ShardRows
+from gmm_dist.shards.protocol import HeldOut, ShardRows
 
 X = mixtures.normal_rows(5000, 3)
 WEIGHT = mixtures.row_weights(5000)
@@ -35,6 +35,13 @@ def test_the_mean_is_that_of_the_mixture():
     found = mean_log_likelihoods(held_out(X, edges=(7, 7, 4000)), lanes())
     expected = [Mixture(parameters=lane).score(X) for lane in lanes()]
     assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_compiled_loops_give_the_same():
+    shards = held_out(X, WEIGHT, edges=(7, 7, 4000))
+    by_torch, by_loops = (shards.run(HeldOut(Score(tuple(lanes()), c))) for c in (False, True))
+    torch.testing.assert_close(by_loops.sums, by_torch.sums, rtol=1e-13, atol=0)
+    assert by_loops.n_samples == by_torch.n_samples
 
 
 def test_weights_count():

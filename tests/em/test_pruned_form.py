@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gmm_dist import compiling
 from gmm_dist.em.estep import EStep
-from gmm_dist.em.forms import compiled, kept_pairs, pruned_form
+from gmm_dist.em.forms import kept_pairs, pruned_form
 from gmm_dist.em.forms.certificate import DEPTHS, Centred, reached
 from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.model.covariance import COVARIANCE_TYPES
@@ -21,7 +22,7 @@ from gmm_dist.model.densities import Densities
 from gmm_dist.model.natural import natural
 from gmm_dist.model.parameters import Parameters, ParameterStack
 
-pytestmark = pytest.mark.skipif(not compiled.can_compile(), reason="needs Numba")
+pytestmark = pytest.mark.skipif(not compiling.can_compile(), reason="needs Numba")
 D = 8  # with fewer features, what is kept would take more than a part of the rows' memory
 every_type = pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 

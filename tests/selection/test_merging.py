@@ -17,13 +17,16 @@ from mixtures import FIXED
 from gmm_dist.model.clusters import TREES, MergeTree
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.clustering import trees_of
-from gmm_dist.selection.merging import merge_orders
+from gmm_dist.selection.merging import _labels, merge_orders
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Shards
 
 
-def trees(shards: Shards, mixture: Parameters, *, keeps: bool = False) -> dict[str, MergeTree]:
-    return trees_of(shards, mixture, merge_orders(shards, mixture, keeps=keeps))
+def trees(
+    shards: Shards, mixture: Parameters, *, keeps: bool = False, compiled: bool = False
+) -> dict[str, MergeTree]:
+    orders = merge_orders(shards, mixture, keeps=keeps, compiled=compiled)
+    return trees_of(shards, mixture, orders, compiled=compiled)
 
 
 def a_case(k: int, seed: int, n: int = 120, d: int = 2) -> tuple[Parameters, torch.Tensor]:
@@ -43,14 +46,15 @@ def as_sets(tree: MergeTree, n: int, places: list[int] | None = None) -> set[fro
 
 @pytest.mark.parametrize("kind", mixtures.COVARIANCE_TYPES)
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_both_trees_are_the_references(kind, is_weighted):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_both_trees_are_the_references(kind, is_weighted, compiled):
     mixture = mixtures.parameters(kind, 6, 3, seed=4, spread=1.5)
     X = mixtures.rows(mixtures.parameters("full", 6, 3, seed=4, spread=1.5), 150)
     weight = mixtures.row_weights(150) if is_weighted else None
     resp = np.exp(naive.weighted_log_prob(X, mixture))
     resp /= resp.sum(1, keepdims=True)
     by_hand = np.ones(150) if weight is None else weight.numpy()
-    found = trees(mixtures.shards(X, (40, 40, 110), weight), mixture)
+    found = trees(mixtures.shards(X, (40, 40, 110), weight), mixture, compiled=compiled)
     assert tuple(found) == TREES
     for by, tree in found.items():
         expected = naive_clusters.merges(resp, by_hand, by)
@@ -141,3 +145,8 @@ def test_an_empty_shard_and_a_component_without_rows_change_nothing():
         # Nothing is ever taken for the empty component's, so it is merged last.
         assert 3 in (tree.merges[-1].first, tree.merges[-1].second)
         assert tree.merges[-1].misclassification == 0.0
+
+
+def test_of_equal_responsibilities_the_first_has_the_label():
+    resp = torch.tensor([[0.5, 0.1, 0.2], [0.5, 0.1, 0.4], [0.0, 0.8, 0.4]], dtype=torch.float64)
+    assert _labels(resp).tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]

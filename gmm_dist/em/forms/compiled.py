@@ -1,45 +1,18 @@
-"""The loops of the pruned and the dense form, compiled by Numba: when they pay, and signatures.
+"""The loops of the pruned and the dense form, and their signatures for Numba.
 
-Numba compiles them once for each machine, in seconds, and keeps the code in a cache. They are plain
-Python too, for tests.
+They are plain Python too, for tests.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+from gmm_dist.compiling import compiled
 from gmm_dist.em.forms import dense_loops, pair_loops, screening_loops
-from gmm_dist.model.covariance import TYPE_OF
-
-_MOST_FEATURES = 128  # with more of them, torch's products of a component's rows take less time
-
-
-def suits(covariance_type: str, n_features: int) -> bool:
-    """Say whether a lane's centred passes are the faster for compiled loops."""
-    return n_features <= _MOST_FEATURES or not TYPE_OF[covariance_type].has_products
-
-
-def may_compile() -> bool:
-    """Say whether Numba is there and has not been switched off, without loading it."""
-    is_off = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
-    return not is_off and importlib.util.find_spec("numba") is not None
-
-
-@functools.cache
-def can_compile() -> bool:
-    """Say whether Numba is there, goes with the NumPy that is, and has not been switched off."""
-    try:
-        import numba
-    except ImportError:
-        return False
-    config: Any = numba.config
-    return not config.DISABLE_JIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +37,6 @@ class Loops:
 class DenseLoops:
     """The loops of the dense form for one layout of moments."""
 
-    all_logits: Callable[..., None]
     all_shares: Callable[..., int]
     all_moments: Callable[..., None]
 
@@ -72,8 +44,6 @@ class DenseLoops:
 _L = TypeVar("_L", Loops, DenseLoops)
 _SUMMING = (pair_loops.__name__, dense_loops.__name__)
 _SIGNATURES = {
-    "all_logits": "void(i8, f8[:,::1], f8[:,::1], f8[:,:,::1], f8[::1], f8[:,::1])",
-    "all_logits_apart": "void(i8, f8[:,::1], f8[:,::1], f8[:,::1], f8[::1], f8[:,::1])",
     "all_shares": "i8(i8[::1], f8[::1], f8, f8[:,::1], f8[:,::1], f8[::1], b1[::1], f8[:,::1], "
     "f8[:,::1])",
     "all_moments": "void(i8, f8[:,::1], f8[:,::1], f8[:,::1], f8[:,::1], f8[:,:,::1])",
@@ -111,18 +81,10 @@ def dense_loops_for(has_products: bool) -> DenseLoops:
 
 
 def _compiler(dtype: str = "d") -> Callable[[Callable[..., Any]], Any]:
-    import numba
-
     def compile_(loop: Callable[..., Any]) -> Any:
         signature = _SIGNATURES[loop.__name__].format(x={"f": "f4", "d": "f8"}[dtype])
-        # Sums may be taken in any order, which vector instructions need, but not where it could
-        # depend on pairs that are skipped.
-        fast = {"contract", "reassoc", "nsz"} if loop.__module__ in _SUMMING else set()
-        options: dict[str, Any] = {"fastmath": fast, "nogil": True, "error_model": "numpy"}
-        try:
-            return numba.njit(signature, cache=True, **options)(loop)
-        except RuntimeError:  # no folder to keep it in
-            return numba.njit(signature, **options)(loop)
+        # Not where the order of a sum could depend on pairs that are skipped.
+        return compiled(loop, signature, reorders=loop.__module__ in _SUMMING)
 
     return compile_
 
@@ -138,8 +100,7 @@ def plain(
     def of(name: str) -> Callable[..., Any]:
         apart = f"{name}_apart"
         loop = written[name if has_products or apart not in written else apart]
-        # Without what tests wrap functions in to check annotations.
-        compiled_: Callable[..., Any] = wrapped(inspect.unwrap(loop))
-        return compiled_
+        wrapped_: Callable[..., Any] = wrapped(inspect.unwrap(loop))
+        return wrapped_
 
     return loops(*(of(part.name) for part in fields(loops)))

@@ -14,14 +14,13 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.chunks import STAGGER, cuts
-from gmm_dist.em.forms.about_means import Components, Sums
+from gmm_dist.em.forms.about_means import Sums
 from gmm_dist.em.forms.compiled import dense_loops_for
-from gmm_dist.em.forms.dense_loops import STRETCH
-from gmm_dist.em.forms.screening_loops import Array
 from gmm_dist.em.lane_batch import LaneBatch
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF
-from gmm_dist.model.densities import FAR
+from gmm_dist.model.densities import FAR, Densities
+from gmm_dist.model.density_loops import STRETCH, Array
 from gmm_dist.shards.protocol import ShardRows
 
 _NUMBERS = 1 << 16  # logits of a chunk, which with the shares stay in a core's second cache
@@ -46,7 +45,7 @@ class DenseForm:
     def begin(self, group: LaneBatch) -> None:
         """Take the parameters of the next passes."""
         assert group.stack is not None
-        self._components = Components.of(group.stack, self._type)
+        self._densities = Densities(group.stack, torch.device("cpu"), compiled=True)
 
     def statistics(self, rows: ShardRows, checks: Float64[Tensor, "3 L"]) -> SufficientStatistics:
         """Return the sums over the rows; no `checks` are made of what is exact."""
@@ -59,18 +58,15 @@ class DenseForm:
 
     def _add(self, x: Array, weight: Array) -> None:
         """Add rows `x` (d, n)."""
-        of, n = self._components, x.shape[1]
+        densities, far = self._densities, self._far[: x.shape[1]]
         self._fill(x)
-        self._loops.all_logits(
-            n, self._x, of.means.numpy(), of.factors, of.peaks.numpy(), self._logits
-        )
-        far = self._far[:n]
+        densities.fill(x.shape[1], self._x, self._logits)
         if self._share_out(weight, FAR, far):
             # Their logits have few digits left: these come from distances to one another.
             which = np.flatnonzero(far)
             x = x[:, which].astype(np.float64)
             self._fill(x)
-            self._logits[:, : len(which)] = of.densities(torch.from_numpy(x)).numpy()
+            self._logits[:, : len(which)] = densities(torch.from_numpy(x)).numpy()
             self._share_out(weight[which], -np.inf, far[: len(which)])
 
     def _fill(self, x: Array) -> None:
@@ -86,6 +82,6 @@ class DenseForm:
         arrays = self._logits, self._shares, weight, far, by_component, by_lane
         n_far = self._loops.all_shares(sums.edges, sums.cuts, lowest, *arrays)
         if n_far < n:
-            means = self._components.means.numpy()
+            means = self._densities.means.numpy()
             self._loops.all_moments(n, self._x, means, self._shares, sums.sum_x, sums.scatter)
         return int(n_far)

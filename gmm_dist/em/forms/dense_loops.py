@@ -10,85 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from gmm_dist.em.forms.screening_loops import Array
-
-STRETCH = 128
-"""Rows at once: their features, about one mean, stay in the fastest cache."""
+from gmm_dist.model.density_loops import STRETCH, Array
 
 _LEAST = -700.0  # powers of less would leave float64's range; they are far below any cut
 _ROUNDS = 6755399441055744.0  # 1.5 · 2^52: a sum with it has a small whole number in its last bits
 _LOG_2_HIGH, _LOG_2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
-
-
-def all_logits(n: int, x: Array, means: Array, factors: Array, peaks: Array, logits: Array) -> None:
-    """Fill the logits of rows with all components, by their distances from the means.
-
-    Args:
-        n: How many rows there are.
-        x: (d, N), N the rows filled up to whole stretches, and more.
-        means: (K, d).
-        factors: (K, D, D), lower triangular: the distance of z is |F z|. D is d rounded up to a
-            multiple of four, all beyond d zero.
-        peaks: (K,), the logits at the means.
-        logits: (K, N); filled.
-    """
-    d, z = len(x), np.zeros((factors.shape[1], STRETCH))
-    y0, y1 = np.zeros(STRETCH), np.zeros(STRETCH)
-    for first in range(0, n, STRETCH):
-        for k in range(len(means)):
-            F, mean, line = factors[k], means[k], logits[k, first : first + STRETCH]
-            for i in range(d):
-                row, about, centre = x[i, first : first + STRETCH], z[i], mean[i]
-                for m in range(STRETCH):
-                    about[m] = row[m] - centre
-            for m in range(STRETCH):
-                line[m] = 0.0
-            # Two lines of F at once, and four of z.
-            for j in range(0, d, 2):
-                f, g = F[j], F[j + 1]
-                for i in range(0, j + 2, 4):
-                    f0, f1, f2, f3 = f[i], f[i + 1], f[i + 2], f[i + 3]
-                    g0, g1, g2, g3 = g[i], g[i + 1], g[i + 2], g[i + 3]
-                    z0, z1, z2, z3 = z[i], z[i + 1], z[i + 2], z[i + 3]
-                    if j < 4:  # four at the most: the sums need not be kept
-                        for m in range(STRETCH):
-                            a = (f0 * z0[m] + f1 * z1[m]) + (f2 * z2[m] + f3 * z3[m])
-                            b = (g0 * z0[m] + g1 * z1[m]) + (g2 * z2[m] + g3 * z3[m])
-                            line[m] += a * a + b * b
-                    elif i == 0:
-                        for m in range(STRETCH):
-                            y0[m] = (f0 * z0[m] + f1 * z1[m]) + (f2 * z2[m] + f3 * z3[m])
-                            y1[m] = (g0 * z0[m] + g1 * z1[m]) + (g2 * z2[m] + g3 * z3[m])
-                    else:
-                        for m in range(STRETCH):
-                            y0[m] += (f0 * z0[m] + f1 * z1[m]) + (f2 * z2[m] + f3 * z3[m])
-                            y1[m] += (g0 * z0[m] + g1 * z1[m]) + (g2 * z2[m] + g3 * z3[m])
-                if j >= 4:
-                    for m in range(STRETCH):
-                        line[m] += y0[m] * y0[m] + y1[m] * y1[m]
-            peak = peaks[k]
-            for m in range(STRETCH):
-                line[m] = peak - 0.5 * line[m]
-
-
-def all_logits_apart(
-    n: int, x: Array, means: Array, factors: Array, peaks: Array, logits: Array
-) -> None:
-    """Do the same for independent features: `factors` (K, d) are inverse standard deviations."""
-    d = len(x)
-    for first in range(0, n, STRETCH):
-        for k in range(len(means)):
-            line = logits[k, first : first + STRETCH]
-            for m in range(STRETCH):
-                line[m] = 0.0
-            for i in range(d):
-                row, centre, factor = x[i, first : first + STRETCH], means[k, i], factors[k, i]
-                for m in range(STRETCH):
-                    y = (row[m] - centre) * factor
-                    line[m] += y * y
-            peak = peaks[k]
-            for m in range(STRETCH):
-                line[m] = peak - 0.5 * line[m]
 
 
 def all_shares(

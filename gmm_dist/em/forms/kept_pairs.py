@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from gmm_dist.em.forms.certificate import DEPTHS, Centred, reached
-from gmm_dist.em.forms.screening_loops import Array, room
+from gmm_dist.em.forms.screening_loops import room
 from gmm_dist.em.lane_batch import MARGIN
+from gmm_dist.model.density_loops import Array
 from gmm_dist.shards.protocol import ShardRows
 
 _FEW, _MANY = 0.01, 0.1  # of the rows

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gmm_dist.em.forms.screening_loops import Array
+from gmm_dist.model.density_loops import Array
 
 _AT_ONCE = 64  # pairs of a component: their rows stay in the fastest cache
 

@@ -24,16 +24,16 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.chunks import STAGGER, chunk_rows, cuts
-from gmm_dist.em.forms.about_means import Components, Sums
+from gmm_dist.em.forms.about_means import Sums
 from gmm_dist.em.forms.certificate import DEPTHS, Centred
 from gmm_dist.em.forms.compiled import Loops, loops_for
 from gmm_dist.em.forms.features import Features
 from gmm_dist.em.forms.kept_pairs import KeptPiece, Memory
-from gmm_dist.em.forms.screening_loops import Array
 from gmm_dist.em.lane_batch import MARGIN, LaneBatch, screening_error
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF
-from gmm_dist.model.densities import FAR
+from gmm_dist.model.densities import FAR, Densities
+from gmm_dist.model.density_loops import Array
 from gmm_dist.shards.protocol import Block, ShardRows
 
 _CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ class PrunedForm:
     def begin(self, group: LaneBatch) -> None:
         """Take the parameters of the next passes."""
         assert group.stack is not None
-        of = self._components = Components.of(group.stack, self._type)
+        of = self._densities = Densities(group.stack, _CPU, compiled=True)
         self._means, self._peaks = of.means.numpy(), of.peaks.numpy()
         self._theta = group.theta.float()
         self._screens = bool(self._theta.isfinite().all())
@@ -158,7 +158,8 @@ class PrunedForm:
 
     def _exact(self, loops: Loops, X: Array, firsts: Array, rows: Array) -> _Pairs:
         logits = np.empty(len(rows))
-        loops.distances(X, self._means, self._components.factors, self._peaks, firsts, rows, logits)
+        factors = self._densities.filled
+        loops.distances(X, self._means, factors, self._peaks, firsts, rows, logits)
         return _Pairs(firsts, rows, logits)
 
     def _top(self, loops: Loops, pairs: _Pairs, n: int) -> Array:
@@ -255,7 +256,7 @@ class PrunedForm:
 
     def _far(self, X: Array, which: Array) -> _Pairs:
         """Return the pairs of rows (bool) so far out that their logits have few digits left."""
-        logits = self._components.densities(torch.from_numpy(X[which]).T).numpy()
+        logits = self._densities(torch.from_numpy(X[which]).T).numpy()
         rows = np.flatnonzero(which).astype(np.int32)
         return _in_order([self._mattering(rows, logits)], len(logits))
 

@@ -6,14 +6,10 @@ firsts[k + 1], of the `rows` of a piece, 0 to n - 1.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from gmm_dist.em.lane_batch import GROWTH
-
-Array = Any
-"""A NumPy array; the docstrings say which shape, and which dtype if not float64."""
+from gmm_dist.model.density_loops import Array
 
 _BLOCK = 32  # rows that are looked at at once
 _SLACK, _SLACK_PART = 6.0, 0.08

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from gmm_dist.errors import UserError
@@ -29,7 +30,7 @@ class Cluster:
     already, such as a notebook, uses that cluster and stays connected.
 
     >>> Cluster(num_workers=4)
-    Cluster(address=None, num_workers=4, use_gpu=None)
+    Cluster(address=None, num_workers=4, use_gpu=None, spill=True)
 
     Args:
         address: HOST:PORT of the cluster's head, ray://HOST:10001, "auto" for the one that runs on
@@ -37,6 +38,8 @@ class Cluster:
             connected to, else that of RAY_ADDRESS, else Ray is started here.
         num_workers: Ray actors that hold rows; None for one per CPU, or per GPU.
         use_gpu: whether each worker has a GPU of its own; None for whether the cluster has any.
+        spill: a folder on each worker's disk for rows that its memory does not hold; True for its
+            temporary folder, False to refuse such rows.
 
     Raises UserError for a value out of range.
     """
@@ -44,6 +47,7 @@ class Cluster:
     address: str | None = None
     num_workers: int | None = None
     use_gpu: bool | None = None
+    spill: bool | str = True
 
     def __post_init__(self) -> None:
         address, n, gpu = self.address, self.num_workers, self.use_gpu
@@ -52,6 +56,10 @@ class Cluster:
         n_ok = n is None or (_is_whole(n, 1) and not isinstance(n, bool))
         _require(n_ok, "num_workers", n, "a whole number >= 1")
         _require(gpu is None or isinstance(gpu, bool), "use_gpu", repr(gpu), "True, False or None")
+        spill = os.fspath(self.spill) if isinstance(self.spill, os.PathLike) else self.spill
+        spill_ok = isinstance(spill, bool) or (isinstance(spill, str) and Path(spill).is_absolute())
+        _require(spill_ok, "spill", repr(spill), "True, False or an absolute path of a folder")
+        object.__setattr__(self, "spill", spill)
 
     def at_most(self, n_shards: int) -> Cluster:
         """Return the cluster with at most one worker per shard: Ray starts all of them at once."""

@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,11 +152,25 @@ def weed_command(folder: Path) -> tuple[list[str], str]:
 
 
 @contextmanager
-def running(command: list[str], folder: Path, environment: dict[str, str]) -> Iterator[None]:
-    """Run a server until the block ends, then end it by SIGTERM to its own pid."""
+def running(
+    command: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    *,
+    enter: Callable[[], None] | None = None,
+) -> Iterator[None]:
+    """Run a server until the block ends, then end it by SIGTERM to its own pid.
+
+    Its process does `enter` first.
+    """
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            command, env=os.environ | environment, cwd=folder, stdout=log, stderr=log
+            command,
+            env=os.environ | environment,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            preexec_fn=enter,
         )
         try:
             yield

@@ -114,7 +114,9 @@ def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
     if output:
         _add_at(rows)
     _add_fit(parser.add_argument_group("fit"))
-    add_cluster(parser.add_argument_group("cluster"))
+    cluster = parser.add_argument_group("cluster")
+    add_cluster(cluster)
+    _add_spill(cluster)
     _add_run(parser.add_argument_group("run"))
 
 
@@ -241,6 +243,23 @@ def add_cluster(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--address", help="Ray cluster (default: the one the job runs in, else one started here)"
+    )
+
+
+def _add_spill(group: argparse._ArgumentGroup) -> None:
+    where = group.add_mutually_exclusive_group()
+    where.add_argument(
+        "--spill",
+        metavar="DIR",
+        default=True,
+        help="folder on each worker's disk for rows that its memory does not hold (default: its "
+        "temporary folder)",
+    )
+    where.add_argument(
+        "--no-spill",
+        dest="spill",
+        action="store_false",
+        help="refuse rows that memory does not hold",
     )
 
 

@@ -16,7 +16,7 @@ from gmm_dist.em.memory import lane_bytes, require_memory
 from gmm_dist.errors import UserError
 from gmm_dist.lake.load import Counted, LakeLoader, loader_for
 from gmm_dist.lake.plan import Plan
-from gmm_dist.lake.session import Loaded, load_rows, require_rows_fit
+from gmm_dist.lake.session import Loaded, load_rows, make_room
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import Keep, require_rows, sweep
@@ -123,7 +123,7 @@ def resident(
     with session(loader, plan.n_shards, cluster, faults, reserve=reserve) as shards:
         available = shards.worker_memory()
         require_memory(lanes, plan.n_features, available)
-        require_rows_fit(shards, loader, available=available, reserve=reserve)
+        make_room(shards, loader, cluster.spill, available=available, reserve=reserve)
         yield shards, load_rows(shards, loader, watch)
 
 

@@ -50,6 +50,8 @@ class FitOptions:
         precision: Arithmetic of the passes: "auto", "float32" or "float64".
         num_workers: Actors that hold rows; None for one per CPU or GPU.
         use_gpu: Whether each has a GPU of its own; None: if the cluster has any.
+        spill: Folder on each worker's disk for rows that its memory does not hold; True for its
+            temporary folder, False to refuse them.
         max_failures: Failures of workers or their storage that the run bears.
         grace: Seconds until others take over the rows of a lost worker.
         address: Ray cluster; None for the one the process runs in, else one started here.
@@ -83,6 +85,7 @@ class FitOptions:
     precision: str = _EM.precision
     num_workers: int | None = None
     use_gpu: bool | None = None
+    spill: bool | str = True
     max_failures: int = _FAULTS.max_failures
     grace: float = _FAULTS.grace
     address: str | None = None
@@ -179,7 +182,7 @@ class FitOptions:
     @property
     def cluster(self) -> Cluster:
         """The Ray cluster, how many workers there are, and whether each has a GPU."""
-        return Cluster(self.address, self.num_workers, self.use_gpu)
+        return Cluster(self.address, self.num_workers, self.use_gpu, self.spill)
 
 
 def _clusters(name: str, value: Any) -> str | int:

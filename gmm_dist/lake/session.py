@@ -9,14 +9,16 @@ from dataclasses import dataclass
 
 from gmm_dist import storage
 from gmm_dist.errors import Option, RunFailed, TooFewRows, UserError, Words
-from gmm_dist.formats import gigabytes
+from gmm_dist.formats import counted, gigabytes
 from gmm_dist.lake.load import Counted, LakeLoader, column_means, count_rows
 from gmm_dist.lake.plan import Plan
 from gmm_dist.shards.ray_shards import RayShards
+from gmm_dist.shards.spill import Spill
 
 logger = logging.getLogger(__name__)
 
 _LOADING_BYTES = 24  # of a value, while its shard is made: read, centred in float64, cast, joined
+_READ_AHEAD = 2  # shards in memory, of those that are spilled: one computed on, the next one read
 
 Loaded = Callable[[int, int], None]
 """Called with the numbers of shards and of rows that have been loaded."""
@@ -82,14 +84,37 @@ def _more_workers(need: RowsNeed, room: int) -> Words:
     return Option("num_workers", n_workers) + " on machines with as much memory for each, "
 
 
-def require_rows_fit(
-    shards: RayShards, loader: LakeLoader, *, available: int, reserve: int
+def make_room(
+    shards: RayShards, loader: LakeLoader, spill: bool | str, *, available: int, reserve: int
 ) -> None:
-    """Raise UserError where a worker's `available` bytes do not hold rows and `reserve` bytes."""
+    """See to it that rows and `reserve` bytes fit into a worker's `available` bytes.
+
+    Rows beyond them are to be spilled, unless `spill` is False: to the folder that it names, or
+    where it is True to each worker's temporary one. Raises UserError where rows do not fit so.
+    """
     need = _rows_need(loader.plan, loader)
     # Loading is over when the statistics come.
     beside = reserve if shards.on_gpu else max(reserve, need.loading)
-    require_room(need, shards.n_workers, available, beside=beside)
+    resident = math.ceil(need.n_shards / shards.n_workers) * need.shard
+    in_memory = available - beside - _READ_AHEAD * need.shard
+    if spill is False or in_memory < 0 or resident + beside <= available:
+        require_room(need, shards.n_workers, available, beside=beside)
+        return
+    rest = resident - in_memory
+    shards.spill(
+        Spill(
+            folder=spill if isinstance(spill, str) else None,
+            memory=in_memory,
+            on_disk=0 if need.is_bound else rest * shards.workers_per_machine,
+        )
+    )
+    logger.info(
+        "%s rows of %s features need %s in each of %s, which has %s: %s of them lie in %s",
+        *(f"{need.n_rows:,}", f"{need.n_features:,}", gigabytes(resident)),
+        counted(shards.n_workers, "worker"),
+        *(gigabytes(available), gigabytes(rest)),
+        f"files in {spill}" if isinstance(spill, str) else "files in its temporary folder",
+    )
 
 
 def load_rows(

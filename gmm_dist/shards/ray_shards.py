@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ from gmm_dist.shards.dispatch import Dispatcher
 from gmm_dist.shards.job_queue import JobQueue
 from gmm_dist.shards.placement import Placement, ranges
 from gmm_dist.shards.protocol import Loader, S, Task
+from gmm_dist.shards.spill import Spill
 from gmm_dist.shards.tree_sum import TreeSum
 from gmm_dist.shards.workers import ShardActor, Source, Work, Worker
 
@@ -151,6 +153,12 @@ class RayShards:
         # sys.maxsize where no machine is there yet.
         return int(min((memory / n for memory, n in places if n), default=sys.maxsize))
 
+    @property
+    def workers_per_machine(self) -> int:
+        """The workers of the machine that has the most, if they are spread evenly."""
+        n_machines = sum(bool(node["Alive"]) for node in ray.nodes())
+        return -(-self.n_workers // max(n_machines, 1))
+
     def load(self, watch: Callable[[int, int], None] = lambda done, rows: None) -> int:
         """Load all shards; `watch` gets the number loaded, and of their rows, so far.
 
@@ -166,7 +174,12 @@ class RayShards:
 
     def replace(self, loader: Loader) -> None:
         """Take the rows from another loader from now on."""
-        self._source, self._n_rows = Source(self._source.number + 1, [ray.put(loader)]), None
+        number, spill = self._source.number + 1, self._source.spill
+        self._source, self._n_rows = Source(number, [ray.put(loader)], spill), None
+
+    def spill(self, spill: Spill) -> None:
+        """Have workers keep rows that their memory does not hold in files, from the loading on."""
+        self._source = replace(self._source, spill=spill)
 
     def run(self, task: Task[S]) -> S:
         """Apply the task to every shard once and add the summaries along the fixed tree.
@@ -195,6 +208,8 @@ class RayShards:
         self._crew.close()
 
     def _room(self) -> int:
+        if self._source.spill is not None:
+            return sys.maxsize
         now = time.monotonic()
         if now > self._room_known + _ROOM_SECONDS:
             self._room_known, self._room_bytes = now, self.worker_memory() - self._reserve

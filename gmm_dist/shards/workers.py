@@ -17,15 +17,20 @@ import torch
 from gmm_dist.errors import Option, UserError
 from gmm_dist.formats import counted
 from gmm_dist.shards.protocol import Loader, ShardRows
+from gmm_dist.shards.spill import Held, Spill, Store, size_of
 from gmm_dist.shards.tree_sum import run_on
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the rows of shards come from: a number that names it, and a loader in the store."""
+    """Where the rows of shards come from: a number that names it, and a loader in the store.
+
+    `spill` says where a worker keeps those that its memory does not hold; None if it holds all.
+    """
 
     number: int
     loader: list[Any]  # in a list, so that an actor fetches it only when it has to load
+    spill: Spill | None = None
 
     def rows(self, shard: int) -> ShardRows:
         loader: Loader = ray.get(self.loader[0])
@@ -105,6 +110,8 @@ class Introduction:
 class ShardActor:
     """Holds the rows of some shards, on its GPU where it has one; between passes it does jobs.
 
+    Rows beyond memory lie in files on its disk, where the source says so.
+
     Every call is a pure function of its arguments and names its shards, so it may be repeated,
     here or elsewhere, even at the same time; the rows and the values held are caches.
     """
@@ -112,7 +119,8 @@ class ShardActor:
     def __init__(self, n_shards: int) -> None:
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self._n_shards = n_shards
-        self._rows: dict[tuple[int, int], ShardRows] = {}
+        self._rows: dict[tuple[int, int], Held] = {}
+        self._store = Store(self._device)
         self._shared: dict[tuple[int, int], Any] = {}
         self._under_way: int | None = None
 
@@ -131,13 +139,13 @@ class ShardActor:
         with self._working(packed, work.source) as ticket:
             (shard,) = ticket.shards
             rows = self._held(work.source, shard)
-            return Reply(ticket, Loaded(rows.n_rows, _n_bytes(rows)))
+            return Reply(ticket, Loaded(rows.n_rows, size_of(rows)))
 
     def run(self, packed: bytes, work: Work) -> Reply:
         """Return the task's sums over the complete subtrees of the request's shards."""
         with self._working(packed, work.source) as ticket:
             held = (self._held(work.source, shard) for shard in ticket.shards)
-            return Reply(ticket, run_on(work.task, held, self._n_shards))
+            return Reply(ticket, run_on(work.task, self._store.each(held), self._n_shards))
 
     def do(self, packed: bytes, shared: Shared) -> Reply:
         """Return what a job makes of a shared value; `packed` are its ticket and the job."""
@@ -169,16 +177,12 @@ class ShardActor:
         with self._busy(request.ticket):
             yield request.ticket
 
-    def _held(self, source: Source, shard: int) -> ShardRows:
+    def _held(self, source: Source, shard: int) -> Held:
         key = source.number, shard
         if key not in self._rows:
-            self._rows[key] = source.rows(shard).to(self._device)
+            rows = source.rows(shard)
+            self._rows[key] = self._store.hold(rows, source.spill, self._rows.values())
         return self._rows[key]
-
-
-def _n_bytes(rows: ShardRows) -> int:
-    weights = sum(b.sample_weight.nbytes for b in rows.blocks if b.sample_weight is not None)
-    return weights + sum(block.X.nbytes for block in rows.blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

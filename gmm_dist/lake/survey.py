@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from gmm_dist.lake.tables.entry import Mask
 logger = logging.getLogger(__name__)
 
 _FOOTERS_AT_ONCE = 32
+_TELL_SECONDS = 10.0
 
 _CHUNKS_ASKED = 2**18  # for nulls, over all files: a second or so
 
@@ -156,10 +158,23 @@ def read_footers(
 
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
         try:
-            return list(pool.map(footer, files))
+            return list(_told(pool.map(footer, files), len(files)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _told(file_footers: Iterator[Footer], n_files: int) -> Iterator[Footer]:
+    """Pass footers on, and tell now and then how many there are, and how long the rest takes."""
+    began = said = time.monotonic()
+    for done, footer in enumerate(file_footers, start=1):
+        yield footer
+        now = time.monotonic()
+        if now - said >= _TELL_SECONDS and done < n_files:
+            said = now
+            left = (now - began) / done * (n_files - done)
+            text = "read the footers of %s of %s files, about %.0f s left"
+            logger.info(text, f"{done:,}", f"{n_files:,}", left)
 
 
 def _unlike_its_log(file: LakeFile) -> str | None:

@@ -24,7 +24,7 @@ from gmm_dist.lake.plan import Plan, plan_of
 from gmm_dist.model.criteria import aic, bic, icl
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
-from gmm_dist.shards.protocol import Block, Loader, S, ShardRows, Task
+from gmm_dist.shards.protocol import Block, Loader, Parted, S, ShardRows, Task
 from gmm_dist.shards.ray_shards import RayShards, session
 
 
@@ -114,6 +114,10 @@ class _Reduced(Generic[S]):
 
     loader: Loader
     task: Task[S]
+
+    def part(self, shards: range) -> _Reduced[S]:
+        loader = self.loader.part(shards) if isinstance(self.loader, Parted) else self.loader
+        return _Reduced(loader, self.task)
 
     def __call__(self, shard: int) -> ShardRows:
         # Where a worker has a GPU, it is the only one that it sees.

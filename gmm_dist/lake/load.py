@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,10 @@ class LakeLoader:
     centre: npt.NDArray[np.float64]
     dtype: torch.dtype
     fill: npt.NDArray[np.float64] | None = None
+
+    def part(self, shards: range) -> LakeLoader:
+        """Return the loader of some shards, which knows their files alone."""
+        return replace(self, plan=self.plan.part(shards))
 
     def __call__(self, shard: int) -> ShardRows:
         fitted, held_out, counts = _Parts(), _Parts(), RowCounts()

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,16 @@ class Plan:
     @property
     def n_rows(self) -> int:
         return sum(part.stop - part.start for shard in self.shards for part in shard)
+
+    def part(self, shards: range) -> Plan:
+        """Return the plan of some shards: it has their files alone, and the others are empty."""
+        ours = self.shards[shards.start : shards.stop]
+        needed = sorted({part.file for shard in ours for part in shard})
+        places = {file: place for place, file in enumerate(needed)}
+        moved = [tuple(replace(part, file=places[part.file]) for part in shard) for shard in ours]
+        before, after = ((),) * shards.start, ((),) * (self.n_shards - shards.stop)
+        files = tuple(self.files[file] for file in needed)
+        return replace(self, files=files, shards=(*before, *moved, *after))
 
     @property
     def n_features(self) -> int:

@@ -151,6 +151,14 @@ Loader = Callable[[int], ShardRows]
 
 
 @runtime_checkable
+class Parted(Protocol):
+    """A loader that can be cut: who loads some of the shards needs to know of no others."""
+
+    def part(self, shards: range, /) -> Loader:
+        """Return a loader of these shards alone, by their numbers among all."""
+
+
+@runtime_checkable
 class Shards(Protocol):
     """Rows in shards, wherever they lie."""
 

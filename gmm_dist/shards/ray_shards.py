@@ -23,7 +23,7 @@ from gmm_dist.shards.crew import Crew
 from gmm_dist.shards.dispatch import Dispatcher
 from gmm_dist.shards.job_queue import JobQueue
 from gmm_dist.shards.placement import Placement, ranges
-from gmm_dist.shards.protocol import Loader, S, Task
+from gmm_dist.shards.protocol import Loader, Parted, S, Task
 from gmm_dist.shards.spill import Spill
 from gmm_dist.shards.tree_sum import TreeSum
 from gmm_dist.shards.workers import ShardActor, Source, Work, Worker
@@ -91,7 +91,6 @@ class RayShards:
         self._room_known, self._room_bytes = float("-inf"), 0
         use_gpu = _use_gpu(cluster)
         self._resource = "GPU" if use_gpu else "CPU"  # of which each worker has one
-        self._source = Source(0, [ray.put(loader)])
         self._n_rows: int | None = None
         remote: Any = ray.remote  # its types know neither these options nor our methods
         actor = remote(concurrency_groups={"pulse": 1})(ShardActor)
@@ -101,6 +100,8 @@ class RayShards:
         make = functools.partial(actor.options, **options, max_task_retries=0)
         run = uuid.uuid4().hex[:8]
         homes = ranges(n_shards, _n_workers(n_shards, cluster.num_workers, self._resource))
+        self._homes = homes
+        self._source = self._stored(loader)
         now = time.monotonic()
         self._workers = [
             Worker(index=i, start=_starter(make, n_shards, f"gmm_dist {run} worker {i}"), since=now)
@@ -175,7 +176,8 @@ class RayShards:
     def replace(self, loader: Loader) -> None:
         """Take the rows from another loader from now on."""
         number, spill = self._source.number + 1, self._source.spill
-        self._source, self._n_rows = Source(number, [ray.put(loader)], spill), None
+        self._source = replace(self._stored(loader), number=number, spill=spill)
+        self._n_rows = None
 
     def spill(self, spill: Spill) -> None:
         """Have workers keep rows that their memory does not hold in files, from the loading on."""
@@ -203,9 +205,16 @@ class RayShards:
 
     def close(self) -> None:
         """End the actors, with their rows, and let go of the loader in the object store."""
-        self._source.loader.clear()  # a traceback may still refer to the source
+        self._source.loaders.clear()  # a traceback may still refer to the source
         self._dispatcher.close()
         self._crew.close()
+
+    def _stored(self, loader: Loader) -> Source:
+        """Put a loader into the object store; one that can be cut, in a part for each worker."""
+        if not isinstance(loader, Parted):
+            return Source(0, [ray.put(loader)], (0,))
+        parts = [ray.put(loader.part(home)) for home in self._homes]
+        return Source(0, parts, tuple(home.start for home in self._homes))
 
     def _room(self) -> int:
         if self._source.spill is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import enum
 import os
@@ -23,17 +24,19 @@ from gmm_dist.shards.tree_sum import run_on
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the rows of shards come from: a number that names it, and a loader in the store.
+    """Where the rows of shards come from: a number that names it, and loaders in the store.
 
-    `spill` says where a worker keeps those that its memory does not hold; None if it holds all.
+    Each loader has the shards from one of `firsts` to the next. `spill` says where a worker keeps
+    those that its memory does not hold; None if it holds all.
     """
 
     number: int
-    loader: list[Any]  # in a list, so that an actor fetches it only when it has to load
+    loaders: list[Any]  # in a list, so that an actor fetches one only when it has to load
+    firsts: tuple[int, ...]
     spill: Spill | None = None
 
     def rows(self, shard: int) -> ShardRows:
-        loader: Loader = ray.get(self.loader[0])
+        loader: Loader = ray.get(self.loaders[bisect.bisect(self.firsts, shard) - 1])
         return loader(shard)
 
 

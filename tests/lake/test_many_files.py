@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import logging
+import pickle
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gmm_dist.lake import survey
+from gmm_dist.lake.load import loader_for
 from gmm_dist.lake.parquet.footers import require_sound
 from gmm_dist.lake.plan import plan_lake
 
@@ -68,3 +70,22 @@ def test_planning_tells_how_many_footers_are_read(
         f"read the footers of {done} of 4" for done in (1, 2, 3)
     ]
     assert told[0].endswith("s left")
+
+
+def test_a_workers_plan_has_its_files_alone_and_reads_the_same_rows(tmp_path: Path) -> None:
+    for i in range(50):
+        table = pa.table({"x": np.arange(20.0) + 100 * i, "y": np.ones(20)})
+        pq.write_table(table, tmp_path / f"{i:02d}.parquet", row_group_size=7)
+    loader = loader_for(plan_lake(str(tmp_path), n_shards=8, holdout=0.2, where="x > 4"))
+    plan = loader.plan
+    for shards in (range(2), range(2, 5), range(5, 8)):
+        part = pickle.loads(pickle.dumps(loader.part(shards)))
+        assert part.plan.n_shards == 8
+        assert len(part.plan.files) < len(plan.files) / 2
+        assert len(pickle.dumps(part)) < len(pickle.dumps(loader)) / 2
+        for shard in shards:
+            for kind in ("blocks", "held_out"):
+                found = getattr(part(shard), kind)
+                assert [b.X.tolist() for b in found] == [
+                    b.X.tolist() for b in getattr(loader(shard), kind)
+                ]

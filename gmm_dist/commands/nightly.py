@@ -140,7 +140,7 @@ def _check_scores(options: NightlyOptions, rows: NightRows) -> None:
     output = absolute(join(options.scores, options.night))
     if score_runs.lies_inside(plan, output):
         raise UserError(
-            f"{redacted(output)} lies inside the lake, whose rows would double: give --scores "
+            f"{redacted(output)} lies inside {score_runs.what_is_spoilt(plan)}: give --scores "
             f"outside {redacted(plan.url)}"
         )
 

@@ -112,7 +112,7 @@ def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
     rows = parser.add_argument_group("rows")
     _add_rows(rows)
     if output:
-        _add_at(rows)
+        add_at(rows)
     _add_fit(parser.add_argument_group("fit"))
     add_cluster(parser.add_argument_group("cluster"))
     _add_run(parser.add_argument_group("run"))
@@ -152,7 +152,7 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_at(group: argparse._ArgumentGroup) -> None:
+def add_at(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--at",
         metavar="VERSION",

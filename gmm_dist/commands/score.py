@@ -12,6 +12,7 @@ from gmm_dist.commands.ending import note, run, said_how_to_resume
 from gmm_dist.commands.options import (
     CommandLine,
     Parser,
+    add_at,
     add_cluster,
     add_json,
     options_of,
@@ -41,7 +42,10 @@ def score(argv: Sequence[str]) -> None:
 def add_score(parser: argparse.ArgumentParser) -> None:
     """Add the options of scoring."""
     parser.add_argument(
-        "data", type=parse_url, metavar="DATA", help="folder or file of Parquet, local or any URL"
+        "data",
+        type=parse_url,
+        metavar="DATA",
+        help="folder or file of Parquet, local or any URL, or a table",
     )
     parser.add_argument(
         "--model",
@@ -61,6 +65,7 @@ def add_score(parser: argparse.ArgumentParser) -> None:
         help="columns to go along (default: none)",
     )
     rows.add_argument("--where", metavar="TEXT", help="score and write only rows where this holds")
+    add_at(rows)
     rows.add_argument(
         "--probabilities",
         action="store_true",

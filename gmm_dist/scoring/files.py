@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmm_dist.errors import RunFailed
-from gmm_dist.lake.listing import name_of
+from gmm_dist.lake.listing import LakeFile, name_of
 from gmm_dist.lake.plan import Plan
 from gmm_dist.lake.stream import row_groups, stream
 from gmm_dist.runs.checkpoint import CHECKPOINTS, RunIdentity
@@ -41,15 +41,18 @@ from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.json_files import FORMAT_VERSION, to_json
 from gmm_dist.scoring.scorer import (
     COMPONENT,
+    DATA_FILE,
     LOG_DENSITY,
     OUTLIER,
     PROBABILITIES,
     PROBABILITY,
+    ROW_INDEX,
     Scorer,
     Scoring,
     device,
 )
 from gmm_dist.storage import absolute, explained
+from gmm_dist.urls import redacted, reveal
 
 HOME = "_scored"
 SCRATCH = "files"
@@ -156,7 +159,7 @@ class ScoreFiles:
 
     def __call__(self, shard: int) -> Scored:
         index = self._order[shard]
-        path = self._plan.files[index].path
+        path = scored_path(self._plan.files[index])
         folder = Folder.of(self._output)
         with explained(folder.url):
             file = self._recorded(folder, path) or self._score(folder, index)
@@ -173,7 +176,7 @@ class ScoreFiles:
         return None
 
     def _score(self, folder: Folder, index: int) -> ScoredFile:
-        path = self._plan.files[index].path
+        path = scored_path(self._plan.files[index])
         scratch = home_of(folder).below(ATTEMPTS, self._attempt, SCRATCH)
         with folder.writing(path, scratch=scratch) as growing:
             file = self._write(growing, index)
@@ -194,8 +197,10 @@ class ScoreFiles:
         with _writer(path, self._scoring) as writer:
             pending: list[pa.Table] = []
             beside = 8 * mixture.n_components if self._scoring.probabilities else 0
-            for kept, X in stream(plan, index, self._groups[index], beside=beside):
-                table = scorer.table(kept, X)
+            row_index = ROW_INDEX if self._scoring.is_table else None
+            batches = stream(plan, index, self._groups[index], beside=beside, row_index=row_index)
+            for kept, X in batches:
+                table = scorer.table(self._along(kept, index, X.shape[1]), X)
                 counts.add(table)
                 pending.append(table)
                 if sum(part.nbytes for part in pending) >= _GROUP_BYTES:
@@ -203,7 +208,7 @@ class ScoreFiles:
                     pending = []
             if pending:
                 writer.write_table(pa.concat_tables(pending))
-        n_read = sum(plan.files[index].rows)  # `stream` has seen them, or raised
+        n_read = sum(plan.files[index].live_rows)  # `stream` has seen them, or raised
         n_written = pq.read_metadata(path).num_rows
         if counts.rows != n_written or not (counts.rows == n_read or plan.row_filter):
             raise RunFailed(
@@ -221,6 +226,18 @@ class ScoreFiles:
                 components=tuple(counts.components.tolist()),
             ),
         )
+
+    def _along(self, kept: pa.Table, index: int, n: int) -> pa.Table:
+        """Return what goes along with n rows: kept columns, partition values, the file's name."""
+        file = self._plan.files[index]
+        values = dict(file.partition) | {DATA_FILE: data_file(file)}
+        columns = {
+            field.name: kept.column(field.name)
+            if field.name in kept.column_names
+            else pa.repeat(pa.scalar(values[field.name], field.type), n)
+            for field in self._scoring.along
+        }
+        return pa.table(columns) if columns else kept
 
 
 class _Counts:
@@ -241,6 +258,23 @@ class _Counts:
         self.components += np.bincount(places, minlength=len(self.components))
         if OUTLIER in table.column_names:
             self.outliers += pc.sum(table.column(OUTLIER)).as_py() or 0
+
+
+def data_file(file: LakeFile) -> str:
+    """Return the path of a data file within its lake, or its URL where it lies outside a table."""
+    is_outside = file.entry is not None and file.entry.is_outside
+    return redacted(file.path) if is_outside else file.path
+
+
+def scored_path(file: LakeFile) -> str:
+    """Return the path of a data file's scores within an output: as in the lake, if it lies there.
+
+    For files elsewhere, such as those of a shallow clone, there is the folder `outside`.
+    """
+    if file.entry is None or not file.entry.is_outside:
+        return file.path
+    number = hashlib.sha256(os.fsencode(reveal(file.path))).hexdigest()[:16]
+    return f"outside/{number}/{file.path.rpartition('/')[2]}"
 
 
 def _record_name(path: str) -> str:
@@ -266,7 +300,7 @@ def _sha256(path: Path) -> str:
 
 def _writer(path: Path, scoring: Scoring) -> pq.ParquetWriter:
     # Values that hardly ever repeat are not worth a dictionary.
-    plain = {PROBABILITY, LOG_DENSITY, PROBABILITIES}
+    plain = {PROBABILITY, LOG_DENSITY, PROBABILITIES, ROW_INDEX}
     repeated = [name for name in scoring.schema.names if name not in plain]
     return pq.ParquetWriter(path, scoring.schema, use_dictionary=repeated)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from gmm_dist import config
 from gmm_dist.config import Cluster, FailureConfig, optional
 from gmm_dist.errors import UserError
+from gmm_dist.lake.tables.snapshot import At, parse_at
 from gmm_dist.model.quantiles import SMALLEST
 
 _FAULTS = FailureConfig()
@@ -17,11 +18,12 @@ class ScoreOptions:
     """The settings of a scoring.
 
     Args:
-        data: Folder or file of Parquet, local or any URL.
+        data: Folder or file of Parquet, local or any URL, or a table.
         model: A fit's output, its model folder, or a registry, which gives its latest.
         output: A new folder or URL.
         keep: Columns to go along with the scores.
         where: Filter of rows, see `gmm_dist.lake.filters`.
+        at: Version of a table, see `gmm_dist.lake.lake.Lake`.
         probabilities: Write the probabilities of all components too.
         outliers: Mark rows of a lower log-density than this share of the training rows.
         num_workers: Actors that score; None for one per CPU or GPU.
@@ -40,6 +42,7 @@ class ScoreOptions:
     output: str
     keep: tuple[str, ...] = ()
     where: str | None = None
+    at: At | None = None
     probabilities: bool = False
     outliers: float | None = None
     num_workers: int | None = None
@@ -57,6 +60,7 @@ class ScoreOptions:
             output=config.url,
             keep=config.several(config.text, least=0),
             where=optional(config.text),
+            at=lambda name, value: parse_at(value),
             probabilities=config.flag,
             outliers=optional(config.number),
             resume=config.flag,

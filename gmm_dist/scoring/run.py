@@ -12,7 +12,7 @@ from typing import Any
 from gmm_dist.errors import Option, RunFailed, UserError
 from gmm_dist.lake.plan import Plan
 from gmm_dist.runs import claim as runs
-from gmm_dist.runs.checkpoint import CHECKPOINTS, RunIdentity
+from gmm_dist.runs.checkpoint import CHECKPOINTS, RunIdentity, snapshot_in
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.commit import ATTEMPTS, OTHER_OUTPUT, RESUME_OR_OTHER, Result, refuse_taken
 from gmm_dist.runs.folder import Folder, lies_within, sync
@@ -40,7 +40,7 @@ def claim(url: str, plan: Plan, identity: RunIdentity, *, resume: bool = False) 
     folder = Folder.of(url)
     if lies_inside(plan, url):
         raise UserError(
-            f"{folder.url} lies inside the lake, whose rows would double",
+            f"{folder.url} lies inside {what_is_spoilt(plan)}",
             remedy="give " + Option("output") + f" outside {redacted(plan.url)}",
         )
     with explained(folder.url):
@@ -68,17 +68,36 @@ def _forget_unbegun(folder: Folder, run: Run) -> None:
             home_of(folder).remove(CHECKPOINTS)
 
 
+def begun_with(url: str) -> Mapping[str, Any] | None:
+    """Return the version of a table that the scores at `url` are of, None for none, or no table."""
+    folder = Folder.of(url)
+    with explained(folder.url):
+        return snapshot_in(_saved(home_of(folder))[0])
+
+
+def _saved(home: Folder) -> tuple[bytes | None, Result | None]:
+    """Return the identity of the run that an output belongs to, and what it has committed."""
+    result = Result.find(home)
+    return home.read(CHECKPOINTS, _RUN) if result is None else result.read(_RUN), result
+
+
+def what_is_spoilt(plan: Plan) -> str:
+    """Say what scores must not lie in, and why."""
+    if plan.snapshot is None:
+        return "the lake, whose rows would double"
+    return "the table, whose VACUUM would remove the scores"
+
+
 def lies_inside(plan: Plan, url: str) -> bool:
     """Say whether an output lies within the lake, which would read it as more rows."""
-    folders = {str(above) for file in plan.files for above in PurePosixPath(file.path).parents}
+    within = (file for file in plan.files if file.entry is None or not file.entry.is_outside)
+    folders = {str(above) for file in within for above in PurePosixPath(file.path).parents}
     return lies_within(url, plan.url, parts=sorted(folders))
 
 
 def _refuse_other(folder: Folder, identity: RunIdentity, resume: bool) -> bool:
     """Say whether this very run has committed; refuse an output that holds anything else."""
-    home = home_of(folder)
-    result = Result.find(home)
-    saved = home.read(CHECKPOINTS, _RUN) if result is None else result.read(_RUN)
+    saved, result = _saved(home_of(folder))
     if saved is None:
         refuse_taken(folder, folder.names() - {HOME})
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -17,14 +17,15 @@ from gmm_dist.errors import Option, UserError
 from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake
 from gmm_dist.lake.plan import Plan, plan_of
+from gmm_dist.lake.tables.snapshot import stay_at
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs import load
 from gmm_dist.runs.checkpoint import RunIdentity, environment
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.model_folder import model_sha256
-from gmm_dist.scoring.files import Scored, ScoreFiles
+from gmm_dist.scoring.files import Scored, ScoreFiles, scored_path
 from gmm_dist.scoring.options import ScoreOptions
-from gmm_dist.scoring.run import claim, commit
+from gmm_dist.scoring.run import begun_with, claim, commit
 from gmm_dist.scoring.scorer import Scoring
 from gmm_dist.shards.ray_shards import session
 from gmm_dist.shards.work import Done, summary
@@ -108,29 +109,20 @@ class _Job:
             columns=mixture.feature_names,
             where=options.where,
             missing="mean",  # a row with a hole keeps its place
+            at=stay_at(options.at, begun_with(options.output) if options.resume else None),
         )
         remedy = "the model needs all its features: score files that have them"
         plan = plan_of(rows, keep=options.keep, remedy=remedy)
-        if plan.snapshot is not None:
-            raise UserError(
-                "a table, whose rows cannot be scored yet",
-                where=redacted(plan.url),
-                remedy="export its rows to a folder of Parquet files and score those",
-            )
         if plan.feature_names != mixture.feature_names:
             raise UserError(
                 f"{redacted(plan.url)} has the features {', '.join(plan.feature_names)}, the model "
                 "of " + Option("model") + f" {', '.join(mixture.feature_names)}",
                 remedy="score the columns that it was fitted to",
             )
-        for key in dict.fromkeys(options.keep):
-            if key not in plan.kept:
-                what = "a hive key, which the path has; no column is written"
-                logger.info("%s %s: %s", Option("keep"), key, what)
-        kept = pa.schema([plan.schema.field(name) for name in plan.kept])
         scoring = Scoring(
             mixture=mixture.parameters,
-            kept=kept,
+            kept=_kept(plan, options.keep),
+            is_table=plan.snapshot is not None,
             probabilities=options.probabilities,
             threshold=threshold,
             ids=mixture.ids,
@@ -144,6 +136,7 @@ class _Job:
         return {
             "data": redacted(self.plan.url),
             "plan_hash": self.plan.hash,
+            **({} if self.plan.snapshot is None else {"snapshot": self.plan.snapshot_content}),
             "model": redacted(self.options.model),
             "feature_names": self.plan.feature_names,
             "columns": self.scoring.schema.names,
@@ -159,6 +152,7 @@ class _Job:
             files=self.plan.versions,
             settings=self._settings,
             environment=environment(),
+            snapshot=self.plan.snapshot_content,
         )
 
     @property
@@ -220,7 +214,25 @@ class _Job:
             parts.append(f"{counted(counts.missing, 'row')} {verb} a feature")
         if options.outliers is not None:
             parts.append(counted(counts.outliers, "outlier"))
+        if (snapshot := self.plan.snapshot) is not None:
+            parts.append(f"of {snapshot.shown}")
         return f"{'; '.join(parts)}; in {options.output.rstrip('/')}"
+
+
+def _kept(plan: Plan, keep: Sequence[str]) -> pa.Schema:
+    """Return the columns that go along: not those that the paths of all files tell."""
+    fields = []
+    for name in dict.fromkeys(keep):
+        if name in plan.kept:
+            fields.append(plan.schema.field(name))
+        elif plan.snapshot is not None and not all(
+            f"/{name}=" in f"/{scored_path(file)}" for file in plan.files
+        ):
+            fields.append(plan.keys.field(name))
+        else:
+            what = "a hive key, which the path has; no column is written"
+            logger.info("%s %s: %s", Option("keep"), name, what)
+    return pa.schema(fields)
 
 
 def _threshold(mixture: Mixture, options: ScoreOptions) -> float | None:

@@ -130,10 +130,15 @@ class LakeFileReader:
         table = self._parquet.read_row_group(group, columns=list(self.stored_names(columns)))
         return self._named(table, columns)
 
-    def iter_batches(self, size: int, group: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def iter_batches(
+        self, size: int, group: int, columns: Sequence[str], *, use_threads: bool = True
+    ) -> Iterator[pa.Table]:
         """Yield the rows of a row group, deleted ones too, `size` at a time at most."""
         for batch in self._parquet.iter_batches(
-            size, row_groups=[group], columns=list(self.stored_names(columns))
+            size,
+            row_groups=[group],
+            columns=list(self.stored_names(columns)),
+            use_threads=use_threads,
         ):
             yield self._named(pa.Table.from_batches([batch]), columns)
 

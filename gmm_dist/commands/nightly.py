@@ -32,9 +32,9 @@ from gmm_dist.errors import SchemaError, TooFewRows, UserError, renaming
 from gmm_dist.nightly.gate import Gate
 from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import claim, load
-from gmm_dist.scoring import files
 from gmm_dist.scoring import run as score_runs
 from gmm_dist.scoring.options import ScoreOptions
+from gmm_dist.scoring.target import HOME
 from gmm_dist.selection.ranking import CRITERIA
 from gmm_dist.shards.local import one_thread
 from gmm_dist.storage import absolute, join
@@ -170,7 +170,7 @@ def _score(options: NightlyOptions, rows: NightRows, command_line: CommandLine) 
 def _is_scored(scoring: ScoreOptions) -> bool:
     """Say whether a run of these very options has committed its scores, of whatever files."""
     try:
-        config = load.read_report(join(scoring.output, files.HOME), score_runs.REPORT)["config"]
+        config = load.read_report(join(scoring.output, HOME), score_runs.REPORT)["config"]
     except UserError:
         return False
     requested_settings = {

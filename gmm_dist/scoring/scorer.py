@@ -27,7 +27,7 @@ _LEAST = -1e300  # of a log-density, nats: no -inf, from which nothing can be su
 class Scoring:
     """Say which mixture scores the rows, and what is written beside the columns `kept`.
 
-    `is_table` has each row's place in the table written too: its data file and its number there.
+    `is_placed` has each row's place in the lake written too: its data file and its number there.
     `probabilities` asks for all responsibilities; `threshold` is the log-density (nats) below
     which a row is an outlier, None to mark none. `ids` are the numbers that `component` gives in
     place of the components' places in the mixture; `probabilities` keep the mixture's order.
@@ -43,7 +43,7 @@ class Scoring:
     threshold: float | None = None
     ids: tuple[int, ...] | None = None
     clusters: tuple[int, ...] | None = None
-    is_table: bool = False
+    is_placed: bool = False
 
     def __post_init__(self) -> None:
         taken = [name for name in self.kept.names if name in self._added().names]
@@ -61,7 +61,7 @@ class Scoring:
 
     @property
     def along(self) -> pa.Schema:
-        """The columns that go along with the scores: those kept, then a row's place in a table."""
+        """The columns that go along with the scores: those kept, then a row's place in the lake."""
         return pa.schema([*map(_plain, self.kept), *self._place()])
 
     def _added(self) -> pa.Schema:
@@ -69,7 +69,7 @@ class Scoring:
 
     def _place(self) -> pa.Schema:
         fields = [(DATA_FILE, pa.string()), (ROW_INDEX, pa.int64())]
-        return pa.schema(fields if self.is_table else [])
+        return pa.schema(fields if self.is_placed else [])
 
     def _scores(self) -> pa.Schema:
         fields = [
@@ -133,7 +133,8 @@ class Scorer:
         missing = np.isnan(X).any(axis=0)
         scores = self.scores(X)
         columns = [
-            column.cast(field.type)
+            # Times may lose digits that the output cannot hold; nothing else may change.
+            column.cast(field.type, safe=not pa.types.is_timestamp(field.type))
             for column, field in zip(along.columns, self._schema, strict=False)
         ]
         columns.append(pa.array(self._numbers[scores.components], mask=missing))

@@ -22,7 +22,12 @@ import pyarrow as pa
 from gmm_dist import storage
 from gmm_dist.errors import NoRows, UserError
 from gmm_dist.lake.listing import LakeFile, Listing
-from gmm_dist.lake.tables.access import told_in_a_line, unknown_feature, uri_and_options
+from gmm_dist.lake.tables.access import (
+    require_deltalake,
+    told_in_a_line,
+    unknown_feature,
+    uri_and_options,
+)
 from gmm_dist.lake.tables.bounds import Bounds
 from gmm_dist.lake.tables.columns import TableColumns
 from gmm_dist.lake.tables.entry import Deleted, Entry
@@ -94,14 +99,9 @@ def find(root: Url, at: At | None = None) -> Listing:
 
 
 def _opened(root: Url, at: At | None) -> DeltaTable:
-    try:
-        from deltalake import DeltaTable
-    except ImportError:
-        raise UserError(
-            "a Delta table, which takes the package deltalake to read",
-            where=storage.redacted(root),
-            remedy="pip install 'gmm_dist[delta]'",
-        ) from None
+    require_deltalake(root)
+    from deltalake import DeltaTable
+
     uri, options = uri_and_options(root)
 
     def version(number: int | None) -> DeltaTable:

@@ -18,7 +18,6 @@ from test_lake_resume import stopped_after
 
 import gmm_dist
 from gmm_dist.commands import fit as fit_job
-from gmm_dist.commands import nightly as nightly_job
 from gmm_dist.commands import sweep as sweep_job
 from gmm_dist.fitting import lake_sweep
 from gmm_dist.lake.plan import plan_lake
@@ -161,11 +160,3 @@ def test_an_estimators_fit_stays_with_its_version(
         gmm_dist.UserError, match=r"version 0 of the Delta table .*, and are of ver"
     ):
         gmm_dist.GaussianMixture(**settings).fit(newer, output=out, resume=True)
-
-
-def test_nights_of_tables_are_refused_in_a_line(
-    table: Path, tmp_path: Path, in_process: None, capfd: Errors
-) -> None:
-    night = ["--registry", str(tmp_path / "reg"), "--night", "2026-11-21", "--partition", "kind"]
-    line = refused(capfd, str(table), "--k", "2", *night, job=nightly_job.main)
-    assert line.startswith(f"error: {table}: a table, of which nights are not fitted yet; fit a ni")

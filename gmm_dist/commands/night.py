@@ -238,7 +238,7 @@ class Night:
             "published": not reasons,
             "reasons": reasons,
             "where": self.rows.where(days=self.options.days).text,
-            **({} if self.rows.at is None else {"table_version": self.rows.at}),
+            **({} if self.rows.snapshot is None else {"snapshot": self.rows.snapshot}),
             "n_rows": work and work.fitted.n_rows,
             "column_drift": work and work.columns and asdict(work.columns),
             "warnings": (more or {}).get("warnings", []),

@@ -115,30 +115,29 @@ class NightRows:
 
     def __init__(self, options: NightlyOptions) -> None:
         self._options = options
-        self._at: At | None = None
+        self.snapshot: Mapping[str, Any] | None = None
         self._key: nights.NightKey | None = None
 
     def pin(self, snapshot: Mapping[str, Any] | None) -> None:
         """Stay with the version of a table that the night has begun with, None for none."""
-        at = stay_at(None, snapshot)
-        if at is not None and at != self._at:
-            self._at, self._key = at, None
+        if snapshot is not None and snapshot != self.snapshot:
+            self.snapshot, self._key = snapshot, None
 
     @property
     def key(self) -> nights.NightKey:
         """How the lake spells a night."""
         if self._key is None:
             with quiet("gmm_dist.lake.listing"):  # planning lists the same files
-                lake_listing = find(self._options.data, self._at)
+                lake_listing = find(self._options.data, self.at)
                 self._key = nights.key_of(lake_listing, self._options.partition)
             if lake_listing.snapshot is not None:
-                self._at = lake_listing.snapshot.version
+                self.snapshot = lake_listing.snapshot.content
         return self._key
 
     @property
     def at(self) -> At | None:
         """The version of the table, None for no table, or none yet."""
-        return self._at
+        return stay_at(None, self.snapshot)
 
     def where(self, *, days: int) -> Where:
         """Return the filter of the rows of so many days up to the night."""
@@ -165,7 +164,7 @@ class NightRows:
         options = self._options
         try:
             where = self.where(days=days).text
-            rows = replace(options.lake, columns=columns, where=where, missing=missing, at=self._at)
+            rows = replace(options.lake, columns=columns, where=where, missing=missing, at=self.at)
             return plan_of(rows, keep=keep)
         except NoRows as error:
             also = f" that match --where {options.where!r}" if options.where else ""

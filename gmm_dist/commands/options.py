@@ -103,7 +103,7 @@ def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
         "data",
         type=parse_url,
         metavar="DATA",
-        help="folder or file of Parquet, local or any URL, or a Delta table",
+        help="folder or file of Parquet, local or any URL, or a table",
     )
     if output:
         parser.add_argument(

@@ -51,7 +51,12 @@ _Keys = Mapping[int, str]  # field ids of columns, with their names
 
 def names_table(url: str) -> bool:
     """Say whether a URL names an Iceberg table: by its catalog, or as a metadata file."""
-    return url.startswith(_SCHEME) or _METADATA.search(url) is not None
+    return is_in_catalog(url) or _METADATA.search(url) is not None
+
+
+def is_in_catalog(url: str) -> bool:
+    """Say whether a URL names an Iceberg table by its catalog."""
+    return url.startswith(_SCHEME)
 
 
 def find(url: Url, at: At | None = None) -> Listing:
@@ -136,7 +141,7 @@ def told_in_a_line(url: str) -> Iterator[None]:
 
 
 def _opened(url: Url) -> Table:
-    if url.startswith(_SCHEME):
+    if is_in_catalog(url):
         from pyiceberg.catalog import load_catalog
 
         catalog, _, name = url.removeprefix(_SCHEME).partition("/")

@@ -40,6 +40,7 @@ from gmm_dist.runs import load
 from gmm_dist.runs.checkpoint import RunIdentity
 from gmm_dist.scoring.files import ScoreFiles
 from gmm_dist.scoring.scorer import Scoring
+from gmm_dist.scoring.target import Target
 
 _JOB = Path(__file__).parent.parent / "jobs" / "score.py"
 _CONTENDERS = ("job", "one-worker", "sklearn")
@@ -174,7 +175,7 @@ def _one_worker(folder: Path, out: Path, answers: Any) -> None:
     kept = pa.schema([plan.schema.field("id")])
     identity = RunIdentity(plan_hash=plan.hash, files=(), settings={})
     files = ScoreFiles(
-        plan, Scoring(mixture=mixture.parameters, kept=kept), str(out), identity, "attempt"
+        plan, Scoring(mixture=mixture.parameters, kept=kept), Target(str(out)), identity, "attempt"
     )
     for shard in range(len(plan.files)):
         files(shard)

@@ -20,6 +20,7 @@ from gmm_dist.commands.talking import on_command_line, quiet, say, screen
 from gmm_dist.errors import SchemaError, TooFewRows, Words, spelt
 from gmm_dist.fitting import results
 from gmm_dist.fitting.fit import Job, none_ranked
+from gmm_dist.fitting.recipe import RECIPE, Recipe
 from gmm_dist.fitting.results import Fitted, mixture_of, spell_best
 from gmm_dist.lake.plan import Plan
 from gmm_dist.model.mixture import Mixture
@@ -193,12 +194,18 @@ class Night:
         changes = self._drift(work, matching, ids)
         self._write(run.attempt, [], work, more, changes, ids, ids)
         run.attempt.write_json(LINEAGE, lineage.to_json())
+        run.attempt.write_json(RECIPE, self._recipe(work.job).content)
         logger.info("committing")
         turn.check()
         with holding():
             run.attempt.commit()
         self.registry.point_to(self.options.night)
         return lineage
+
+    def _recipe(self, job: Job) -> Recipe:
+        before = None if self.before is None or not job.warm else self.before.night
+        warm = None if before is None else self.registry.model_url(before)
+        return Recipe.of(job.options, job.identity, results.versions(), warm)
 
     def _keep_back(
         self,
@@ -238,6 +245,7 @@ class Night:
             "published": not reasons,
             "reasons": reasons,
             "where": self.rows.where(days=self.options.days).text,
+            **({} if self.rows.snapshot is None else {"snapshot": self.rows.snapshot}),
             "n_rows": work and work.fitted.n_rows,
             "column_drift": work and work.columns and asdict(work.columns),
             "warnings": (more or {}).get("warnings", []),

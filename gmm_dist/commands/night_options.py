@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from typing import Any
@@ -18,6 +17,8 @@ from gmm_dist.lake.filters.text import parse
 from gmm_dist.lake.filters.where import Where
 from gmm_dist.lake.lake import Missing
 from gmm_dist.lake.plan import Plan, plan_of
+from gmm_dist.lake.tables.find import find
+from gmm_dist.lake.tables.snapshot import At, stay_at
 from gmm_dist.nightly.gate import Gate
 from gmm_dist.nightly.lineage import night_of
 from gmm_dist.nightly.registry import Registry
@@ -106,16 +107,37 @@ def _night(name: str, value: Any) -> str:
 
 
 class NightRows:
-    """The rows of a lake that are a night's and pass the user's own filter."""
+    """The rows of a lake that are a night's and pass the user's own filter.
+
+    Of a table they are those of one version: the newest when it is first looked at, unless `pin`
+    has named one before.
+    """
 
     def __init__(self, options: NightlyOptions) -> None:
         self._options = options
+        self.snapshot: Mapping[str, Any] | None = None
+        self._key: nights.NightKey | None = None
 
-    @functools.cached_property
+    def pin(self, snapshot: Mapping[str, Any] | None) -> None:
+        """Stay with the version of a table that the night has begun with, None for none."""
+        if snapshot is not None and snapshot != self.snapshot:
+            self.snapshot, self._key = snapshot, None
+
+    @property
     def key(self) -> nights.NightKey:
         """How the lake spells a night."""
-        with quiet("gmm_dist.lake.listing"):  # planning lists the same files
-            return nights.find(self._options.data, self._options.partition)
+        if self._key is None:
+            with quiet("gmm_dist.lake.listing"):  # planning lists the same files
+                lake_listing = find(self._options.data, self.at)
+                self._key = nights.key_of(lake_listing, self._options.partition)
+            if lake_listing.snapshot is not None:
+                self.snapshot = lake_listing.snapshot.content
+        return self._key
+
+    @property
+    def at(self) -> At | None:
+        """The version of the table, None for no table, or none yet."""
+        return stay_at(None, self.snapshot)
 
     def where(self, *, days: int) -> Where:
         """Return the filter of the rows of so many days up to the night."""
@@ -142,7 +164,7 @@ class NightRows:
         options = self._options
         try:
             where = self.where(days=days).text
-            rows = replace(options.lake, columns=columns, where=where, missing=missing)
+            rows = replace(options.lake, columns=columns, where=where, missing=missing, at=self.at)
             return plan_of(rows, keep=keep)
         except NoRows as error:
             also = f" that match --where {options.where!r}" if options.where else ""

@@ -32,9 +32,11 @@ from gmm_dist.errors import SchemaError, TooFewRows, UserError, renaming
 from gmm_dist.nightly.gate import Gate
 from gmm_dist.nightly.registry import Registry
 from gmm_dist.runs import claim, load
-from gmm_dist.scoring import files
+from gmm_dist.runs.checkpoint import begun_with
+from gmm_dist.runs.folder import Folder
 from gmm_dist.scoring import run as score_runs
 from gmm_dist.scoring.options import ScoreOptions
+from gmm_dist.scoring.target import HOME
 from gmm_dist.selection.ranking import CRITERIA
 from gmm_dist.shards.local import one_thread
 from gmm_dist.storage import absolute, join
@@ -101,12 +103,15 @@ def _publish(
     session: ExitStack,
 ) -> bool:
     """Do the night's work, if nobody has done it; say whether the gate let it pass."""
+    if options.resume:
+        rows.pin(begun_with(Folder.of(options.output)))
     rows.where(days=options.days)  # errors in the nights' key come before any claim
     if options.scores is not None:
         _check_scores(options, rows)
     with claim.claim(options.output, resume=options.resume) as run:
         if run.committed:
             return True
+        rows.pin(run.begun_with())  # another driver may have begun while we waited
         if registry.is_pruned(options.night):
             raise UserError(
                 f"{options.output} was published and pruned while this run waited for it: nothing "
@@ -140,7 +145,7 @@ def _check_scores(options: NightlyOptions, rows: NightRows) -> None:
     output = absolute(join(options.scores, options.night))
     if score_runs.lies_inside(plan, output):
         raise UserError(
-            f"{redacted(output)} lies inside the lake, whose rows would double: give --scores "
+            f"{redacted(output)} lies inside {score_runs.what_is_spoilt(plan)}: give --scores "
             f"outside {redacted(plan.url)}"
         )
 
@@ -148,6 +153,7 @@ def _check_scores(options: NightlyOptions, rows: NightRows) -> None:
 def _score(options: NightlyOptions, rows: NightRows, command_line: CommandLine) -> None:
     """Score the rows of the night alone, whatever --days; what is scored already stays."""
     assert options.scores is not None
+    rows.pin(load.read_report(options.output).get("snapshot"))
     shared = {f.name for f in fields(ScoreOptions)} & {f.name for f in fields(NightlyOptions)}
     scoring = ScoreOptions(
         **{name: getattr(options, name) for name in shared}
@@ -155,6 +161,7 @@ def _score(options: NightlyOptions, rows: NightRows, command_line: CommandLine) 
             "model": options.output,
             "output": join(options.scores, options.night),
             "where": rows.where(days=1).text,
+            "at": rows.at,
             "resume": True,
         }
     )
@@ -170,7 +177,7 @@ def _score(options: NightlyOptions, rows: NightRows, command_line: CommandLine) 
 def _is_scored(scoring: ScoreOptions) -> bool:
     """Say whether a run of these very options has committed its scores, of whatever files."""
     try:
-        config = load.read_report(join(scoring.output, files.HOME), score_runs.REPORT)["config"]
+        config = load.read_report(join(scoring.output, HOME), score_runs.REPORT)["config"]
     except UserError:
         return False
     requested_settings = {

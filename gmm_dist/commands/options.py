@@ -103,7 +103,7 @@ def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
         "data",
         type=parse_url,
         metavar="DATA",
-        help="folder or file of Parquet, local or any URL, or a Delta table",
+        help="folder or file of Parquet, local or any URL, or a table",
     )
     if output:
         parser.add_argument(
@@ -112,7 +112,7 @@ def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
     rows = parser.add_argument_group("rows")
     _add_rows(rows)
     if output:
-        _add_at(rows)
+        add_at(rows)
     _add_fit(parser.add_argument_group("fit"))
     cluster = parser.add_argument_group("cluster")
     add_cluster(cluster)
@@ -154,7 +154,7 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_at(group: argparse._ArgumentGroup) -> None:
+def add_at(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--at",
         metavar="VERSION",

@@ -12,6 +12,7 @@ from gmm_dist.commands.ending import note, run, said_how_to_resume
 from gmm_dist.commands.options import (
     CommandLine,
     Parser,
+    add_at,
     add_cluster,
     add_json,
     options_of,
@@ -21,7 +22,7 @@ from gmm_dist.commands.options import (
 from gmm_dist.commands.progress import Progress
 from gmm_dist.commands.stopping import finish
 from gmm_dist.commands.talking import say, screen
-from gmm_dist.scoring.options import ScoreOptions
+from gmm_dist.scoring.options import WRITES, ScoreOptions
 from gmm_dist.scoring.score import score_lake
 
 
@@ -41,7 +42,10 @@ def score(argv: Sequence[str]) -> None:
 def add_score(parser: argparse.ArgumentParser) -> None:
     """Add the options of scoring."""
     parser.add_argument(
-        "data", type=parse_url, metavar="DATA", help="folder or file of Parquet, local or any URL"
+        "data",
+        type=parse_url,
+        metavar="DATA",
+        help="folder or file of Parquet, local or any URL, or a table",
     )
     parser.add_argument(
         "--model",
@@ -50,7 +54,11 @@ def add_score(parser: argparse.ArgumentParser) -> None:
         help="a fit's output, its model folder, or a registry, which gives its latest",
     )
     parser.add_argument(
-        "--output", required=True, type=parse_url, metavar="OUT", help="a new folder or URL"
+        "--output",
+        required=True,
+        type=parse_url,
+        metavar="OUT",
+        help="a new folder or URL; with --write delta a Delta table, new or not",
     )
     rows = parser.add_argument_group("rows")
     rows.add_argument(
@@ -61,6 +69,7 @@ def add_score(parser: argparse.ArgumentParser) -> None:
         help="columns to go along (default: none)",
     )
     rows.add_argument("--where", metavar="TEXT", help="score and write only rows where this holds")
+    add_at(rows)
     rows.add_argument(
         "--probabilities",
         action="store_true",
@@ -71,6 +80,18 @@ def add_score(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="Q",
         help="mark rows of a lower log-density than this share of the training rows, e.g. 0.001",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--write",
+        choices=WRITES,
+        default=WRITES[0],
+        help="files beside the lake's own, or one commit to a Delta table (default: files)",
+    )
+    output.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="with --write delta: in place of the table's rows, not appended to them",
     )
     add_cluster(parser.add_argument_group("cluster"))
     parser.add_argument(

@@ -20,6 +20,7 @@ from gmm_dist.fitting.checkpoints import FitCheckpoints
 from gmm_dist.fitting.lake_sweep import loader_of, resident
 from gmm_dist.fitting.options import FitOptions
 from gmm_dist.fitting.progress import FitProgress, Silent
+from gmm_dist.fitting.recipe import RECIPE, Recipe
 from gmm_dist.fitting.results import DrawReport, Fitted, no_report, sample_of
 from gmm_dist.formats import counted
 from gmm_dist.lake.load import Counted, LakeLoader
@@ -101,6 +102,8 @@ def fit_lake(
             return FitOutcome(output=options.output, result=result, warnings=warnings)
         more = {"warnings": warnings, "seconds": time.monotonic() - began}
         has_report = results.write(run.attempt, fitted, job.loader, job.settings, more, draw=draw)
+        recipe = Recipe.of(options, job.identity, results.versions())
+        run.attempt.write_json(RECIPE, recipe.content)
         logger.info("committing")
         finish()
         run.attempt.commit()

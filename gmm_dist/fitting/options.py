@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, get_args
 
 from gmm_dist import config
@@ -12,7 +11,7 @@ from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig, optio
 from gmm_dist.errors import Option, UserError
 from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake, Missing
-from gmm_dist.lake.tables.snapshot import parse_at
+from gmm_dist.lake.tables.snapshot import At, parse_at
 from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.selection.ranking import CRITERIA
 
@@ -26,7 +25,7 @@ class FitOptions:
     Lists may be given for tuples, one value for several, and paths for URLs.
 
     Args:
-        data: Folder or file of Parquet, local or any URL, or a Delta table.
+        data: Folder or file of Parquet, local or any URL, or a table.
         output: A new folder or URL.
         k: Numbers of components. None: that of the model `start`.
         covariance_type: Covariance types, each fitted with each of `k`.
@@ -39,7 +38,7 @@ class FitOptions:
         where: Filter of rows, see `gmm_dist.lake.filters`.
         missing: How nulls and NaN are treated: "error", "drop" or "mean".
         holdout: Share of the rows, in [0, 1), that nothing is fitted to.
-        at: Version of a table: its number, or a time; None for the newest.
+        at: Version of a table: its number or snapshot id, or a time; None for the newest.
         init: How restarts are seeded.
         n_init: Restarts of each candidate, on a sample.
         tol: Gain of the mean log-likelihood (nats per row) below which a fit has converged.
@@ -74,7 +73,7 @@ class FitOptions:
     where: str | None = None
     missing: Missing = "error"
     holdout: float = 0.0
-    at: int | str | datetime | None = None
+    at: At | str | None = None
     init: str = _START.init
     n_init: int = _START.n_init
     tol: float = _EM.tol

@@ -147,7 +147,7 @@ def _provenance(best: RankedCandidate, plan: Plan, settings: dict[str, Any]) -> 
         n_iter=best.fit.n_iter,
         config=settings,
         plan_hash=plan.hash,
-        versions=_versions(),
+        versions=versions(),
         snapshot=plan.snapshot_content,
     )
 
@@ -169,12 +169,13 @@ def _report(
         "data": plan.url,
         "plan_hash": plan.hash,
         "config": settings,
-        "versions": _versions(),
+        "versions": versions(),
         **({} if plan.snapshot is None else {"snapshot": plan.snapshot.content}),
     }
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Return our version, and those of what computes and reads."""
     # Ours is asked of the package itself: a Ray job's working directory is not installed.
     return {"gmm_dist": __version__, **load.library_versions(_PACKAGES)}
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from datetime import datetime
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from gmm_dist.errors import Option, UserError
-from gmm_dist.lake.tables.snapshot import parse_at
+from gmm_dist.lake.tables.snapshot import At, parse_at
 from gmm_dist.urls import Url
 
 if TYPE_CHECKING:
@@ -33,7 +32,8 @@ class Lake:
 
     Args:
         url: a local path, or any URL that fsspec opens: a Parquet file, a folder of them, or the
-            root of a Delta table (on a local disk or S3).
+            root of a Delta table (on a local disk or S3); or an Iceberg table, by its catalog
+            (`iceberg://CATALOG/NAMESPACE.TABLE`) or its metadata file.
         columns: numeric columns, or one column of lists of one length. None: every floating-point
             column but pandas' indices, else the one column of lists.
         where: which rows, by any columns and hive partitions: text in the syntax of `--where`, or
@@ -43,7 +43,7 @@ class Lake:
         weight_column: the column of sample weights: 0 is an absent row, 2 a doubled one.
         missing: what becomes of nulls and NaN: "error", "drop" the row, or the column's "mean".
         holdout: the share of the rows, 0 <= share < 1, that nothing is fitted to.
-        at: which version of a table: its number, or a time (a datetime, or text such as
+        at: which version of a table: its number, a snapshot's id, or a time (a datetime, or text as
             "2026-11-21T08:30:00+01:00"; UTC without an offset) for the newest version of then.
 
     Raises UserError for what is wrong whatever the files hold.
@@ -61,7 +61,7 @@ class Lake:
     weight_column: str | None = None
     missing: Missing = "error"
     holdout: float = 0.0
-    at: int | str | datetime | None = None
+    at: At | str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", _url(self.url))

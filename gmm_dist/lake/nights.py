@@ -21,7 +21,6 @@ from datetime import date, timedelta
 from typing import TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gmm_dist import storage
 from gmm_dist.errors import Option, UserError
@@ -29,7 +28,7 @@ from gmm_dist.lake import listing
 from gmm_dist.lake.filters.where import Clause, Filter
 from gmm_dist.lake.listing import LakeFile, Listing
 from gmm_dist.lake.opening import opened as opened_file
-from gmm_dist.lake.parquet.decoding import parquet_file
+from gmm_dist.lake.tables.columns import LakeFileReader
 from gmm_dist.lake.tables.find import find as find_files
 
 logger = logging.getLogger(__name__)
@@ -97,20 +96,17 @@ class NightKey:
 def find(url: str, names: Sequence[str]) -> NightKey:
     """Return how columns `names` (one, or those of year, month and day) spell a night in a lake.
 
-    One of three hive keys, such as `day`, stands for all three.
+    One of three hive keys, such as `day`, stands for all three; a table's partition columns are
+    such keys.
 
     Raises:
         UserError: there is no such column, or its values are no nights in a known spelling.
     """
-    lake_listing = find_files(url)
-    if lake_listing.snapshot is not None:
-        raise UserError(
-            "a table, of which nights are not fitted yet",
-            where=storage.redacted(lake_listing.root),
-            remedy="fit a night's rows by fit or sweep with "
-            + Option("where")
-            + ", or give a folder of Parquet files",
-        )
+    return key_of(find_files(url), names)
+
+
+def key_of(lake_listing: Listing, names: Sequence[str]) -> NightKey:
+    """Return how columns spell a night in the lake of a listing, as `find` does."""
     columns = (
         lake_listing.keys
         if set(names) <= set(lake_listing.keys.names)
@@ -184,7 +180,7 @@ def columns_of(lake_listing: Listing) -> pa.Schema:
     if lake_listing.columns is not None:
         return pa.schema([*lake_listing.keys, *lake_listing.columns.schema])
     footers = (
-        _opened(lake_listing, file, lambda opened: (opened.metadata.num_rows, opened.schema_arrow))
+        _opened(lake_listing, file, lambda opened: (opened.metadata.num_rows, opened.schema))
         for file in lake_listing.files
     )
     schema = next((schema for n_rows, schema in footers if n_rows), pa.schema([]))
@@ -285,19 +281,20 @@ def _values(lake_listing: Listing, name: str) -> set[object]:
 def _column(lake_listing: Listing, file: LakeFile, name: str) -> set[object]:
     """Return the values of a column in a file's first row group."""
 
-    def values(opened: pq.ParquetFile) -> set[object]:
-        if name not in opened.schema_arrow.names or not opened.metadata.num_row_groups:
+    def values(opened: LakeFileReader) -> set[object]:
+        if name not in opened.schema.names or not opened.metadata.num_row_groups:
             return set()
-        return set(opened.read_row_group(0, columns=[name])[name].unique().to_pylist())
+        return set(opened.read_row_group(0, [name])[name].unique().to_pylist())
 
     return _opened(lake_listing, file, values)
 
 
-def _opened(lake_listing: Listing, file: LakeFile, look: Callable[[pq.ParquetFile], T]) -> T:
+def _opened(lake_listing: Listing, file: LakeFile, look: Callable[[LakeFileReader], T]) -> T:
     fs, path = storage.open_url(lake_listing.root)
+    name = listing.name_of(lake_listing.root, file)
 
     def read() -> T:
         with opened_file(fs, path, lake_listing.root, file, footer=True) as source:
-            return look(parquet_file(source))
+            return look(LakeFileReader(source, lake_listing.columns, name))
 
-    return storage.patiently(read, listing.name_of(lake_listing.root, file))
+    return storage.patiently(read, name)

@@ -93,8 +93,8 @@ def opened_first(
 
 def _vacuumed(name: str) -> UserError:
     return UserError(
-        "the table's log names this file, but it is gone, as VACUUM leaves the files of older "
-        "versions",
+        "the table's log names this file, but it is gone, as VACUUM or expiring snapshots leave "
+        "the files of older versions",
         where=name,
         remedy="read a newer version (" + Option("at") + "); a run that was to go on with this one "
         "starts afresh in another " + Option("output"),

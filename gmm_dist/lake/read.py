@@ -95,11 +95,11 @@ def read(plan: Plan, shard: int, *, fill: npt.NDArray[np.float64] | None = None)
 
 def passed(
     plan: Plan, part: RowRange, decoded: pa.Table
-) -> tuple[pa.Table, npt.NDArray[np.float64]]:
+) -> tuple[pa.Table, npt.NDArray[np.float64], npt.NDArray[np.intp] | None]:
     """Return the rows of `part` that pass the filter, and their features (d, n), missing as NaN.
 
-    `decoded` are the rows of `part`, the plan's read columns among others. For plans of any
-    `missing` but "error".
+    Under a filter their positions (n,) among the rows of `part` come last. `decoded` are the rows
+    of `part`, the plan's read columns among others. For plans of any `missing` but "error".
 
     Raises:
         UserError: an infinite value, or a list of another length.
@@ -110,7 +110,7 @@ def passed(
     columns = features(plan, table)
     if not np.isfinite(columns).all():
         extract.check(columns, table, positions)
-    return table, columns.astype(np.float64, copy=False)
+    return table, columns.astype(np.float64, copy=False), positions
 
 
 def release() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -20,9 +20,10 @@ from gmm_dist.lake.deal import RowRange
 from gmm_dist.lake.listing import name_of
 from gmm_dist.lake.opening import opened
 from gmm_dist.lake.parquet.comparing import stored
-from gmm_dist.lake.parquet.decoding import parquet_file, wrong_rows
+from gmm_dist.lake.parquet.decoding import wrong_rows
 from gmm_dist.lake.parquet.footers import statistics, stored_in
 from gmm_dist.lake.plan import Plan
+from gmm_dist.lake.tables.columns import LakeFileReader
 
 BATCH_ROWS = 1 << 16  # at most
 BATCH_BYTES = 1 << 25
@@ -42,32 +43,58 @@ def row_groups(plan: Plan) -> tuple[tuple[int, ...], ...]:
 
 
 def stream(
-    plan: Plan, index: int, groups: Sequence[int], *, beside: int = 0
+    plan: Plan,
+    index: int,
+    groups: Sequence[int],
+    *,
+    beside: int = 0,
+    row_index: str | None = None,
 ) -> Iterator[tuple[pa.Table, npt.NDArray[np.float64]]]:
-    """Yield the rows of some row groups of `plan.files[index]` that pass the filter, in order.
+    """Yield the live rows of row groups of `plan.files[index]` that pass the filter, in order.
 
     Each item is a table of the plan's kept columns, in the plan's types (null where the file lacks
-    one), and the features (d, n), missing values as NaN. `beside` is the number of bytes that the
-    caller makes of each row. Peak memory: a row group's bytes as they are stored, 128 MB at most,
-    and a few times a decoded batch of 32 MB, as the footer has it: at most 65,536 rows, fewer of
-    wide ones, at least 1024.
+    one), and the features (d, n), missing values as NaN. Peak memory: a row group's bytes as they
+    are stored, 128 MB at most, and a few times a decoded batch of 32 MB, as the footer has it: at
+    most 65,536 rows, fewer of wide ones, at least 1024.
+
+    Args:
+        plan: The plan.
+        index: The number of the file.
+        groups: The numbers of its row groups.
+        beside: The bytes that the caller makes of each row.
+        row_index: The name of a column to put behind the kept ones: each row's number in the file,
+            from 0, deleted rows counted.
 
     Raises:
         UserError: an infinite value, a file that changed since the plan was made, has other rows
             than its footer says, is corrupt or cannot be reached.
     """
     types = pa.schema([plan.schema.field(name) for name in plan.kept])
-    name = name_of(plan.url, plan.files[index])
+    file, name = plan.files[index], name_of(plan.url, plan.files[index])
     with _Batches(plan, index, beside) as batches:
         for group in groups:
-            start = 0
+            first, live = sum(file.rows[:group]), file.live(group)
+            start = n_live = 0  # of rows before the batch: all, and those that live
             while (batch := batches.after(group, start)) is not None:
                 stop = start + batch.num_rows
-                table, X = read.passed(
-                    plan, RowRange(file=index, row_group=group, start=start, stop=stop), batch
-                )
-                yield _kept(table, types, f"{name}, row group {group}"), X
-                start = stop
+                mask = None if live is None else live[start:stop]
+                batch = read.those(batch, mask)
+                stop_live = n_live + batch.num_rows
+                part = RowRange(file=index, row_group=group, start=n_live, stop=stop_live)
+                table, X, positions = read.passed(plan, part, batch)
+                kept = _kept(table, types, f"{name}, row group {group}")
+                if row_index is not None:
+                    rows = np.arange(first + start, first + stop)
+                    rows = rows if mask is None else rows[mask]
+                    rows = rows if positions is None else rows[positions]
+                    kept = _with_column(kept, row_index, pa.array(rows, pa.int64()))
+                yield kept, X
+                start, n_live = stop, stop_live
+
+
+def _with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    # A table without columns takes none: it has another number of rows.
+    return table.append_column(name, column) if table.num_columns else pa.table({name: column})
 
 
 def _kept(table: pa.Table, types: pa.Schema, where: str) -> pa.Table:
@@ -120,7 +147,7 @@ class _Batches:
         self._name = name_of(plan.url, self._file)
         self._stack = ExitStack()
         self._source: Any = None
-        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batches: Iterator[pa.Table] = iter(())
         self._at = (-1, 0)  # the row group and row that the next batch begins with
 
     def __enter__(self) -> Self:
@@ -150,27 +177,29 @@ class _Batches:
             with self._stack.pop_all():  # `opened` explains the error
                 raise
         self._at = group, start + batch.num_rows
-        return pa.Table.from_batches([batch])
+        return batch
 
     def _seek(self, group: int, start: int) -> None:
-        metadata = pq.read_metadata(self._source)
-        wanted = {*self._plan.read_columns, *self._plan.kept} & set(
-            metadata.schema.to_arrow_schema().names
-        )
-        chunks = _chunks(metadata, group, wanted)
+        plan, metadata = self._plan, pq.read_metadata(self._source)
+        wanted = sorted({*plan.read_columns, *plan.kept})
+        stored = _stored_names(plan, metadata.schema.to_arrow_schema(), wanted, self._name)
+        chunks = _chunks(metadata, group, stored)
         every = itertools.chain.from_iterable(chunks.values())
         size = sum(chunk.total_compressed_size for _, chunk in every)
         whole = size <= _WHOLE_BYTES
-        parquet = parquet_file(
+        reader = LakeFileReader(
             self._source,
+            plan.table_columns,
+            self._name,
             metadata=metadata,
             pre_buffer=whole,
             buffer_size=0 if whole else _BUFFER_BYTES,
         )
-        self._batches = parquet.iter_batches(
+        self._batches = reader.iter_batches(
             self._batch_rows(metadata.row_group(group).num_rows, chunks),
-            row_groups=[group],
-            columns=sorted(wanted),
+            group,
+            # A table's reader has columns that the file lacks, as nulls.
+            wanted if plan.table_columns is not None else list(stored),
             use_threads=False,
         )
         row = 0
@@ -188,14 +217,28 @@ class _Batches:
         return min(max(BATCH_BYTES // width, _LEAST_ROWS), BATCH_ROWS)
 
 
+def _stored_names(
+    plan: Plan, file_schema: pa.Schema, names: Sequence[str], file: str
+) -> dict[str, str]:
+    """Return the names in a file of those of the lake's columns that it has."""
+    if plan.table_columns is None:
+        there = {name: name for name in file_schema.names}
+    else:
+        there = plan.table_columns.names_in(file_schema, file)
+    return {name: there[name] for name in names if name in there}
+
+
 def _chunks(
-    metadata: pq.FileMetaData, group: int, names: Collection[str]
+    metadata: pq.FileMetaData, group: int, stored: Mapping[str, str]
 ) -> dict[str, list[_Chunk]]:
-    """Return each column's chunks in a row group, with their physical types by the schema."""
-    stored = metadata.row_group(group)
+    """Return each column's chunks in a row group, with their physical types by the schema.
+
+    `stored` has the columns' names in the file.
+    """
+    of_group, leaves = metadata.row_group(group), stored_in(metadata, stored.values())
     return {
-        name: [(metadata.schema.column(i).physical_type, stored.column(i)) for i in leaves]
-        for name, leaves in stored_in(metadata, names).items()
+        name: [(metadata.schema.column(i).physical_type, of_group.column(i)) for i in leaves[own]]
+        for name, own in stored.items()
     }
 
 

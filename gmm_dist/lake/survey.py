@@ -147,7 +147,7 @@ def read_footers(
             leaves = footers.looked_at(metadata, stored_names)
             footers.require_sound(metadata, file.size, leaves)
             footer = questions.of(file, reader)
-        lie = footers.contradiction(metadata, leaves) or _unlike_its_log(footer.file)
+        lie = footers.contradiction(metadata, leaves) or _unlike_its_log(footer.file, reader)
         if lie:
             raise UserError(f"{name}: {lie}; write the file again or move it away")
         schema = known.setdefault(footer.schema.serialize().to_pybytes(), footer.schema)
@@ -177,11 +177,13 @@ def _told(file_footers: Iterator[Footer], n_files: int) -> Iterator[Footer]:
             logger.info(text, f"{done:,}", f"{n_files:,}", left)
 
 
-def _unlike_its_log(file: LakeFile) -> str | None:
-    """Say where a file has other rows than a table's log promises; None where it does not."""
+def _unlike_its_log(file: LakeFile, reader: LakeFileReader) -> str | None:
+    """Say where a file is other than a table's log promises; None where it does not."""
     if file.entry is None:
         return None
     n_rows, deleted = sum(file.rows), file.entry.deleted
+    if lacking := [name for name in file.entry.told if name in reader.absent]:
+        return f"the file lacks the column {lacking[0]!r}, which the table's partitions tell"
     if file.entry.n_rows not in (None, n_rows):
         return f"the footer promises {n_rows:,} rows, the table's log {file.entry.n_rows:,}"
     if deleted is not None and deleted.n_rows > n_rows:

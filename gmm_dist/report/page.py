@@ -29,6 +29,7 @@ from gmm_dist.formats import (
     shortened,
     signed,
 )
+from gmm_dist.lake.tables.snapshot import shown
 from gmm_dist.model import clusters as model
 from gmm_dist.report import figures
 from gmm_dist.report.of_clusters import cluster_table
@@ -120,8 +121,7 @@ def _snapshot(snapshot: Json | None) -> str | None:
     """Name the version of the table that the rows are of, if they are of one."""
     if snapshot is None:
         return None
-    name = f"version {snapshot['version']} of the {snapshot['format']} table {snapshot['table']}"
-    return printable(name)
+    return printable(shown(snapshot))
 
 
 def _environment() -> Environment:

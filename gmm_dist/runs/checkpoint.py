@@ -115,7 +115,8 @@ def _other_snapshot(then: Mapping[str, Any] | None, now: Mapping[str, Any] | Non
     was, is_now = (
         "no table"
         if snapshot is None
-        else f"version {snapshot['version']} of the {snapshot['format']} table {snapshot['table']}"
+        else f"{'version' if snapshot['format'] == 'Delta' else 'snapshot'} {snapshot['version']} "
+        f"of the {snapshot['format']} table {snapshot['table']}"
         for snapshot in (then, now)
     )
     if was == is_now:

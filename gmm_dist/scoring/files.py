@@ -1,15 +1,14 @@
 """Scored files: written once, to their place; resumed one by one; complete or not committed.
 
-    OUT/<path in the lake>                     a scored file, whole whenever it is there
     OUT/_scored/manifest.json                  the commit: names scored.json, see `commit`
     OUT/_scored/scored.json                    every file with its sha256, size and rows
     OUT/_scored/_checkpoints/run.json          whose run it is, until the commit
     OUT/_scored/_checkpoints/files/<path>.json the record of a file that is finished
 
-The run's own files lie under one name with an underscore, which readers of Parquet folders skip.
-The same run writes the same bytes on the same kind of processor, so it does no harm when two
-workers, or one that was given up for lost, write the same file. The record is written after the
-file: it names the run, the kind of processor, and the file's size and sha256 (or ETag).
+`target` says where they lie. The same run writes the same bytes on the same kind of processor, so
+it does no harm when two workers, or one that was given up for lost, write the same file. The record
+is written after the file: it names the run, the kind of processor, and the file's size and sha256
+(or ETag).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import add, index
 from pathlib import Path
@@ -32,28 +31,30 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmm_dist.errors import RunFailed
-from gmm_dist.lake.listing import name_of
+from gmm_dist.lake.listing import LakeFile, name_of
 from gmm_dist.lake.plan import Plan
 from gmm_dist.lake.stream import row_groups, stream
-from gmm_dist.runs.checkpoint import CHECKPOINTS, RunIdentity
+from gmm_dist.runs.checkpoint import RunIdentity
 from gmm_dist.runs.commit import ATTEMPTS
 from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.json_files import FORMAT_VERSION, to_json
 from gmm_dist.scoring.scorer import (
     COMPONENT,
+    DATA_FILE,
     LOG_DENSITY,
     OUTLIER,
     PROBABILITIES,
     PROBABILITY,
+    ROW_INDEX,
     Scorer,
     Scoring,
     device,
 )
+from gmm_dist.scoring.target import Target
 from gmm_dist.storage import absolute, explained
+from gmm_dist.urls import redacted
 
-HOME = "_scored"
 SCRATCH = "files"
-_RECORDS = "files"
 _LONG_NAME = 240  # bytes; with what is added, the longest that file systems take is 255
 _GROUP_BYTES = 1 << 26  # of a row group that is written, in memory
 
@@ -127,16 +128,6 @@ class Scored:
         return self.counts.rows
 
 
-def home_of(folder: Folder) -> Folder:
-    """Return the folder, within an output, of the run's own files."""
-    return folder.below(HOME)
-
-
-def records_of(folder: Folder) -> Folder:
-    """Return the folder, within an output, of the records of finished files."""
-    return home_of(folder).below(CHECKPOINTS, _RECORDS)
-
-
 class ScoreFiles:
     """The work on a shard of a scoring: read a file, score it, write it, and count.
 
@@ -147,24 +138,27 @@ class ScoreFiles:
     """
 
     def __init__(
-        self, plan: Plan, scoring: Scoring, output: str, identity: RunIdentity, attempt: str
+        self, plan: Plan, scoring: Scoring, target: Target, identity: RunIdentity, attempt: str
     ) -> None:
         self._plan, self._scoring = plan, scoring
-        self._output, self._key, self._attempt = absolute(output), identity.key, attempt
+        target = replace(target, url=absolute(target.url))  # workers may be in other folders
+        self._target, self._key, self._attempt = target, identity.key, attempt
         self._groups = row_groups(plan)
         self._order = spread([file.size for file in plan.files])
 
     def __call__(self, shard: int) -> Scored:
         index = self._order[shard]
-        path = self._plan.files[index].path
-        folder = Folder.of(self._output)
+        folder, path = self._target.folder, self._path(index)
         with explained(folder.url):
             file = self._recorded(folder, path) or self._score(folder, index)
         return Scored({path: file})
 
+    def _path(self, index: int) -> str:
+        return self._target.path(self._plan.files[index], index)
+
     def _recorded(self, folder: Folder, path: str) -> ScoredFile | None:
         """Return the record of a file that this run has finished."""
-        data = records_of(folder).read(_record_name(path))
+        data = self._target.records.read(_record_name(path))
         with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             record = json.loads(data or b"")
             is_ours = (record["key"], record["device"]) == (self._key, device().type)
@@ -173,8 +167,8 @@ class ScoreFiles:
         return None
 
     def _score(self, folder: Folder, index: int) -> ScoredFile:
-        path = self._plan.files[index].path
-        scratch = home_of(folder).below(ATTEMPTS, self._attempt, SCRATCH)
+        path = self._path(index)
+        scratch = self._target.home.below(ATTEMPTS, self._attempt, SCRATCH)
         with folder.writing(path, scratch=scratch) as growing:
             file = self._write(growing, index)
         record = {
@@ -184,7 +178,7 @@ class ScoreFiles:
             "stamp": [file.size, file.sha256] if folder.is_local else _stamp(folder, path),
             "file": file.entry,
         }
-        records_of(folder).write(to_json(record), _record_name(path), durable=True)
+        self._target.records.write(to_json(record), _record_name(path), durable=True)
         return file
 
     def _write(self, path: Path, index: int) -> ScoredFile:
@@ -194,8 +188,10 @@ class ScoreFiles:
         with _writer(path, self._scoring) as writer:
             pending: list[pa.Table] = []
             beside = 8 * mixture.n_components if self._scoring.probabilities else 0
-            for kept, X in stream(plan, index, self._groups[index], beside=beside):
-                table = scorer.table(kept, X)
+            row_index = ROW_INDEX if self._scoring.is_placed else None
+            batches = stream(plan, index, self._groups[index], beside=beside, row_index=row_index)
+            for kept, X in batches:
+                table = scorer.table(self._along(kept, index, X.shape[1]), X)
                 counts.add(table)
                 pending.append(table)
                 if sum(part.nbytes for part in pending) >= _GROUP_BYTES:
@@ -203,7 +199,7 @@ class ScoreFiles:
                     pending = []
             if pending:
                 writer.write_table(pa.concat_tables(pending))
-        n_read = sum(plan.files[index].rows)  # `stream` has seen them, or raised
+        n_read = sum(plan.files[index].live_rows)  # `stream` has seen them, or raised
         n_written = pq.read_metadata(path).num_rows
         if counts.rows != n_written or not (counts.rows == n_read or plan.row_filter):
             raise RunFailed(
@@ -221,6 +217,18 @@ class ScoreFiles:
                 components=tuple(counts.components.tolist()),
             ),
         )
+
+    def _along(self, kept: pa.Table, index: int, n: int) -> pa.Table:
+        """Return what goes along with n rows: kept columns, partition values, the file's name."""
+        file = self._plan.files[index]
+        values = dict(file.partition) | {DATA_FILE: data_file(file)}
+        columns = {
+            field.name: kept.column(field.name)
+            if field.name in kept.column_names
+            else pa.repeat(pa.scalar(values[field.name], field.type), n)
+            for field in self._scoring.along
+        }
+        return pa.table(columns) if columns else kept
 
 
 class _Counts:
@@ -241,6 +249,12 @@ class _Counts:
         self.components += np.bincount(places, minlength=len(self.components))
         if OUTLIER in table.column_names:
             self.outliers += pc.sum(table.column(OUTLIER)).as_py() or 0
+
+
+def data_file(file: LakeFile) -> str:
+    """Return the path of a data file within its lake, or its URL where it lies outside a table."""
+    is_outside = file.entry is not None and file.entry.is_outside
+    return redacted(file.path) if is_outside else file.path
 
 
 def _record_name(path: str) -> str:
@@ -266,7 +280,7 @@ def _sha256(path: Path) -> str:
 
 def _writer(path: Path, scoring: Scoring) -> pq.ParquetWriter:
     # Values that hardly ever repeat are not worth a dictionary.
-    plain = {PROBABILITY, LOG_DENSITY, PROBABILITIES}
+    plain = {PROBABILITY, LOG_DENSITY, PROBABILITIES, ROW_INDEX}
     repeated = [name for name in scoring.schema.names if name not in plain]
     return pq.ParquetWriter(path, scoring.schema, use_dictionary=repeated)
 

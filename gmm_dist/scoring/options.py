@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from gmm_dist import config
 from gmm_dist.config import Cluster, FailureConfig, optional
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
+from gmm_dist.lake.tables.snapshot import At, parse_at
 from gmm_dist.model.quantiles import SMALLEST
 
 _FAULTS = FailureConfig()
+WRITES = ("files", "delta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +19,14 @@ class ScoreOptions:
     """The settings of a scoring.
 
     Args:
-        data: Folder or file of Parquet, local or any URL.
+        data: Folder or file of Parquet, local or any URL, or a table.
         model: A fit's output, its model folder, or a registry, which gives its latest.
-        output: A new folder or URL.
+        output: A new folder or URL; with `write="delta"` a Delta table, new or not.
         keep: Columns to go along with the scores.
         where: Filter of rows, see `gmm_dist.lake.filters`.
+        at: Version of a table, see `gmm_dist.lake.lake.Lake`.
+        write: "files", or "delta" for one commit to a Delta table.
+        overwrite: Have the scores take the place of the table's rows; else they are appended.
         probabilities: Write the probabilities of all components too.
         outliers: Mark rows of a lower log-density than this share of the training rows.
         num_workers: Actors that score; None for one per CPU or GPU.
@@ -40,6 +45,9 @@ class ScoreOptions:
     output: str
     keep: tuple[str, ...] = ()
     where: str | None = None
+    at: At | None = None
+    write: str = WRITES[0]
+    overwrite: bool = False
     probabilities: bool = False
     outliers: float | None = None
     num_workers: int | None = None
@@ -57,6 +65,9 @@ class ScoreOptions:
             output=config.url,
             keep=config.several(config.text, least=0),
             where=optional(config.text),
+            at=lambda name, value: parse_at(value),
+            write=config.one_of(WRITES),
+            overwrite=config.flag,
             probabilities=config.flag,
             outliers=optional(config.number),
             resume=config.flag,
@@ -65,6 +76,12 @@ class ScoreOptions:
         FailureConfig(max_failures=self.max_failures, grace=self.grace)
         _ = self.cluster
         require_share(self.outliers)
+        if self.overwrite and self.write != "delta":
+            raise UserError(
+                "is about the rows of a table",
+                option="overwrite",
+                remedy="give " + Option("write", "delta") + " too, or leave it out",
+            )
 
     @property
     def cluster(self) -> Cluster:

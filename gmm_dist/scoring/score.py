@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -17,15 +17,18 @@ from gmm_dist.errors import Option, UserError
 from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake
 from gmm_dist.lake.plan import Plan, plan_of
+from gmm_dist.lake.tables.snapshot import stay_at
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.runs import load
 from gmm_dist.runs.checkpoint import RunIdentity, environment
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.model_folder import model_sha256
+from gmm_dist.scoring.delta import DeltaScores, in_delta
 from gmm_dist.scoring.files import Scored, ScoreFiles
 from gmm_dist.scoring.options import ScoreOptions
-from gmm_dist.scoring.run import claim, commit
+from gmm_dist.scoring.run import begun_with, claim, commit
 from gmm_dist.scoring.scorer import Scoring
+from gmm_dist.scoring.target import Target, scored_path
 from gmm_dist.shards.ray_shards import session
 from gmm_dist.shards.work import Done, summary
 from gmm_dist.urls import redacted
@@ -74,13 +77,16 @@ def score_lake(
     """
     began = time.monotonic()
     job = _Job.of(options, progress or _Silent())
-    with claim(options.output, job.plan, job.identity, resume=options.resume) as run:
+    target, table = job.target, job.table
+    if table is not None and table.has_run():
+        return ScoreOutcome(options.output, None)
+    with claim(target, job.plan, job.identity, resume=options.resume) as run:
         if run.committed:
             return ScoreOutcome(options.output, None)
         scored = job.score(run)
         more = {**job.facts, "seconds": time.monotonic() - began}
         finish()
-        commit(options.output, run, job.identity, scored, more)
+        commit(target, run, job.identity, scored, more, table)
     return ScoreOutcome(options.output, scored, job.sentence(scored))
 
 
@@ -108,29 +114,20 @@ class _Job:
             columns=mixture.feature_names,
             where=options.where,
             missing="mean",  # a row with a hole keeps its place
+            at=stay_at(options.at, _begun_with(options, _settings(options, mixture, threshold))),
         )
         remedy = "the model needs all its features: score files that have them"
         plan = plan_of(rows, keep=options.keep, remedy=remedy)
-        if plan.snapshot is not None:
-            raise UserError(
-                "a table, whose rows cannot be scored yet",
-                where=redacted(plan.url),
-                remedy="export its rows to a folder of Parquet files and score those",
-            )
         if plan.feature_names != mixture.feature_names:
             raise UserError(
                 f"{redacted(plan.url)} has the features {', '.join(plan.feature_names)}, the model "
                 "of " + Option("model") + f" {', '.join(mixture.feature_names)}",
                 remedy="score the columns that it was fitted to",
             )
-        for key in dict.fromkeys(options.keep):
-            if key not in plan.kept:
-                what = "a hive key, which the path has; no column is written"
-                logger.info("%s %s: %s", Option("keep"), key, what)
-        kept = pa.schema([plan.schema.field(name) for name in plan.kept])
         scoring = Scoring(
             mixture=mixture.parameters,
-            kept=kept,
+            kept=_kept(plan, options),
+            is_placed=plan.snapshot is not None or options.write == "delta",
             probabilities=options.probabilities,
             threshold=threshold,
             ids=mixture.ids,
@@ -140,11 +137,27 @@ class _Job:
         return cls(options=options, progress=progress, mixture=mixture, plan=plan, scoring=scoring)
 
     @property
+    def target(self) -> Target:
+        """Where the scores go."""
+        is_table = self.options.write == "delta"
+        return Target(self.options.output, self.identity.key if is_table else None)
+
+    @property
+    def table(self) -> DeltaScores | None:
+        """The Delta table that they go to, if any."""
+        if self.target.run is None:
+            return None
+        return DeltaScores(
+            target=self.target, overwrite=self.options.overwrite, schema=self.scoring.schema
+        )
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What scored.json says beside the counts, as plain JSON values."""
         return {
             "data": redacted(self.plan.url),
             "plan_hash": self.plan.hash,
+            **({} if self.plan.snapshot is None else {"snapshot": self.plan.snapshot_content}),
             "model": redacted(self.options.model),
             "feature_names": self.plan.feature_names,
             "columns": self.scoring.schema.names,
@@ -160,28 +173,17 @@ class _Job:
             files=self.plan.versions,
             settings=self._settings,
             environment=environment(),
+            snapshot=self.plan.snapshot_content,
         )
 
     @property
     def _settings(self) -> dict[str, Any]:
-        requested_settings = {
-            name: getattr(self.options, name) for name in ("keep", "where", "probabilities")
-        }
-        clusters = self.scoring.clusters
-        return {
-            **requested_settings,
-            # A run of a model without clusters goes on from what an earlier version left of it.
-            **({} if clusters is None else {"clusters": clusters}),
-            "outliers": self.options.outliers,
-            "threshold": self.scoring.threshold,
-            "component_ids": self.scoring.ids,
-            "model_sha256": model_sha256(self.mixture.parameters),
-        }
+        return _settings(self.options, self.mixture, self.scoring.threshold)
 
     def score(self, run: Run) -> Scored:
         """Have the workers score all files that are not scored yet."""
         options, n_files = self.options, len(self.plan.files)
-        work = ScoreFiles(self.plan, self.scoring, options.output, self.identity, run.attempt.id)
+        work = ScoreFiles(self.plan, self.scoring, self.target, self.identity, run.attempt.id)
         progress = self.progress
 
         def watch(done: int, n_rows: int) -> None:
@@ -221,7 +223,53 @@ class _Job:
             parts.append(f"{counted(counts.missing, 'row')} {verb} a feature")
         if options.outliers is not None:
             parts.append(counted(counts.outliers, "outlier"))
+        if (snapshot := self.plan.snapshot) is not None:
+            parts.append(f"of {snapshot.shown}")
         return f"{'; '.join(parts)}; in {options.output.rstrip('/')}"
+
+
+def _begun_with(options: ScoreOptions, settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the version of a table with which the run has begun that goes on, if any."""
+    if not options.resume:
+        return None
+    return begun_with(Target(options.output), settings, is_table=options.write == "delta")
+
+
+def _settings(options: ScoreOptions, mixture: Mixture, threshold: float | None) -> dict[str, Any]:
+    """Return what decides the scores beside the rows, as plain JSON values."""
+    settings = {name: getattr(options, name) for name in ("keep", "where", "probabilities")}
+    if options.write == "delta":
+        settings |= {"write": "delta", "overwrite": options.overwrite}
+    # A run of a model without clusters goes on from what an earlier version left of it.
+    if mixture.clusters is not None:
+        settings["clusters"] = mixture.clusters.of_component
+    return {
+        **settings,
+        "outliers": options.outliers,
+        "threshold": threshold,
+        "component_ids": mixture.ids,
+        "model_sha256": model_sha256(mixture.parameters),
+    }
+
+
+def _kept(plan: Plan, options: ScoreOptions) -> pa.Schema:
+    """Return the columns that go along: not those that the paths of all scored files tell."""
+    is_table = options.write == "delta"
+    fields = []
+    for name in dict.fromkeys(options.keep):
+        if name in plan.kept:
+            fields.append(plan.schema.field(name))
+        elif is_table or (plan.snapshot is not None and not _is_told(plan, name)):
+            fields.append(plan.keys.field(name))
+        else:
+            what = "a hive key, which the path has; no column is written"
+            logger.info("%s %s: %s", Option("keep"), name, what)
+    return pa.schema(map(in_delta, fields) if is_table else fields)
+
+
+def _is_told(plan: Plan, name: str) -> bool:
+    """Say whether the paths of all scored files tell a partition value."""
+    return all(f"/{name}=" in f"/{scored_path(file)}" for file in plan.files)
 
 
 def _threshold(mixture: Mixture, options: ScoreOptions) -> float | None:

@@ -18,6 +18,7 @@ from gmm_dist.model.parameters import Parameters
 COMPONENT, PROBABILITY, LOG_DENSITY = "component", "probability", "log_density"
 CLUSTER = "cluster"
 PROBABILITIES, OUTLIER = "probabilities", "outlier"
+DATA_FILE, ROW_INDEX = "data_file", "row_index"
 
 _LEAST = -1e300  # of a log-density, nats: no -inf, from which nothing can be subtracted
 
@@ -26,6 +27,7 @@ _LEAST = -1e300  # of a log-density, nats: no -inf, from which nothing can be su
 class Scoring:
     """Say which mixture scores the rows, and what is written beside the columns `kept`.
 
+    `is_placed` has each row's place in the lake written too: its data file and its number there.
     `probabilities` asks for all responsibilities; `threshold` is the log-density (nats) below
     which a row is an outlier, None to mark none. `ids` are the numbers that `component` gives in
     place of the components' places in the mixture; `probabilities` keep the mixture's order.
@@ -42,10 +44,11 @@ class Scoring:
     threshold: float | None = None
     ids: tuple[int, ...] | None = None
     clusters: tuple[int, ...] | None = None
+    is_placed: bool = False
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        taken = [name for name in self.kept.names if name in self._written().names]
+        taken = [name for name in self.kept.names if name in self._added().names]
         if taken:
             raise UserError(
                 f"{taken[0]} would stand beside the column of that name that is written",
@@ -55,10 +58,22 @@ class Scoring:
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns of a scored file: those kept, then those written."""
-        return pa.schema([*map(_plain, self.kept), *self._written()])
+        """The columns of a scored file: those that go along, then the scores."""
+        return pa.schema([*self.along, *self._scores()])
 
-    def _written(self) -> pa.Schema:
+    @property
+    def along(self) -> pa.Schema:
+        """The columns that go along with the scores: those kept, then a row's place in the lake."""
+        return pa.schema([*map(_plain, self.kept), *self._place()])
+
+    def _added(self) -> pa.Schema:
+        return pa.schema([*self._place(), *self._scores()])
+
+    def _place(self) -> pa.Schema:
+        fields = [(DATA_FILE, pa.string()), (ROW_INDEX, pa.int64())]
+        return pa.schema(fields if self.is_placed else [])
+
+    def _scores(self) -> pa.Schema:
         fields = [
             (COMPONENT, pa.int32()),
             (PROBABILITY, pa.float64()),
@@ -112,13 +127,17 @@ class Scorer:
         self._numbers = np.array(ids, dtype=np.int32)
         self._densities = Densities.of(scoring.mixture, device(), compiled=scoring.compiled)
 
-    def table(self, kept: pa.Table, X: npt.NDArray[np.float64]) -> pa.Table:
-        """Return the scored table of rows `X` (d, n); null where a feature is missing (NaN)."""
+    def table(self, along: pa.Table, X: npt.NDArray[np.float64]) -> pa.Table:
+        """Return the scored table of rows `X` (d, n); null where a feature is missing (NaN).
+
+        `along` has the columns that go along, as `Scoring.along` orders them.
+        """
         missing = np.isnan(X).any(axis=0)
         scores = self.scores(X)
         columns = [
-            column.cast(field.type)
-            for column, field in zip(kept.columns, self._schema, strict=False)
+            # Times may lose digits that the output cannot hold; nothing else may change.
+            column.cast(field.type, safe=not pa.types.is_timestamp(field.type))
+            for column, field in zip(along.columns, self._schema, strict=False)
         ]
         columns.append(pa.array(self._numbers[scores.components], mask=missing))
         if scores.clusters is not None:

@@ -859,13 +859,13 @@ def test_the_filter_is_a_half_open_range_beside_the_users() -> None:
         where="0 < x <= 5",
     )
     rows = NightRows(options)
-    rows.__dict__["key"] = key  # as found in the lake
+    rows._key = key  # as found in the lake
     assert rows.where(days=2).text == (
         "col('the day') < '2026-03-02' and col('the day') >= '2026-02-28' and x <= 5 and x > 0"
     )
     other = replace(options, where="x is null or not x in (1, 2)")
     rows = NightRows(other)  # of these days too, and of no others
-    rows.__dict__["key"] = key
+    rows._key = key
     assert rows.where(days=1).text == (
         "col('the day') < '2026-03-02' and col('the day') >= '2026-03-01' and "
         "(x != 1 and x != 2 or x is null)"

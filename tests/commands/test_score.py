@@ -151,7 +151,11 @@ def test_every_row_is_scored_in_its_place_and_a_second_time_there_is_nothing_to_
 def test_a_filter_is_told_of_only_where_it_left_rows_out(filtered: int, said: str) -> None:
     # A night's own filter is one that the user did not give.
     options = SimpleNamespace(where="ds == '2026-11-21'", outliers=None, output="out/")
-    job = SimpleNamespace(options=options, mixture=SimpleNamespace(n_components=4, clusters=None))
+    job = SimpleNamespace(
+        options=options,
+        mixture=SimpleNamespace(n_components=4, clusters=None),
+        plan=SimpleNamespace(snapshot=None),
+    )
     scored = SimpleNamespace(
         files={"a": None},
         counts=Counts(rows=600, filtered=filtered, missing=0, outliers=0, components=(600,)),

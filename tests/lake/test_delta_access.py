@@ -48,7 +48,10 @@ def test_other_stores_are_asked_at_their_endpoint() -> None:
 
 def test_outages_are_no_errors_of_the_user() -> None:
     outage = "Generic S3 error: error sending request\nfor url (http://10.0.0.1:9000/lake)"
-    with pytest.raises(StorageFailed, match=r"^s3://lake/t: the storage failed as the table's log"):
+    with pytest.raises(
+        StorageFailed,
+        match=r"^s3://lake/t: the storage failed as deltalake was to read the table's log",
+    ):
         raise_within(OSError(outage))
     with pytest.raises(
         UserError, match=r"^s3://lake/t: deltalake cannot read the table's log .odd"

@@ -188,8 +188,8 @@ def test_a_vacuumed_file_is_told_in_a_line(tmp_path):
     assert plan_lake(str(root), at=0).n_rows == 3  # it is still there
     deltas.opened(root).vacuum(0, dry_run=False, enforce_retention_duration=False)
     message = (
-        rf"^{root}/part-.*: the table's log names this file, but it is gone, as VACUUM leaves the "
-        r"files of older versions; read a newer version \(at\)"
+        rf"^{root}/part-.*: the table's log names this file, but it is gone, as VACUUM or expiring "
+        r"snapshots leave the files of older versions; read a newer version \(at\)"
     )
     with pytest.raises(UserError, match=message):
         plan_lake(str(root), at=0)

@@ -15,7 +15,10 @@ from gmm_dist.errors import UserError
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.lake.tables import formats
 
-REFUSED = r", whose folder also holds deleted rows; export its current rows to a folder of Parquet"
+REFUSED = (
+    ", whose folder also holds deleted rows; "
+    "(export its current rows to a folder of Parquet|give it as iceberg://CATALOG/NAMESPACE.TABLE)"
+)
 
 # What a table keeps beside its data, and where its data may lie.
 TABLES = [
@@ -24,6 +27,7 @@ TABLES = [
     (".hoodie/hoodie.properties", "region=eu/day=1", "a Hudi table"),
     ("_spark_metadata/0", "ds=2026-11-21", "a Spark sink"),
     ("manifest/manifest-list-0a1b-0", "dt=1/bucket-0", "a Paimon table"),
+    ("_versions/18446744073709551614.manifest", "data", "a Lance dataset"),
 ]
 
 
@@ -178,7 +182,7 @@ def test_a_partition_behind_a_web_server_is_refused(tmp_path):
             for part in (f"{root}/ds=1", f"{root}/ds=1/old.parquet"):
                 with pytest.raises(UserError, match=rf"^{part}: not the root .* itself, {root}$"):
                     plan_lake(part)
-            with pytest.raises(UserError, match=rf"^{root}: Delta tables are read from local disk"):
+            with pytest.raises(UserError, match=rf"^{root}: Delta tables are on local disk"):
                 plan_lake(root)
         finally:
             server.shutdown()

@@ -89,7 +89,9 @@ def test_a_linked_folder_is_refused_and_not_passed_over(two_files, tmp_path_fact
 def test_a_table_format_is_refused(two_files, name, kind):
     (two_files / name).parent.mkdir(parents=True)
     (two_files / name).write_text("{}")
-    message = rf"{kind} table \({re.escape(name)}\), whose folder also holds deleted rows; export"
+    message = (
+        rf"{kind} table \({re.escape(name)}\), whose folder also holds deleted rows; (exp|give)"
+    )
     with pytest.raises(UserError, match=message):
         listing.find(str(two_files))
 

@@ -23,6 +23,7 @@ from gmm_dist.runs.checkpoint import RunIdentity
 from gmm_dist.scoring import files
 from gmm_dist.scoring.files import Scored, ScoreFiles, spread
 from gmm_dist.scoring.scorer import Scoring
+from gmm_dist.scoring.target import Target
 from gmm_dist.storage import open_url
 
 MIXTURE = mixtures.parameters("full", 3, 2)
@@ -48,7 +49,7 @@ def work_of(
     return ScoreFiles(
         plan,
         scoring,
-        str(output),
+        Target(str(output)),
         RunIdentity(plan_hash=plan.hash, files=(), settings={"k": key}),
         attempt,
     )

@@ -17,6 +17,7 @@ from gmm_dist.runs.checkpoint import RunIdentity
 from gmm_dist.runs.claim import Run
 from gmm_dist.runs.lease import LeaseLost
 from gmm_dist.scoring import run as score_runs
+from gmm_dist.scoring.target import Target
 
 RUN = "_scored/_checkpoints/run.json"
 
@@ -25,7 +26,7 @@ RUN = "_scored/_checkpoints/run.json"
 def claimed(data: Path, out: Path, key: str = "", *, resume: bool = False) -> Iterator[Run]:
     plan = plan_lake(str(data), columns=["x", "y"], missing="mean", keep=["id"])
     identity = RunIdentity(plan_hash=plan.hash, files=(), settings={"k": key})
-    with score_runs.claim(str(out), plan, identity, resume=resume) as run:
+    with score_runs.claim(Target(str(out)), plan, identity, resume=resume) as run:
         yield run
 
 

@@ -173,7 +173,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:
     return importlib.import_module(name)
 
 
-JOBS = ("fit", "sweep", "score", "nightly")
+JOBS = ("fit", "sweep", "score", "nightly", "verify")
 
 
 @pytest.fixture(scope="module")

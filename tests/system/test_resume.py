@@ -97,7 +97,7 @@ def test_a_killed_driver_is_resumed_where_it_was_to_the_same_bits(
     assert model_hash(out) == undisturbed
     assert json.loads((out / "sweep.json").read_text())["n_passes"] > 20
     left = {path.name for path in out.iterdir()} - {"_attempts"}
-    assert left == {"manifest.json", "model", "sweep.json", "report.html"}
+    assert left == {"manifest.json", "model", "sweep.json", "report.html", "recipe.json"}
     before = (out / "manifest.json").read_bytes()
     argv = [data, "--output", str(out), *ARGS, "--address", ray_address, "--resume"]
     assert sweep_job.main(argv) == 0  # nothing is left to do

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from gmm_dist import storage
-from gmm_dist.errors import Option, RunFailed, UserError
+from gmm_dist.errors import Option, RunFailed, UserError, Words
 from gmm_dist.urls import Url, reveal
 
 _OUTAGE = re.compile(
@@ -24,6 +25,17 @@ _FEATURE = re.compile(
     r"Feature '([^']+)' is not supported|Unsupported table features required: \[([^\]]+)\]"
 )
 _AWS = ".amazonaws.com"
+_READ_ON = "mend the table, or name a version that can be read with " + Option("at")
+
+
+def require_deltalake(root: str, verb: str = "read") -> None:
+    """Raise UserError where deltalake is not installed, which is to read or write the table."""
+    if find_spec("deltalake") is None:
+        raise UserError(
+            f"a Delta table, which takes the package deltalake to {verb}",
+            where=storage.redacted(root),
+            remedy="pip install 'gmm_dist[delta]'",
+        )
 
 
 def uri_and_options(root: Url) -> tuple[str, dict[str, str]]:
@@ -46,7 +58,7 @@ def uri_and_options(root: Url) -> tuple[str, dict[str, str]]:
     if not root.startswith(("s3://", "s3a://")):
         scheme = root.partition("://")[0]
         raise UserError(
-            f"{root}: Delta tables are read from local disks and S3, not by {scheme}; copy the "
+            f"{root}: Delta tables are on local disks and S3, not on {scheme}; copy the "
             "table with its _delta_log there"
         )
     with storage.explained(root):
@@ -89,7 +101,9 @@ async def _credentials(fs: Any) -> tuple[str | None, str | None, str | None]:
 
 
 @contextmanager
-def told_in_a_line(root: str) -> Iterator[None]:
+def told_in_a_line(
+    root: str, doing: str = "read the table's log", remedy: Words = _READ_ON
+) -> Iterator[None]:
     """Turn what deltalake raises into one line; it has waited for an outage to pass by itself."""
     try:
         yield
@@ -99,15 +113,15 @@ def told_in_a_line(root: str) -> Iterator[None]:
         reason = storage.line_of(error)
         if _OUTAGE.search(reason):
             raise storage.StorageFailed(
-                f"{storage.redacted(root)}: the storage failed as the table's log was read "
+                f"{storage.redacted(root)}: the storage failed as deltalake was to {doing} "
                 f"({reason}); check the network and the endpoint, and run again when it works"
             ) from error
         if feature := _FEATURE.search(reason):
             raise unknown_feature(root, feature[1] or feature[2]) from error
         raise UserError(
-            f"deltalake cannot read the table's log ({reason})",
+            f"deltalake cannot {doing} ({reason})",
             where=storage.redacted(root),
-            remedy="mend the table, or name a version that can be read with " + Option("at"),
+            remedy=remedy,
         ) from error
 
 

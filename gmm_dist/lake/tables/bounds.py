@@ -35,7 +35,7 @@ class Bounds:
         fields = [
             field
             for field in types
-            if _is_counted(field.type)
+            if is_counted(field.type)
             and field.name in least.column_names
             and field.name in largest.column_names
         ]
@@ -68,7 +68,8 @@ class Bounds:
         return passing.may_hold(low, high)
 
 
-def _is_counted(type_: pa.DataType) -> bool:
+def is_counted(type_: pa.DataType) -> bool:
+    """Say whether values of a type are whole numbers of some unit, of which bounds are kept."""
     tests = (pa.types.is_integer, pa.types.is_date32, pa.types.is_timestamp)
     return any(test(type_) for test in tests)
 

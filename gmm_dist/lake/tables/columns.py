@@ -21,12 +21,14 @@ class TableColumns:
     """Say how the data files of a table name its columns.
 
     `schema` has the columns that files hold, under the table's names and in its types; `stored`
-    has, in that order, their names in the files or, with `by_id`, their field ids there.
+    has, in that order, their names in the files or, with `by_id`, their field ids there. Of files
+    without ids, `without_ids` has the names that each may have; None where the table tells none.
     """
 
     schema: pa.Schema
     stored: tuple[str | int, ...]
     by_id: bool = False
+    without_ids: tuple[tuple[str, ...], ...] | None = None
 
     def names_in(self, file_schema: pa.Schema, file: str) -> dict[str, str]:
         """Return the name in a file of each of the table's columns that the file has.
@@ -48,6 +50,13 @@ class TableColumns:
             for field in file_schema
             if field.metadata and _FIELD_ID in field.metadata
         }
+        if not ids and self.without_ids is not None:
+            there = set(file_schema.names)
+            found = (
+                (name, next((own for own in names if own in there), None))
+                for name, names in zip(self.schema.names, self.without_ids, strict=True)
+            )
+            return {name: own for name, own in found if own is not None}
         if not ids and len(file_schema):
             raise UserError(
                 "the table finds its columns by field ids, and this file has none",
@@ -56,6 +65,13 @@ class TableColumns:
             )
         places = zip(self.schema.names, self.stored, strict=True)
         return {name: ids[int(stored)] for name, stored in places if stored in ids}
+
+
+def has_names(type_: pa.DataType) -> bool:
+    """Say whether a type has named parts, at any depth."""
+    if pa.types.is_struct(type_):
+        return True
+    return any(has_names(type_.field(i).type) for i in range(type_.num_fields))
 
 
 class LakeFileReader:
@@ -130,10 +146,15 @@ class LakeFileReader:
         table = self._parquet.read_row_group(group, columns=list(self.stored_names(columns)))
         return self._named(table, columns)
 
-    def iter_batches(self, size: int, group: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def iter_batches(
+        self, size: int, group: int, columns: Sequence[str], *, use_threads: bool = True
+    ) -> Iterator[pa.Table]:
         """Yield the rows of a row group, deleted ones too, `size` at a time at most."""
         for batch in self._parquet.iter_batches(
-            size, row_groups=[group], columns=list(self.stored_names(columns))
+            size,
+            row_groups=[group],
+            columns=list(self.stored_names(columns)),
+            use_threads=use_threads,
         ):
             yield self._named(pa.Table.from_batches([batch]), columns)
 

@@ -7,7 +7,6 @@ Parquet folders: its own readers tell nothing of the order of rows, by which the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -22,12 +21,17 @@ import pyarrow as pa
 from gmm_dist import storage
 from gmm_dist.errors import NoRows, UserError
 from gmm_dist.lake.listing import LakeFile, Listing
-from gmm_dist.lake.tables.access import told_in_a_line, unknown_feature, uri_and_options
+from gmm_dist.lake.tables.access import (
+    require_deltalake,
+    told_in_a_line,
+    unknown_feature,
+    uri_and_options,
+)
 from gmm_dist.lake.tables.bounds import Bounds
-from gmm_dist.lake.tables.columns import TableColumns
-from gmm_dist.lake.tables.entry import Deleted, Entry
+from gmm_dist.lake.tables.columns import TableColumns, has_names
+from gmm_dist.lake.tables.entry import Deleted, Entry, hash_of_deleted
 from gmm_dist.lake.tables.history import version_at
-from gmm_dist.lake.tables.snapshot import At, Snapshot
+from gmm_dist.lake.tables.snapshot import At, Pinned, Snapshot
 from gmm_dist.urls import Url
 
 if TYPE_CHECKING:
@@ -76,7 +80,7 @@ def find(root: Url, at: At | None = None) -> Listing:
         format=FORMAT,
         table=str(table.metadata().id),
         version=table.version(),
-        masks=_hash(files),
+        masks=hash_of_deleted((file.path, file.entry) for file in files),
     )
     logger.info("%s: %s", storage.redacted(root), snapshot.shown)
     if not files:
@@ -94,14 +98,9 @@ def find(root: Url, at: At | None = None) -> Listing:
 
 
 def _opened(root: Url, at: At | None) -> DeltaTable:
-    try:
-        from deltalake import DeltaTable
-    except ImportError:
-        raise UserError(
-            "a Delta table, which takes the package deltalake to read",
-            where=storage.redacted(root),
-            remedy="pip install 'gmm_dist[delta]'",
-        ) from None
+    require_deltalake(root)
+    from deltalake import DeltaTable
+
     uri, options = uri_and_options(root)
 
     def version(number: int | None) -> DeltaTable:
@@ -111,6 +110,8 @@ def _opened(root: Url, at: At | None) -> DeltaTable:
     newest = version(None)
     if at is None:
         return newest
+    if isinstance(at, Pinned):
+        at = at.version
     if not isinstance(at, int):
         fs, path = storage.open_url(root)
         settings = newest.metadata().configuration
@@ -255,7 +256,7 @@ def _columns(
     names = [name for name in schema.names if name not in partition_names]
     if mode != "none":
         # What is nested in them has other names in the files, too.
-        nested = [name for name in names if _has_names(schema.field(name).type)]
+        nested = [name for name in names if has_names(schema.field(name).type)]
         if nested:
             names = [name for name in names if name not in nested]
             logger.info(
@@ -267,22 +268,3 @@ def _columns(
         stored=tuple(stored[name] for name in names),
         by_id=mode == "id",
     )
-
-
-def _has_names(type_: pa.DataType) -> bool:
-    """Say whether a type has named parts, at any depth."""
-    if pa.types.is_struct(type_):
-        return True
-    return any(_has_names(type_.field(i).type) for i in range(type_.num_fields))
-
-
-def _hash(files: Sequence[LakeFile]) -> str | None:
-    """Return the sha256 of which rows are deleted; None where none is."""
-    digest = hashlib.sha256()
-    masks = [(file.path, file.entry.deleted) for file in files if file.entry is not None]
-    masked = [(path, deleted.mask) for path, deleted in masks if deleted is not None]
-    for path, mask in masked:
-        rows = np.flatnonzero(mask).astype("<u8")
-        digest.update(json.dumps([path, len(rows)]).encode())
-        digest.update(rows.tobytes())
-    return digest.hexdigest() if masked else None

@@ -6,7 +6,10 @@ row group, and the one among the row group's live rows, by which rows are dealt 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -53,8 +56,23 @@ class Entry:
 
     `is_outside`: the file's path is a URL or absolute path of its own, not below the table's root,
     as in a shallow clone. `n_rows` counts its rows, deleted ones too; None where the log does not.
+    `told` are columns that the file may lack, as the table has their values elsewhere.
     """
 
     is_outside: bool = False
     n_rows: int | None = None
     deleted: Deleted | None = None
+    told: tuple[str, ...] = ()
+
+
+def hash_of_deleted(files: Iterable[tuple[str, Entry | None]]) -> str | None:
+    """Return the sha256 of which rows of files, by their paths, are deleted; None where none is."""
+    digest, is_any = hashlib.sha256(), False
+    for path, entry in files:
+        if entry is None or entry.deleted is None:
+            continue
+        rows = np.flatnonzero(entry.deleted.mask).astype("<u8")
+        digest.update(json.dumps([path, len(rows)]).encode())
+        digest.update(rows.tobytes())
+        is_any = True
+    return digest.hexdigest() if is_any else None

@@ -1,4 +1,4 @@
-"""Find the files of a lake: by the log of a table, or else by listing a folder."""
+"""Find the files of a lake: by the log or metadata of a table, or else by listing a folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from gmm_dist import storage
 from gmm_dist.errors import Option, UserError
 from gmm_dist.lake import listing
 from gmm_dist.lake.listing import Listing
-from gmm_dist.lake.tables import formats
+from gmm_dist.lake.tables import formats, iceberg
 from gmm_dist.lake.tables.snapshot import At
+from gmm_dist.urls import Url
 
 
 def find(url: str, at: At | None = None) -> Listing:
@@ -19,6 +20,8 @@ def find(url: str, at: At | None = None) -> Listing:
         UserError: as `listing.find` does, or the table cannot be read; `at` is given for no table.
     """
     listing.check_name(url, url)
+    if iceberg.names_table(url):
+        return iceberg.find(Url(url), at)
     root = storage.absolute(url)
     fs, path = storage.open_url(root)
     with storage.explained(root):

@@ -40,15 +40,22 @@ class _Format:
 
 
 _DELTA = _Format(kind="a Delta table", mark=re.compile(r"(^|/)_delta_log/"), folder="_delta_log")
+_ICEBERG = "an Iceberg table"
 _FORMATS = (
     _DELTA,
     _Format(
-        kind="an Iceberg table",
+        kind=_ICEBERG,
         mark=re.compile(r"(^|/)metadata/[^/]*\.metadata\.json(\.gz)?$"),
         folder="metadata",
         file=re.compile(r"\.metadata\.json(\.gz)?$"),
     ),
     _Format(kind="a Hudi table", mark=re.compile(r"(^|/)\.hoodie/"), folder=".hoodie"),
+    _Format(
+        kind="a Lance dataset",
+        mark=re.compile(r"(^|/)_versions/[^/]*\.manifest$"),
+        folder="_versions",
+        file=re.compile(r"\.manifest$"),
+    ),
     _Format(kind="a Hudi table", mark=re.compile(r"(^|/)\.hoodie_partition_metadata(\.\w+)?$")),
     _Format(
         kind="a Spark sink", mark=re.compile(r"(^|/)_spark_metadata/"), folder="_spark_metadata"
@@ -64,7 +71,7 @@ _FORMATS = (
         kind="a DuckLake table", mark=re.compile(r"(^|/)ducklake-[0-9a-f-]{36}(-delete)?\.parquet$")
     ),
     _Format(
-        kind="an Iceberg table",
+        kind=_ICEBERG,
         mark=re.compile(r"(^|/)\d{5}-\d+-[0-9a-f-]{36}-\d+-deletes\.parquet$"),
     ),
     # Seven digits: a date has eight.
@@ -166,6 +173,12 @@ def _refusal(root: str, known: _Format, mark: str, table: str) -> UserError:
 
     `table` is the URL of the table, as far as its mark tells.
     """
+    if known.kind == _ICEBERG:
+        return UserError(
+            f"{storage.redacted(root)}: {known.kind} ({mark}), whose folder also holds deleted "
+            "rows; give it as iceberg://CATALOG/NAMESPACE.TABLE, or give its newest metadata file, "
+            "metadata/*.metadata.json"
+        )
     if known is _DELTA:
         return UserError(
             f"{storage.redacted(root)}: not the root of a Delta table ({mark}), whose folder also "

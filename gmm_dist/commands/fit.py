@@ -12,6 +12,7 @@ from gmm_dist.commands.ending import note, run, said_how_to_resume
 from gmm_dist.commands.options import (
     CommandLine,
     Parser,
+    add_bootstrap,
     add_clusters,
     add_common,
     options_of,
@@ -40,6 +41,7 @@ def fit(argv: Sequence[str]) -> None:
     )
     add_common(parser)
     add_clusters(parser)
+    add_bootstrap(parser)
     parser.add_argument("--k", type=parse_k, help="number of components (default: --start's)")
     parser.add_argument(
         "--start", type=parse_url, metavar="MODEL", help="go on from this model's parameters"

@@ -87,6 +87,18 @@ def add_clusters(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_bootstrap(parser: argparse.ArgumentParser) -> None:
+    """Add --bootstrap, for the jobs that resample."""
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=0,
+        metavar="B",
+        help="resample the rows so many times, and say how sure the best model's parameters, its "
+        "clusters and its k are: 50 is a good number (default: %(default)s, none)",
+    )
+
+
 def parse_url(text: str) -> Url:
     """Read a path or URL; refuse an empty one, as of a variable that is not set."""
     if not text.strip():

@@ -13,6 +13,7 @@ from gmm_dist.commands.fit import fit_and_tell
 from gmm_dist.commands.options import (
     CommandLine,
     Parser,
+    add_bootstrap,
     add_clusters,
     add_common,
     options_of,
@@ -32,6 +33,7 @@ def sweep(argv: Sequence[str]) -> None:
     )
     add_common(parser)
     add_clusters(parser)
+    add_bootstrap(parser)
     parser.add_argument("--k", required=True, type=parse_k, help="8, 4,8,16 or 2..20 (inclusive)")
     parser.add_argument(
         "--criterion", choices=CRITERIA, default="bic", help="what ranks the fits (default: bic)"

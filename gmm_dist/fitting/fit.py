@@ -25,12 +25,14 @@ from gmm_dist.formats import counted
 from gmm_dist.lake.load import Counted, LakeLoader
 from gmm_dist.lake.plan import Plan, plan_of
 from gmm_dist.lake.tables.snapshot import stay_at
+from gmm_dist.model.bootstrap import Bootstrap
 from gmm_dist.model.clusters import Clusters
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.runs import claim, load
 from gmm_dist.runs.checkpoint import RunIdentity, environment
 from gmm_dist.runs.claim import Run
+from gmm_dist.selection.certainty.bootstrap import Resampling, bootstrap
 from gmm_dist.selection.clustering import find_clusters
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import sweep
@@ -45,14 +47,15 @@ class FitOutcome:
     """The outcome of a fit that has committed, or that could rank no candidate.
 
     `result` is None where the run had committed before; `clusters` are those of the best model
-    where asked for; `has_report` says whether there is a report.html. Where `result.best` is None
-    there is no model, and the output is free again.
+    where asked for, and so is `bootstrap`; `has_report` says whether there is a report.html. Where
+    `result.best` is None there is no model, and the output is free again.
     """
 
     output: str
     result: SweepResult | None
     warnings: list[str]
     clusters: Clusters | None = None
+    bootstrap: Bootstrap | None = None
     has_report: bool = False
 
 
@@ -109,6 +112,7 @@ def fit_lake(
         result=result,
         warnings=warnings,
         clusters=fitted.clusters,
+        bootstrap=fitted.bootstrap,
         has_report=has_report,
     )
 
@@ -207,6 +211,8 @@ class Job:
             if self.initial_parameters is None
             else _digest(self.initial_parameters),
         }
+        if options.bootstrap:
+            settings["bootstrap"] = options.bootstrap
         if self.warm:
             settings["warm_start"] = _digest(self.warm)
         return RunIdentity(
@@ -236,10 +242,44 @@ class Job:
             if result.best is not None:
                 quantiles = training_quantiles(shards, result.best.fit.parameters)
             clusters = self._clusters(shards, result, run)
+            resampled, clusters = self._resampled(shards, result, clusters, checkpoints)
             sample = sample_of(shards, result, options.random_state)
             look(shards, result)
         return Fitted(
-            result=result, counted=counted, quantiles=quantiles, clusters=clusters, sample=sample
+            result=result,
+            counted=counted,
+            quantiles=quantiles,
+            clusters=clusters,
+            bootstrap=resampled,
+            sample=sample,
+        )
+
+    def _resampled(
+        self,
+        shards: WorkingShards,
+        result: SweepResult,
+        clusters: Clusters | None,
+        checkpoints: FitCheckpoints,
+    ) -> tuple[Bootstrap | None, Clusters | None]:
+        """Resample the rows, if that is asked for; the clusters then have their stability."""
+        options = self.options
+        if result.best is None or not options.bootstrap:
+            return None, clusters
+        resampling = Resampling(
+            mixture=result.best.fit.parameters,
+            n_resamples=options.bootstrap,
+            config=options.em,
+            start=options.search,
+            clusters=clusters,
+            spikes=result.total.spikes,
+            result=result,
+        )
+        return bootstrap(
+            shards,
+            resampling,
+            watch=self.progress.resampling,
+            resume=checkpoints.resampled,
+            keep=lambda step, taken: checkpoints.keep_resampled(result.n_passes + step, taken),
         )
 
     def _clusters(self, shards: WorkingShards, result: SweepResult, run: Run) -> Clusters | None:

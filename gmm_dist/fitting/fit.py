@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Self
 
 import torch
@@ -41,21 +42,23 @@ from gmm_dist.shards.protocol import Shards, WorkingShards
 
 logger = logging.getLogger(__name__)
 
+_ASKED = ("where", "weight_column", "missing", "holdout", "clusters", "bootstrap")
+"""Options that sweep.json tells beside the settings of EM and of the search."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class FitOutcome:
     """The outcome of a fit that has committed, or that could rank no candidate.
 
-    `result` is None where the run had committed before; `clusters` are those of the best model
-    where asked for, and so is `bootstrap`; `has_report` says whether there is a report.html. Where
-    `result.best` is None there is no model, and the output is free again.
+    `result` is None where the run had committed before; `mixture` is the best model, in feature
+    units; `has_report` says whether there is a report.html. Where `result.best` is None there is no
+    model, and the output is free again.
     """
 
     output: str
     result: SweepResult | None
     warnings: list[str]
-    clusters: Clusters | None = None
-    bootstrap: Bootstrap | None = None
+    mixture: Mixture | None = None
     has_report: bool = False
 
 
@@ -66,6 +69,7 @@ def fit_lake(
     draw: DrawReport = no_report,
     next_run: Callable[[str], Words] = lambda k: f"fit k={k} next",
     spelling: Spelling = in_python,
+    reading: Spelling = in_python,
     finish: Callable[[], None] = lambda: None,
 ) -> FitOutcome:
     """Claim the output, plan, load, fit, rank and commit.
@@ -79,6 +83,7 @@ def fit_lake(
         draw: Draws report.html.
         next_run: Says how a grid of K, such as "12..24", is fitted next, for a warning.
         spelling: Spells the options that warnings name.
+        reading: Spells them for the readers of the report.
         finish: Is called before the commit, which must not be interrupted.
 
     Raises:
@@ -95,14 +100,17 @@ def fit_lake(
         job = Job.of(options, start_model=start_model, progress=progress)
         fitted = job.fit(run)
         result = fitted.result
-        sweep_warnings = result.warnings(job.plan.feature_names, next_run, spelling=spelling)
-        warnings = [*(spelt(words, spelling) for words in fitted.incomplete), *sweep_warnings]
-        too_few = _too_few(fitted.clusters, options.clusters)
-        warnings += [spelt(words, spelling) for words in too_few]
+        warnings = job.warnings(fitted, spelling, next_run)
         if result.best is None:
             run.forget()
             return FitOutcome(output=options.output, result=result, warnings=warnings)
-        more = {"warnings": warnings, "seconds": time.monotonic() - began}
+        more = {
+            "warnings": warnings,
+            "notes": job.warnings(fitted, reading),
+            "date": datetime.now(UTC).isoformat(sep=" ", timespec="minutes"),
+            "asked": {name: getattr(options, name) for name in _ASKED},
+            "seconds": time.monotonic() - began,
+        }
         has_report = results.write(run.attempt, fitted, job.loader, job.settings, more, draw=draw)
         logger.info("committing")
         finish()
@@ -111,8 +119,7 @@ def fit_lake(
         output=options.output,
         result=result,
         warnings=warnings,
-        clusters=fitted.clusters,
-        bootstrap=fitted.bootstrap,
+        mixture=results.mixture_of(fitted, job.loader),
         has_report=has_report,
     )
 
@@ -137,6 +144,10 @@ def none_ranked(n_candidates: int) -> Words:
         + Option("n_components")
         + ", more rows, or leave out constant and duplicated columns"
     )
+
+
+def _run_again(k: str) -> Words:
+    return "run again with " + Option("n_components") + f" {k}"
 
 
 Look = Callable[[Shards, SweepResult], None]
@@ -222,6 +233,19 @@ class Job:
             environment=environment(),
             snapshot=self.plan.snapshot_content,
         )
+
+    def warnings(
+        self,
+        fitted: Fitted,
+        spelling: Spelling,
+        next_run: Callable[[str], Words] = _run_again,
+    ) -> list[str]:
+        """Return what a reader should know of a fit, a line each, with its remedy."""
+        names = self.plan.feature_names
+        lines = [spelt(words, spelling) for words in fitted.incomplete]
+        lines += fitted.result.warnings(names, next_run, spelling=spelling)
+        too_few = _too_few(fitted.clusters, self.options.clusters)
+        return [*lines, *(spelt(words, spelling) for words in too_few)]
 
     def fit(self, run: Run, look: Look = lambda shards, result: None) -> Fitted:
         """Load the rows and fit, from the last checkpoint where there is one.

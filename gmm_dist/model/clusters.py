@@ -172,6 +172,16 @@ def merged(resp: Float64[Tensor, "k n"], clusters: Sequence[int]) -> Float64[Ten
     return member @ resp
 
 
+def spell_stability(stability: Stability) -> str:
+    """Say in how many resamples all clusters were found again."""
+    one, two = stability.from_fit, stability.afresh
+    every = "it was" if len(one.similarities) == 1 else "each was"
+    return (
+        f"{every} found again in {one.n_whole} of {one.n_resamples} resamples, and in "
+        f"{two.n_whole} of {two.n_resamples} that were searched afresh"
+    )
+
+
 def spell_clusters(clusters: Clusters) -> str:
     """Say how many clusters there are, and of how many components."""
     components = counted(clusters.n_components, "component")

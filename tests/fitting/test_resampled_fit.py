@@ -61,7 +61,7 @@ def content(output: Path) -> dict[str, Any]:
 def test_a_fit_that_is_broken_off_while_it_resamples_goes_on_to_the_same_bits(options, tmp_path):
     outcome = fit.fit_lake(FitOptions(output=str(tmp_path / "whole"), **options))
     expected = content(tmp_path / "whole")
-    assert outcome.bootstrap.n_used == 3
+    assert outcome.mixture.bootstrap.n_used == 3
     assert [win["k"] for win in expected["bootstrap"]["wins"]] == [2]
     assert expected["clusters"]["stability"]["afresh"]["n_clusters"] == [2, 2]
     steps = Breaks(10**6)
@@ -83,10 +83,12 @@ def test_a_fit_that_is_broken_off_while_it_resamples_goes_on_to_the_same_bits(op
 def test_a_model_is_read_back_with_what_was_resampled(options, tmp_path):
     outcome = fit.fit_lake(FitOptions(output=str(tmp_path / "out"), **options))
     mixture = gmm_dist.load(tmp_path / "out")
-    assert mixture.clusters == outcome.clusters
+    assert mixture.clusters == outcome.mixture.clusters
     assert mixture.clusters.stability is not None
     for name in ("weights", "log_weights", "means", "deviations", "log_deviations"):
-        assert torch.equal(getattr(mixture.bootstrap, name), getattr(outcome.bootstrap, name))
+        assert torch.equal(
+            getattr(mixture.bootstrap, name), getattr(outcome.mixture.bootstrap, name)
+        )
     means = mixture.bootstrap.of_means(mixture.parameters)
     assert bool((means.low < mixture.parameters.means).all())
     gmm_dist.save(mixture, tmp_path / "again")

@@ -73,7 +73,7 @@ def test_counts_settings_and_versions_are_told():
     assert ["dropped for a missing value", "10", "< 0.01\u202f%"] in found.rows
     assert ["fitted", "1,000,000", "80.0\u202f%"] in found.rows
     assert ["missing values filled with the column's mean", "7 values", ""] in found.rows
-    assert ["em.tol", "1e-05"] in found.rows
+    assert ["a fit has converged when it gains less, nats per row", "1e-05"] in found.rows
     assert ["s3fs", "–"] in found.rows
     assert "column &#39;flat&#39; is constant" in html
     assert "1 h 2 min" in html

@@ -32,9 +32,7 @@ EM, START = EMConfig(), StartConfig(n_init=2)
 @pytest.fixture
 def searches(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Return a function that has so many resamples searched afresh."""
-    return lambda n: monkeypatch.setattr(
-        "gmm_dist.selection.certainty.bootstrap.N_AFRESH", n
-    )
+    return lambda n: monkeypatch.setattr("gmm_dist.selection.certainty.bootstrap.N_AFRESH", n)
 
 
 def two_blobs(n: int = 600) -> torch.Tensor:

@@ -152,7 +152,7 @@ def clusters_table(mixture: Mixture, n_samples: float, width: int) -> Renderable
         table.add_row(*cells, what)
     if len(order) <= _MOST_CLUSTERS:
         return table
-    return Group(table, Text(f"and {len(order) - _MOST_CLUSTERS} smaller ones"))
+    return Group(table, Text(f"and {counted(len(order) - _MOST_CLUSTERS, 'smaller cluster')}"))
 
 
 def on_resamples(mixture: Mixture) -> list[str]:

@@ -47,6 +47,10 @@ _WORDS = {
     "holdout": "a held-out share",
     "criterion": "ranking",
 }
+_MISSING = {
+    "drop": "\u201cleave out rows with missing values\u201d",
+    "mean": "\u201cfill missing values with the mean\u201d",
+}
 _VALUES: dict[tuple[str, object], str] = {
     ("missing", "error"): "refused",
     ("missing", "drop"): "their rows are left out",
@@ -66,7 +70,7 @@ def in_words(option: Option) -> str:
     if option.name == "criterion":
         return f"ranking by {label(str(option.value))}"
     if option.name == "missing":
-        return f"missing values {_VALUES.get((option.name, option.value), option.value)}"
+        return _MISSING.get(str(option.value), words)
     return f"{words} of {option.value}"
 
 

@@ -31,7 +31,7 @@ _SHOWN = {
 }
 
 _NARROW = 100  # columns: there, what sets clusters apart takes several lines
-_MOST_CLUSTERS = 12
+_MOST_CLUSTERS = 15
 
 _MOST = ("aic", "icl", "n_starts")  # what a narrow table goes without
 
@@ -144,11 +144,11 @@ def clusters_table(mixture: Mixture, n_samples: float, width: int) -> Renderable
     order = sorted(range(len(every)), key=lambda c: (-every[c].share, c))
     for c in order[:_MOST_CLUSTERS]:
         one = every[c]
-        cells = [str(c), share(one.share), count(round(one.share * n_samples))]
+        cells = [str(clusters.numbers[c]), share(one.share), count(round(one.share * n_samples))]
         if stability is not None:
             word = "yes" if stability.is_stable[c] else "no"
             cells.append(f"{word}, {stability.similarities[c]:.2f}")
-        what = ABSENT if one.nearest is None else f"{one.nearest}: {one.words}"
+        what = ABSENT if one.nearest is None else f"{clusters.numbers[one.nearest]}: {one.words}"
         table.add_row(*cells, what)
     if len(order) <= _MOST_CLUSTERS:
         return table

@@ -116,7 +116,8 @@ class Clusters:
     `trees` are named by what chose their merges (`TREES`); `by` names the one that is cut.
     `rule` says how the number came about. `n_sampled` is the number of rows that chose the merges
     where these were a sample, None for all; the numbers of each merge are those of all rows.
-    `stability` is that of these clusters, None where rows were not resampled.
+    `stability` is that of these clusters, None where rows were not resampled. `ids` are the numbers
+    that they keep from night to night, None where they have none.
     """
 
     n_clusters: int
@@ -125,6 +126,12 @@ class Clusters:
     rule: str
     n_sampled: int | None = None
     stability: Stability | None = None
+    ids: tuple[int, ...] | None = None
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The clusters' numbers, in their order: `ids`, or else from 0 up."""
+        return tuple(range(self.n_clusters)) if self.ids is None else self.ids
 
     @property
     def tree(self) -> MergeTree:
@@ -155,7 +162,7 @@ class Clusters:
                 f"{n_clusters!r} clusters of {components}: give a whole number from 1 to "
                 f"{self.n_components}"
             )
-        return replace(self, n_clusters=n_clusters, by=by, rule=CHOSEN, stability=None)
+        return replace(self, n_clusters=n_clusters, by=by, rule=CHOSEN, stability=None, ids=None)
 
     def merged(self, resp: Float64[Tensor, "k n"]) -> Float64[Tensor, "c n"]:
         """Return the clusters' responsibilities, the sums of their components'."""

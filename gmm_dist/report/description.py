@@ -43,6 +43,7 @@ def arrays_of(mixture: Mixture, numbers: tuple[str, ...] | None = None) -> Clust
         feature_names=tuple(names),
         numbers=numbers or tuple(map(str, mixture.component_ids)),
         groups=None if merged is None else merged.of_component,
+        group_numbers=None if merged is None else merged.numbers,
     )
 
 

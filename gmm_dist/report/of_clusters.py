@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gmm_dist.formats import ABSENT, count, counted, fixed, share
@@ -28,12 +29,12 @@ def cluster_table(
     every = described(components)
     rows = [
         {
-            "number": c,
-            "colour": c % N_COLOURS,
+            "number": found.numbers[c],
+            "colour": found.numbers[c] % N_COLOURS,
             "share": share(shares[c]),
             "bar": f"{100 * shares[c] / max(shares):.1f}",
             "rows": count(round(shares[c] * n_samples)),
-            "unlike": _unlike(every[c]),
+            "unlike": _unlike(every[c], found.numbers),
             "components": _named(found, components, c),
             **_stability(found.stability, c),
         }
@@ -49,8 +50,8 @@ def cluster_table(
     return {"rows": rows, "why": _why(found), "stable": _stable(found), "drawings": drawings}
 
 
-def _unlike(one: Description) -> str:
-    return ABSENT if one.nearest is None else f"{one.nearest}: {one.words}"
+def _unlike(one: Description, numbers: Sequence[int]) -> str:
+    return ABSENT if one.nearest is None else f"{numbers[one.nearest]}: {one.words}"
 
 
 def _stability(stability: model.Stability | None, c: int) -> dict[str, str]:

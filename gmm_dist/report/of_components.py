@@ -49,7 +49,7 @@ def component_table(
     overview = [
         {
             "number": clusters.numbers[c],
-            "cluster": None if clusters.groups is None else clusters.groups[c],
+            "cluster": None if clusters.groups is None else hues[c],
             "colour": hues[c] % N_COLOURS,
             "share": share(float(clusters.weights[c])),
             "interval": "" if intervals is None else _percents(intervals.shares, c),

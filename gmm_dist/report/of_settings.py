@@ -39,8 +39,8 @@ _SETTINGS = {
 _WORDS = {
     "n_components": "K",
     "k": "K",
-    "columns": "the choice of columns",
-    "where": "a filter of rows",
+    "columns": "another choice of columns",
+    "where": "a condition on rows",
     "reg_covar": "the regularisation",
     "clusters": "the number of clusters",
     "missing": "missing values",

@@ -322,9 +322,12 @@ def _picture(clusters: Clusters, sample: Sample | None, kept: Sequence[int]) -> 
         one = f"A sample of {counted(n_rows, 'row')}, and each component's share of the density."
         return {"drawing": figures.densities("picture", clusters, sample.X, kept), "said": [one]}
     picture_plane = plane(clusters)
-    hues = sample.clusters
-    if hues is None:
+    if sample.clusters is None:
         hues = np.array(figures.colours(clusters))[sample.labels]
+    else:
+        hues = sample.clusters
+        if clusters.group_numbers is not None:
+            hues = np.array(clusters.group_numbers)[hues]
     drawing = figures.scatter("picture", clusters, picture_plane, sample.X, hues, kept)
     said = [
         f"A sample of {counted(n_rows, 'row')} in {picture_plane.kind}; ellipses reach {radius:g} "

@@ -23,6 +23,7 @@ def plain(clusters: Clusters | None) -> dict[str, Any] | None:
         "rule": clusters.rule,
         "n_sampled": clusters.n_sampled,
         "of_component": list(clusters.of_component),
+        "ids": None if clusters.ids is None else list(clusters.ids),
         "stability": None if clusters.stability is None else asdict(clusters.stability),
         "trees": {name: asdict(tree) for name, tree in clusters.trees.items()},
     }
@@ -53,7 +54,18 @@ def parse_clusters(content: Mapping[str, Any] | None, n_components: int) -> Clus
         rule=str(content["rule"]),
         n_sampled=n_sampled,
         stability=_stability(content.get("stability"), n_clusters),
+        ids=_ids(content.get("ids"), n_clusters),
     )
+
+
+def _ids(content: Any, n_clusters: int) -> tuple[int, ...] | None:
+    if content is None:
+        return None
+    ids = tuple(content)
+    is_distinct = len(set(ids)) == len(ids) == n_clusters
+    if not is_distinct or not all(_is_whole(i) and i >= 0 for i in ids):
+        raise ValueError(f"{ids!r} are not {n_clusters} different whole numbers from 0 up")
+    return ids
 
 
 def _stability(content: Any, n_clusters: int) -> Stability | None:

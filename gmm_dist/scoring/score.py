@@ -135,6 +135,7 @@ class _Job:
             threshold=threshold,
             ids=mixture.ids,
             clusters=None if mixture.clusters is None else mixture.clusters.of_component,
+            cluster_ids=None if mixture.clusters is None else mixture.clusters.ids,
         )
         return cls(options=options, progress=progress, mixture=mixture, plan=plan, scoring=scoring)
 
@@ -166,11 +167,12 @@ class _Job:
         requested_settings = {
             name: getattr(self.options, name) for name in ("keep", "where", "probabilities")
         }
-        clusters = self.scoring.clusters
+        clusters, cluster_ids = self.scoring.clusters, self.scoring.cluster_ids
         return {
             **requested_settings,
             # A run of a model without clusters goes on from what an earlier version left of it.
             **({} if clusters is None else {"clusters": clusters}),
+            **({} if cluster_ids is None else {"cluster_ids": cluster_ids}),
             "outliers": self.options.outliers,
             "threshold": self.scoring.threshold,
             "component_ids": self.scoring.ids,

@@ -177,12 +177,12 @@ def test_clusters_are_a_line_each_with_what_sets_them_apart() -> None:
 
 
 def test_many_clusters_are_some_lines_and_one_has_no_nearest() -> None:
-    result, mixture = _fitted(14, stable=False)
+    result, mixture = _fitted(17, stable=False)
     assert on_resamples(mixture) == []
     screen = io.StringIO()
     Console(file=screen, width=120).print(clusters_table(mixture, result.n_samples, 120))
     lines = screen.getvalue().splitlines()
-    assert len(lines) == 1 + 12 + 1
+    assert len(lines) == 1 + 15 + 1
     assert lines[-1].strip() == "and 2 smaller clusters"
     assert mixture.clusters is not None
     alone = replace(mixture, clusters=mixture.clusters.at(1))

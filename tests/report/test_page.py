@@ -419,7 +419,7 @@ def test_settings_are_told_in_words():
         date="2026-11-28 12:00+00:00",
         asked={"where": "a > 0", "missing": "drop", "clusters": None, "bootstrap": 0},
         warnings=["leave it out with --columns"],
-        notes=["leave it out with the choice of columns"],
+        notes=["leave it out with another choice of columns"],
     )
     command = "gmm-dist sweep ./points --k 2..4 --output out"
     html, found = page(told, clusters(3, 4), sample(3, 4), title="Points & more", command=command)

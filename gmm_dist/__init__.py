@@ -20,6 +20,7 @@ To fit:
 - `GaussianMixture`, `BayesianGaussianMixture`: scikit-learn's estimators, with weights;
 - `select`: mixtures of several sizes and covariance types, fitted in the same passes and ranked;
 - `find_clusters`: components of a mixture merged into clusters, and how many those are;
+- `bootstrap`: how sure a mixture's parameters are, and how stable its clusters, by resampled rows;
 - `Lake`: rows of Parquet files, by name, which `fit`, `select` and `score` take in place of rows;
 - `Cluster`: the Ray cluster that holds a lake's rows, and how many workers do.
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from gmm_dist.estimators.bayesian_gaussian_mixture import (
         BayesianGaussianMixture as BayesianGaussianMixture,
     )
+    from gmm_dist.estimators.bootstrap import bootstrap as bootstrap
     from gmm_dist.estimators.clusters import find_clusters as find_clusters
     from gmm_dist.estimators.gaussian_mixture import GaussianMixture as GaussianMixture
     from gmm_dist.estimators.save import save as save
@@ -63,6 +65,7 @@ _HOMES = {
     "Mixture": "model.mixture",
     "Parameters": "model.parameters",
     "UserError": "errors",
+    "bootstrap": "estimators.bootstrap",
     "find_clusters": "estimators.clusters",
     "load": "runs.load",
     "save": "estimators.save",
@@ -77,6 +80,7 @@ __all__ = [
     "Mixture",
     "Parameters",
     "UserError",
+    "bootstrap",
     "find_clusters",
     "load",
     "save",

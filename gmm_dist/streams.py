@@ -31,6 +31,10 @@ class Stream(enum.Enum):
     PICTURE_ROWS = 11  # of the report
     PICTURE = 12  # those of them that are drawn
     NIGHT = 13  # rows by which columns are compared with last night's
+    RESAMPLES = 14  # how often the bootstrap draws each row
+    STABILITY_ROWS = 15  # the sample on which clusters are looked for again
+    FROM_FIT = 16  # how often it draws each row of that sample: for fits that start from the fit
+    AFRESH = 17  # and for those that are searched for afresh
 
 
 def keyed_generator(stream: Stream, random_state: int, *key: int) -> torch.Generator:

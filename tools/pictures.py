@@ -24,14 +24,14 @@ from rich.text import Text
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-SWEEP = "gmm-dist sweep ./flights --k 2..12 --output ./flights-model"
+SWEEP = "gmm-dist sweep ./flights --k 2..24 --output ./flights-model"
 COLUMNS = 118  # what the widest line of the table takes
 WIDTH, HEIGHT = 1200, 3600  # pixels of the report that are shown
-PARTS = ("report.png", "clusters.png")  # down to the table of candidates; the picture of the rows
+PARTS = ("report.png", "clusters.png")  # down to the table of clusters; the picture of the rows
 _EDGES = """
-const which = document.querySelector("[aria-labelledby=which]").getBoundingClientRect();
+const many = document.querySelector("[aria-labelledby=how-many] .scroll").getBoundingClientRect();
 const rows = document.querySelector("figure.picture").closest(".beside").getBoundingClientRect();
-[document.documentElement.clientWidth, 0, which.bottom + 8, rows.top, rows.bottom]
+[document.documentElement.clientWidth, 0, many.bottom + 8, rows.top, rows.bottom]
 """
 # As the script gmm-dist does, whether or not it is installed.
 _COMMAND = """

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
 from gmm_dist.commands.ending import note, run, said_how_to_resume
 from gmm_dist.commands.options import (
     CommandLine,
     Parser,
+    add_bootstrap,
     add_clusters,
     add_common,
+    add_title,
     options_of,
     parse_k,
     parse_url,
@@ -27,8 +30,9 @@ from gmm_dist.errors import UserError
 from gmm_dist.fitting.fit import fit_lake, none_ranked
 from gmm_dist.fitting.options import FitOptions
 from gmm_dist.fitting.results import spell_best
-from gmm_dist.model.clusters import spell_clusters
+from gmm_dist.model.clusters import Clusters, spell_clusters
 from gmm_dist.report import of_fit
+from gmm_dist.report.of_settings import in_words
 
 
 def fit(argv: Sequence[str]) -> None:
@@ -40,6 +44,8 @@ def fit(argv: Sequence[str]) -> None:
     )
     add_common(parser)
     add_clusters(parser)
+    add_bootstrap(parser)
+    add_title(parser)
     parser.add_argument("--k", type=parse_k, help="number of components (default: --start's)")
     parser.add_argument(
         "--start", type=parse_url, metavar="MODEL", help="go on from this model's parameters"
@@ -49,11 +55,12 @@ def fit(argv: Sequence[str]) -> None:
         parser.error("one of --k and --start is required")
     if (arguments.k is not None and len(arguments.k) != 1) or len(arguments.covariance_type) != 1:
         parser.error("fit takes one k and one covariance type: use sweep for several")
-    fit_and_tell(options_of(FitOptions, arguments), CommandLine(program("fit"), argv))
+    command_line = CommandLine(program("fit"), argv)
+    fit_and_tell(options_of(FitOptions, arguments), command_line, arguments.title)
 
 
-def fit_and_tell(options: FitOptions, command_line: CommandLine) -> None:
-    """Fit, commit, and print the outcome.
+def fit_and_tell(options: FitOptions, command_line: CommandLine, title: str | None = None) -> None:
+    """Fit, commit, and print the outcome; `title` heads the report.
 
     Raises UserError where nothing could be ranked, and as `fit_lake` does.
     """
@@ -63,8 +70,9 @@ def fit_and_tell(options: FitOptions, command_line: CommandLine) -> None:
         outcome = fit_lake(
             options,
             progress=Progress(screen(stderr=True)),
-            draw=of_fit.write,
+            draw=partial(of_fit.write, title=title, command=command_line.spelt()),
             spelling=on_command_line,
+            reading=in_words,
             next_run=lambda k: f"next run: {command_line.for_k(k)}",
             finish=finish,  # the rest takes a moment, and must not be reported as broken off
         )
@@ -76,23 +84,34 @@ def fit_and_tell(options: FitOptions, command_line: CommandLine) -> None:
             raise UserError(none_ranked(len(outcome.result.scored)))
     # Results are committed before anything is printed: the reader may have gone.
     result, best = outcome.result, outcome.result.best
-    print_table(result, outcome.warnings)
+    mixture = outcome.mixture
+    assert mixture is not None
+    print_table(result, outcome.warnings, mixture)
     report = f"{output}/{of_fit.NAME}" if outcome.has_report else None
     note(
         model=f"{output}/model",
         report=report,
         k=best.candidate.k,
         covariance_type=best.candidate.covariance_type,
-        n_clusters=None if outcome.clusters is None else outcome.clusters.n_clusters,
+        **_of_clusters(mixture.clusters),
         criterion=result.criterion,
         value=best.holdout if result.criterion == "holdout" else best.value(result.criterion),
         warnings=outcome.warnings,
     )
-    clusters = outcome.clusters
+    clusters = mixture.clusters
     found = f"; {spell_clusters(clusters)}" if clusters is not None else ""
     report_note = "" if report is None else f", report in {report}"
     best_line = f"best by {spell_best(best, result.criterion)}"
     say(f"{best_line}{found}; model in {output}/model{report_note}")
+
+
+def _of_clusters(clusters: Clusters | None) -> dict[str, int | None]:
+    """Return what a line of JSON says of clusters: how many, and how many of them are stable."""
+    if clusters is None:
+        return {"n_clusters": None, "n_stable": None}
+    stability = clusters.stability
+    n_stable = None if stability is None else sum(stability.is_stable)
+    return {"n_clusters": clusters.n_clusters, "n_stable": n_stable}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

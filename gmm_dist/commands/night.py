@@ -25,9 +25,24 @@ from gmm_dist.fitting.results import Fitted, mixture_of, spell_best
 from gmm_dist.lake.plan import Plan
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.nightly import gate
+from gmm_dist.nightly.clusters import as_gaussians, match_clusters
 from gmm_dist.nightly.column_drift import ColumnDrift, column_drift, draw_rows
-from gmm_dist.nightly.drift import DensityChange, Drift, Numbered, compare_densities, drift
-from gmm_dist.nightly.lineage import DRIFT, GATE, LINEAGE, Lineage, Published
+from gmm_dist.nightly.drift import (
+    DensityChange,
+    Drift,
+    Numbered,
+    changes,
+    compare_densities,
+    drift,
+)
+from gmm_dist.nightly.lineage import (
+    DRIFT,
+    GATE,
+    LINEAGE,
+    ClusterLineage,
+    Lineage,
+    Published,
+)
 from gmm_dist.nightly.matching import Matching, match
 from gmm_dist.nightly.registry import Registry
 from gmm_dist.report import of_fit
@@ -191,8 +206,12 @@ class Night:
             n_rows=work.fitted.n_rows,
             columns=gate.kinds(work.job.plan.schema, work.job.plan.columns),
         )
-        changes = self._drift(work, matching, ids)
-        self._write(run.attempt, [], work, more, changes, ids, ids)
+        clusters = self._clusters(reference, mixture)
+        if clusters is not None:
+            lineage = replace(lineage, clusters=clusters)
+            work = work.numbering(clusters.ids)
+        drifted = self._drift(work, matching, ids)
+        self._write(run.attempt, [], work, more, drifted, ids, ids)
         run.attempt.write_json(LINEAGE, lineage.to_json())
         run.attempt.write_json(RECIPE, self._recipe(work.job).content)
         logger.info("committing")
@@ -207,6 +226,24 @@ class Night:
         warm = None if before is None else self.registry.model_url(before)
         return Recipe.of(job.options, job.identity, results.versions(), warm)
 
+    def _clusters(self, reference: Published | None, mixture: Mixture) -> ClusterLineage | None:
+        """Return who tonight's clusters are; None where there are none."""
+        if mixture.clusters is None:
+            return None
+        known: tuple[int, ...] = ()
+        matching = Matching((), tuple(range(mixture.clusters.n_clusters)), ())
+        if reference is not None and reference.mixture.clusters is not None:
+            matching = match_clusters(reference.mixture, mixture)
+            known = reference.mixture.clusters.numbers
+        first = max([self.registry.next_cluster_id(), *(i + 1 for i in known)])
+        ids = matching.ids(known, first)
+        return ClusterLineage(
+            ids=ids,
+            born=tuple(ids[i] for i in matching.born),
+            dead=() if self.before is None else tuple(known[i] for i in matching.dead),
+            next_id=first + len(matching.born),
+        )
+
     def _keep_back(
         self,
         run: Run,
@@ -217,13 +254,13 @@ class Night:
         """Commit what there is to the candidates, in place of an earlier attempt's."""
         run.check()
         with commit.claim(self.candidate(run)) as attempt:
-            changes, numbers = None, None
+            drifted, numbers = None, None
             if work is not None and work.densities is not None and self.before is not None:
                 matching = _match(self.before, work.mixture)
                 known = {j: self.before.lineage.ids[i] for i, j in matching.pairs}
                 numbers = tuple(known.get(j) for j in range(work.mixture.n_components))
-                changes = self._drift(work, matching, numbers)
-            self._write(attempt, reasons, work, more or {}, changes, numbers)
+                drifted = self._drift(work, matching, numbers)
+            self._write(attempt, reasons, work, more or {}, drifted, numbers)
             attempt.commit()
         run.check()  # drawing the report takes time: a driver that took over keeps its own
         self.registry.forget_candidates(self.options.night, but=run.attempt.id)
@@ -235,7 +272,7 @@ class Night:
         reasons: list[str],
         work: _Work | None,
         more: dict[str, Any],
-        changes: Drift | None,
+        drifted: Drift | None,
         numbers: Sequence[int | None] | None = None,
         ids: tuple[int, ...] | None = None,
     ) -> None:
@@ -253,8 +290,8 @@ class Night:
         }
         attempt.write_json(GATE, {"format_version": FORMAT_VERSION, **verdict})
         night_report = {**verdict, "drift": None}
-        if changes is not None:
-            night_report["drift"] = asdict(changes)
+        if drifted is not None:
+            night_report["drift"] = asdict(drifted)
             attempt.write_json(DRIFT, {"format_version": FORMAT_VERSION, **night_report["drift"]})
         if work is None:
             of_fit.write(attempt, None, nightly=night_report)
@@ -285,6 +322,18 @@ class Night:
         if self.before is None or work.densities is None:
             return None
         old, mixture = self.before, work.mixture
+        clusters = None
+        if old.mixture.clusters is not None and mixture.clusters is not None:
+            numbers: tuple[int | None, ...] = (None,) * mixture.clusters.n_clusters
+            clusters = changes(
+                Numbered(old.night, as_gaussians(old.mixture), old.mixture.clusters.numbers),
+                Numbered(
+                    self.options.night,
+                    as_gaussians(mixture),
+                    numbers if mixture.clusters.ids is None else mixture.clusters.ids,
+                ),
+                match_clusters(old.mixture, mixture),
+            )
         return drift(
             Numbered(old.night, old.mixture.parameters, old.lineage.ids),
             Numbered(self.options.night, mixture.parameters, tuple(ids)),
@@ -292,6 +341,7 @@ class Night:
             work.densities,
             mixture.feature_names,
             work.columns,
+            clusters,
         )
 
 
@@ -317,6 +367,12 @@ class _Work:
     densities: DensityChange | None
     columns: ColumnDrift | None
     reasons: list[str]
+
+    def numbering(self, ids: tuple[int, ...]) -> _Work:
+        """Return the same with numbers for its clusters."""
+        assert self.fitted.clusters is not None
+        clusters = replace(self.fitted.clusters, ids=ids)
+        return replace(self, fitted=replace(self.fitted, clusters=clusters))
 
     @property
     def mixture(self) -> Mixture:
@@ -351,9 +407,18 @@ def _shape(warm: Mixture, options: NightlyOptions) -> str:
 def _spell(lineage: Lineage) -> str:
     """Say in a line who was born and who died."""
     if lineage.night_before is None:
-        return f"the first night, components {_listed(lineage.ids)}"
+        first = f"the first night, components {_listed(lineage.ids)}"
+        clusters = lineage.clusters
+        return first if clusters is None else f"{first}; clusters {_listed(clusters.ids)}"
     kept = f"against {lineage.night_before}: {len(lineage.ids) - len(lineage.born)} stay"
-    return f"{kept}, born {_listed(lineage.born)}, dead {_listed(lineage.dead)}"
+    line = f"{kept}, born {_listed(lineage.born)}, dead {_listed(lineage.dead)}"
+    if (clusters := lineage.clusters) is None:
+        return line
+    stay = len(clusters.ids) - len(clusters.born)
+    return (
+        f"{line}; of the clusters {stay} stay, born {_listed(clusters.born)}, "
+        f"dead {_listed(clusters.dead)}"
+    )
 
 
 def _listed(ids: Sequence[int]) -> str:

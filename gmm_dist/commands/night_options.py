@@ -52,8 +52,7 @@ class NightlyOptions(FitOptions):
     partition: tuple[str, ...]
     output: str = field(default="", init=False)
     holdout: float = 0.1
-    # Clusters have no numbers yet that stay from night to night.
-    clusters: None = field(default=None, init=False)
+    bootstrap: int = field(default=0, init=False)
     days: int = 1
     min_rows: int | None = None
     max_drop: float = Gate().max_drop

@@ -20,6 +20,7 @@ from gmm_dist.commands.night_options import NightlyOptions, NightRows
 from gmm_dist.commands.options import (
     CommandLine,
     Parser,
+    add_clusters,
     add_common,
     options_of,
     parse_k,
@@ -199,6 +200,7 @@ def _parse(argv: Sequence[str]) -> NightlyOptions:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_common(parser, output=False)
+    add_clusters(parser)
     _add_own(parser.add_argument_group("night"))
     parser.set_defaults(holdout=0.1)
     return options_of(NightlyOptions, parser.parse_args(argv))

@@ -87,6 +87,27 @@ def add_clusters(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_bootstrap(parser: argparse.ArgumentParser) -> None:
+    """Add --bootstrap, for the jobs that resample."""
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=0,
+        metavar="B",
+        help="resample the rows so many times, and say how sure the best model's parameters, its "
+        "clusters and its k are: 50 is a good number (default: %(default)s, none)",
+    )
+
+
+def add_title(parser: argparse.ArgumentParser) -> None:
+    """Add --title, for the jobs that draw a report."""
+    parser.add_argument(
+        "--title",
+        metavar="TEXT",
+        help="the report's heading (default: how many clusters there are)",
+    )
+
+
 def parse_url(text: str) -> Url:
     """Read a path or URL; refuse an empty one, as of a variable that is not set."""
     if not text.strip():
@@ -334,6 +355,10 @@ class CommandLine:
             new = k if name == "--k" else _renamed(old, k)
             words[at] = f"{name}={new}" if equals else new
         return self._spelt(words)
+
+    def spelt(self) -> str:
+        """Return the command as it was given."""
+        return self._spelt(self.argv)
 
     def to_resume(self) -> str:
         """Return the command that goes on with the same run."""

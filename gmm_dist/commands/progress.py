@@ -88,6 +88,10 @@ class Progress:
         """Show how many passes of those that merge components are done."""
         self._advance(f"merging components: {done} of {counted(n_passes, 'pass')}", done, n_passes)
 
+    def resampling(self, what: str, done: int, n: int) -> None:
+        """Show how far the resampling is."""
+        self._advance(f"{what}: {done} of {n:,}", done, n)
+
     def resuming(self, number: int) -> None:
         """Say after which pass the run goes on, and count from there; 0: in the search."""
         self._passes = number

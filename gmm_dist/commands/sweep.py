@@ -13,8 +13,10 @@ from gmm_dist.commands.fit import fit_and_tell
 from gmm_dist.commands.options import (
     CommandLine,
     Parser,
+    add_bootstrap,
     add_clusters,
     add_common,
+    add_title,
     options_of,
     parse_k,
     program,
@@ -32,6 +34,8 @@ def sweep(argv: Sequence[str]) -> None:
     )
     add_common(parser)
     add_clusters(parser)
+    add_bootstrap(parser)
+    add_title(parser)
     parser.add_argument("--k", required=True, type=parse_k, help="8, 4,8,16 or 2..20 (inclusive)")
     parser.add_argument(
         "--criterion", choices=CRITERIA, default="bic", help="what ranks the fits (default: bic)"
@@ -39,7 +43,8 @@ def sweep(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.criterion == "holdout" and arguments.holdout == 0:
         parser.error("--criterion holdout needs rows to rank by: add --holdout 0.1")
-    fit_and_tell(options_of(FitOptions, arguments), CommandLine(program("sweep"), argv))
+    command_line = CommandLine(program("sweep"), argv)
+    fit_and_tell(options_of(FitOptions, arguments), command_line, arguments.title)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

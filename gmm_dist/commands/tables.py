@@ -10,8 +10,12 @@ from rich.text import Text
 
 from gmm_dist.commands.talking import bearing, say, screen
 from gmm_dist.em.lane import Status
-from gmm_dist.formats import counted
-from gmm_dist.selection.ranking import RankedCandidate, SweepResult
+from gmm_dist.formats import count, counted, share
+from gmm_dist.model.bootstrap import Win
+from gmm_dist.model.clusters import spell_clusters, spell_stability
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.report.description import arrays_of, described
+from gmm_dist.selection.ranking import Candidate, RankedCandidate, SweepResult
 from gmm_dist.selection.table import ABSENT, COLUMNS, ranks
 
 # As in `selection.table`, or shorter: most terminals have 80 columns.
@@ -20,23 +24,34 @@ _SHOWN = {
     **{name: COLUMNS[name].head for name in ("k", "covariance_type", "bic", "aic", "icl")},
     "mean_log_likelihood": COLUMNS["mean_log_likelihood"].head + ",\nnats per row",
     "holdout": COLUMNS["holdout"].head,
+    "wins": "resamples\nwon",
     "n_starts": COLUMNS["n_starts"].head,
     "n_iter": "iter.",
     "status": COLUMNS["status"].head,
 }
 
+_NARROW = 100  # columns: there, what sets clusters apart takes several lines
+_MOST_CLUSTERS = 15
+
 _MOST = ("aic", "icl", "n_starts")  # what a narrow table goes without
 
 
-def ranking(result: SweepResult, width: int) -> RenderableType:
+def ranking(result: SweepResult, width: int, wins: Sequence[Win] = ()) -> RenderableType:
     """Return the ranked candidates, best first: as a table where there is room, else a list.
 
-    No number is cut: a table that does not fit has fewer columns, and then none.
+    No number is cut: a table that does not fit has fewer columns, and then none. `wins` are in how
+    many resamples each would have been the best.
     """
     names = list(_SHOWN)
     if all(s.holdout is None for s in result.scored):
         names.remove("holdout")
-    rows = [(_cells(s, rank), _style(s, result)) for rank, s in ranks(result)]
+    if not wins:
+        names.remove("wins")
+    won = {Candidate(win.k, win.covariance_type): win.n for win in wins}
+    rows = [
+        (_cells(s, rank) | {"wins": str(won.get(s.candidate, 0))}, _style(s, result))
+        for rank, s in ranks(result)
+    ]
     for columns in (names, [name for name in names if name not in _MOST]):
         if _natural_width(columns, rows) <= width:
             return _table(columns, rows)
@@ -51,7 +66,7 @@ def _style(scored: RankedCandidate, result: SweepResult) -> str:
 
 
 def _cells(s: RankedCandidate, rank: int | None) -> dict[str, str]:
-    shown = {name: COLUMNS[name] for name in _SHOWN if name != "rank"}
+    shown = {name: COLUMNS[name] for name in _SHOWN if name in COLUMNS}
     cells = {name: column.text(column.value(s)) for name, column in shown.items()}
     return {"rank": ABSENT if rank is None else str(rank)} | cells | {"n_starts": _starts(s)}
 
@@ -116,10 +131,57 @@ def _economy(result: SweepResult) -> str:
     return line
 
 
-def print_table(result: SweepResult, warnings: Sequence[str]) -> None:
-    """Print the ranked table, and what a reader of it should know; never fails."""
+def clusters_table(mixture: Mixture, n_samples: float, width: int) -> RenderableType:
+    """Return a line for each cluster, the largest first: its share, and what sets it apart."""
+    clusters = mixture.clusters
+    assert clusters is not None
+    every = described(arrays_of(mixture))
+    stability = clusters.stability
+    table = Table(box=None, pad_edge=False, width=width if width < _NARROW else None)
+    for name in ("cluster", "share", "rows", *(("stable",) if stability else ())):
+        table.add_column(name, justify="left" if name == "stable" else "right", no_wrap=True)
+    table.add_column("unlike its nearest: mean here (there)", justify="left")
+    order = sorted(range(len(every)), key=lambda c: (-every[c].share, c))
+    for c in order[:_MOST_CLUSTERS]:
+        one = every[c]
+        cells = [str(clusters.numbers[c]), share(one.share), count(round(one.share * n_samples))]
+        if stability is not None:
+            word = "yes" if stability.is_stable[c] else "no"
+            cells.append(f"{word}, {stability.similarities[c]:.2f}")
+        what = ABSENT if one.nearest is None else f"{clusters.numbers[one.nearest]}: {one.words}"
+        table.add_row(*cells, what)
+    if len(order) <= _MOST_CLUSTERS:
+        return table
+    return Group(table, Text(f"and {counted(len(order) - _MOST_CLUSTERS, 'smaller cluster')}"))
+
+
+def on_resamples(mixture: Mixture) -> list[str]:
+    """Return what resampled rows say of the fit and of its clusters, a line each."""
+    lines = []
+    if mixture.clusters is not None and mixture.clusters.stability is not None:
+        clusters = mixture.clusters
+        lines.append(f"{spell_clusters(clusters)}: {spell_stability(mixture.clusters.stability)}")
+    if (bootstrap := mixture.bootstrap) is not None and bootstrap.n_used < bootstrap.n_resamples:
+        n_lost = bootstrap.n_resamples - bootstrap.n_used
+        lines.append(
+            f"{n_lost} of {counted(bootstrap.n_resamples, 'resample')} had a component with too "
+            "few rows, and are left out of standard errors and stability"
+        )
+    return lines
+
+
+def print_table(
+    result: SweepResult, warnings: Sequence[str], mixture: Mixture | None = None
+) -> None:
+    """Print the ranked table, what a reader of it should know, and the clusters; never fails."""
+    bootstrap = None if mixture is None else mixture.bootstrap
     with bearing():
         console = screen()
-        console.print(ranking(result, console.width))
-    for line in [*notes(result), *(f"warning: {warning}" for warning in warnings)]:
+        wins = () if bootstrap is None else bootstrap.wins
+        console.print(ranking(result, console.width, wins))
+    lines = [*notes(result), *(f"warning: {warning}" for warning in warnings)]
+    for line in [*lines, *(() if mixture is None else on_resamples(mixture))]:
         say(line)
+    if mixture is not None and mixture.clusters is not None:
+        with bearing():
+            console.print(clusters_table(mixture, result.n_samples, console.width))

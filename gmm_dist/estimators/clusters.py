@@ -17,8 +17,8 @@ from gmm_dist.estimators.settings import require_cluster, require_no_cluster
 from gmm_dist.formats import counted
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.arrays import array_of, checked_for_model, require_rows_or_lake, viewed
-from gmm_dist.model.clusters import Clusters
 from gmm_dist.model.mixture import Mixture
+from gmm_dist.model.parameters import Parameters
 from gmm_dist.selection import clustering
 from gmm_dist.shards.local import one_thread
 
@@ -58,12 +58,7 @@ def find_clusters(
     Raises UserError for other rows than the model's, no rows, and for a number of clusters that is
     not from 1 to that of the components; TypeError for what is no model of ours.
     """
-    if not isinstance(model, Mixture):
-        if isinstance(model, type) or not isinstance(model, Estimator):
-            raise TypeError(
-                f"find_clusters takes a Mixture or an estimator of gmm_dist, not a {type(model)}"
-            )
-        model = model.to_mixture()
+    model = mixture_of(model, "find_clusters")
     _require_number(n_clusters, model.n_components)
     require_rows_or_lake(X)
     with one_thread():
@@ -77,19 +72,32 @@ def find_clusters(
             found = clusters_of_lake(X, model, n_clusters, cluster=cluster)
         else:
             require_no_cluster(cluster)
-            found = _of_rows(model, X, n_clusters, sample_weight)
+            resident, about_centre = resident_of(model, X, sample_weight)
+            found = clustering.find_clusters(resident.shards, about_centre, n_clusters)
     return replace(model, clusters=found)
 
 
-def _of_rows(model: Mixture, X: Any, n_clusters: str | int, sample_weight: Any) -> Clusters:
+def mixture_of(model: Mixture | Estimator, taker: str) -> Mixture:
+    """Return the mixture of a model that a function has been given; refuse what is none."""
+    if isinstance(model, Mixture):
+        return model
+    if isinstance(model, type) or not isinstance(model, Estimator):
+        raise TypeError(f"{taker} takes a Mixture or an estimator of gmm_dist, not a {type(model)}")
+    return model.to_mixture()
+
+
+def resident_of(model: Mixture, X: Any, sample_weight: Any) -> tuple[Resident, Parameters]:
+    """Return rows in memory about their centre, and the mixture about it.
+
+    Raises UserError for other rows than the model's, and where none has a positive weight.
+    """
     rows = viewed(checked_for_model(X, model.n_features, model.feature_names)).double()
     weight = None if sample_weight is None else _weights(sample_weight, len(rows))
     if len(rows) == 0 or (weight is not None and not float(weight.sum()) > 0):
-        raise UserError("X has no rows of positive weight, by which to merge: give one or more")
+        raise UserError("X has no rows of positive weight, by which to judge it: give one or more")
     whole = model.parameters.type.has_products
     resident = Resident.of(rows, weight, None, whole=whole, centre=robust_centre(rows))
-    about_centre = model.parameters.shifted(-resident.centre)
-    return clustering.find_clusters(resident.shards, about_centre, n_clusters)
+    return resident, model.parameters.shifted(-resident.centre)
 
 
 def _weights(sample_weight: Any, n_rows: int) -> Tensor:

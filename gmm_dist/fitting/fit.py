@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Self
 
 import torch
@@ -26,12 +27,14 @@ from gmm_dist.formats import counted
 from gmm_dist.lake.load import Counted, LakeLoader
 from gmm_dist.lake.plan import Plan, plan_of
 from gmm_dist.lake.tables.snapshot import stay_at
+from gmm_dist.model.bootstrap import Bootstrap
 from gmm_dist.model.clusters import Clusters
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.runs import claim, load
 from gmm_dist.runs.checkpoint import RunIdentity, environment
 from gmm_dist.runs.claim import Run
+from gmm_dist.selection.certainty.bootstrap import Resampling, bootstrap
 from gmm_dist.selection.clustering import find_clusters
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import sweep
@@ -40,20 +43,23 @@ from gmm_dist.shards.protocol import Shards, WorkingShards
 
 logger = logging.getLogger(__name__)
 
+_ASKED = ("where", "weight_column", "missing", "holdout", "clusters", "bootstrap")
+"""Options that sweep.json tells beside the settings of EM and of the search."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class FitOutcome:
     """The outcome of a fit that has committed, or that could rank no candidate.
 
-    `result` is None where the run had committed before; `clusters` are those of the best model
-    where asked for; `has_report` says whether there is a report.html. Where `result.best` is None
-    there is no model, and the output is free again.
+    `result` is None where the run had committed before; `mixture` is the best model, in feature
+    units; `has_report` says whether there is a report.html. Where `result.best` is None there is no
+    model, and the output is free again.
     """
 
     output: str
     result: SweepResult | None
     warnings: list[str]
-    clusters: Clusters | None = None
+    mixture: Mixture | None = None
     has_report: bool = False
 
 
@@ -64,6 +70,7 @@ def fit_lake(
     draw: DrawReport = no_report,
     next_run: Callable[[str], Words] = lambda k: f"fit k={k} next",
     spelling: Spelling = in_python,
+    reading: Spelling = in_python,
     finish: Callable[[], None] = lambda: None,
 ) -> FitOutcome:
     """Claim the output, plan, load, fit, rank and commit.
@@ -77,6 +84,7 @@ def fit_lake(
         draw: Draws report.html.
         next_run: Says how a grid of K, such as "12..24", is fitted next, for a warning.
         spelling: Spells the options that warnings name.
+        reading: Spells them for the readers of the report.
         finish: Is called before the commit, which must not be interrupted.
 
     Raises:
@@ -93,14 +101,17 @@ def fit_lake(
         job = Job.of(options, start_model=start_model, progress=progress)
         fitted = job.fit(run)
         result = fitted.result
-        sweep_warnings = result.warnings(job.plan.feature_names, next_run, spelling=spelling)
-        warnings = [*(spelt(words, spelling) for words in fitted.incomplete), *sweep_warnings]
-        too_few = _too_few(fitted.clusters, options.clusters)
-        warnings += [spelt(words, spelling) for words in too_few]
+        warnings = job.warnings(fitted, spelling, next_run)
         if result.best is None:
             run.forget()
             return FitOutcome(output=options.output, result=result, warnings=warnings)
-        more = {"warnings": warnings, "seconds": time.monotonic() - began}
+        more = {
+            "warnings": warnings,
+            "notes": job.warnings(fitted, reading),
+            "date": datetime.now(UTC).isoformat(sep=" ", timespec="minutes"),
+            "asked": {name: getattr(options, name) for name in _ASKED},
+            "seconds": time.monotonic() - began,
+        }
         has_report = results.write(run.attempt, fitted, job.loader, job.settings, more, draw=draw)
         recipe = Recipe.of(options, job.identity, results.versions())
         run.attempt.write_json(RECIPE, recipe.content)
@@ -111,7 +122,7 @@ def fit_lake(
         output=options.output,
         result=result,
         warnings=warnings,
-        clusters=fitted.clusters,
+        mixture=results.mixture_of(fitted, job.loader),
         has_report=has_report,
     )
 
@@ -136,6 +147,10 @@ def none_ranked(n_candidates: int) -> Words:
         + Option("n_components")
         + ", more rows, or leave out constant and duplicated columns"
     )
+
+
+def _run_again(k: str) -> Words:
+    return "run again with " + Option("n_components") + f" {k}"
 
 
 Look = Callable[[Shards, SweepResult], None]
@@ -210,6 +225,8 @@ class Job:
             if self.initial_parameters is None
             else _digest(self.initial_parameters),
         }
+        if options.bootstrap:
+            settings["bootstrap"] = options.bootstrap
         if self.warm:
             settings["warm_start"] = _digest(self.warm)
         return RunIdentity(
@@ -219,6 +236,19 @@ class Job:
             environment=environment(),
             snapshot=self.plan.snapshot_content,
         )
+
+    def warnings(
+        self,
+        fitted: Fitted,
+        spelling: Spelling,
+        next_run: Callable[[str], Words] = _run_again,
+    ) -> list[str]:
+        """Return what a reader should know of a fit, a line each, with its remedy."""
+        names = self.plan.feature_names
+        lines = [spelt(words, spelling) for words in fitted.incomplete]
+        lines += fitted.result.warnings(names, next_run, spelling=spelling)
+        too_few = _too_few(fitted.clusters, self.options.clusters)
+        return [*lines, *(spelt(words, spelling) for words in too_few)]
 
     def fit(self, run: Run, look: Look = lambda shards, result: None) -> Fitted:
         """Load the rows and fit, from the last checkpoint where there is one.
@@ -239,10 +269,44 @@ class Job:
             if result.best is not None:
                 quantiles = training_quantiles(shards, result.best.fit.parameters, result.total)
             clusters = self._clusters(shards, result, run)
+            resampled, clusters = self._resampled(shards, result, clusters, checkpoints)
             sample = sample_of(shards, result, options.random_state)
             look(shards, result)
         return Fitted(
-            result=result, counted=counted, quantiles=quantiles, clusters=clusters, sample=sample
+            result=result,
+            counted=counted,
+            quantiles=quantiles,
+            clusters=clusters,
+            bootstrap=resampled,
+            sample=sample,
+        )
+
+    def _resampled(
+        self,
+        shards: WorkingShards,
+        result: SweepResult,
+        clusters: Clusters | None,
+        checkpoints: FitCheckpoints,
+    ) -> tuple[Bootstrap | None, Clusters | None]:
+        """Resample the rows, if that is asked for; the clusters then have their stability."""
+        options = self.options
+        if result.best is None or not options.bootstrap:
+            return None, clusters
+        resampling = Resampling(
+            mixture=result.best.fit.parameters,
+            n_resamples=options.bootstrap,
+            config=options.em,
+            start=options.search,
+            clusters=clusters,
+            spikes=result.total.spikes,
+            result=result,
+        )
+        return bootstrap(
+            shards,
+            resampling,
+            watch=self.progress.resampling,
+            resume=checkpoints.resampled,
+            keep=lambda step, taken: checkpoints.keep_resampled(result.n_passes + step, taken),
         )
 
     def _clusters(self, shards: WorkingShards, result: SweepResult, run: Run) -> Clusters | None:

@@ -32,6 +32,8 @@ class FitOptions:
         criterion: What ranks the fits: "bic", "aic", "icl" or "holdout".
         clusters: Into how many clusters the best model's components are merged: "auto" for a
             number found by a rule, or a number; None not to ask.
+        bootstrap: Resamples of the rows by which the best model's parameters, its clusters and its
+            K are judged; 0 for none, 50 advised.
         start: A model's folder or URL: the fit goes on from its parameters.
         columns: Feature columns; None for every floating-point one.
         weight_column: Column of sample weights; 0 is no row, 2 is two.
@@ -67,6 +69,7 @@ class FitOptions:
     covariance_type: tuple[str, ...] = ("full",)
     criterion: str = "bic"
     clusters: str | int | None = "auto"
+    bootstrap: int = 0
     start: str | None = None
     columns: tuple[str, ...] | None = None
     weight_column: str | None = None
@@ -101,6 +104,7 @@ class FitOptions:
             covariance_type=several(config.one_of(COVARIANCE_TYPES)),
             criterion=config.one_of(CRITERIA),
             clusters=optional(_clusters),
+            bootstrap=config.whole,
             start=optional(config.url),
             columns=optional(names),
             weight_column=optional(config.text),
@@ -127,6 +131,12 @@ class FitOptions:
         if self.k is None and self.start is None:
             k, start = Option("n_components"), Option("start")
             raise UserError("one of " + k + " and " + start + " is required")
+        if self.bootstrap < 0 or self.bootstrap == 1:
+            raise UserError(
+                f"is {self.bootstrap}",
+                option="bootstrap",
+                remedy="give 0, or a number of resamples from 2 up: 50 is a good one",
+            )
         if self.k is not None and min(self.k) < 1:
             raise UserError(f"is {min(self.k)}", option="k", remedy="give whole numbers >= 1")
         if self.criterion == "holdout" and self.holdout == 0:

@@ -28,6 +28,9 @@ class FitProgress(Protocol):
     def merging(self, done: int, n_passes: int) -> None:
         """Note how many passes of those that merge components into clusters are done."""
 
+    def resampling(self, what: str, done: int, n: int) -> None:
+        """Note how much of what resampling consists of is done, and of how much."""
+
     def resuming(self, number: int) -> None:
         """Note after which pass the run resumes."""
 
@@ -48,6 +51,8 @@ class Silent:
     def searching(self, progress: SearchProgress) -> None: ...
 
     def merging(self, done: int, n_passes: int) -> None: ...
+
+    def resampling(self, what: str, done: int, n: int) -> None: ...
 
     def resuming(self, number: int) -> None: ...
 

@@ -14,10 +14,12 @@ from gmm_dist.errors import Option, Words
 from gmm_dist.formats import one_line
 from gmm_dist.lake.load import Counted, LakeLoader
 from gmm_dist.lake.plan import Plan
+from gmm_dist.model.bootstrap import Bootstrap
 from gmm_dist.model.clusters import Clusters
 from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.runs import load
+from gmm_dist.runs.bootstrap_json import plain_bootstrap
 from gmm_dist.runs.cluster_json import plain
 from gmm_dist.runs.load import Attempt
 from gmm_dist.selection.coreset import DrawCoreset
@@ -52,13 +54,15 @@ class Fitted:
     """The outcome of a fit.
 
     `quantiles` are those of the best candidate's log-density, `clusters` are made of its
-    components where asked for, `sample` (m, d) are some rows about their centre; None for no best.
+    components and `bootstrap` of resampled rows where asked for, `sample` (m, d) are some rows
+    about their centre; None for no best.
     """
 
     result: SweepResult
     counted: Counted
     quantiles: Quantiles | None
     clusters: Clusters | None = None
+    bootstrap: Bootstrap | None = None
     sample: torch.Tensor | None = None
 
     @property
@@ -105,6 +109,7 @@ def write(
     result, plan = fitted.result, loader.plan
     content = _report(result, plan, fitted.counted, settings) | more
     content["clusters"] = plain(fitted.clusters)
+    content["bootstrap"] = plain_bootstrap(fitted.bootstrap)
     mixture = sample = None
     if result.best is not None:
         mixture = mixture_of(fitted, loader, ids)
@@ -134,6 +139,7 @@ def mixture_of(fitted: Fitted, loader: LakeLoader, ids: tuple[int, ...] | None =
         log_likelihood=fit.log_likelihood,
         log_density_quantiles=fitted.quantiles,
         clusters=fitted.clusters,
+        bootstrap=fitted.bootstrap,
         ids=ids,
     )
 

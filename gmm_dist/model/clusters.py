@@ -61,6 +61,54 @@ class MergeTree:
         return tuple(numbers[leader] for leader in leaders)
 
 
+STABLE = 0.75
+"""The mean Jaccard similarity from which a cluster is stable (Hennig, CSDA 52, 2007)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """How well clusters are found again in `n_resamples` resamples of the rows.
+
+    `similarities` are those of each cluster to its best match, in the mean: the Jaccard similarity,
+    rows in both by rows in either. `n_whole` counts the resamples in which each cluster's was 0.75
+    or more, and `n_clusters` has how many clusters each resample had.
+    """
+
+    n_resamples: int
+    similarities: tuple[float, ...]
+    n_whole: int
+    n_clusters: tuple[int, ...]
+
+    @property
+    def n_alike(self) -> int:
+        """In how many resamples there were as many clusters as in the fit."""
+        return sum(n == len(self.similarities) for n in self.n_clusters)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stability:
+    """Whether clusters are there again when rows are resampled: on a sample of `n_rows`.
+
+    `from_fit` is of fits to all rows, resampled, that started from the fit, and so flatter it;
+    `afresh` of fits whose starts were searched for anew. In both, components were merged anew.
+    """
+
+    n_rows: int
+    from_fit: Recovery
+    afresh: Recovery
+
+    @property
+    def similarities(self) -> tuple[float, ...]:
+        """The lower of each cluster's two figures."""
+        pairs = zip(self.from_fit.similarities, self.afresh.similarities, strict=True)
+        return tuple(min(pair) for pair in pairs)
+
+    @property
+    def is_stable(self) -> tuple[bool, ...]:
+        """Whether each cluster is: by both figures."""
+        return tuple(similarity >= STABLE for similarity in self.similarities)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Clusters:
     """Which components make up a cluster: a tree of merges, cut at `n_clusters`.
@@ -68,6 +116,8 @@ class Clusters:
     `trees` are named by what chose their merges (`TREES`); `by` names the one that is cut.
     `rule` says how the number came about. `n_sampled` is the number of rows that chose the merges
     where these were a sample, None for all; the numbers of each merge are those of all rows.
+    `stability` is that of these clusters, None where rows were not resampled. `ids` are the numbers
+    that they keep from night to night, None where they have none.
     """
 
     n_clusters: int
@@ -75,6 +125,13 @@ class Clusters:
     trees: Mapping[str, MergeTree]
     rule: str
     n_sampled: int | None = None
+    stability: Stability | None = None
+    ids: tuple[int, ...] | None = None
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The clusters' numbers, in their order: `ids`, or else from 0 up."""
+        return tuple(range(self.n_clusters)) if self.ids is None else self.ids
 
     @property
     def tree(self) -> MergeTree:
@@ -105,7 +162,7 @@ class Clusters:
                 f"{n_clusters!r} clusters of {components}: give a whole number from 1 to "
                 f"{self.n_components}"
             )
-        return replace(self, n_clusters=n_clusters, by=by, rule=CHOSEN)
+        return replace(self, n_clusters=n_clusters, by=by, rule=CHOSEN, stability=None, ids=None)
 
     def merged(self, resp: Float64[Tensor, "k n"]) -> Float64[Tensor, "c n"]:
         """Return the clusters' responsibilities, the sums of their components'."""
@@ -120,6 +177,16 @@ def merged(resp: Float64[Tensor, "k n"], clusters: Sequence[int]) -> Float64[Ten
     member = resp.new_zeros(max(clusters) + 1, len(clusters))
     member[list(clusters), torch.arange(len(clusters))] = 1.0
     return member @ resp
+
+
+def spell_stability(stability: Stability) -> str:
+    """Say in how many resamples all clusters were found again."""
+    one, two = stability.from_fit, stability.afresh
+    every = "it was" if len(one.similarities) == 1 else "each was"
+    return (
+        f"{every} found again in {one.n_whole} of {one.n_resamples} resamples, and in "
+        f"{two.n_whole} of {two.n_resamples} that were searched afresh"
+    )
 
 
 def spell_clusters(clusters: Clusters) -> str:

@@ -11,6 +11,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from gmm_dist.errors import Option, UserError
+from gmm_dist.model.bootstrap import Bootstrap
 from gmm_dist.model.clusters import Clusters, merged
 from gmm_dist.model.criteria import aic, bic, icl, n_parameters
 from gmm_dist.model.densities import Densities, Rows
@@ -32,7 +33,8 @@ class Mixture:
     and nats. `n_samples` and `log_likelihood` (sum, nats) are those of the fit, and so are
     `log_density_quantiles`, of the rows' log-densities; None for a model that keeps none.
     `ids` are the numbers that the components keep from night to night; None where they have none.
-    `clusters` say which components make up a cluster; None where that was not asked for.
+    `clusters` say which components make up a cluster, `bootstrap` how sure the parameters are; None
+    where that was not asked for.
     """
 
     parameters: Parameters
@@ -42,6 +44,7 @@ class Mixture:
     log_density_quantiles: Quantiles | None = None
     ids: tuple[int, ...] | None = None
     clusters: Clusters | None = None
+    bootstrap: Bootstrap | None = None
 
     @property
     def component_ids(self) -> tuple[int, ...]:

@@ -91,8 +91,21 @@ class DensityChange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """Who stayed, was born and died of two nights' components, or of their clusters."""
+
+    components: tuple[ComponentDrift, ...]
+    born: tuple[Unmatched, ...]
+    dead: tuple[Unmatched, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """What has changed from one night's model to another's; plain values, made for JSON."""
+    """What has changed from one night's model to another's; plain values, made for JSON.
+
+    `clusters` are compared as the Gaussians of their means and covariances; None where a night has
+    none.
+    """
 
     night_before: str
     night: str
@@ -102,6 +115,7 @@ class Drift:
     dead: tuple[Unmatched, ...]
     densities: DensityChange
     columns: ColumnDrift | None = None
+    clusters: Changes | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,6 +134,7 @@ def drift(
     densities: DensityChange,
     feature_names: tuple[str, ...],
     columns: ColumnDrift | None = None,
+    clusters: Changes | None = None,
 ) -> Drift:
     """Describe what has changed between two nights whose components have been matched.
 
@@ -130,7 +145,24 @@ def drift(
         densities: Tonight's rows under both mixtures.
         feature_names: Names of the features.
         columns: Drift of whole columns, if it was measured.
+        clusters: How the clusters have changed, if both nights have such.
     """
+    of_components = changes(before, after, matching)
+    return Drift(
+        night_before=before.night,
+        night=after.night,
+        feature_names=feature_names,
+        components=of_components.components,
+        born=of_components.born,
+        dead=of_components.dead,
+        densities=densities,
+        columns=columns,
+        clusters=clusters,
+    )
+
+
+def changes(before: Numbered, after: Numbered, matching: Matching) -> Changes:
+    """Describe how matched Gaussians have changed, and those of one night alone."""
     old, new = before.parameters, after.parameters
     overlap_matrix = overlaps(old, new)
     old_covariances, new_covariances = old.covariance_matrices(), new.covariance_matrices()
@@ -153,15 +185,10 @@ def drift(
                 overlap=float(overlap_matrix[i, j]),
             )
         )
-    return Drift(
-        night_before=before.night,
-        night=after.night,
-        feature_names=feature_names,
+    return Changes(
         components=tuple(components),
         born=tuple(_unmatched(after, j, before, overlap_matrix[:, j]) for j in matching.born),
         dead=tuple(_unmatched(before, i, after, overlap_matrix[i]) for i in matching.dead),
-        densities=densities,
-        columns=columns,
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
+from typing import Any
 
 from gmm_dist.errors import UserError
 from gmm_dist.model.mixture import Mixture
@@ -16,12 +17,38 @@ LINEAGE, DRIFT, GATE = "lineage.json", "drift.json", "gate.json"
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterLineage:
+    """Say who a night's clusters are: `ids` in the model's order, which are new, which are gone.
+
+    `next_id` is above the ids of all clusters that the registry has had so far.
+    """
+
+    ids: tuple[int, ...]
+    born: tuple[int, ...]
+    dead: tuple[int, ...]
+    next_id: int
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any] | None) -> ClusterLineage | None:
+        """Return what lineage.json says of clusters; None for a night that has none."""
+        if content is None:
+            return None
+        return cls(
+            ids=_distinct(content["ids"]),
+            born=_distinct(content["born"]),
+            dead=_distinct(content["dead"]),
+            next_id=_count(content["next_id"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lineage:
     """Say who a night's components are, as lineage.json beside the model does.
 
     `ids` are those of the components, in the model's order; `born` of them are new and `dead`
     ones of `night_before` are gone. `n_rows` were fitted or held out; `columns` are the feature
-    columns, each with its kind (`gate.kinds`).
+    columns, each with its kind (`gate.kinds`). `clusters` are those that components are merged
+    into, None for none.
     """
 
     night: str
@@ -31,6 +58,7 @@ class Lineage:
     dead: tuple[int, ...]
     n_rows: int
     columns: Mapping[str, str]
+    clusters: ClusterLineage | None = None
 
     def to_json(self) -> dict[str, object]:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
@@ -47,6 +75,7 @@ class Lineage:
                 dead=_distinct(content["dead"]),
                 n_rows=_count(content["n_rows"]),
                 columns=dict(content["columns"]),
+                clusters=ClusterLineage.parse(content.get("clusters")),
             )
 
 
@@ -67,11 +96,24 @@ class Published:
                 f"{mixture.n_components}: restore both from a backup, or remove this night's "
                 "folder and run the night again"
             )
+        if lineage.clusters is not None:
+            mixture = _with_cluster_ids(mixture, lineage.clusters, url)
         return cls(mixture, lineage)
 
     @property
     def night(self) -> str:
         return self.lineage.night
+
+
+def _with_cluster_ids(mixture: Mixture, lineage: ClusterLineage, url: str) -> Mixture:
+    clusters = mixture.clusters
+    if clusters is None or clusters.n_clusters != len(lineage.ids):
+        n = 0 if clusters is None else clusters.n_clusters
+        raise UserError(
+            f"{url}: {LINEAGE} numbers {len(lineage.ids)} clusters, the model has {n}: restore "
+            "both from a backup, or remove this night's folder and run the night again"
+        )
+    return replace(mixture, clusters=replace(clusters, ids=lineage.ids))
 
 
 def night_of(text: str) -> str:

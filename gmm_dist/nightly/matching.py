@@ -60,7 +60,11 @@ def match(before: Parameters, after: Parameters, *, min_overlap: float = MIN_OVE
     Components that overlap less are not paired: one is dead and the other born. Of the two that a
     component splits into, at most one keeps its number.
     """
-    overlap_matrix = overlaps(before, after)
+    return matched(overlaps(before, after), min_overlap)
+
+
+def matched(overlap_matrix: Float64[Tensor, "k m"], min_overlap: float) -> Matching:
+    """Match rows to columns to maximise the sum of the pairs' overlaps beyond `min_overlap`."""
     gain = (overlap_matrix - min_overlap).clamp_min(0).numpy()
     rows, columns = linear_sum_assignment(gain, maximize=True)
     pairs = [
@@ -71,8 +75,8 @@ def match(before: Parameters, after: Parameters, *, min_overlap: float = MIN_OVE
     matched_before, matched_after = {i for i, _ in pairs}, {j for _, j in pairs}
     return Matching(
         tuple(sorted(pairs, key=lambda pair: pair[1])),
-        tuple(j for j in range(after.n_components) if j not in matched_after),
-        tuple(i for i in range(before.n_components) if i not in matched_before),
+        tuple(j for j in range(overlap_matrix.shape[1]) if j not in matched_after),
+        tuple(i for i in range(overlap_matrix.shape[0]) if i not in matched_before),
     )
 
 

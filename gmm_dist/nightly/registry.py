@@ -191,6 +191,20 @@ class Registry:
             if count == 0 or self._swap(COUNTER, seen, {"next_id": first + count}):
                 return first
 
+    def next_cluster_id(self) -> int:
+        """Return a number above the ids of all clusters so far; ask within a `turn`."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return max([0, *pool.map(self._next_cluster_id_of, self.nights())])
+
+    def _next_cluster_id_of(self, night: str) -> int:
+        try:
+            clusters = Lineage.read(self.model_url(night)).clusters
+        except UserError:
+            if self.is_published(night):
+                raise
+            return 0  # pruned in this moment: later nights have heard of its clusters
+        return 0 if clusters is None else clusters.next_id
+
     def _largest_id(self) -> int:
         """Return the largest id that is found anywhere but in the counter, -1 for none."""
         with ThreadPoolExecutor(_AT_ONCE) as pool:

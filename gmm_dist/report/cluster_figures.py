@@ -109,7 +109,7 @@ def tree(name: str, clusters: Clusters, numbers: Sequence[str], colours: Sequenc
 
     title = f"The tree of merges, cut at {clusters.n_clusters} clusters"
     description = "; ".join(
-        f"cluster {c}: components "
+        f"cluster {clusters.numbers[c]}: components "
         + ", ".join(numbers[i] for i, own in enumerate(clusters.of_component) if own == c)
         for c in range(clusters.n_clusters)
     )

@@ -303,7 +303,8 @@ def colours(clusters: Clusters) -> list[int]:
     merged have their cluster's colour.
     """
     if clusters.groups is not None:
-        return list(clusters.groups)
+        numbers = clusters.group_numbers or range(max(clusters.groups) + 1)
+        return [numbers[group] for group in clusters.groups]
     pairs = enumerate(clusters.numbers)
     return [int(name) if name.isdecimal() else i for i, name in pairs]
 

@@ -26,6 +26,8 @@ def write(
     *,
     numbers: Sequence[int | None] | None = None,
     nightly: Mapping[str, Any] | None = None,
+    title: str | None = None,
+    command: str | None = None,
 ) -> bool:
     """Draw the report and write it as one file of the result; return whether it was.
 
@@ -39,10 +41,10 @@ def write(
         sample: Rows (m, d) in feature units, for the picture.
         numbers: Names of the components (default: the mixture's); None for a newborn of a model
             that is not published.
-        nightly: As `page.render` takes it.
+        nightly, title, command: As `page.render` takes them.
     """
     try:
-        html = _rendered(content, mixture, sample, numbers, nightly)
+        html = _rendered(content, mixture, sample, numbers, nightly, (title, command))
     except Exception as error:
         logger.warning("%s could not be drawn and is left out: %s", NAME, one_line(error))
         return False
@@ -56,31 +58,35 @@ def _rendered(
     sample: torch.Tensor | None,
     numbers: Sequence[int | None] | None,
     nightly: Mapping[str, Any] | None,
+    about: tuple[str | None, str | None],
 ) -> str:
     # Takes half a second to import, and is needed here alone.
     from gmm_dist.report import page
-    from gmm_dist.report.projection import Clusters
+    from gmm_dist.report.description import arrays_of
+    from gmm_dist.report.of_components import Intervals
 
+    title, command = about
     if content is not None:
         content = {**content, "data": redacted(str(content["data"]))}
     if mixture is None:
-        return page.render(content, nightly=nightly)
+        return page.render(content, nightly=nightly, title=title, command=command)
     parameters, ids = mixture.parameters, numbers or mixture.component_ids
     merged = mixture.clusters
-    clusters = Clusters(
-        weights=parameters.weights.numpy(),
-        means=parameters.means.numpy(),
-        covariances=parameters.type.spread(
-            parameters.stacked_covariances, len(parameters.means[0])
-        ).numpy(),
-        feature_names=tuple(mixture.feature_names),
-        numbers=tuple("new" if number is None else str(number) for number in ids),
-        groups=None if merged is None else merged.of_component,
-    )
+    names = tuple("new" if number is None else str(number) for number in ids)
+    clusters = arrays_of(mixture, names)
     rows = None
     if sample is not None:
         own = None
         if merged is not None:
             own = cluster_labels(parameters, sample, merged.of_component).numpy()
         rows = page.Sample(sample.numpy(), labels(parameters, sample).numpy(), own)
-    return page.render(content, clusters, rows, nightly, merged)
+    return page.render(
+        content,
+        clusters,
+        rows,
+        nightly,
+        merged,
+        Intervals.of(mixture),
+        title=title,
+        command=command,
+    )

@@ -29,6 +29,11 @@ def gate_table(nightly: Json | None) -> Table | None:
     if drift is not None:
         born, dead, stayed = (len(drift[key]) for key in ("born", "dead", "components"))
         summary = f"{counted(stayed, 'component')} stayed, {born:,} born, {dead:,} died."
+        if (clusters := drift.get("clusters")) is not None:
+            born, dead, stayed = (len(clusters[key]) for key in ("born", "dead", "components"))
+            summary = (
+                f"{counted(stayed, 'cluster')} stayed, {born:,} born, {dead:,} died; {summary}"
+            )
     return {
         "is_published": bool(nightly["published"]),
         "reasons": [printable(str(reason)) for reason in nightly.get("reasons", ())],
@@ -43,6 +48,8 @@ def drift_table(nightly: Json | None) -> Table | None:
         return None
     names = [printable(name) for name in drift["feature_names"]]
     ordered = sorted(drift["components"], key=lambda c: number_or_nan(c["overlap"]))
+    # Where there are clusters, a component has its cluster's colour, which only they know.
+    hue = {"colour": None} if drift.get("clusters") is not None else {}
     drawings = []
     if ordered:
         numbers = [str(c["id"]) for c in ordered]
@@ -59,11 +66,27 @@ def drift_table(nightly: Json | None) -> Table | None:
         drawings.append(figures.histograms("densities", label, edges, series))
     return {
         "before": printable(str(drift["night_before"])),
-        "components": [_changed(c, names) for c in ordered],
+        "clusters": _of_clusters(drift.get("clusters"), names),
+        "components": [_changed(c, names) | hue for c in ordered],
         "born": [_alone(c, "born") for c in drift["born"]],
         "dead": [_alone(c, "died") for c in drift["dead"]],
         "drawings": drawings,
         "densities": [_compared(densities, *row) for row in _DENSITIES],
+    }
+
+
+def _of_clusters(changes: Json | None, names: Sequence[str]) -> Table | None:
+    """Return what has changed of the clusters, the most changed first; None for none."""
+    if changes is None:
+        return None
+    ordered = sorted(changes["components"], key=lambda c: number_or_nan(c["overlap"]))
+    return {
+        "stayed": [_changed(c, names) for c in ordered],
+        "alone": [
+            _alone(c, what)
+            for key, what in (("born", "born"), ("dead", "died"))
+            for c in changes[key]
+        ],
     }
 
 

@@ -7,7 +7,7 @@ lake, names of columns first, is escaped, and the page forbids itself to load an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from gmm_dist.formats import (
     counted,
     duration,
     fixed,
-    measured,
     number,
     printable,
     share,
@@ -33,16 +32,18 @@ from gmm_dist.lake.tables.snapshot import shown
 from gmm_dist.model import clusters as model
 from gmm_dist.report import figures
 from gmm_dist.report.of_clusters import cluster_table
+from gmm_dist.report.of_components import Intervals, component_table
 from gmm_dist.report.of_night import Json, Table, drift_table, gate_table, number_or_nan
+from gmm_dist.report.of_settings import settings
 from gmm_dist.report.projection import Clusters, Floats, plane
 from gmm_dist.report.svg import N_COLOURS, Drawing
 from gmm_dist.selection.ranking import CRITERIA
 from gmm_dist.selection.table import COLUMNS, label
 
-_MOST_FEATURES, _MOST_CLUSTERS = 60, 100  # of the tables and the heat map
+_MOST_CLUSTERS = 100  # of the tables and the heat map
 _MOST_LINES = 240  # candidates in the chart of iterations
-_LONGEST_NAME = 64  # of a feature, in a table; drawings have less room
-_STANDS_OUT = 0.5  # standard deviations from the mean of all rows
+_MOST_WINS = 5  # candidates that resamples chose, by name
+_LONGEST_NAME = 64  # of a feature, in a sentence
 _ROWS = (
     ("read", "rows read"),
     ("filtered", "left out by the filter"),
@@ -70,6 +71,10 @@ def render(
     sample: Sample | None = None,
     nightly: Json | None = None,
     merged: model.Clusters | None = None,
+    intervals: Intervals | None = None,
+    *,
+    title: str | None = None,
+    command: str | None = None,
 ) -> str:
     """Return the report as HTML; equal input gives equal bytes.
 
@@ -77,26 +82,28 @@ def render(
     fitted, or nothing could be ranked. Without a `sample` there is no picture. Numbers may be
     None or NaN: they are shown as absent. `nightly` makes it the report of a night: `night`,
     `published`, `reasons` (why not: the gate's sentences), and `drift` (a `drift.Drift` as JSON;
-    None or absent on the first night). `merged` are the clusters that components are merged into;
-    None where that was not asked for.
+    None or absent on the first night). `merged` are the clusters that
+    components are merged into, and `intervals` those of their parameters; None where that was not
+    asked for. `title` heads the page in place of the answer, and `command` is what the run was
+    started by.
     """
     chosen = _chosen(content) if content is not None and clusters is not None else None
     view: dict[str, Any] = {
         **dict.fromkeys(("data", "facts", "candidates", "clusters", "merged", "rows")),
         **dict.fromkeys(("picture", "criteria", "iterations", "why", "warnings"), ()),
-        "title": _title(clusters, nightly, merged),
+        **_headed(title, _title(clusters, nightly, merged)),
         "gate": gate_table(nightly),
         "drift": drift_table(nightly),
     }
     if content is not None:
-        view |= _told(content)
+        view |= _told(content, command)
         view |= {"why": _why(content, chosen), "candidates": _candidates(content)}
     if content is not None and clusters is not None and chosen is not None:
         kept = _largest(clusters)
         view |= {
             "facts": _facts(content, chosen, clusters),
             "criteria": _criteria(content, chosen),
-            "clusters": _clusters(clusters, kept, content),
+            "clusters": component_table(clusters, kept, content, intervals),
             "merged": cluster_table(merged, clusters, number_or_nan(content["n_samples"])),
             "picture": _picture(clusters, sample, kept),
             "iterations": _iterations(content, chosen),
@@ -104,17 +111,30 @@ def render(
     return _environment().get_template("report.html.j2").render(view)
 
 
-def _told(content: Json) -> Table:
-    """Return the parts of sweep.json that are shown unchanged."""
+def _headed(title: str | None, answer: str) -> Table:
+    """Return the page's heading, and the answer where it is not the heading itself."""
+    if not title:
+        return {"title": answer, "answer": None}
+    return {"title": printable(title), "answer": answer}
+
+
+def _told(content: Json, command: str | None) -> Table:
+    """Return the parts of sweep.json that are shown as they are."""
     return {
         "data": printable(str(content["data"])),
-        "warnings": [printable(str(line)) for line in content.get("warnings", ())],
+        "warnings": [printable(str(line)) for line in _notes(content)],
         "rows": _rows(content),
-        "settings": _settings(content),
+        "settings": settings(content, command),
         "versions": [(name, version or ABSENT) for name, version in content["versions"].items()],
         "plan_hash": content["plan_hash"],
         "snapshot": _snapshot(content.get("snapshot")),
     }
+
+
+def _notes(content: Json) -> Sequence[str]:
+    """Return the warnings, for those who do not type where there are such."""
+    notes: Sequence[str] = content.get("notes") or content.get("warnings", ())
+    return notes
 
 
 def _snapshot(snapshot: Json | None) -> str | None:
@@ -145,6 +165,8 @@ def _title(clusters: Clusters | None, nightly: Json | None, merged: model.Cluste
     what = "no model"
     if merged is not None:
         what = model.spell_clusters(merged)
+        if merged.stability is not None:
+            what += f": {model.spell_stability(merged.stability)}"
     elif clusters is not None:
         k = len(clusters.weights)
         what = f"Gaussian mixture of {k:,} component{'s' if k > 1 else ''}"
@@ -209,9 +231,18 @@ def _why(content: Json, chosen: Json | None) -> list[str]:
         for name in _present(content)
         if name != criterion and (choice := _best_by(name, ranked)) is not None and choice != chosen
     ]
+    if wins := (content.get("bootstrap") or {}).get("wins"):
+        others.append(_won(wins, content["bootstrap"]["n_resamples"]))
     n_failed = n - len(ranked)
     failed = [f"Not ranked, for reasons below the table: {n_failed:,}."] if n_failed else []
     return [f"{line}.", *([f"{'; '.join(others)}."] if others else []), *failed]
+
+
+def _won(wins: Sequence[Json], n: int) -> str:
+    """Say which candidates would have been the best in how many resamples."""
+    each = [f"{_named(win)} in {win['n']:,}" for win in wins[:_MOST_WINS]]
+    more = f", and {len(wins) - _MOST_WINS} others" if len(wins) > _MOST_WINS else ""
+    return f"of {n:,} resamples of the rows, the best would have been {', '.join(each)}{more}"
 
 
 def _present(content: Json) -> list[str]:
@@ -283,64 +314,6 @@ def _largest(clusters: Clusters) -> list[int]:
     return [int(c) for c in order[:_MOST_CLUSTERS]]
 
 
-def _clusters(clusters: Clusters, kept: Sequence[int], content: Json) -> Table:
-    features = clusters.telling(_MOST_FEATURES)
-    shown = clusters.narrowed(features)
-    standardised, hues = clusters.standardised, figures.colours(clusters)
-    n_samples = number_or_nan(content["n_samples"])
-    overview = [
-        {
-            "number": clusters.numbers[c],
-            "cluster": None if clusters.groups is None else clusters.groups[c],
-            "colour": hues[c] % N_COLOURS,
-            "share": share(float(clusters.weights[c])),
-            "bar": f"{100 * clusters.weights[c] / clusters.weights.max():.1f}",
-            "rows": count(round(float(clusters.weights[c]) * n_samples)),
-            "stands_out": _stands_out(clusters, standardised[c]),
-        }
-        for c in kept
-    ]
-    spreads = np.sqrt(shown.variances)
-    means = [
-        [measured(float(m), float(s)) for m, s in zip(shown.means[c], spreads[c], strict=True)]
-        for c in kept
-    ]
-    names = [shortened(printable(name), _LONGEST_NAME) for name in shown.feature_names]
-    numbers = [clusters.numbers[c] for c in kept]
-    # The longer side goes down, where there is room.
-    across = len(names) > 8 and len(names) > len(numbers)
-    return {
-        "overview": overview,
-        "means": list(zip(*means, strict=True)) if across else means,
-        "down": names if across else numbers,
-        "across": numbers if across else names,
-        "is_across": across,
-        "heat_map": figures.heat_map("heat-map", shown, sorted(kept)),
-        "left_out": _left_out(clusters, len(kept), len(names)),
-    }
-
-
-def _stands_out(clusters: Clusters, standardised: Floats) -> str:
-    """Name the features in which a component lies farthest from the mean of all rows."""
-    order = np.argsort(-np.abs(standardised), kind="stable")[:3]
-    said = [
-        f"{shortened(printable(clusters.feature_names[j]), 32)} {signed(float(standardised[j]))}"
-        for j in order
-        if abs(standardised[j]) >= _STANDS_OUT
-    ]
-    return ", ".join(said) or "near the mean of all rows"
-
-
-def _left_out(clusters: Clusters, n_clusters: int, n_features: int) -> str:
-    k, d = clusters.means.shape
-    parts = []
-    if n_clusters < k:
-        parts.append(f"the {n_clusters:,} largest of {k:,} components")
-    if n_features < d:
-        parts.append(f"the {n_features:,} of {d:,} features that tell them best apart")
-    return f"Shown are {' and '.join(parts)}; model.safetensors has all." if parts else ""
-
-
 def _picture(clusters: Clusters, sample: Sample | None, kept: Sequence[int]) -> Table | None:
     if sample is None or len(sample.X) == 0:
         return None
@@ -349,9 +322,12 @@ def _picture(clusters: Clusters, sample: Sample | None, kept: Sequence[int]) -> 
         one = f"A sample of {counted(n_rows, 'row')}, and each component's share of the density."
         return {"drawing": figures.densities("picture", clusters, sample.X, kept), "said": [one]}
     picture_plane = plane(clusters)
-    hues = sample.clusters
-    if hues is None:
+    if sample.clusters is None:
         hues = np.array(figures.colours(clusters))[sample.labels]
+    else:
+        hues = sample.clusters
+        if clusters.group_numbers is not None:
+            hues = np.array(clusters.group_numbers)[hues]
     drawing = figures.scatter("picture", clusters, picture_plane, sample.X, hues, kept)
     said = [
         f"A sample of {counted(n_rows, 'row')} in {picture_plane.kind}; ellipses reach {radius:g} "
@@ -399,14 +375,4 @@ def _rows(content: Json) -> list[tuple[str, str, str]]:
         lines.append(("sum of their weights", count(content["n_samples"]), ""))
     filled = "missing values filled with the column's mean"
     lines.append((filled, counted(counts["imputed"], "value"), ""))
-    return lines
-
-
-def _settings(content: Json) -> list[tuple[str, str]]:
-    """Return the settings, one line each: `em.tol`, `start.n_init`, ..."""
-    lines = []
-    for section, values in content["config"].items():
-        items = values.items() if isinstance(values, Mapping) else [("", values)]
-        for name, value in items:
-            lines.append((printable(f"{section}.{name}".rstrip(".")), printable(str(value))))
     return lines

@@ -20,7 +20,8 @@ class Clusters:
 
     `weights` (k,), `means` (k, d), `covariances` (c, d, d), or (c, d) for the variances of
     independent features, where c is 1 if all components share them, else k. `numbers` (k) are
-    the components' names. `groups` (k) are the clusters that they are merged into, if they are.
+    the components' names. `groups` (k) are the clusters that they are merged into, from 0 up, if
+    they are, and `group_numbers` the numbers that these go by.
     """
 
     weights: Floats
@@ -29,6 +30,7 @@ class Clusters:
     feature_names: tuple[str, ...]
     numbers: tuple[str, ...]
     groups: tuple[int, ...] | None = None
+    group_numbers: tuple[int, ...] | None = None
 
     @property
     def variances(self) -> Floats:

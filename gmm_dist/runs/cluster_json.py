@@ -8,7 +8,7 @@ from dataclasses import asdict
 from numbers import Real
 from typing import Any
 
-from gmm_dist.model.clusters import Clusters, Merge, MergeTree
+from gmm_dist.model.clusters import Clusters, Merge, MergeTree, Recovery, Stability
 
 _NUMBERS = ("entropy", "misclassification", "share")
 
@@ -23,6 +23,8 @@ def plain(clusters: Clusters | None) -> dict[str, Any] | None:
         "rule": clusters.rule,
         "n_sampled": clusters.n_sampled,
         "of_component": list(clusters.of_component),
+        "ids": None if clusters.ids is None else list(clusters.ids),
+        "stability": None if clusters.stability is None else asdict(clusters.stability),
         "trees": {name: asdict(tree) for name, tree in clusters.trees.items()},
     }
 
@@ -51,6 +53,49 @@ def parse_clusters(content: Mapping[str, Any] | None, n_components: int) -> Clus
         trees=trees,
         rule=str(content["rule"]),
         n_sampled=n_sampled,
+        stability=_stability(content.get("stability"), n_clusters),
+        ids=_ids(content.get("ids"), n_clusters),
+    )
+
+
+def _ids(content: Any, n_clusters: int) -> tuple[int, ...] | None:
+    if content is None:
+        return None
+    ids = tuple(content)
+    is_distinct = len(set(ids)) == len(ids) == n_clusters
+    if not is_distinct or not all(_is_whole(i) and i >= 0 for i in ids):
+        raise ValueError(f"{ids!r} are not {n_clusters} different whole numbers from 0 up")
+    return ids
+
+
+def _stability(content: Any, n_clusters: int) -> Stability | None:
+    """Return how stable clusters are; None where rows were not resampled."""
+    if content is None:
+        return None
+    content = _mapping(content, "stability")
+    if not _is_whole(content["n_rows"]):
+        raise ValueError(f"n_rows is {content['n_rows']!r}")
+    return Stability(
+        n_rows=content["n_rows"],
+        from_fit=_recovery(content["from_fit"], n_clusters),
+        afresh=_recovery(content["afresh"], n_clusters),
+    )
+
+
+def _recovery(content: Any, n_clusters: int) -> Recovery:
+    content = _mapping(content, "a recovery")
+    similarities = tuple(_number(value, "a similarity") for value in content["similarities"])
+    found = tuple(content["n_clusters"])
+    counts = (content["n_resamples"], content["n_whole"], *found)
+    if not all(map(_is_whole, counts)) or len(found) != content["n_resamples"]:
+        raise ValueError(f"{content['n_resamples']!r} resamples found clusters {found!r}")
+    if len(similarities) != n_clusters:
+        raise ValueError(f"{len(similarities)} similarities of {n_clusters} clusters")
+    return Recovery(
+        n_resamples=content["n_resamples"],
+        similarities=similarities,
+        n_whole=content["n_whole"],
+        n_clusters=found,
     )
 
 

@@ -22,6 +22,7 @@ from gmm_dist.model.mixture import Mixture
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.model.quantiles import Quantiles
 from gmm_dist.model.soundness import flaw
+from gmm_dist.runs.bootstrap_json import parse_bootstrap, plain_bootstrap
 from gmm_dist.runs.cluster_json import parse_clusters, plain
 from gmm_dist.runs.json_files import FORMAT_VERSION, FileEntry, parse, to_json, whole
 
@@ -133,6 +134,7 @@ def _card(mixture: Mixture, provenance: Provenance, tensors: FileEntry) -> dict[
         "log_density_quantiles": None if quantiles is None else asdict(quantiles),
         "component_ids": None if mixture.ids is None else list(mixture.ids),
         "clusters": plain(mixture.clusters),
+        "bootstrap": plain_bootstrap(mixture.bootstrap),
         **facts,
         "files": {TENSORS: asdict(tensors)},
     }
@@ -148,6 +150,7 @@ def _mixture(card: Mapping[str, Any], tensors: bytes, url: str) -> Mixture:
         log_density_quantiles=_quantiles(card, url),
         ids=_component_ids(card, parameters.n_components, url),
         clusters=parse_clusters(card.get("clusters"), parameters.n_components),
+        bootstrap=parse_bootstrap(card.get("bootstrap"), *parameters.means.shape),
     )
 
 

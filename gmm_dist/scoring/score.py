@@ -132,6 +132,7 @@ class _Job:
             threshold=threshold,
             ids=mixture.ids,
             clusters=None if mixture.clusters is None else mixture.clusters.of_component,
+            cluster_ids=None if mixture.clusters is None else mixture.clusters.ids,
             compiled=plan.n_rows >= COMPILE_FROM,
         )
         return cls(options=options, progress=progress, mixture=mixture, plan=plan, scoring=scoring)
@@ -243,6 +244,8 @@ def _settings(options: ScoreOptions, mixture: Mixture, threshold: float | None) 
     # A run of a model without clusters goes on from what an earlier version left of it.
     if mixture.clusters is not None:
         settings["clusters"] = mixture.clusters.of_component
+        if mixture.clusters.ids is not None:
+            settings["cluster_ids"] = mixture.clusters.ids
     return {
         **settings,
         "outliers": options.outliers,

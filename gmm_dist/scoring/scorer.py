@@ -32,8 +32,9 @@ class Scoring:
     which a row is an outlier, None to mark none. `ids` are the numbers that `component` gives in
     place of the components' places in the mixture; `probabilities` keep the mixture's order.
     `clusters` is each component's cluster, None where the model has none: of a row, `cluster` is
-    the one of largest probability, which is the sum of its components'. `compiled`, on a CPU
-    compiled loops evaluate the rows where Numba is there.
+    the one of largest probability, which is the sum of its components'; `cluster_ids` are the
+    numbers that it gives in place of the clusters' own. `compiled`, on a CPU compiled loops
+    evaluate the rows where Numba is there.
 
     Raises UserError when a kept column has the name of one that is written.
     """
@@ -44,6 +45,7 @@ class Scoring:
     threshold: float | None = None
     ids: tuple[int, ...] | None = None
     clusters: tuple[int, ...] | None = None
+    cluster_ids: tuple[int, ...] | None = None
     is_placed: bool = False
     compiled: bool = False
 
@@ -125,6 +127,8 @@ class Scorer:
         self._scoring, self._schema = scoring, scoring.schema
         ids = scoring.ids or range(scoring.mixture.n_components)
         self._numbers = np.array(ids, dtype=np.int32)
+        named = scoring.cluster_ids or range(scoring.mixture.n_components)
+        self._clusters = np.array(named, dtype=np.int32)
         self._densities = Densities.of(scoring.mixture, device(), compiled=scoring.compiled)
 
     def table(self, along: pa.Table, X: npt.NDArray[np.float64]) -> pa.Table:
@@ -141,7 +145,7 @@ class Scorer:
         ]
         columns.append(pa.array(self._numbers[scores.components], mask=missing))
         if scores.clusters is not None:
-            columns.append(pa.array(scores.clusters, mask=missing))
+            columns.append(pa.array(self._clusters[scores.clusters], mask=missing))
         columns += [
             pa.array(scores.probabilities, mask=missing),
             pa.array(scores.log_densities, mask=missing),

@@ -18,6 +18,7 @@ from torch import Tensor
 from gmm_dist.chunks import chunk_rows, cuts
 
 
+@runtime_checkable
 class Summary(Protocol):
     """What a task returns: a value of bounded size that can be added to others of its type."""
 
@@ -98,6 +99,7 @@ class ShardRows:
         )
 
 
+@runtime_checkable
 class Task(Protocol[S_co]):
     """A pure function of one shard's rows; randomness is keyed by (seed, shard, round)."""
 

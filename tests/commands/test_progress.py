@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,13 @@ import torch
 from rich.console import Console
 
 from gmm_dist.commands.progress import Progress
-from gmm_dist.commands.tables import notes, ranking
+from gmm_dist.commands.tables import clusters_table, notes, on_resamples, ranking
 from gmm_dist.config import EMConfig, StartConfig
-from gmm_dist.selection.ranking import Candidate
+from gmm_dist.model.bootstrap import Bootstrap, Win
+from gmm_dist.model.clusters import Recovery, Stability
+from gmm_dist.model.mixture import Mixture
+from gmm_dist.selection.clustering import find_clusters
+from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.starts import SearchProgress
 from gmm_dist.selection.sweep import Standing, sweep
 from gmm_dist.shards.local import LocalShards
@@ -134,3 +139,66 @@ def test_the_ranking_shows_held_out_likelihood_where_there_is_one() -> None:
         Console(file=screen, width=80).print(ranking(replace(result, scored=scored), 80))
         assert ("held-out" in screen.getvalue()) is (holdout is not None)
         assert ("-2.345679" in screen.getvalue()) is (holdout is not None)
+
+
+def _fitted(k: int, *, stable: bool) -> tuple[SweepResult, Mixture]:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(300, 2, generator=generator, dtype=torch.float64)
+    X += 20 * (torch.arange(300) % k)[:, None]
+    shards, candidates = LocalShards.of(X), [Candidate(n, "full") for n in (1, k)]
+    result = sweep(shards, candidates, EMConfig(), StartConfig(n_init=2), n_features=2)
+    assert result.best is not None
+    parameters = result.best.fit.parameters
+    clusters = find_clusters(shards, parameters, parameters.n_components)
+    if stable:
+        one = Recovery(n_resamples=50, similarities=(0.9, 0.6), n_whole=40, n_clusters=(k,) * 50)
+        stability = Stability(n_rows=300, from_fit=one, afresh=replace(one, n_whole=9))
+        clusters = replace(clusters, stability=stability)
+    return result, Mixture(parameters=parameters, feature_names=("x", "y"), clusters=clusters)
+
+
+def test_clusters_are_a_line_each_with_what_sets_them_apart() -> None:
+    for width in (60, 120):
+        result, mixture = _fitted(2, stable=True)
+        screen = io.StringIO()
+        table = clusters_table(mixture, result.n_samples, width)
+        Console(file=screen, width=width).print(table)
+        seen = screen.getvalue()
+        assert max(map(len, seen.splitlines())) <= width
+        lines = " ".join(seen.split())
+        assert "50.0\u202f%" in seen
+        assert "yes, 0.90" in seen
+        assert "no, 0.60" in seen
+        assert re.search(r"[01]: x [−\d.]+ \([−\d.]+\), y", lines)
+    assert on_resamples(mixture) == [
+        "2 clusters (2 components): each was found again in 40 of 50 resamples, and in 9 of 50 "
+        "that were searched afresh"
+    ]
+
+
+def test_many_clusters_are_some_lines_and_one_has_no_nearest() -> None:
+    result, mixture = _fitted(17, stable=False)
+    assert on_resamples(mixture) == []
+    screen = io.StringIO()
+    Console(file=screen, width=120).print(clusters_table(mixture, result.n_samples, 120))
+    lines = screen.getvalue().splitlines()
+    assert len(lines) == 1 + 15 + 1
+    assert lines[-1].strip() == "and 2 smaller clusters"
+    assert mixture.clusters is not None
+    alone = replace(mixture, clusters=mixture.clusters.at(1))
+    screen = io.StringIO()
+    Console(file=screen, width=120).print(clusters_table(alone, result.n_samples, 120))
+    assert screen.getvalue().splitlines()[1].split() == ["0", "100.0", "%", "300", "-"]
+
+
+def test_resamples_won_are_a_column() -> None:
+    result, mixture = _fitted(2, stable=False)
+    wins = (Win(k=2, covariance_type="full", n=47), Win(k=1, covariance_type="full", n=3))
+    screen = io.StringIO()
+    Console(file=screen, width=160).print(ranking(result, 160, wins))
+    *_, first, second = screen.getvalue().splitlines()
+    assert first.split()[7] == "47"
+    assert second.split()[7] == "3"
+    fits = [mixture.parameters] * 47
+    lost = replace(mixture, bootstrap=Bootstrap.of(fits, 2, 2, n_resamples=50, random_state=0))
+    assert on_resamples(lost)[-1].startswith("3 of 50 resamples had a component with too few rows")

@@ -16,9 +16,12 @@ import pytest
 from pages import Page, candidate, clusters, content, sample
 
 from gmm_dist.em.lane import Status
+from gmm_dist.errors import Option
 from gmm_dist.model import clusters as merging
 from gmm_dist.model.covariance import COVARIANCE_TYPES
 from gmm_dist.nightly import drift as drift_module
+from gmm_dist.report.of_components import Intervals
+from gmm_dist.report.of_settings import in_words
 from gmm_dist.report.page import Sample, render
 from gmm_dist.report.projection import Clusters
 
@@ -73,7 +76,7 @@ def test_counts_settings_and_versions_are_told():
     assert ["dropped for a missing value", "10", "< 0.01\u202f%"] in found.rows
     assert ["fitted", "1,000,000", "80.0\u202f%"] in found.rows
     assert ["missing values filled with the column's mean", "7 values", ""] in found.rows
-    assert ["em.tol", "1e-05"] in found.rows
+    assert ["a fit has converged when it gains less, nats per row", "1e-05"] in found.rows
     assert ["s3fs", "–"] in found.rows
     assert "column &#39;flat&#39; is constant" in html
     assert "1 h 2 min" in html
@@ -361,3 +364,93 @@ def test_the_page_says_what_chose_the_merges_and_what_was_asked_for():
     html, found = page(told, clusters(3, 4), None)
     assert "How many clusters" not in html
     assert "entropy-title" not in found.ids
+
+
+def stability(n: int) -> merging.Stability:
+    """Return the stability of clusters, of which the last is found in few searches."""
+    one = merging.Recovery(
+        n_resamples=50, similarities=(0.97,) * n, n_whole=48, n_clusters=(n,) * 47 + (1,) * 3
+    )
+    two = replace(
+        one,
+        n_resamples=20,
+        similarities=(0.95,) * (n - 1) + (0.4,),
+        n_whole=7,
+        n_clusters=(n,) * 9 + (1,) * 11,
+    )
+    return merging.Stability(n_rows=16_384, from_fit=one, afresh=two)
+
+
+@pytest.mark.parametrize(("k", "n"), [(3, 2), (12, 5), (60, 9)])
+def test_resampled_clusters_and_parameters_have_their_certainty(k, n):
+    found = merged(k, n, rule="merged by a rule", stability=stability(n))
+    mixture = replace(clusters(k, 3), groups=found.of_component)
+    intervals = Intervals(
+        shares=(0.9 * mixture.weights, 1.1 * mixture.weights),
+        means=(mixture.means - 0.1, mixture.means + 0.1),
+        deviations=(0.9 * np.sqrt(mixture.variances), 1.1 * np.sqrt(mixture.variances)),
+    )
+    wins = [{"k": k, "covariance_type": "full", "n": 45}, {"k": 9, "covariance_type": "full"}]
+    wins[1]["n"] = 5
+    told = content(
+        [candidate(k, 1, lower_bounds=[]), candidate(2, 2)],
+        3,
+        bootstrap={"n_resamples": 50, "wins": wins},
+    )
+    html, read = page(told, mixture, sample(k, 3, 300), None, found, intervals)
+    assert f"<h1>{n} clusters ({k} components): each was found again in 48 of 50 resamples" in html
+    assert "and in 7 of 20 that were searched afresh</h1>" in html
+    assert f"best would have been K = {k} full in 45, K = 9 full in 5" in html
+    assert "on a sample of 16,384 rows" in html
+    assert "were found in 47 of 50 and in 9 of 20 of them" in html
+    stable = {row[0].strip(): row for row in read.rows if len(row) == 9}
+    assert stable[str(n - 1)][4:7] == ["no", "0.97", "0.40"]
+    assert stable["0"][4:7] == ["yes", "0.97", "0.95"]
+    assert re.match(r"\d+: feature|\d+: spread|\d+: how", stable["0"][7])
+    (line,) = [row for row in read.rows if len(row) == 8 and row[0].strip() == "0"]
+    assert re.fullmatch(r"[\d.]+ to [\d.]+\u202f%", line[5])
+    assert "the interval of each" in html
+
+
+def test_settings_are_told_in_words():
+    told = content(
+        SWEEP,
+        4,
+        date="2026-11-28 12:00+00:00",
+        asked={"where": "a > 0", "missing": "drop", "clusters": None, "bootstrap": 0},
+        warnings=["leave it out with --columns"],
+        notes=["leave it out with another choice of columns"],
+    )
+    command = "gmm-dist sweep ./points --k 2..4 --output out"
+    html, found = page(told, clusters(3, 4), sample(3, 4), title="Points & more", command=command)
+    assert "<h1>Points &amp; more</h1>" in html
+    assert '<p class="answer">Gaussian mixture of 3 components</p>' in html
+    for line in (
+        ["date", "2026-11-28 12:00+00:00"],
+        ["command", command],
+        ["data", "s3://lake/points"],
+        ["columns", "4 columns: feature 0, feature 1, feature 2, feature 3"],
+        ["numbers of components K", "2 to 4"],
+        ["ranked by", "BIC"],
+        ["rows where", "a > 0"],
+        ["missing values", "their rows are left out"],
+        ["number of clusters", "not asked for"],
+        ["resamples", "none"],
+    ):
+        assert line in found.rows
+    # Nobody types while reading, but for the command that is quoted.
+    words = [text for text in found.text if "--c0" not in text and text != command]
+    assert not any("--" in text for text in words)
+    assert "near the mean of all rows" not in html
+
+
+def test_options_in_words():
+    for option, words in {
+        Option("reg_covar"): "the regularisation",
+        Option("n_components"): "K",
+        Option("criterion", "icl"): "ranking by ICL",
+        Option("holdout", 0.1): "a held-out share of 0.1",
+        Option("missing", "drop"): "\u201cleave out rows with missing values\u201d",
+        Option("init_params"): "init params",
+    }.items():
+        assert in_words(option) == words

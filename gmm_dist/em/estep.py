@@ -122,16 +122,16 @@ class _Workspace:
         """
         sums = [self._n_samples.new_zeros(3, len(group.sizes)) for group in task.groups]
         checking = [i for i, group in enumerate(task.groups) if group.checks]
-        checked = 0.0
+        checked = torch.zeros_like(self._n_samples)
         for chunk in rows.every(task.check_every).chunks(task.width) if checking else ():
             weights = chunk.weights
-            checked += float(weights.sum())
+            checked += weights.sum()
             for i in checking:
                 error, survivors = self._check(i, task.groups[i])(chunk.X)
                 weighted = error * weights
                 parts = (weighted.sum(1), weighted.square().sum(1), survivors @ weights)
                 sums[i] += torch.stack(parts)
-        return [of_group.cpu() for of_group in sums], checked
+        return [of_group.cpu() for of_group in sums], float(checked)
 
     def _check(self, i: int, group: LaneBatch) -> _Float32Check:
         if i not in self._checks:

@@ -23,6 +23,7 @@ from gmm_dist.em.forms.dense_form import DenseForm
 from gmm_dist.em.forms.features import Features
 from gmm_dist.em.forms.product_form import ProductForm
 from gmm_dist.em.forms.pruned_form import PrunedForm
+from gmm_dist.em.gpu.product_form import GpuProductForm
 from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.statistics import PassStatistics, TotalMoments
 from gmm_dist.model.covariance import TYPE_OF
@@ -64,7 +65,7 @@ class _Workspace:
         d = task.n_features
         self.task: EStep | None = None
         by_chunks = [group for group in task.groups if not _is_compiled(group, device)]
-        self._d, self._n_max = d, n_max
+        self._d, self._n_max, self.device = d, n_max, device
         self._n_samples = torch.zeros((), dtype=torch.float64, device=device)
         self._features = {
             dtype: Features(d, n_max, _kinds(by_chunks, dtype), dtype, device)
@@ -109,7 +110,7 @@ class _Workspace:
     def _form(self, group: LaneBatch) -> ProductForm | CentredForm | PrunedForm | DenseForm:
         if _is_compiled(group, self._n_samples.device):
             return (DenseForm if group.all_pairs else PrunedForm)(group, self._d)
-        form = CentredForm if group.precision is Precision.CENTRED else ProductForm
+        form = CentredForm if group.precision is Precision.CENTRED else _products(self.device)
         return form(group, self._features[group.features[1]], self._n_max)
 
     def _check_float32(
@@ -131,7 +132,7 @@ class _Workspace:
                 weighted = error * weights
                 parts = (weighted.sum(1), weighted.square().sum(1), survivors @ weights)
                 sums[i] += torch.stack(parts)
-        return [of_group.cpu() for of_group in sums], float(checked)
+        return sums, float(checked) if checking else 0.0
 
     def _check(self, i: int, group: LaneBatch) -> _Float32Check:
         if i not in self._checks:
@@ -144,9 +145,9 @@ class _Float32Check:
     """Holds float32 log-densities of a few rows against float64 ones."""
 
     def __init__(self, group: LaneBatch, d: int, n_max: int, device: torch.device) -> None:
-        kinds = {group.covariance_type}
+        kinds, products = {group.covariance_type}, _products(device)
         self._passes = [
-            ProductForm(group, Features(d, n_max, kinds, dtype, device), n_max)
+            products(group, Features(d, n_max, kinds, dtype, device), n_max)
             for dtype in (torch.float32, torch.float64)
         ]
 
@@ -194,9 +195,20 @@ def _workspace(task: EStep, device: torch.device) -> _Workspace:
     return workspace
 
 
+def release() -> None:
+    """Let go of this thread's buffers on a GPU; those on the CPU are small, and kept."""
+    workspace: _Workspace | None = getattr(_local, "workspace", None)
+    if workspace is not None and workspace.device.type != "cpu":
+        _local.key = _local.workspace = None
+
+
 def _is_compiled(group: LaneBatch, device: torch.device) -> bool:
     centred = group.precision is Precision.CENTRED
     return centred and group.compiled and device.type == "cpu" and can_compile()
+
+
+def _products(device: torch.device) -> type[ProductForm]:
+    return ProductForm if device.type == "cpu" else GpuProductForm
 
 
 def _kinds(groups: Sequence[LaneBatch], dtype: torch.dtype) -> set[str]:

@@ -245,9 +245,11 @@ def task_of(groups: Sequence[Sequence[Lane]], n_rows: int) -> EStep:
 
 def _batch(group: Sequence[Lane]) -> LaneBatch:
     policy = group[0].policy
+    # Of lanes in one group some may have been stepped on a GPU, others not yet.
+    device = next((lane.theta.device for lane in group if lane.theta.is_cuda), torch.device("cpu"))
     return LaneBatch.of(
-        [lane.parameters for lane in group],
-        [lane.theta for lane in group],
+        [lane.parameters.to(device) for lane in group],
+        [lane.theta.to(device) for lane in group],
         policy.form,
         checks=any(lane.policy.measures_float32 for lane in group),
         compiled=policy.compiled,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
+
+from gmm_dist.devices import to_host
 
 _FEW = 0.1  # of the rows: weights that sum to less do not count them
 _MANY = 1e290  # more are no counts, and their products with log-densities no numbers
@@ -96,6 +98,23 @@ class PassStatistics:
             self.n_samples + other.n_samples,
             self.checked_weight + other.checked_weight,
         )
+
+    def landed(self, *, stay: Sequence[bool] = ()) -> PassStatistics:
+        """Return them on the host; moments `stay` where they are for the groups that say so."""
+        groups = []
+        stay = stay or [False] * len(self.groups)
+        tensors = [
+            getattr(group, part.name)
+            for group, stays in zip(self.groups, stay, strict=True)
+            for part in fields(group)
+            if not (stays and part.name == "moments")
+        ]
+        here = iter(to_host(tensors))
+        for group, stays in zip(self.groups, stay, strict=True):
+            moments = {"moments": group.moments} if stays else {}
+            rest = {part.name: next(here) for part in fields(group) if part.name not in moments}
+            groups.append(SufficientStatistics(**moments, **rest))
+        return PassStatistics(tuple(groups), self.n_samples, self.checked_weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from gmm_dist.config import EMConfig
 from gmm_dist.em import evaluate, loop
 from gmm_dist.em.estep import EStep, SumMoments
 from gmm_dist.em.forms.product_form import ProductForm
+from gmm_dist.em.gpu import residence
 from gmm_dist.em.lane import Lane, grouped, task_of
 from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.lake.load import SumColumns
@@ -27,7 +28,7 @@ from gmm_dist.selection import kmeans, merging, spikes
 from gmm_dist.selection.coreset import DrawCoreset, whitening
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, HeldOut, ShardRows
-from gmm_dist.shards.tree_sum import run_on
+from gmm_dist.shards.tree_sum import TreeSum, run_on
 from gmm_dist.streams import Stream
 
 N, D = 300, 6
@@ -98,13 +99,16 @@ def test_a_pass_has_the_cpus_results_and_no_float_atomics(
 ) -> None:
     task, rows = pass_of(kind, precision), shard(weighted=weighted)
     there, tally = on_gpu(task, rows)
-    agree(there, on_cpu(task, rows))
+    # Of float32 the softmax rounds otherwise than the CPU's.
+    agree(there, on_cpu(task, rows), 1e-12 if precision in ("float64", "centred") else 3e-6)
     assert not tally.atomics, tally
 
 
-def agree(there: Any, here: Any, rtol: float = 1e-12) -> None:
+def agree(there: Any, here: Any, tol: float = 1e-12) -> None:
+    """Hold numbers against others, relative to the largest of a tensor."""
     for a, b in zip(values(there), values(here), strict=True):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+        atol = tol * max(float(b.abs().max()), 1.0) if b.numel() else tol
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 @pytest.fixture
@@ -126,7 +130,7 @@ def cost_of_chunks(task: EStep) -> tuple[float, Tally]:
 def test_dense_forms_wait_for_no_chunk(kind: str, precision: str) -> None:
     waits, tally = cost_of_chunks(pass_of(kind, precision))
     assert waits == 0, tally
-    assert tally.n_syncs <= 9, tally
+    assert tally.n_syncs <= 3, tally
 
 
 def _reads_each_chunk(add: Any) -> Any:
@@ -227,16 +231,44 @@ def test_a_task_has_the_cpus_results(name: str) -> None:
     assert not tally.atomics, tally
 
 
+@pytest.mark.parametrize("on_card", [False, True], ids=["M-step here", "M-step there"])
+@pytest.mark.parametrize("precision", ["float64", "auto"])
 @pytest.mark.parametrize("kind", COVARIANCE_TYPES)
-def test_a_fit_in_memory_has_the_cpus_results(kind: str) -> None:
+def test_a_fit_in_memory_has_the_cpus_results(
+    kind: str, precision: str, on_card: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on_card:
+        monkeypatch.setattr(residence, "_LARGE", 0)
     X = torch.cat([mixtures.normal_rows(150, 3) - 3, mixtures.normal_rows(150, 3, seed=1) + 3])
     starts = [mixtures.parameters(kind, 2, 3, seed=seed) for seed in (0, 1)]
-    config = EMConfig(max_iter=5, tol=0.0, precision="float64")
+    config = EMConfig(max_iter=8, tol=0.0, precision=precision)
     here = LocalShards.of(X, n_shards=2, n_threads=0)
     reference = loop.fit(here, starts, config, here.run(SumMoments(3)))
     with pretended_cuda():
         there = LocalShards([moved(rows) for rows in here._shards], n_threads=0)
         results = loop.fit(there, starts, config, there.run(SumMoments(3)))
     for result, expected in zip(results, reference, strict=True):
-        agree(result.parameters, expected.parameters, rtol=1e-9)
+        agree(result.parameters, expected.parameters, 1e-9 if precision == "float64" else 1e-5)
         assert result.n_iter == expected.n_iter
+
+
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+def test_subtrees_are_added_there_with_the_bits_of_sums_here(kind: str) -> None:
+    """Seven shards: three complete subtrees, and no other bytes of moments come to the host."""
+    task = pass_of(kind, "float64", sizes=(3,))
+    shards = [shard(40 + i, seed=i, number=i) for i in range(7)]
+    there = [moved(rows) for rows in shards]
+    with pretended_cuda():
+        run_on(task, there, 8)
+        with tallied() as tally:
+            partials = run_on(task, there, 8)
+        each = [run_on(task, [rows], 8)[0] for rows in there]
+    here: TreeSum[Any] = TreeSum(8)
+    for partial in each:  # landed one by one, and added on the host
+        here.push(partial)
+    assert [(p.level, p.index) for p in partials] == [(2, 0), (1, 2), (0, 6)]
+    for a, b in zip(partials, here.partials, strict=True):
+        agree(a.summary, b.summary, tol=0.0)
+    of_one = sum(value.nbytes for value in values(partials[0].summary))
+    assert tally.host_bytes <= 3 * of_one + 7 * 8, tally
+    assert tally.n_syncs <= 7 * 1 + 3, tally

@@ -196,13 +196,16 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     a, k = tree_map(_plain, args), tree_map(_plain, kwargs)
     if wanted is not None and wanted.type == "cuda":
         k = k | {"device": torch.device("cpu")}
-    if k.get("pin_memory"):
+    pinned = k.get("pin_memory")
+    if pinned:
         k = k | {"pin_memory": False}
     out = _wide_product(func, a) if name == "aten.mm" and len(a) == 3 else func(*a, **k)
     if name == "aten._to_copy" and wanted is not None and there and not on_cuda:
         out = out.clone()  # a real copy, as from a device
     if name == "aten._local_scalar_dense":
         return out
+    if pinned:
+        out.is_pinned_here = True
     cuda = isinstance(args[0], PretendCuda) if name == "aten.copy_" else on_cuda
 
     def wrap(t: Any) -> Any:
@@ -250,7 +253,8 @@ def _note(
     to_host = to_host or (name == "aten.copy_" and here and not isinstance(args[0], PretendCuda))
     if to_host:
         _tally.host_bytes += args[0].nbytes
-        _tally.syncs["copy to host", _site()] += 1
+        if not getattr(args[0], "is_pinned_here", False):  # such copies go on by themselves
+            _tally.syncs["copy to host", _site()] += 1
         return
     if (name == "aten._to_copy" and not there) or (name == "aten.copy_" and here):
         return  # to the device

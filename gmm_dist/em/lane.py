@@ -146,7 +146,11 @@ class Lane:
             model=model,
             theta=at_start.theta,
             policy=PrecisionPolicy.first(
-                config, condition, model.parameters, compiled=_compiles(model, config, total)
+                config,
+                condition,
+                model.parameters,
+                compiled=_compiles(model, config, total),
+                float64_price=0.0 if total is None else total.float64_price,
             ),
             nk=empty,
             rows=empty.clone(),
@@ -239,7 +243,7 @@ def task_of(groups: Sequence[Sequence[Lane]], n_rows: int) -> EStep:
     return EStep(
         groups=tuple(_batch(group) for group in groups),
         n_features=groups[0][0].parameters.n_features,
-        check_every=check_every(n_rows),
+        check_every=check_every(n_rows, groups[0][0].policy.float64_price),
     )
 
 

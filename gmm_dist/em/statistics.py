@@ -134,7 +134,9 @@ class TotalMoments:
     x and x xᵀ; where all covariances are diagonal and rows wide, `sum_xx` (d,) is the diagonal
     alone. `n_rows` counts rows of positive weight. `sum_ww` sums the squared weights, and
     `max_weight` is the largest; 0 where that is not known. `spikes` are known of all rows only
-    (`spikes`): a sum has none. `compiles` says whether all who hold rows can take compiled loops.
+    (`spikes`): a sum has none. `compiles` says whether all who hold rows can take compiled loops,
+    and `float64_price` how much longer than in float32 products take in float64, on the GPU of
+    whoever it takes longest; 0 on CPUs.
     """
 
     n_samples: float
@@ -145,6 +147,7 @@ class TotalMoments:
     max_weight: float = 0.0
     spikes: tuple[Spike, ...] = ()
     compiles: bool = False
+    float64_price: float = 0.0
 
     def __add__(self, other: TotalMoments) -> TotalMoments:
         return TotalMoments(
@@ -155,6 +158,7 @@ class TotalMoments:
             sum_ww=self.sum_ww + other.sum_ww,
             max_weight=max(self.max_weight, other.max_weight),
             compiles=self.compiles and other.compiles,
+            float64_price=max(self.float64_price, other.float64_price),
         )
 
     @property

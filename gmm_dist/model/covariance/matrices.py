@@ -133,6 +133,9 @@ class Full(CovarianceType):
     def mahalanobis(self, z: Tensor, factor: Tensor) -> Tensor:
         return (factor.T @ z).square().sum(0)
 
+    def distances(self, z: Tensor, factors: Tensor) -> Tensor:
+        return torch.bmm(factors.mT, z).square_().sum(1)
+
     def coordinates(self, covariances: Tensor, scale: Tensor) -> Tensor:
         factors = torch.linalg.cholesky(covariances) / scale[:, None]
         diagonals = factors.diagonal(dim1=-2, dim2=-1).log()

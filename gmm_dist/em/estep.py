@@ -27,6 +27,7 @@ from gmm_dist.em.forms.features import Features
 from gmm_dist.em.forms.product_form import ProductForm
 from gmm_dist.em.forms.pruned_form import PrunedForm
 from gmm_dist.em.gpu.product_form import GpuProductForm
+from gmm_dist.em.gpu.screened_form import ScreenedForm
 from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.statistics import PassStatistics, TotalMoments
 from gmm_dist.model.covariance import TYPE_OF
@@ -35,6 +36,7 @@ from gmm_dist.shards.protocol import ShardRows
 logger = logging.getLogger(__name__)
 
 _COMPILED = (PrunedForm, DenseForm)
+Form = ProductForm | CentredForm | PrunedForm | DenseForm | ScreenedForm
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,13 +56,14 @@ class EStep:
         with _denormals_as_zeros():
             return _workspace(self, rows.device).run(rows)
 
-    @property
-    def width(self) -> int:
-        """The numbers that each row of a chunk needs: of Φ, logits and R together."""
-        last = [TYPE_OF[group.features[0]].rows(self.n_features).stop for group in self.groups]
+    def width(self, device: torch.device) -> int:
+        """Return the numbers that each row of a chunk needs: of Φ, logits and R together."""
+        rows = (TYPE_OF[group.features[0]].rows(self.n_features) for group in self.groups)
+        last: int = max(part.stop for part in rows)
         components = sum(sum(group.sizes) for group in self.groups)
-        width: int = max(last) + 2 * components
-        return width
+        if device.type != "cpu" and all(g.precision is Precision.CENTRED for g in self.groups):
+            return last // 4 + components  # Φ of halves, logits of float32, and their masks
+        return last + 2 * components
 
 
 class _Workspace:
@@ -69,12 +72,12 @@ class _Workspace:
     def __init__(self, task: EStep, n_max: int, device: torch.device) -> None:
         d = task.n_features
         self.task: EStep | None = None
-        by_chunks = [group for group in task.groups if not _is_compiled(group, device)]
         self._d, self._n_max, self.device = d, n_max, device
+        by_features = [group for group in task.groups if not self._is_by_itself(group)]
         self._n_samples = torch.zeros((), dtype=torch.float64, device=device)
         self._features = {
-            dtype: Features(d, n_max, _kinds(by_chunks, dtype), dtype, device)
-            for dtype in {group.features[1] for group in by_chunks}
+            dtype: Features(d, n_max, _kinds(by_features, dtype), dtype, device)
+            for dtype in {group.features[1] for group in by_features}
         }
         self._passes = [self._form(group) for group in task.groups]
         self._checks: dict[int, _Float32Check] = {}
@@ -97,7 +100,7 @@ class _Workspace:
         for form in by_chunks:
             form.clear()
         self._n_samples.zero_()
-        for chunk in rows.chunks(task.width):
+        for chunk in rows.chunks(task.width(self.device)):
             for features in self._features.values():
                 features.fill(chunk.X)
             for form in by_chunks:
@@ -114,9 +117,16 @@ class _Workspace:
         )
         return PassStatistics(groups, float(self._n_samples), checked)
 
-    def _form(self, group: LaneBatch) -> ProductForm | CentredForm | PrunedForm | DenseForm:
+    def _is_by_itself(self, group: LaneBatch) -> bool:
+        """Say whether a group's form makes its own features, if any."""
+        is_screened = group.precision is Precision.CENTRED and self.device.type != "cpu"
+        return is_screened or _is_compiled(group, self.device)
+
+    def _form(self, group: LaneBatch) -> Form:
         if _is_compiled(group, self._n_samples.device):
             return (DenseForm if group.all_pairs else PrunedForm)(group, self._d)
+        if self._is_by_itself(group):
+            return ScreenedForm(group, self._d, self._n_max, self.device)
         form = CentredForm if group.precision is Precision.CENTRED else _products(self.device)
         return form(group, self._features[group.features[1]], self._n_max)
 
@@ -131,7 +141,8 @@ class _Workspace:
         sums = [self._n_samples.new_zeros(3, len(group.sizes)) for group in task.groups]
         checking = [i for i, group in enumerate(task.groups) if group.checks]
         checked = torch.zeros_like(self._n_samples)
-        for chunk in rows.every(task.check_every).chunks(task.width) if checking else ():
+        some = rows.every(task.check_every).chunks(task.width(self.device))
+        for chunk in some if checking else ():
             weights = chunk.weights
             checked += weights.sum()
             for i in checking:
@@ -204,7 +215,7 @@ _local = threading.local()
 
 def _workspace(task: EStep, device: torch.device) -> _Workspace:
     """Return this thread's buffers for the task; only those of the last layout are kept."""
-    n_max = chunk_rows(task.width, device)
+    n_max = chunk_rows(task.width(device), device)
     key = (task.n_features, device, n_max, tuple(group.layout for group in task.groups))
     if getattr(_local, "key", None) != key:
         _local.key = _local.workspace = None  # freed before the next is made

@@ -20,6 +20,7 @@ from torch import Tensor
 from gmm_dist.config import RELATIVE, EMConfig
 from gmm_dist.em.estep import EStep
 from gmm_dist.em.forms import compiled
+from gmm_dist.em.gpu.half_screen import screens_in_half
 from gmm_dist.em.lane_batch import LaneBatch, Precision, screen_of, screens
 from gmm_dist.em.precision import PrecisionPolicy, check_every
 from gmm_dist.em.squarem import Squarem
@@ -205,7 +206,9 @@ class Lane:
     def look_at_screen(self, parameters: Parameters, theta: Float64[Tensor, "k P"]) -> None:
         """Tell the policy how many components cannot be screened, where it depends on it."""
         if self.policy.asks_for_screen:
-            screened = screens(*screen_of(ParameterStack.of([parameters]), theta))
+            alone, theta = screen_of(ParameterStack.of([parameters]), theta)
+            on_gpu = bool(self.policy.float64_price) and alone.type.has_products
+            screened = screens_in_half(alone, theta) if on_gpu else screens(alone, theta)
             self.policy.unscreened = float((~screened).sum())
 
     def take_back(self) -> None:

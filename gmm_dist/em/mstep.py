@@ -73,7 +73,7 @@ def advance(
             continue
         lane.log_likelihood, lane.entropy = log_likelihood, float(sums.entropy[i])
         is_centred = lane.precision is Precision.CENTRED
-        lane.left_out = left_out(sizes[i], survivors) if is_centred else 0.0
+        lane.left_out = left_out(sizes[i], survivors, lane.policy.kept) if is_centred else 0.0
         of_lane = moments_of(lane, per_lane[i], total)
         lane.nk = of_lane.nk.clone().cpu()
         lane.rows = effective_rows(lane.nk, squares[i])

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em.gpu import prices
-from gmm_dist.em.lane_batch import Precision
+from gmm_dist.em.lane_batch import KEPT, KEPT_ON_GPU, Precision
 from gmm_dist.em.statistics import PassStatistics, SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF, CovarianceType
 from gmm_dist.model.parameters import Parameters
@@ -212,6 +212,11 @@ class PrecisionPolicy:
         if self.next_check is None or self.n_passes < self.next_check:
             return False
         return self.form is self.least
+
+    @property
+    def kept(self) -> float:
+        """How far below the others a component may lie and still be counted, nats."""
+        return KEPT_ON_GPU if self.float64_price else KEPT
 
     @property
     def exact(self) -> Precision:

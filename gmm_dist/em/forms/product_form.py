@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.em.forms.features import Features
-from gmm_dist.em.lane_batch import LaneBatch, cut
+from gmm_dist.em.lane_batch import KEPT, LaneBatch, cut
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.covariance.features import CONSTANT_ROW
@@ -51,15 +51,17 @@ class ProductForm:
     one softmax serves a whole bucket. `begin` starts a pass with new natural parameters.
     """
 
+    kept = KEPT
+
     def __init__(self, group: LaneBatch, features: Features, n_max: int) -> None:
         self.features = features
         self._kind = group.covariance_type
         self._constant = CONSTANT_ROW - TYPE_OF[self._kind].rows(features.d).start
         self._buckets, places = _lay_out(group.sizes)
         self._cuts = [
-            features.empty.new_tensor([cut(group.sizes[lane]) for lane in bucket.lanes]).view(
-                -1, 1, 1
-            )
+            features.empty.new_tensor(
+                [cut(group.sizes[lane], self.kept) for lane in bucket.lanes]
+            ).view(-1, 1, 1)
             for bucket in self._buckets
         ]
         lanes = [lane for bucket in self._buckets for lane in bucket.lanes]

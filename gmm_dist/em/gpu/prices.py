@@ -37,7 +37,8 @@ def most_survivors(
     flops, rest = 4.0 * products * k, _FEATURE * products + _LOGIT * k + _ROW
     # float64 is as fast as on an H200, or float32 is where float64 is a fraction of it.
     float32, float64 = flops * _PRODUCTS + rest, flops * _PRODUCTS * float64_price + rest
-    screen = 2.0 * alone * k * _HALF + _HALF_FEATURE * alone + _SELECTED * k + _ROW
+    rate, feature = (_HALF, _HALF_FEATURE) if kind.has_products else (_PRODUCTS, _FEATURE)
+    screen = 2.0 * alone * k * rate + feature * alone + _SELECTED * k + _ROW
     squares = d * d if kind.has_products else d
     pair = _PAIR + _PAIR_FEATURE * d + _PAIR_PRODUCT * squares * max(float64_price, 1.0)
     screen += pair * k * TILE / 2 / _SHARING

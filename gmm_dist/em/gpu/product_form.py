@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gmm_dist.em.forms.product_form import ProductForm, Work
+from gmm_dist.em.lane_batch import KEPT_ON_GPU
 
 _ALIGNED = 8  # numbers: 16 bytes of the narrowest that products take
 _CARRY_ROWS = 4096  # of float32; longer sums err more: 6.7e-7 of a component's rows at 25,600
@@ -19,6 +20,8 @@ class GpuProductForm(ProductForm):
     - `torch.softmax` over components takes 62 ms where its parts, written out, take 18.
     - Entropies are linear in the sums, Σ w log p - Σ Θ·G: no pass over the logits.
     """
+
+    kept = KEPT_ON_GPU
 
     def _empty_theta(self, like: Tensor, n_places: int, n_features: int) -> Tensor:
         line = -(-n_places // _ALIGNED) * _ALIGNED

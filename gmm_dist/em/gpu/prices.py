@@ -7,6 +7,8 @@ known. They choose between forms, no more.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from gmm_dist.model.covariance import TYPE_OF
 
 SAME_PRICE = 1.25
@@ -25,6 +27,40 @@ TILE = 64
 _SHARING = 65_536  # rows whose pairs are put into tiles together
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """What a row costs in each form, nanoseconds; a screened pass has `pair` for each survivor."""
+
+    float32: float
+    float64: float
+    screen: float
+    pair: float
+
+    def screened(self, survivors: float) -> float:
+        """Return what a row with so many survivors costs in a screened pass."""
+        return self.screen + self.pair * survivors
+
+
+def prices(
+    covariance_type: str, n_components: int, n_features: int, float64_price: float
+) -> Prices:
+    """Return what a row costs on a GPU where float64 takes so much longer than float32."""
+    kind, k, d = TYPE_OF[covariance_type], n_components, n_features
+    products, alone = kind.n_rows(d), TYPE_OF[kind.alone].n_rows(d)
+    flops, rest = 4.0 * products * k, _FEATURE * products + _LOGIT * k + _ROW
+    rate, feature = (_HALF, _HALF_FEATURE) if kind.has_products else (_PRODUCTS, _FEATURE)
+    screen = 2.0 * alone * k * rate + feature * alone + _SELECTED * k + _ROW
+    squares = d * d if kind.has_products else d
+    pair = _PAIR + _PAIR_FEATURE * d + _PAIR_PRODUCT * squares * max(float64_price, 1.0)
+    return Prices(
+        float32=flops * _PRODUCTS + rest,
+        # float64 is as fast as on an H200, or float32 is where float64 is a fraction of it.
+        float64=flops * _PRODUCTS * float64_price + rest,
+        screen=screen + pair * k * TILE / 2 / _SHARING,
+        pair=pair,
+    )
+
+
 def most_survivors(
     covariance_type: str, n_components: int, n_features: int, float64_price: float
 ) -> tuple[float, float]:
@@ -32,14 +68,5 @@ def most_survivors(
 
     Products in float32, and in float64. Below one where the screen alone takes longer.
     """
-    kind, k, d = TYPE_OF[covariance_type], n_components, n_features
-    products, alone = kind.n_rows(d), TYPE_OF[kind.alone].n_rows(d)
-    flops, rest = 4.0 * products * k, _FEATURE * products + _LOGIT * k + _ROW
-    # float64 is as fast as on an H200, or float32 is where float64 is a fraction of it.
-    float32, float64 = flops * _PRODUCTS + rest, flops * _PRODUCTS * float64_price + rest
-    rate, feature = (_HALF, _HALF_FEATURE) if kind.has_products else (_PRODUCTS, _FEATURE)
-    screen = 2.0 * alone * k * rate + feature * alone + _SELECTED * k + _ROW
-    squares = d * d if kind.has_products else d
-    pair = _PAIR + _PAIR_FEATURE * d + _PAIR_PRODUCT * squares * max(float64_price, 1.0)
-    screen += pair * k * TILE / 2 / _SHARING
-    return (float32 - screen) / pair, (float64 - screen) / pair
+    of = prices(covariance_type, n_components, n_features, float64_price)
+    return (of.float32 - of.screen) / of.pair, (of.float64 - of.screen) / of.pair

@@ -62,7 +62,8 @@ class EStep:
         last: int = max(part.stop for part in rows)
         components = sum(sum(group.sizes) for group in self.groups)
         if device.type != "cpu" and all(g.precision is Precision.CENTRED for g in self.groups):
-            return last // 4 + components  # Φ of halves, logits of float32, and their masks
+            # Φ of halves; logits of float32, what is made of them, and masks.
+            return last // 4 + 2 * components
         return last + 2 * components
 
 

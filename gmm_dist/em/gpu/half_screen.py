@@ -27,6 +27,7 @@ error that an H200 showed."""
 _LARGEST = 6.0  # features are below 2^6, their products below 2^12
 _ONE = 1024.0  # the rows of ones: constants are as large as products are
 _PARTS = 3  # of the constant
+_ALIGNED = 8
 # The deviation that four roundings to 11 digits leave, of the root of the terms' squares; twice, as
 # the terms' are those of a row that lies three standard deviations out along all features.
 _ROUNDING = 2 * 2.0**-11.3
@@ -64,7 +65,11 @@ class HalfScreen:
 
     def begin(self, theta: Float64[Tensor, "K P"]) -> None:
         """Take the natural parameters, on the device."""
-        self._theta = theta.T.contiguous()
+        k, p = theta.shape
+        # Lines of a multiple of 16 bytes; the last columns' logits are not looked at.
+        self._theta = theta.new_ones(p, -(-k // _ALIGNED) * _ALIGNED)
+        self._theta[:, :k] = theta.T
+        self._k = k
 
     def __call__(self, X: Tensor) -> Float32[Tensor, "n K"]:
         """Return logits of rows X (d, n); NaN or infinite where they leave the range."""
@@ -72,7 +77,7 @@ class HalfScreen:
         features = self._features(X, scale.to(X.dtype))
         parameters, sizes = self._parameters(scale)
         logits = torch.mm(features.T, parameters, out_dtype=torch.float32)
-        return logits.mul_(sizes)
+        return logits[:, : self._k].mul_(sizes[: self._k])
 
     def _features(self, X: Tensor, scale: Tensor) -> Tensor:
         d, n = X.shape

@@ -75,11 +75,12 @@ class ScreenedForm:
         if not is_fine:
             errors = screening_error(alone, group.theta)
         self._screen = self._rough(theta) if is_fine else self._single(theta)
-        errors = errors.to(device)
-        self._trusted = errors <= MARGIN / 2  # NaN is not
-        self._near = errors.float()
-        self._growth = GROWTH * self._near
-        self._rise = (GROWTH * errors * self._densities.peaks).float()
+        trusted = errors <= MARGIN / 2  # NaN is not
+        # For each lane the worst of its components: what is allowed then depends on the row alone.
+        errors = torch.where(trusted, errors, 0.0)
+        self._near = [float(errors[lane].max()) for lane in self._of_lane]
+        self._peak = torch.stack([self._densities.peaks[lane].max() for lane in self._of_lane])
+        self._all_trusted, self._trusted = bool(trusted.all()), trusted.to(device)
 
     def _rough(self, theta: Tensor) -> HalfScreen:
         if self._half is None:
@@ -111,7 +112,7 @@ class ScreenedForm:
             pairs = _Pairs.of(matter)
             exact = self._evaluated(chunk.X, pairs)
             self._replace_far(chunk.X, bad, pairs, exact)
-        self._sum(chunk, pairs, exact, matter)
+        self._sum(chunk, pairs, exact)
 
     def statistics(self, checks: Float64[Tensor, "3 L"]) -> SufficientStatistics:
         """Return the sums since `clear`, on the device; no `checks` are made of what is exact."""
@@ -131,19 +132,20 @@ class ScreenedForm:
 
     def _matter(self, logits: Tensor) -> tuple[Bool[Tensor, "n K"], Bool[Tensor, " n"]]:
         """Return which pairs may matter, and which rows' logits are numbers."""
-        logits.masked_fill_(~self._trusted, -torch.inf)
-        matter = torch.empty_like(logits, dtype=torch.bool)
+        if not self._all_trusted:
+            logits.masked_fill_(~self._trusted, -torch.inf)
+        matter = torch.empty(logits.shape, dtype=torch.bool, device=logits.device)
         sure = matter.new_ones(len(logits))
-        for lane, size in zip(self._of_lane, self._sizes, strict=True):
+        for i, (lane, size) in enumerate(zip(self._of_lane, self._sizes, strict=True)):
             of_lane = logits[:, lane]
             top = of_lane.amax(1, keepdim=True)
             sure &= top[:, 0].isfinite()
             # Half the margin is for the largest logit. The other errs by more further out.
             least = top.sub_(cut(size, KEPT_ON_GPU) + MARGIN / 2)
-            rise, growth = self._rise[lane], self._growth[lane]
-            limit = torch.minimum(least - self._near[lane], least * (1 + growth) - rise)
-            torch.ge(of_lane, limit, out=matter[:, lane])
-        matter |= ~self._trusted
+            depth = (self._peak[i].float() - least).mul_(GROWTH).clamp_min_(1.0)
+            torch.ge(of_lane, least.sub_(depth.mul_(self._near[i])), out=matter[:, lane])
+        if not self._all_trusted:
+            matter |= ~self._trusted
         matter |= ~sure[:, None]
         return matter, sure
 
@@ -181,18 +183,17 @@ class ScreenedForm:
             exact[tiles.pairs] = self._densities.peaks[k, None] - 0.5 * distances
         return exact[:-1]
 
-    def _sum(
-        self, chunk: Block, pairs: _Pairs, exact: Float64[Tensor, " p"], matter: Tensor
-    ) -> None:
+    def _sum(self, chunk: Block, pairs: _Pairs, exact: Float64[Tensor, " p"]) -> None:
         weight, n_lanes = chunk.weights, len(self._sizes)
-        counts = torch.stack([matter[:, lane].sum(1) for lane in self._of_lane], 1).flatten()
+        lane = self._lane_of[pairs.components]
+        place = pairs.rows * n_lanes + lane
+        places = torch.arange(len(weight) * n_lanes + 1, device=place.device)
+        counts = torch.searchsorted(place, places).diff()
 
         def by_row(values: Tensor, how: str = "sum") -> Tensor:
             # As a column: a thread for each segment, where a vector has a block of them for each.
             return torch.segment_reduce(values[:, None], how, lengths=counts, unsafe=True)[:, 0]
 
-        lane = self._lane_of[pairs.components]
-        place = pairs.rows * n_lanes + lane
         top = by_row(exact, "max")
         below = exact - top[place]
         matters = below >= -self._cuts[lane]
@@ -297,21 +298,24 @@ class _Pairs:
     def of(cls, matter: Bool[Tensor, "n K"]) -> _Pairs:
         rows, components = matter.nonzero().T
         n_pairs, k = len(rows), matter.shape[1]
-        counts = matter.sum(0)
-        ends, n_tiles = counts.cumsum(0), (counts + TILE - 1) // TILE
+        # 16 bits are sorted in half of the passes over them; there are no more components.
+        keys = components.short() if k < 1 << 15 else components
+        keys, order = keys.sort(stable=True)
+        of_each = torch.arange(k, dtype=keys.dtype, device=keys.device)
+        ends = torch.searchsorted(keys, of_each, right=True)
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        n_tiles = (counts + TILE - 1) // TILE
         tile_ends = n_tiles.cumsum(0)
         tile = torch.arange(n_pairs // TILE + min(k, n_pairs), device=matter.device)
         of_tile = torch.searchsorted(tile_ends, tile, right=True)
         is_used, of_tile = of_tile < k, of_tile.clamp_max(k - 1)
         first = (ends - counts)[of_tile] + (tile - (tile_ends - n_tiles)[of_tile]) * TILE
         stop = torch.minimum(first + TILE, ends[of_tile])
-        # 16 bits are sorted in half of the passes over them; there are no more components.
-        keys = components.short() if k < 1 << 15 else components
         last = rows.new_full((1,), n_pairs)
         return cls(
             rows=rows,
             components=components,
-            order=torch.cat([keys.sort(stable=True).indices, last]),
+            order=torch.cat([order, last]),
             padded_rows=torch.cat([rows, rows.new_zeros(1)]),
             tile_of=of_tile,
             first=first,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from gmm_dist.devices import total_memory
 
 SHORTEST = 256
 """Rows of a chunk, at least, however much memory each takes."""
@@ -28,19 +30,28 @@ class _Limits:
 
 _ONE_THREAD = _Limits(1 << 20, SHORTEST, 2048)  # a few MB, so that they stay in its cache
 _THREADS = _Limits(1 << 22, SHORTEST, 1 << 17)  # what they share must outweigh handing it out
-_CUDA = _Limits(1 << 28, 2048, 1 << 17)
+_CUDA = _Limits(1 << 28, 2048, 1 << 17)  # 2 GiB; smaller cards take less
+
+MOST_ON_GPU = 8 * _CUDA.numbers
+"""The bytes that a chunk takes on a GPU, at the most."""
 
 
 def chunk_rows(width: int, device: torch.device) -> int:
     """Return how many rows are worked on at once, where each needs `width` numbers of memory.
 
-    The same for the same width on all CPUs, for passes: they use one thread of torch.
+    The same for the same width on all CPUs, for passes: they use one thread of torch; and on all
+    GPUs of a kind, whatever else lies on them.
     """
     if device.type == "cuda":
-        limits = _CUDA
+        limits = replace(_CUDA, numbers=min(_CUDA.numbers, _most_numbers(device)))
     else:
         limits = _ONE_THREAD if torch.get_num_threads() == 1 else _THREADS
     return max(limits.least, min(limits.numbers // width, limits.most))
+
+
+def _most_numbers(device: torch.device) -> int:
+    """Return how many float64 numbers are a sixteenth of a GPU, or half of that."""
+    return 1 << ((total_memory(device) // (16 * 8)).bit_length() - 1)
 
 
 def cuts(n_rows: int, most: int) -> Iterator[slice]:

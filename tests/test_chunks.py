@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pretended_cuda import pretended_cuda
 
 import gmm_dist
 from gmm_dist.chunks import chunk_rows, cuts
@@ -33,7 +34,7 @@ def test_cuts_are_equal_aligned_and_cover_all_rows_once(n, most):
     [(1, CPU, 2048), (1024, CPU, 1024), (10**6, CPU, 256), (1, GPU, 131_072), (10**6, GPU, 2048)],
 )
 def test_a_chunk_has_so_many_rows(width, device, expected):
-    with one_thread():
+    with one_thread(), pretended_cuda():
         assert chunk_rows(width, device) == expected
 
 

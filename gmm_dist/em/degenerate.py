@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
+from gmm_dist.em.gpu.residence import on_host
 from gmm_dist.em.lane import Lane, Status
 from gmm_dist.em.statistics import TotalMoments
+from gmm_dist.model.parameters import Parameters
 
 # Iterations before a lane is compared with its rivals, and the gains that it may still hope for.
 _WARM_UP, _CATCH_UP = 3, 10.0
@@ -63,7 +65,7 @@ def degenerate_components(lane: Lane, total: TotalMoments) -> Bool[Tensor, " k"]
     the rows together are flat (a constant column, a duplicated one) do not count, nor those in
     which a component lies on a value that many rows share (`TotalMoments.spikes`).
     """
-    parameters, reg = lane.parameters, lane.model.reg
+    parameters, reg = on_host(lane.parameters), lane.model.reg
     few = _have_few_rows(lane)
     # Nothing more to know: the eigenvalues of wide covariances take longer than a pass.
     if not bool((reg > 0).any()) or bool(few.all()):
@@ -72,12 +74,11 @@ def degenerate_components(lane: Lane, total: TotalMoments) -> Bool[Tensor, " k"]
     spread = family.spread(parameters.stacked_covariances, parameters.n_features)
     of_all = total.covariance if family.has_products else total.variances
     flat, allowed = _n_below(spread, 2 * reg), _n_below(of_all[None], reg)
-    return few | (flat > allowed + _n_on_spikes(lane, reg, total))
+    return few | (flat > allowed + _n_on_spikes(parameters, reg, total))
 
 
-def _n_on_spikes(lane: Lane, reg: Float64[Tensor, " d"], total: TotalMoments) -> Tensor:
+def _n_on_spikes(parameters: Parameters, reg: Float64[Tensor, " d"], total: TotalMoments) -> Tensor:
     """Return in how many features each component is flat because it lies on a spike."""
-    parameters = lane.parameters
     variances, on_any = parameters.variances(), torch.zeros_like(parameters.means)
     for spike in total.spikes:
         j = spike.feature

@@ -7,6 +7,8 @@ the buffers hold one chunk, whose length follows from the shapes alone.
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,17 +20,23 @@ from torch import Tensor
 
 from gmm_dist.chunks import chunk_rows
 from gmm_dist.compiling import can_compile, may_compile
+from gmm_dist.devices import float64_price, rounds_to_tf32
 from gmm_dist.em.forms.centred_form import CentredForm
 from gmm_dist.em.forms.dense_form import DenseForm
 from gmm_dist.em.forms.features import Features
 from gmm_dist.em.forms.product_form import ProductForm
 from gmm_dist.em.forms.pruned_form import PrunedForm
+from gmm_dist.em.gpu.product_form import GpuProductForm
+from gmm_dist.em.gpu.screened_form import ScreenedForm
 from gmm_dist.em.lane_batch import LaneBatch, Precision
 from gmm_dist.em.statistics import PassStatistics, TotalMoments
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.shards.protocol import ShardRows
 
+logger = logging.getLogger(__name__)
+
 _COMPILED = (PrunedForm, DenseForm)
+Form = ProductForm | CentredForm | PrunedForm | DenseForm | ScreenedForm
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,13 +56,15 @@ class EStep:
         with _denormals_as_zeros():
             return _workspace(self, rows.device).run(rows)
 
-    @property
-    def width(self) -> int:
-        """The numbers that each row of a chunk needs: of Φ, logits and R together."""
-        last = [TYPE_OF[group.features[0]].rows(self.n_features).stop for group in self.groups]
+    def width(self, device: torch.device) -> int:
+        """Return the numbers that each row of a chunk needs: of Φ, logits and R together."""
+        rows = (TYPE_OF[group.features[0]].rows(self.n_features) for group in self.groups)
+        last: int = max(part.stop for part in rows)
         components = sum(sum(group.sizes) for group in self.groups)
-        width: int = max(last) + 2 * components
-        return width
+        if device.type != "cpu" and all(g.precision is Precision.CENTRED for g in self.groups):
+            # Φ of halves; logits of float32, what is made of them, and masks.
+            return last // 4 + 2 * components
+        return last + 2 * components
 
 
 class _Workspace:
@@ -63,18 +73,20 @@ class _Workspace:
     def __init__(self, task: EStep, n_max: int, device: torch.device) -> None:
         d = task.n_features
         self.task: EStep | None = None
-        by_chunks = [group for group in task.groups if not _is_compiled(group, device)]
-        self._d, self._n_max = d, n_max
+        self._d, self._n_max, self.device = d, n_max, device
+        by_features = [group for group in task.groups if not self._is_by_itself(group)]
         self._n_samples = torch.zeros((), dtype=torch.float64, device=device)
         self._features = {
-            dtype: Features(d, n_max, _kinds(by_chunks, dtype), dtype, device)
-            for dtype in {group.features[1] for group in by_chunks}
+            dtype: Features(d, n_max, _kinds(by_features, dtype), dtype, device)
+            for dtype in {group.features[1] for group in by_features}
         }
         self._passes = [self._form(group) for group in task.groups]
         self._checks: dict[int, _Float32Check] = {}
 
     def begin(self, task: EStep) -> None:
         """Take the parameters of a pass."""
+        if self.device.type == "cuda" and torch.float32 in self._features:
+            _say_if_tf32()
         for lanes, group in zip(self._passes, task.groups, strict=True):
             lanes.begin(group)
         for i, group in enumerate(task.groups):
@@ -89,7 +101,7 @@ class _Workspace:
         for form in by_chunks:
             form.clear()
         self._n_samples.zero_()
-        for chunk in rows.chunks(task.width):
+        for chunk in rows.chunks(task.width(self.device)):
             for features in self._features.values():
                 features.fill(chunk.X)
             for form in by_chunks:
@@ -106,10 +118,17 @@ class _Workspace:
         )
         return PassStatistics(groups, float(self._n_samples), checked)
 
-    def _form(self, group: LaneBatch) -> ProductForm | CentredForm | PrunedForm | DenseForm:
+    def _is_by_itself(self, group: LaneBatch) -> bool:
+        """Say whether a group's form makes its own features, if any."""
+        is_screened = group.precision is Precision.CENTRED and self.device.type != "cpu"
+        return is_screened or _is_compiled(group, self.device)
+
+    def _form(self, group: LaneBatch) -> Form:
         if _is_compiled(group, self._n_samples.device):
             return (DenseForm if group.all_pairs else PrunedForm)(group, self._d)
-        form = CentredForm if group.precision is Precision.CENTRED else ProductForm
+        if self._is_by_itself(group):
+            return ScreenedForm(group, self._d, self._n_max, self.device)
+        form = CentredForm if group.precision is Precision.CENTRED else _products(self.device)
         return form(group, self._features[group.features[1]], self._n_max)
 
     def _check_float32(
@@ -122,16 +141,17 @@ class _Workspace:
         """
         sums = [self._n_samples.new_zeros(3, len(group.sizes)) for group in task.groups]
         checking = [i for i, group in enumerate(task.groups) if group.checks]
-        checked = 0.0
-        for chunk in rows.every(task.check_every).chunks(task.width) if checking else ():
+        checked = torch.zeros_like(self._n_samples)
+        some = rows.every(task.check_every).chunks(task.width(self.device))
+        for chunk in some if checking else ():
             weights = chunk.weights
-            checked += float(weights.sum())
+            checked += weights.sum()
             for i in checking:
                 error, survivors = self._check(i, task.groups[i])(chunk.X)
                 weighted = error * weights
                 parts = (weighted.sum(1), weighted.square().sum(1), survivors @ weights)
                 sums[i] += torch.stack(parts)
-        return [of_group.cpu() for of_group in sums], checked
+        return sums, float(checked) if checking else 0.0
 
     def _check(self, i: int, group: LaneBatch) -> _Float32Check:
         if i not in self._checks:
@@ -144,9 +164,9 @@ class _Float32Check:
     """Holds float32 log-densities of a few rows against float64 ones."""
 
     def __init__(self, group: LaneBatch, d: int, n_max: int, device: torch.device) -> None:
-        kinds = {group.covariance_type}
+        kinds, products = {group.covariance_type}, _products(device)
         self._passes = [
-            ProductForm(group, Features(d, n_max, kinds, dtype, device), n_max)
+            products(group, Features(d, n_max, kinds, dtype, device), n_max)
             for dtype in (torch.float32, torch.float64)
         ]
 
@@ -178,12 +198,25 @@ def _denormals_as_zeros() -> Iterator[None]:
         torch.set_flush_denormal(were_zeros)
 
 
+@functools.cache
+def _said_tf32() -> None:
+    logger.warning(
+        "this process rounds float32 products on GPUs to TF32: log-densities of float32 passes are "
+        "off by 0.007 nats on average; switch it off: torch.set_float32_matmul_precision('highest')"
+    )
+
+
+def _say_if_tf32() -> None:
+    if rounds_to_tf32():
+        _said_tf32()
+
+
 _local = threading.local()
 
 
 def _workspace(task: EStep, device: torch.device) -> _Workspace:
     """Return this thread's buffers for the task; only those of the last layout are kept."""
-    n_max = chunk_rows(task.width, device)
+    n_max = chunk_rows(task.width(device), device)
     key = (task.n_features, device, n_max, tuple(group.layout for group in task.groups))
     if getattr(_local, "key", None) != key:
         _local.key = _local.workspace = None  # freed before the next is made
@@ -194,9 +227,20 @@ def _workspace(task: EStep, device: torch.device) -> _Workspace:
     return workspace
 
 
+def release() -> None:
+    """Let go of this thread's buffers on a GPU; those on the CPU are small, and kept."""
+    workspace: _Workspace | None = getattr(_local, "workspace", None)
+    if workspace is not None and workspace.device.type != "cpu":
+        _local.key = _local.workspace = None
+
+
 def _is_compiled(group: LaneBatch, device: torch.device) -> bool:
     centred = group.precision is Precision.CENTRED
     return centred and group.compiled and device.type == "cpu" and can_compile()
+
+
+def _products(device: torch.device) -> type[ProductForm]:
+    return ProductForm if device.type == "cpu" else GpuProductForm
 
 
 def _kinds(groups: Sequence[LaneBatch], dtype: torch.dtype) -> set[str]:
@@ -239,4 +283,5 @@ class SumMoments:
             sum_ww=sum_ww,
             max_weight=largest,
             compiles=device.type == "cpu" and may_compile(),
+            float64_price=float64_price(device),
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gmm_dist.config import RELATIVE, EMConfig
 from gmm_dist.em.estep import EStep
+from gmm_dist.em.gpu.half_screen import screens_in_half
 from gmm_dist.em.lane_batch import LaneBatch, Precision, screen_of, screens
 from gmm_dist.em.precision import PrecisionPolicy, check_every
 from gmm_dist.em.squarem import Squarem
@@ -146,7 +147,11 @@ class Lane:
             model=model,
             theta=at_start.theta,
             policy=PrecisionPolicy.first(
-                config, condition, model.parameters, compiled=_compiles(model, config, total)
+                config,
+                condition,
+                model.parameters,
+                compiled=_compiles(model, config, total),
+                float64_price=0.0 if total is None else total.float64_price,
             ),
             nk=empty,
             rows=empty.clone(),
@@ -201,7 +206,9 @@ class Lane:
     def look_at_screen(self, parameters: Parameters, theta: Float64[Tensor, "k P"]) -> None:
         """Tell the policy how many components cannot be screened, where it depends on it."""
         if self.policy.asks_for_screen:
-            screened = screens(*screen_of(ParameterStack.of([parameters]), theta))
+            alone, theta = screen_of(ParameterStack.of([parameters]), theta)
+            on_gpu = bool(self.policy.float64_price) and alone.type.has_products
+            screened = screens_in_half(alone, theta) if on_gpu else screens(alone, theta)
             self.policy.unscreened = float((~screened).sum())
 
     def take_back(self) -> None:
@@ -239,15 +246,17 @@ def task_of(groups: Sequence[Sequence[Lane]], n_rows: int) -> EStep:
     return EStep(
         groups=tuple(_batch(group) for group in groups),
         n_features=groups[0][0].parameters.n_features,
-        check_every=check_every(n_rows),
+        check_every=check_every(n_rows, groups[0][0].policy.float64_price),
     )
 
 
 def _batch(group: Sequence[Lane]) -> LaneBatch:
     policy = group[0].policy
+    # Of lanes in one group some may have been stepped on a GPU, others not yet.
+    device = next((lane.theta.device for lane in group if lane.theta.is_cuda), torch.device("cpu"))
     return LaneBatch.of(
-        [lane.parameters for lane in group],
-        [lane.theta for lane in group],
+        [lane.parameters.to(device) for lane in group],
+        [lane.theta.to(device) for lane in group],
         policy.form,
         checks=any(lane.policy.measures_float32 for lane in group),
         compiled=policy.compiled,

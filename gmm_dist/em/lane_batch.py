@@ -28,28 +28,31 @@ class Precision(Enum):
         return torch.float32 if self is Precision.FLOAT32 else torch.float64
 
 
-_KEPT = 28.0  # nats
+KEPT = 28.0
+"""Nats by which a component may lie below the others, together, and still matter."""
+KEPT_ON_GPU = 20.7
+"""The same on a GPU, where a pair costs more: what is left out has 1e-9 of a row, all together."""
 
 
 MARGIN = 1.0
 """Nats that the centred form allows for the rounding of its screen, twice over."""
 
 
-def cut(n_components: int) -> float:
+def cut(n_components: int, kept: float = KEPT) -> float:
     """Return how far below the largest of a row's logits a component still matters, nats.
 
     All of those further below have a responsibility of e^-28 together, 7e-13, at the most.
     """
-    return _KEPT + math.log(n_components)
+    return kept + math.log(n_components)
 
 
-def left_out(n_components: int, survivors: float) -> float:
+def left_out(n_components: int, survivors: float, kept: float = KEPT) -> float:
     """Bound what a centred pass leaves out of the mean log-likelihood, nats per row.
 
     `survivors` are the components that matter to a row, in the mean. The others' responsibilities
     are e^-cut each at the most, and ln(1 + x) < x.
     """
-    return max(n_components - survivors, 0.0) * math.exp(-cut(n_components))
+    return max(n_components - survivors, 0.0) * math.exp(-cut(n_components, kept))
 
 
 _NEAR = 3.0  # standard deviations
@@ -88,14 +91,20 @@ def screening_error(stack: ParameterStack, theta: Float64[Tensor, "K P"]) -> Flo
     Of rows within three standard deviations of it. A logit is a sum of terms that largely cancel:
     rounding errs by less than 2^-25 (3 + √P) times the sum of their sizes.
     """
+    sizes = theta.abs() * largest_features(stack)
+    error: Tensor = 2.0**-25 * (3 + theta.shape[1] ** 0.5) * sizes.sum(1)
+    return error
+
+
+def largest_features(stack: ParameterStack) -> Float64[Tensor, "K P"]:
+    """Return the sizes of features of rows within three standard deviations of each component."""
     kind = stack.type
     variances = kind.variances(stack.covariances, stack.means.shape[1])
     x = stack.means.abs() + _NEAR * variances.clamp_min(0).sqrt()
     second = x[:, :, None] * x[:, None, :] if kind.has_products else x.square()
     # Features are products, so those of the largest x are the largest.
-    largest = kind.sums(torch.ones_like(stack.weights), x, kind.second(second))
-    error: Tensor = 2.0**-25 * (3 + theta.shape[1] ** 0.5) * (theta.abs() * largest.T).sum(1)
-    return error
+    largest: Tensor = kind.sums(torch.ones_like(stack.weights), x, kind.second(second)).T
+    return largest
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gmm_dist.config import EMConfig
 from gmm_dist.em.degenerate import degenerate_components, drop_laggards
+from gmm_dist.em.estep import release
+from gmm_dist.em.gpu.residence import bring_home, landed
 from gmm_dist.em.lane import Lane, Status, grouped, task_of
 from gmm_dist.em.mstep import SingularCovarianceError, advance
 from gmm_dist.em.statistics import TotalMoments
@@ -115,14 +117,18 @@ def run(
     """
     if config.on_singular == "raise":
         require_definite(lanes)
-    while running := [lane for lane in lanes if lane.is_running]:
-        groups = grouped(running)
-        statistics = shards.run(task_of(groups, total.n_rows))
-        for group, sums in zip(groups, statistics.groups, strict=True):
-            advance(group, sums, statistics, total, config)
-        if rivals is not None:
-            drop_laggards(lanes, rivals, total)
-        watch(lanes)
+    try:
+        while running := [lane for lane in lanes if lane.is_running]:
+            groups = grouped(running)
+            statistics = landed(shards.run(task_of(groups, total.n_rows)), groups)
+            for group, sums in zip(groups, statistics.groups, strict=True):
+                advance(group, sums, statistics, total, config)
+            if rivals is not None:
+                drop_laggards(lanes, rivals, total)
+            watch(lanes)
+    finally:
+        release()
+        bring_home(lanes)
 
 
 def require_definite(lanes: Sequence[Lane]) -> None:

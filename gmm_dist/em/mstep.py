@@ -73,9 +73,9 @@ def advance(
             continue
         lane.log_likelihood, lane.entropy = log_likelihood, float(sums.entropy[i])
         is_centred = lane.precision is Precision.CENTRED
-        lane.left_out = left_out(sizes[i], survivors) if is_centred else 0.0
+        lane.left_out = left_out(sizes[i], survivors, lane.policy.kept) if is_centred else 0.0
         of_lane = moments_of(lane, per_lane[i], total)
-        lane.nk = of_lane.nk.clone()
+        lane.nk = of_lane.nk.clone().cpu()
         lane.rows = effective_rows(lane.nk, squares[i])
         if config.returns == "stepped" or _goes_on(lane, whole.n_samples, config):
             stepping.append(lane)
@@ -90,7 +90,8 @@ def moments_of(lane: Lane, sums: Float64[Tensor, "P k"], total: TotalMoments) ->
     if lane.precision is not Precision.CENTRED:
         return family.moments(sums, total.sum_xx)
     layout = TYPE_OF[family.alone]
-    return replace(layout.moments(sums, total.sum_xx), about=lane.parameters.means)
+    means = lane.parameters.means.to(sums.device)
+    return replace(layout.moments(sums, total.sum_xx), about=means)
 
 
 def shared_quadratic(lane: Lane, total: TotalMoments) -> float:
@@ -105,7 +106,7 @@ def step(models: Sequence[Model], moments: Sequence[Moments]) -> tuple[list[Mode
     kind = models[0].parameters.covariance_type
     sizes = tuple(len(of_lane.nk) for of_lane in moments)
     stacked = _stacked([_filled(m, model) for m, model in zip(moments, models, strict=True)])
-    reg = torch.stack([model.reg for model in models])[lane_numbers(sizes)]
+    reg = torch.stack([model.reg for model in models])[lane_numbers(sizes)].to(stacked.nk.device)
     stack = maximise(kind, stacked, sizes, reg)
     fits, stepped = stack.lanes(), []
     for model, of_lane, fit in zip(models, moments, fits, strict=True):
@@ -251,7 +252,8 @@ def _follow(lane: Lane, stepped: Model, theta: Float64[Tensor, "k P"]) -> None:
     )
     # A leap must neither dive below the regularisation floor nor ask for better arithmetic.
     safe = bool((at.condition <= MAX_CONDITION[lane.precision]).all())
-    if safe and not bool(at.failed.any()) and bool((variances > 2 * stepped.reg).all()):
+    floor = 2 * stepped.reg.to(variances.device)
+    if safe and not bool(at.failed.any()) and bool((variances > floor).all()):
         lane.model, lane.theta = stepped.updated(lane.nk, proposed), at.theta
     else:
         lane.squarem.forget()

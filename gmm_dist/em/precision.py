@@ -19,6 +19,9 @@ as it need not screen in each pass; the passes that measure float32 count those,
 it evaluates all pairs: in compiled loops, on a CPU, that takes no longer than float64's products,
 and no longer than float32's where features or components are few. Elsewhere it is the slowest.
 
+On a GPU all this is reckoned with its own prices (`gpu.prices`), the form that screens is another
+one, and where float64 products cost what float32's do, `auto` takes no float32.
+
 What a lane is ranked by is always scored in float64.
 """
 
@@ -29,7 +32,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gmm_dist.config import EMConfig
-from gmm_dist.em.lane_batch import Precision
+from gmm_dist.em.gpu import prices
+from gmm_dist.em.lane_batch import KEPT, KEPT_ON_GPU, Precision
 from gmm_dist.em.statistics import PassStatistics, SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF, CovarianceType
 from gmm_dist.model.parameters import Parameters
@@ -86,9 +90,13 @@ _DENSE_ROW, _DENSE_PAIR = 500.0, 90.0
 _DENSE_FEATURE, _DENSE_PRODUCT, _DENSE_APART = 6.0, 2.3, 16.0
 
 
-def check_every(n_rows: int) -> int:
-    """Return of how many rows one has its float32 log-density held against float64."""
-    return max(_CHECK_EVERY, -(-n_rows // _CHECKED_ROWS))
+def check_every(n_rows: int, float64_price: float = 0.0) -> int:
+    """Return of how many rows one has its float32 log-density held against float64.
+
+    Of fewer where float64 is slow, so that the check takes no more of a pass than elsewhere.
+    """
+    every = _CHECK_EVERY * max(1, round(float64_price / _FLOAT64))
+    return max(every, -(-n_rows // _CHECKED_ROWS))
 
 
 def float32_error(sums: SufficientStatistics, lane: int, whole: PassStatistics) -> float:
@@ -108,13 +116,22 @@ def survivors_per_row(
 
 
 def most_survivors(
-    covariance_type: str, n_components: int, n_features: int, *, compiled: bool
+    covariance_type: str,
+    n_components: int,
+    n_features: int,
+    *,
+    compiled: bool,
+    float64_price: float = 0.0,
 ) -> tuple[float, float, float]:
     """Return at how many survivors per row the centred form costs what others do.
 
     What products in float32 do, and in float64, and what it does itself when it evaluates all
-    pairs, which takes `compiled` loops. Below one where the other always costs less.
+    pairs, which takes `compiled` loops. Below one where the other always costs less. On a GPU
+    `float64_price` is not 0.
     """
+    if float64_price:
+        on_gpu = prices.most_survivors(covariance_type, n_components, n_features, float64_price)
+        return *on_gpu, math.inf
     costs = _COMPILED if compiled else _BY_TORCH
     kind, d = TYPE_OF[covariance_type], n_features
     products, alone = kind.n_rows(n_features), TYPE_OF[kind.alone].n_rows(n_features)
@@ -138,7 +155,8 @@ class PrecisionPolicy:
     from 0, that measures it next; None: none does. `survivors` are the components that matter to a
     row, as far as a pass has counted them; the centred form takes them and the components that it
     may not screen, as many as are `unscreened`. At `most_survivors` of them it costs what float32
-    products do, float64 ones, and all pairs. Its loops may be `compiled`.
+    products do, float64 ones, and all pairs. Its loops may be `compiled`. `float64_price` is that
+    of the GPU where the rows lie (`TotalMoments`), 0 on CPUs.
     """
 
     mode: str
@@ -151,22 +169,33 @@ class PrecisionPolicy:
     unscreened: float = math.inf
     most_survivors: list[float]
     compiled: bool = False
+    float64_price: float = 0.0
 
     @classmethod
     def first(
-        cls, config: EMConfig, condition: float, start: Parameters, *, compiled: bool
+        cls,
+        config: EMConfig,
+        condition: float,
+        start: Parameters,
+        *,
+        compiled: bool,
+        float64_price: float = 0.0,
     ) -> PrecisionPolicy:
         """Return the choice for a lane that starts from such a condition."""
         kind, k, d = start.covariance_type, start.n_components, start.n_features
-        least = Precision.FLOAT64 if config.precision == "float64" else Precision.FLOAT32
+        skips = config.precision == "auto" and _skips_float32(float64_price)
+        doubles = config.precision == "float64" or skips
+        least = Precision.FLOAT64 if doubles else Precision.FLOAT32
+        shape = most_survivors(kind, k, d, compiled=compiled, float64_price=float64_price)
         policy = cls(
             mode=config.precision,
             tol=config.tol,
             form=least,
             least=least,
             next_check=0 if config.precision == "auto" else None,
-            most_survivors=list(most_survivors(kind, k, d, compiled=compiled)),
+            most_survivors=list(shape),
             compiled=compiled,
+            float64_price=float64_price,
         )
         if config.precision != "float32":
             fastest = policy._by_speed[0]
@@ -183,6 +212,11 @@ class PrecisionPolicy:
         if self.next_check is None or self.n_passes < self.next_check:
             return False
         return self.form is self.least
+
+    @property
+    def kept(self) -> float:
+        """How far below the others a component may lie and still be counted, nats."""
+        return KEPT_ON_GPU if self.float64_price else KEPT
 
     @property
     def exact(self) -> Precision:
@@ -203,7 +237,7 @@ class PrecisionPolicy:
             limit = max(self.tol, SMALLEST_TOL) / 4
             if self.least is Precision.FLOAT32:
                 self.least = Precision.FLOAT32 if error <= limit else Precision.FLOAT64
-            elif error <= limit / 2:
+            elif error <= limit / 2 and not _skips_float32(self.float64_price):
                 self.least = Precision.FLOAT32
         self.n_passes += 1
         if self.mode != "auto" or self.form is not Precision.FLOAT32:
@@ -281,6 +315,11 @@ class PrecisionPolicy:
     def _pairs(self) -> float:
         """The pairs of a row that the centred form would take."""
         return self.survivors + self.unscreened
+
+
+def _skips_float32(float64_price: float) -> bool:
+    """Say whether float32 saves nothing: passes that measure it then count survivors alone."""
+    return 0 < float64_price <= prices.SAME_PRICE
 
 
 def _fastest(least: Precision, condition: float) -> Precision:

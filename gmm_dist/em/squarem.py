@@ -88,7 +88,8 @@ class Squarem:
     def _leap(self, first: Parameters, second: Parameters, third: Parameters) -> Parameters | None:
         if float(third.weights.min()) < _DEAD or float(first.weights.min()) < _DEAD:
             return None
-        x0, x1, x2 = (coordinates(p, self.scale) for p in (first, second, third))
+        device = third.means.device  # where a fit starts on the host, that of the later ones
+        x0, x1, x2 = (coordinates(p, self.scale).to(device) for p in (first, second, third))
         r, v = x1 - x0, (x2 - x1) - (x1 - x0)
         step = float(r.norm() / v.norm()) if bool(v.norm() > 0) else 1.0
         if step >= self.max_step:
@@ -104,6 +105,7 @@ def coordinates(parameters: Parameters, scale: Float64[Tensor, " d"]) -> Float64
     Logarithms of the weights, means, and the coordinates of the covariances, all in units of
     `scale` (d,).
     """
+    scale = scale.to(parameters.means.device)
     weights, means = parameters.weights.log(), (parameters.means / scale).flatten()
     spread = parameters.type.coordinates(parameters.covariances, scale)
     return torch.cat([weights, means, spread])
@@ -114,6 +116,7 @@ def parameters_at(
 ) -> Parameters:
     """Return the parameters at coordinates `x`, of the shapes of `like`."""
     k, d = like.n_components, like.n_features
+    scale = scale.to(x.device)
     weights, means, spread = x.split([k, k * d, len(x) - k - k * d])
     return Parameters(
         weights=torch.softmax(weights, 0),

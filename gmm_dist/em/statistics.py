@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.config import COMPILE_FROM
+from gmm_dist.devices import to_host
 
 _FEW = 0.1  # of the rows: weights that sum to less do not count them
 _MANY = 1e290  # more are no counts, and their products with log-densities no numbers
@@ -99,6 +100,23 @@ class PassStatistics:
             self.checked_weight + other.checked_weight,
         )
 
+    def landed(self, *, stay: Sequence[bool] = ()) -> PassStatistics:
+        """Return them on the host; moments `stay` where they are for the groups that say so."""
+        groups = []
+        stay = stay or [False] * len(self.groups)
+        tensors = [
+            getattr(group, part.name)
+            for group, stays in zip(self.groups, stay, strict=True)
+            for part in fields(group)
+            if not (stays and part.name == "moments")
+        ]
+        here = iter(to_host(tensors))
+        for group, stays in zip(self.groups, stay, strict=True):
+            moments = {"moments": group.moments} if stays else {}
+            rest = {part.name: next(here) for part in fields(group) if part.name not in moments}
+            groups.append(SufficientStatistics(**moments, **rest))
+        return PassStatistics(tuple(groups), self.n_samples, self.checked_weight)
+
 
 @dataclass(frozen=True, slots=True)
 class Spike:
@@ -117,7 +135,9 @@ class TotalMoments:
     x and x xᵀ; where all covariances are diagonal and rows wide, `sum_xx` (d,) is the diagonal
     alone. `n_rows` counts rows of positive weight. `sum_ww` sums the squared weights, and
     `max_weight` is the largest; 0 where that is not known. `spikes` are known of all rows only
-    (`spikes`): a sum has none. `compiles` says whether all who hold rows can take compiled loops.
+    (`spikes`): a sum has none. `compiles` says whether all who hold rows can take compiled loops,
+    and `float64_price` how much longer than in float32 products take in float64, on the GPU of
+    whoever it takes longest; 0 on CPUs.
     """
 
     n_samples: float
@@ -128,6 +148,7 @@ class TotalMoments:
     max_weight: float = 0.0
     spikes: tuple[Spike, ...] = ()
     compiles: bool = False
+    float64_price: float = 0.0
 
     def __add__(self, other: TotalMoments) -> TotalMoments:
         return TotalMoments(
@@ -138,6 +159,7 @@ class TotalMoments:
             sum_ww=self.sum_ww + other.sum_ww,
             max_weight=max(self.max_weight, other.max_weight),
             compiles=self.compiles and other.compiles,
+            float64_price=max(self.float64_price, other.float64_price),
         )
 
     def loops_pay(self, compile_from: int = COMPILE_FROM) -> bool:

@@ -70,8 +70,10 @@ class Resident:
         centre = X.mean(0) if centre is None else centre.to(X.device)
         columns = (X - centre).T.contiguous()
         # One shard is worked on in the caller's thread: a call to another thread costs more than a
-        # pass over a thousand rows.
-        n_threads = 0 if wanted == 1 else min(wanted, os.cpu_count() or 1)
+        # pass over a thousand rows. So are all on a GPU: each thread would have buffers of its own
+        # there, and none would make the card faster.
+        alone = wanted == 1 or X.device.type != "cpu"
+        n_threads = 0 if alone else min(wanted, os.cpu_count() or 1)
         shards = LocalShards.of(columns.T, sample_weight, n_shards=wanted, n_threads=n_threads)
         total = shards.run(SumMoments(X.shape[1], whole))
         return cls(

@@ -119,10 +119,12 @@ def resident(
     and `load_rows` do, and where memory is too small.
     """
     lanes, plan = _lanes(candidates), loader.plan
-    reserve = lane_bytes(lanes, plan.n_features)
-    with session(loader, plan.n_shards, cluster, faults, reserve=reserve) as shards:
+    on_cpu, on_gpu = (lane_bytes(lanes, plan.n_features, on_gpu=there) for there in (False, True))
+    reserves = {"reserve": on_cpu, "gpu_reserve": on_gpu}
+    with session(loader, plan.n_shards, cluster, faults, **reserves) as shards:
         available = shards.worker_memory()
-        require_memory(lanes, plan.n_features, available)
+        require_memory(lanes, plan.n_features, available, on_gpu=shards.on_gpu)
+        reserve = on_gpu if shards.on_gpu else on_cpu
         make_room(shards, loader, cluster.spill, available=available, reserve=reserve)
         yield shards, load_rows(shards, loader, watch)
 

@@ -22,6 +22,7 @@ Rows = npt.NDArray[Any] | Tensor
 
 _TINY = torch.finfo(torch.float64).tiny
 FAR = -1e12  # log-densities below it have no digits left for what sets components apart
+_GPU_NUMBERS = 1 << 26  # of rows about means at once, on a GPU: half a GiB
 _BEYOND = 1e300  # minus the log-density of a row whose distances overflow, at most
 
 
@@ -81,13 +82,16 @@ class Densities:
 
     def __call__(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
         """Return log w_k + log N(x; k) of rows `x`, one per column."""
-        logits = self._looped(x) if self.is_compiled else self._by_products(x)
+        if self.is_compiled:
+            logits = self._looped(x)
+        else:
+            logits = self._one_by_one(x) if x.device.type == "cpu" else self._some_at_once(x)
         # One sum shows whether any row is so far out that digits or the range run short.
         if not float(logits.detach().sum()) > FAR:
             self._place_far_rows(x, logits)
         return logits
 
-    def _by_products(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
+    def _one_by_one(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
         distance = self._family.mahalanobis
         each = zip(self.means, self.factors, self.peaks, strict=True)
         return torch.stack([c - 0.5 * distance(x - m[:, None], f) for m, f, c in each])
@@ -99,6 +103,16 @@ class Densities:
         rows[:, :n] = x.numpy()
         self.fill(n, rows, logits)
         return torch.from_numpy(logits)[:, :n]
+
+    def _some_at_once(self, x: Float64[Tensor, "d n"]) -> Float64[Tensor, "K n"]:
+        """Return the same on a GPU, where to launch K times as many kernels would take longer."""
+        step = max(1, _GPU_NUMBERS // max(x.numel(), 1))
+        logits = x.new_empty(len(self.peaks), x.shape[1])
+        for first in range(0, len(self.peaks), step):
+            part = slice(first, first + step)
+            z = x - self.means[part, :, None]
+            logits[part] = self._family.distances(z, self.factors[part])
+        return logits.mul_(-0.5).add_(self.peaks[:, None])
 
     def _place_far_rows(self, x: Float64[Tensor, "d n"], logits: Float64[Tensor, "K n"]) -> None:
         """Give rows far from all components finite log-densities with a single largest one."""

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from gmm_dist.model.covariance import TYPE_OF, Moments
-from gmm_dist.model.parameters import ParameterStack, lane_numbers
+from gmm_dist.model.parameters import ParameterStack, lane_numbers, of_lanes
 
 LOG_2PI = math.log(2 * math.pi)
 NEVER = -1e30
@@ -53,6 +53,14 @@ def natural(stack: ParameterStack) -> Natural:
     return Natural(theta, failed, condition)
 
 
+def sums_of_lanes(nk: Float64[Tensor, " K"], sizes: tuple[int, ...]) -> Float64[Tensor, " L"]:
+    """Sum what the components of each lane have."""
+    if nk.device.type == "cpu":
+        return nk.new_zeros(len(sizes)).index_add(0, lane_numbers(sizes), nk)
+    # Elsewhere index_add sums in the order in which its threads come.
+    return torch.stack([part.sum() for part in of_lanes(nk, sizes)])
+
+
 def maximise(
     covariance_type: str, moments: Moments, sizes: tuple[int, ...], reg: Float64[Tensor, "K d"]
 ) -> ParameterStack:
@@ -62,13 +70,13 @@ def maximise(
     mean over the features); a shared covariance takes that of each lane's first component.
     """
     family = TYPE_OF[covariance_type]
-    lane = lane_numbers(sizes)
+    lane = lane_numbers(sizes).to(moments.nk.device)
     covariances = family.covariances(moments, lane)
     if family.is_shared:
         first = torch.tensor((0, *sizes[:-1])).cumsum(0)
         reg = reg[first]
     family.regularise(covariances, reg)
-    total = moments.nk.new_zeros(len(sizes)).index_add(0, lane, moments.nk)
+    total = sums_of_lanes(moments.nk, sizes)
     return ParameterStack(
         weights=moments.nk / total[lane],
         means=moments.about + moments.shift,

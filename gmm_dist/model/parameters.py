@@ -17,7 +17,7 @@ from gmm_dist.model.covariance import TYPE_OF, CovarianceType
 class Parameters:
     """Hold the parameters of one Gaussian mixture.
 
-    Shapes (k components, d features), all float64 on the CPU:
+    Shapes (k components, d features), all float64, on the CPU but for a fit under way on a GPU:
 
     - `weights` (k,): mixing weights, sum to one;
     - `means` (k, d), in feature units;
@@ -49,6 +49,18 @@ class Parameters:
     def stacked_covariances(self) -> Float64[Tensor, "c ..."]:
         """The covariances with an axis to number them: one for each component, or one for all."""
         return self.type.stacked(self.covariances)
+
+    def to(self, device: torch.device) -> Parameters:
+        """Return the parameters on a device."""
+        if self.means.device == device:
+            return self
+        return replace(
+            self,
+            weights=self.weights.to(device),
+            means=self.means.to(device),
+            covariances=self.covariances.to(device),
+            log_weights=None if self.log_weights is None else self.log_weights.to(device),
+        )
 
     def shifted(self, offset: Float64[Tensor, " d"]) -> Parameters:
         """Return the same mixture of rows that were moved by `offset` (feature units)."""

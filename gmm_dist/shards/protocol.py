@@ -25,6 +25,14 @@ class Summary(Protocol):
     def __add__(self, other: Self, /) -> Self: ...
 
 
+@runtime_checkable
+class Landing(Protocol):
+    """A summary whose numbers may lie on a device: sums of subtrees are made there."""
+
+    def landed(self) -> Self:
+        """Return it with all numbers on the host."""
+
+
 S = TypeVar("S", bound=Summary)
 S_co = TypeVar("S_co", bound=Summary, covariant=True)
 

@@ -41,6 +41,7 @@ def session(
     faults: FailureConfig | None = None,
     *,
     reserve: int = 0,
+    gpu_reserve: int = 0,
 ) -> Iterator[RayShards]:
     """Connect to Ray and start workers; both end with the block, however it ends.
 
@@ -50,7 +51,9 @@ def session(
     cluster = cluster.at_most(n_shards)
     with (
         connected(cluster),
-        RayShards(loader, n_shards, cluster, faults, reserve=reserve) as shards,
+        RayShards(
+            loader, n_shards, cluster, faults, reserve=reserve, gpu_reserve=gpu_reserve
+        ) as shards,
     ):
         yield shards
 
@@ -73,8 +76,8 @@ class RayShards:
 
     A task's sum has the same bits even if actors fail (`faults` says how many failures, and how
     long waits, are tolerated): every shard is counted once, along the plan's tree. `reserve` are
-    the bytes that each worker needs beside its rows, for the statistics of a pass. The actors are
-    there within a `with` block.
+    the bytes that each worker needs beside its rows, for the statistics of a pass, and
+    `gpu_reserve` those on a GPU. The actors are there within a `with` block.
     """
 
     def __init__(
@@ -85,11 +88,12 @@ class RayShards:
         faults: FailureConfig | None = None,
         *,
         reserve: int = 0,
+        gpu_reserve: int = 0,
     ) -> None:
         self._n_shards = n_shards
-        self._reserve = reserve
         self._room_known, self._room_bytes = float("-inf"), 0
         use_gpu = _use_gpu(cluster)
+        self._reserve = gpu_reserve if use_gpu else reserve
         self._resource = "GPU" if use_gpu else "CPU"  # of which each worker has one
         self._n_rows: int | None = None
         remote: Any = ray.remote  # its types know neither these options nor our methods
@@ -145,7 +149,10 @@ class RayShards:
         return self._resource == "GPU"
 
     def worker_memory(self) -> int:
-        """Return the bytes that a worker has: its GPU's, or its share of the smallest machine."""
+        """Return the bytes that a worker has: what was free on its GPU, or its share of a machine.
+
+        Of GPUs the first that is there, of machines the smallest.
+        """
         if self.on_gpu:
             who = self._crew.await_worker().introduction
             return sys.maxsize if who is None or who.memory is None else who.memory

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic
 
-from gmm_dist.shards.protocol import S, ShardRows, Task
+from gmm_dist.shards.protocol import Landing, S, ShardRows, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +76,17 @@ def _parent(child: Partial[S], sibling: Partial[S] | None) -> Partial[S]:
 
 
 def run_on(task: Task[S], shards: Iterable[ShardRows], n_shards: int) -> list[Partial[S]]:
-    """Apply a task to some of the shards and return the sums of the complete subtrees."""
+    """Apply a task to some of the shards and return the sums of the complete subtrees.
+
+    Shards on a device are added there, with the bits of sums on the host, which gets the subtrees.
+    """
     tree: TreeSum[S] = TreeSum(n_shards)
     for rows in shards:
         tree.push(Partial(level=0, index=rows.shard, n_rows=rows.n_rows, summary=task(rows)))
-    return tree.partials
+    return [_landed(partial) for partial in tree.partials]
+
+
+def _landed(partial: Partial[S]) -> Partial[S]:
+    if not isinstance(partial.summary, Landing):
+        return partial
+    return replace(partial, summary=partial.summary.landed())

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 import torch
 
+from gmm_dist.devices import free_memory
 from gmm_dist.errors import Option, UserError
 from gmm_dist.formats import counted
 from gmm_dist.shards.protocol import Loader, ShardRows
@@ -103,7 +104,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Introduction:
-    """Where an actor runs; `memory` (bytes) is its GPU's, None without one."""
+    """Where an actor runs; `memory` (bytes) was free on its GPU, None without one."""
 
     host: str
     pid: int
@@ -130,7 +131,7 @@ class ShardActor:
     def introduce(self) -> Introduction:
         """Return where this actor runs."""
         on_gpu = self._device.type == "cuda"
-        memory = torch.cuda.get_device_properties(self._device).total_memory if on_gpu else None
+        memory = free_memory(self._device) if on_gpu else None
         return Introduction(socket.gethostname(), os.getpid(), memory)
 
     def pulse(self) -> int | None:

@@ -50,7 +50,7 @@ def test_workers_do_not_outlive_a_fit_that_fails(step, tmp_path, monkeypatch):
     class Workers(HereShards):
         n_workers, on_gpu = 1, False
 
-        def __init__(self, loader, n_shards, cluster, faults=None, *, reserve=0):
+        def __init__(self, loader, n_shards, cluster, faults=None, *, reserve=0, gpu_reserve=0):
             super().__init__(loader, n_shards)
             done.append("start")
 

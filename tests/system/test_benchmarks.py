@@ -74,14 +74,49 @@ def test_a_contender_that_cannot_run_is_a_row_of_the_table(tmp_path: Path, run: 
         assert "skipped: torchgmm is not installed: pip install -e '.[bench]'" in out
 
 
-def test_the_gpu_benchmark_runs_on_a_cpu(run: Run) -> None:
-    results = parsed(run("gpu", "--device", "cpu", "--scale", "0.0003", "--repeats", "1"))
-    checks = [r for r in results if r["benchmark"] == "gpu-check"]
-    timed = [r for r in results if r["benchmark"] == "gpu"]
-    assert len(checks) == 2 * len(COVARIANCE_TYPES)
-    assert all(r["agrees"] for r in checks)
-    assert [r["covariance_type"] for r in timed] == ["spherical", "diag", "full", "full"]
-    assert all(r["pass_seconds"] > 0 and r["machine"]["device"] for r in timed)
+@pytest.mark.long
+def test_the_gpu_benchmark_checks_every_form_and_times_every_shape(run: Run) -> None:
+    results = parsed(run("gpu", "--small", "--sections", "check", "passes", "fits"))
+    checks = [r for r in results if r["name"] == "check"]
+    assert len(checks) == 3 * len(COVARIANCE_TYPES)
+    for key in ("agrees", "same_bits_twice", "same_bits_as_the_hosts_tree"):
+        assert all(r[key] for r in checks)
+    timed = [r for r in results if r["name"] == "pass"]
+    kinds = ["full", "diag", "spherical", "full"]
+    assert [r["shape"]["kind"] for r in timed] == [kind for kind in kinds for _ in range(6)]
+    assert all(r["measured_ms"] > 0 and r["predicted_ms"] > 0 for r in timed)
+    assert [r["n_iter"] > 0 for r in results if r["name"] == "fit"] == [True] * 3
+
+
+def test_the_gpu_benchmark_runs_without_a_gpu(run: Run) -> None:
+    some = ["m_step", "ceilings", "small_shapes", "plain_torch"]
+    results = parsed(run("gpu", "--small", "--sections", *some))
+    assert [r["name"] for r in results] == [
+        "machine",
+        "m_step",
+        *["ceiling"] * 9,
+        "copies",
+        *["small shape"] * 6,
+        "peer",
+        "done",
+    ]
+    assert all((r["card"], r["figures"]) == ("pretended", "mean nothing") for r in results)
+
+
+def test_a_section_of_the_gpu_benchmark_that_fails_is_a_line_and_not_the_end(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu
+
+    def fails(bench: object) -> bool:
+        raise ValueError("no such kernel")
+
+    monkeypatch.setitem(gpu.SECTIONS, "check", (fails, 0.0))
+    monkeypatch.setitem(gpu.SECTIONS, "passes", (fails, 1e9))
+    assert gpu.main(["--small", "--sections", "check", "passes"]) == 1
+    results = parsed(capsys.readouterr().out)
+    assert [r["name"] for r in results] == ["machine", "failed", "skipped", "done"]
+    assert "no such kernel" in results[1]["error"]
 
 
 @pytest.mark.long

@@ -109,9 +109,9 @@ class CentredForm:
             self._add_screened()
         moments = self._type.sums(self._nk, self._sum_x, self._type.second(self._scatter))
         sums = (self._log_likelihood, self._entropy, self._squares, self._survivors)
-        log_likelihood, entropy, squares, survivors = (total.cpu().clone() for total in sums)
+        log_likelihood, entropy, squares, survivors = (total.clone() for total in sums)
         return SufficientStatistics(
-            moments=moments.cpu(),
+            moments=moments,
             log_likelihood=log_likelihood,
             entropy=entropy,
             float32_error=checks[0],

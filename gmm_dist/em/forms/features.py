@@ -79,7 +79,7 @@ class Features:
         d = self.d
         phi = self._buffer[: self._n_rows * n].view(self._n_rows, n)
         x = phi[2 : 2 + d]
-        products = _products(x, phi[2 + 2 * d :]) if self._has_products else []
+        products = product_cells(x, phi[2 + 2 * d :]) if self._has_products else []
         of = {kind: phi[TYPE_OF[kind].rows(d)] for kind in self._kinds}
         views = _Views(
             of=of,
@@ -93,7 +93,7 @@ class Features:
         return views
 
 
-def _products(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def product_cells(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return the multiplications that fill `out` (Q, n) in the order of `product_pairs`."""
     d, n = x.shape
     multiplications, first = [], 0

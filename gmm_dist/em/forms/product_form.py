@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from gmm_dist.em.forms.features import Features
-from gmm_dist.em.lane_batch import LaneBatch, cut
+from gmm_dist.em.lane_batch import KEPT, LaneBatch, cut
 from gmm_dist.em.statistics import SufficientStatistics
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.covariance.features import CONSTANT_ROW
@@ -35,7 +35,7 @@ class _Bucket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
+class Work:
     """Buffers for one chunk length: logits and responsibilities (K, n), and per bucket."""
 
     logits: Tensor
@@ -51,23 +51,27 @@ class ProductForm:
     one softmax serves a whole bucket. `begin` starts a pass with new natural parameters.
     """
 
+    kept = KEPT
+
     def __init__(self, group: LaneBatch, features: Features, n_max: int) -> None:
         self.features = features
         self._kind = group.covariance_type
         self._constant = CONSTANT_ROW - TYPE_OF[self._kind].rows(features.d).start
-        self._buckets, self._places = _lay_out(group.sizes)
+        self._buckets, places = _lay_out(group.sizes)
         self._cuts = [
-            features.empty.new_tensor([cut(group.sizes[lane]) for lane in bucket.lanes]).view(
-                -1, 1, 1
-            )
+            features.empty.new_tensor(
+                [cut(group.sizes[lane], self.kept) for lane in bucket.lanes]
+            ).view(-1, 1, 1)
             for bucket in self._buckets
         ]
-        self._lanes = [lane for bucket in self._buckets for lane in bucket.lanes]
+        lanes = [lane for bucket in self._buckets for lane in bucket.lanes]
+        self._n_lanes = len(lanes)
         n_places = sum(bucket.n_places for bucket in self._buckets)
         like = features.empty
-        self._theta = like.new_zeros(n_places, group.theta.shape[1])
+        self._places, self._lanes = places.to(like.device), torch.tensor(lanes).to(like.device)
+        self._theta = self._empty_theta(like, n_places, group.theta.shape[1])
         self._flat = like.new_empty(2, n_places * n_max)
-        self._work: dict[int, _Work] = {}
+        self._work: dict[int, Work] = {}
         self._carried = like.new_zeros(group.theta.shape[1], n_places)
         self._sums = torch.zeros_like(self._carried, dtype=torch.float64)
         self._n_carried = 0
@@ -81,9 +85,10 @@ class ProductForm:
         if len(group.sizes) == 1:  # nothing to lay out, nor below
             self._theta.copy_(group.theta)
             return
-        theta = group.theta.new_zeros(self._theta.shape)
+        of_group = group.theta.to(self._theta.device)
+        theta = of_group.new_zeros(self._theta.shape)
         theta[:, self._constant] = NEVER
-        theta[self._places] = group.theta
+        theta[self._places] = of_group
         self._theta.copy_(theta)
 
     def clear(self) -> None:
@@ -110,13 +115,7 @@ class ProductForm:
             self._is_weighted = True
             log_norm = log_norm * weight
         self._log_likelihood += log_norm.sum(1, dtype=torch.float64)
-        if self._n_carried + phi.shape[1] > _CARRY_ROWS:
-            self._carry()
-        if self._n_carried == 0:
-            torch.mm(phi, work.resp_t, out=self._carried)
-        else:
-            self._carried.addmm_(phi, work.resp_t)
-        self._n_carried += phi.shape[1]
+        self._add_moments(phi, work.resp_t)
 
     def log_norm(self) -> Tensor:
         """Return log p (L, n) of the rows that the features hold."""
@@ -133,55 +132,73 @@ class ProductForm:
         return self._in_order(torch.cat(n_matter)).double()
 
     def statistics(self, checks: Float64[Tensor, "3 L"]) -> SufficientStatistics:
-        """Return the sums since `clear`, lanes in the group's order.
+        """Return the sums since `clear`, lanes in the group's order, on the rows' device.
 
         `checks` are the errors of float32, their squares, and the components that matter.
         """
         self._carry()
         squares = self._squares if self._is_weighted else self._sums[self._constant]
         return SufficientStatistics(
-            moments=self._by_component(self._sums).cpu(),
-            log_likelihood=self._in_order(self._log_likelihood).cpu(),
-            entropy=self._in_order(self._entropy).cpu(),
+            moments=self._by_component(self._sums),
+            log_likelihood=self._in_order(self._log_likelihood),
+            entropy=self._in_order(self._entropies()),
             float32_error=checks[0],
             float32_squares=checks[1],
-            squares=self._by_component(squares).cpu(),
+            squares=self._by_component(squares),
             survivors=checks[2],
         )
+
+    def _empty_theta(self, like: Tensor, n_places: int, n_features: int) -> Tensor:
+        return like.new_zeros(n_places, n_features)
+
+    def _add_moments(self, phi: Tensor, resp_t: Tensor) -> None:
+        if self._n_carried + phi.shape[1] > _CARRY_ROWS:
+            self._carry()
+        if self._n_carried == 0:
+            torch.mm(phi, resp_t, out=self._carried)
+        else:
+            self._carried.addmm_(phi, resp_t)
+        self._n_carried += phi.shape[1]
 
     def _carry(self) -> None:
         if self._n_carried:
             self._sums += self._carried
             self._n_carried = 0
 
-    def _softmax(self, phi: Tensor, work: _Work) -> Tensor:
+    def _softmax(self, phi: Tensor, work: Work) -> Tensor:
         """Fill logits and responsibilities, lane by lane; return log p (L, n), bucket order."""
         torch.mm(self._theta, phi, out=work.logits)
-        log_norms = []
-        for logits, resp in work.buckets:
-            torch.softmax(logits, 1, out=resp)
-            # The largest responsibility is exp(its logit - log p), and at least 1 / size.
-            log_norms.append(logits.amax(1).sub_(resp.amax(1).log_()))
+        log_norms = [self._responsibilities(logits, resp) for logits, resp in work.buckets]
         return log_norms[0] if len(log_norms) == 1 else torch.cat(log_norms)
 
-    def _add_entropy(self, work: _Work, log_norm: Tensor, weight: Tensor | None) -> None:
+    def _responsibilities(self, logits: Tensor, resp: Tensor) -> Tensor:
+        """Fill the responsibilities of a bucket's logits, and return log p."""
+        torch.softmax(logits, 1, out=resp)
+        # The largest responsibility is exp(its logit - log p), and at least 1 / size.
+        return logits.amax(1).sub_(resp.amax(1).log_())
+
+    def _add_entropy(self, work: Work, log_norm: Tensor, weight: Tensor | None) -> None:
         expected = torch.cat([(logits * resp).sum(1) for logits, resp in work.buckets])
         entropy = log_norm - expected
         if weight is not None:
             entropy = entropy * weight
         self._entropy += entropy.sum(1)
 
+    def _entropies(self) -> Tensor:
+        """Return the lanes' entropies since `clear`, bucket order."""
+        return self._entropy
+
     def _by_component(self, values: Tensor) -> Tensor:
-        return values.clone() if len(self._lanes) == 1 else values[..., self._places]
+        return values.clone() if self._n_lanes == 1 else values[..., self._places]
 
     def _in_order(self, values: Tensor) -> Tensor:
-        if len(self._lanes) == 1:
+        if self._n_lanes == 1:
             return values.clone()
         ordered = torch.empty_like(values)
         ordered[self._lanes] = values
         return ordered
 
-    def _buffers(self, n: int) -> _Work:
+    def _buffers(self, n: int) -> Work:
         if n not in self._work:
             if len(self._work) >= _MAX_VIEWS:
                 self._work.clear()
@@ -193,7 +210,7 @@ class ProductForm:
                 shape = (len(bucket.lanes), bucket.size, n)
                 buckets.append((logits[part].view(shape), resp[part].view(shape)))
                 first = part.stop
-            self._work[n] = _Work(logits=logits, resp=resp, resp_t=resp.T, buckets=buckets)
+            self._work[n] = Work(logits=logits, resp=resp, resp_t=resp.T, buckets=buckets)
         return self._work[n]
 
 

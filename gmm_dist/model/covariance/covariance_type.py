@@ -238,6 +238,12 @@ class CovarianceType(ABC):
     def mahalanobis(self, z: Tensor, factor: Tensor) -> Tensor:
         """Return the squared distances (n,) of rows less one component's mean, `z` (d, n)."""
 
+    def distances(self, z: Tensor, factors: Tensor) -> Tensor:
+        """Return `mahalanobis` (B, n) of rows less each of B components' means, `z` (B, d, n)."""
+        shaped = factors.view(len(factors), -1, 1)
+        distances: Tensor = (z * shaped).square_().sum(1)
+        return distances
+
     # SQUAREM's leaps.
 
     @abstractmethod

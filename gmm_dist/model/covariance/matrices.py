@@ -42,7 +42,8 @@ class Full(CovarianceType):
     def sum_xx(self, sums: Tensor, scatter: Tensor) -> Tensor:
         d = len(scatter)
         # Rows of `sums` are gathered: many times faster than to scatter single elements.
-        return sums[1 + d :].index_select(0, second_moment_rows(d)).T.reshape(-1, d, d)
+        rows = second_moment_rows(d).to(sums.device)
+        return sums[1 + d :].index_select(0, rows).T.reshape(-1, d, d)
 
     def sums(self, nk: Tensor, sum_x: Tensor, sum_xx: Tensor) -> Tensor:
         d = sum_x.shape[1]
@@ -66,7 +67,7 @@ class Full(CovarianceType):
         d = precisions.shape[-1]
         i, j = product_pairs(d)
         halves = -0.5 * precisions.diagonal(dim1=-2, dim2=-1)
-        products = precisions.reshape(-1, d * d).index_select(1, i * d + j)
+        products = precisions.reshape(-1, d * d).index_select(1, (i * d + j).to(precisions.device))
         return torch.cat([halves, products.neg_()], dim=1)
 
     def variances(self, covariances: Tensor, n_features: int) -> Tensor:
@@ -94,13 +95,13 @@ class Full(CovarianceType):
         lower, info = torch.linalg.cholesky_ex(covariances)
         diagonal = lower.diagonal(dim1=-2, dim2=-1)
         failed = (info != 0) | ~torch.isfinite(diagonal).all(-1)
-        eye = torch.eye(lower.shape[-1], dtype=lower.dtype)
+        eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
         if bool(failed.any()):
             lower = torch.where(failed[:, None, None], eye, lower)
         return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).mT, failed
 
     def of_factors(self, factors: Tensor) -> Tensor:
-        eye = torch.eye(factors.shape[-1], dtype=factors.dtype)
+        eye = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
         lower = torch.linalg.solve_triangular(factors.mT, eye.expand_as(factors), upper=False)
         covariances: Tensor = lower @ lower.mT
         return covariances
@@ -131,6 +132,9 @@ class Full(CovarianceType):
 
     def mahalanobis(self, z: Tensor, factor: Tensor) -> Tensor:
         return (factor.T @ z).square().sum(0)
+
+    def distances(self, z: Tensor, factors: Tensor) -> Tensor:
+        return torch.bmm(factors.mT, z).square_().sum(1)
 
     def coordinates(self, covariances: Tensor, scale: Tensor) -> Tensor:
         factors = torch.linalg.cholesky(covariances) / scale[:, None]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import coverage
 import here
+import intervals
 import numpy as np
 import pandas as pd
 import pytest
@@ -48,8 +48,8 @@ def test_standard_errors_are_those_of_means(model):
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    """benchmarks/coverage.py has the figure, of 200 simulations."""
-    shares = coverage.coverage(12, n=500, n_resamples=40)
+    """benchmarks/intervals.py has the figure, of 200 simulations."""
+    shares = intervals.coverage(12, n=500, n_resamples=40)
     assert 0.88 <= shares["all"] <= 1.0
 
 

@@ -1,6 +1,6 @@
 """How often the bootstrap's 95 % intervals hold the truth, over simulations of a known mixture.
 
-python benchmarks/coverage.py --simulations 200 --resamples 200
+python benchmarks/intervals.py --simulations 200 --resamples 200
 
 Three clusters in two features, two of which overlap; the fit starts at the truth, so that its
 components have the truth's order. Prints a line of JSON: which share of the intervals of weights,

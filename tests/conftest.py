@@ -262,9 +262,9 @@ def ray_cluster(server: S3Server) -> Iterator[str]:
     command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder}"]
     # Drivers in this process and the cluster must agree; a token file would be the developer's.
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    folder_of_tests = Path(__file__).parent  # where workers find loaders and tasks of tests
+    folder_of_tests = Path(__file__).parent  # where workers find loaders and tasks of tests, and us
     boxes = [str(path) for path in folder_of_tests.iterdir() if path.is_dir()]
-    tests = os.pathsep.join([str(folder_of_tests), *boxes])
+    tests = os.pathsep.join([str(folder_of_tests.parent), str(folder_of_tests), *boxes])
     environment = server.environment | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": tests}
     try:
         with running(command, folder, environment):

@@ -25,6 +25,7 @@ from gmm_dist.em.lane import Lane, Snapshot, grouped, restore_lanes, take_snapsh
 from gmm_dist.em.loop import FitResult, result_of
 from gmm_dist.em.mstep import advance
 from gmm_dist.em.statistics import Spike, TotalMoments
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.protocol import Block, S, ShardRows, Shards, Task
 from gmm_dist.streams import Stream
@@ -36,7 +37,7 @@ A parameter's standard error is where half a nat is lost; a fit that stops far f
 would be too near the one that it started from.
 """
 
-_MOST_NUMBERS = 1 << 25  # statistics of a pass: 256 MB; more resamples take turns
+_MOST_NUMBERS = 1 << 23  # statistics of a pass: 64 MB; more resamples take turns
 
 _GOLDEN, _MIX_1, _MIX_2 = (
     number - (1 << 64) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -89,6 +90,12 @@ class Draws:
             blocks.append(Block(block.X, drawn if weight is None else drawn * weight.double()))
             first += n
         return ShardRows(shard=rows.shard, blocks=blocks)
+
+
+def at_once(covariance_type: str, n_components: int, n_features: int) -> int:
+    """Return how many resamples of a mixture share their passes, at most."""
+    numbers: int = TYPE_OF[covariance_type].n_rows(n_features) * n_components
+    return max(1, _MOST_NUMBERS // numbers)
 
 
 def _hashed(x: Tensor) -> Tensor:
@@ -183,9 +190,9 @@ class ResampledFits:
     @property
     def _turns(self) -> list[range]:
         """The resamples that share passes."""
-        numbers = self.start.type.n_rows(self.start.n_features) * self.start.n_components
-        at_once, n = max(1, _MOST_NUMBERS // numbers), len(self.draws)
-        return [range(i, min(i + at_once, n)) for i in range(0, n, at_once)]
+        start, n = self.start, len(self.draws)
+        step = at_once(start.covariance_type, start.n_components, start.n_features)
+        return [range(i, min(i + step, n)) for i in range(0, n, step)]
 
     def snapshot(self) -> Snapshot:
         """Return a snapshot from which the fits can go on."""

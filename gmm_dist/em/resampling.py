@@ -16,7 +16,6 @@ from typing import Generic
 
 import torch
 from jaxtyping import Float64
-from numpy.random import SeedSequence
 from torch import Tensor
 
 from gmm_dist.config import EMConfig
@@ -28,7 +27,7 @@ from gmm_dist.em.statistics import Spike, TotalMoments
 from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.protocol import Block, S, ShardRows, Shards, Task
-from gmm_dist.streams import Stream
+from gmm_dist.streams import Stream, keyed_seed
 
 _TOL = 0.01
 """Nats of all rows together: what the last step of a resampled fit may still gain.
@@ -68,9 +67,8 @@ class Draws:
         self, shard: int, n: int, device: torch.device, *, first: int = 0
     ) -> Float64[Tensor, " n"]:
         """Return the draws of `n` rows of a shard, from row `first` on: whole numbers."""
-        key = SeedSequence(self.random_state, spawn_key=(self.stream.value, self.number, shard))
-        low, high = (int(word) for word in key.generate_state(2))
-        offset = (high << 32 | low) - (1 << 63)
+        seed = keyed_seed(self.stream, self.random_state, self.number, shard)
+        offset = seed - (1 << 63)  # torch's whole numbers have a sign
         thresholds = _THRESHOLDS.to(device)
         drawn = torch.empty(n, dtype=torch.float64, device=device)
         for at in range(0, n, _PIECE):

@@ -44,3 +44,10 @@ def keyed_generator(stream: Stream, random_state: int, *key: int) -> torch.Gener
     """
     sequence = SeedSequence(random_state, spawn_key=(stream.value, *key))
     return torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+
+
+def keyed_seed(stream: Stream, random_state: int, *key: int) -> int:
+    """Return a stream's seed for a key, for what is hashed and not generated: 64 bits."""
+    sequence = SeedSequence(random_state, spawn_key=(stream.value, *key))
+    low, high = (int(word) for word in sequence.generate_state(2))
+    return high << 32 | low

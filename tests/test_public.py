@@ -12,6 +12,7 @@ import gmm_dist
 MODULES = (
     "",
     "config",
+    "estimators.bootstrap",
     "estimators.clusters",
     "estimators.fitted",
     "estimators.gaussian_mixture",
@@ -31,7 +32,7 @@ def test_the_examples_in_docstrings_run(module):
 def test_the_public_names():
     assert gmm_dist.__all__ == [
         *("BayesianGaussianMixture", "Cluster", "GaussianMixture", "Lake", "Mixture", "Parameters"),
-        *("UserError", "find_clusters", "load", "save", "select"),
+        *("UserError", "bootstrap", "find_clusters", "load", "save", "select"),
     ]
     assert all(callable(getattr(gmm_dist, name)) for name in gmm_dist.__all__)
     told = gmm_dist.__doc__ or ""

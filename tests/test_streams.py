@@ -21,6 +21,8 @@ from gmm_dist.em import loop
 from gmm_dist.em.lane import Status
 from gmm_dist.fitting.results import sample_of
 from gmm_dist.nightly.column_drift import draw_rows
+from gmm_dist.selection.certainty.bootstrap import Resampling, bootstrap
+from gmm_dist.selection.clustering import find_clusters
 from gmm_dist.selection.ranking import Candidate
 from gmm_dist.selection.starts import repair_degenerate
 from gmm_dist.selection.sweep import sweep
@@ -86,8 +88,8 @@ def shards_with_held_out_rows(n_shards: int) -> LocalShards:
     return LocalShards(both)
 
 
-def test_no_two_uses_share_a_key_in_a_whole_run(asked):
-    """A sweep with all that draws: k-means||, the trail, moves, repairs, picture, night."""
+def test_no_two_uses_share_a_key_in_a_whole_run(asked, monkeypatch):
+    """All that draws: k-means||, the trail, moves, repairs, picture, night, resamples."""
     seeds, shards = asked.pop("seeds"), shards_with_held_out_rows(7)
     start = StartConfig(init="k-means||", n_init=3, moves=4, n_sample=300)
     candidates = [Candidate(k, kind) for k in (3, 9) for kind in ("full", "diag")]
@@ -100,6 +102,16 @@ def test_no_two_uses_share_a_key_in_a_whole_run(asked):
     ((_,),) = repair_degenerate(shards, [broken], EMConfig(), start, result.total)
     assert sample_of(shards, result, start.random_state) is not None
     shards.run(draw_rows(fit.parameters, result.total, start.random_state))
+
+    monkeypatch.setattr("gmm_dist.selection.certainty.bootstrap.N_AFRESH", 1)
+    resampling = Resampling(
+        mixture=fit.parameters,
+        n_resamples=2,
+        config=EMConfig(),
+        start=start,
+        clusters=find_clusters(shards, fit.parameters, start=start),
+    )
+    bootstrap(shards, resampling)
 
     assert {Stream(key[1]) for key in asked} == set(Stream)  # nothing is left out
     assert all(len(places) == 1 for places in asked.values())

@@ -16,7 +16,6 @@ from typing import Generic
 
 import torch
 from jaxtyping import Float64
-from numpy.random import SeedSequence
 from torch import Tensor
 
 from gmm_dist.config import EMConfig
@@ -25,9 +24,10 @@ from gmm_dist.em.lane import Lane, Snapshot, grouped, restore_lanes, take_snapsh
 from gmm_dist.em.loop import FitResult, result_of
 from gmm_dist.em.mstep import advance
 from gmm_dist.em.statistics import Spike, TotalMoments
+from gmm_dist.model.covariance import TYPE_OF
 from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.protocol import Block, S, ShardRows, Shards, Task
-from gmm_dist.streams import Stream
+from gmm_dist.streams import Stream, keyed_seed
 
 _TOL = 0.01
 """Nats of all rows together: what the last step of a resampled fit may still gain.
@@ -36,7 +36,7 @@ A parameter's standard error is where half a nat is lost; a fit that stops far f
 would be too near the one that it started from.
 """
 
-_MOST_NUMBERS = 1 << 25  # statistics of a pass: 256 MB; more resamples take turns
+_MOST_NUMBERS = 1 << 23  # statistics of a pass: 64 MB; more resamples take turns
 
 _GOLDEN, _MIX_1, _MIX_2 = (
     number - (1 << 64) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -67,9 +67,8 @@ class Draws:
         self, shard: int, n: int, device: torch.device, *, first: int = 0
     ) -> Float64[Tensor, " n"]:
         """Return the draws of `n` rows of a shard, from row `first` on: whole numbers."""
-        key = SeedSequence(self.random_state, spawn_key=(self.stream.value, self.number, shard))
-        low, high = (int(word) for word in key.generate_state(2))
-        offset = (high << 32 | low) - (1 << 63)
+        seed = keyed_seed(self.stream, self.random_state, self.number, shard)
+        offset = seed - (1 << 63)  # torch's whole numbers have a sign
         thresholds = _THRESHOLDS.to(device)
         drawn = torch.empty(n, dtype=torch.float64, device=device)
         for at in range(0, n, _PIECE):
@@ -89,6 +88,12 @@ class Draws:
             blocks.append(Block(block.X, drawn if weight is None else drawn * weight.double()))
             first += n
         return ShardRows(shard=rows.shard, blocks=blocks)
+
+
+def at_once(covariance_type: str, n_components: int, n_features: int) -> int:
+    """Return how many resamples of a mixture share their passes, at most."""
+    numbers: int = TYPE_OF[covariance_type].n_rows(n_features) * n_components
+    return max(1, _MOST_NUMBERS // numbers)
 
 
 def _hashed(x: Tensor) -> Tensor:
@@ -183,9 +188,9 @@ class ResampledFits:
     @property
     def _turns(self) -> list[range]:
         """The resamples that share passes."""
-        numbers = self.start.type.n_rows(self.start.n_features) * self.start.n_components
-        at_once, n = max(1, _MOST_NUMBERS // numbers), len(self.draws)
-        return [range(i, min(i + at_once, n)) for i in range(0, n, at_once)]
+        start, n = self.start, len(self.draws)
+        step = at_once(start.covariance_type, start.n_components, start.n_features)
+        return [range(i, min(i + step, n)) for i in range(0, n, step)]
 
     def snapshot(self) -> Snapshot:
         """Return a snapshot from which the fits can go on."""

@@ -18,7 +18,7 @@ from gmm_dist.em.evaluate import training_quantiles
 from gmm_dist.errors import Option, Spelling, UserError, Words, in_python, spelt
 from gmm_dist.fitting import results
 from gmm_dist.fitting.checkpoints import FitCheckpoints
-from gmm_dist.fitting.lake_sweep import loader_of, resident
+from gmm_dist.fitting.lake_sweep import loader_of, resident, with_resamples
 from gmm_dist.fitting.options import FitOptions
 from gmm_dist.fitting.progress import FitProgress, Silent
 from gmm_dist.fitting.recipe import RECIPE, Recipe
@@ -331,12 +331,13 @@ class Job:
     def resident(self, progress: FitProgress) -> Iterator[tuple[WorkingShards, Counted]]:
         """Keep the rows in the memory of a cluster's workers, and count them."""
         options = self.options
+        candidates = with_resamples(self.candidates, options.bootstrap, self.plan.n_features)
 
         def loaded(done: int, n_rows: int) -> None:
             progress.loading(done, self.plan.n_shards, n_rows)
 
         with resident(
-            self.loader, self.candidates, options.cluster, options.faults, watch=loaded
+            self.loader, candidates, options.cluster, options.faults, watch=loaded
         ) as rows:
             yield rows
 

@@ -9,7 +9,7 @@ import torch
 
 from gmm_dist.config import Cluster, EMConfig, StartConfig
 from gmm_dist.fitting.lake_scores import plan_for
-from gmm_dist.fitting.lake_sweep import loader_of, resident
+from gmm_dist.fitting.lake_sweep import loader_of, resident, with_resamples
 from gmm_dist.lake.lake import Lake
 from gmm_dist.model.bootstrap import Bootstrap
 from gmm_dist.model.clusters import Clusters
@@ -60,7 +60,7 @@ def bootstrap_of_lake(
 
     Raises UserError as `clusters_of_lake` does.
     """
-    with _held(lake, mixture, cluster) as (shards, about_centre):
+    with _held(lake, mixture, cluster, n_resamples) as (shards, about_centre):
         resampling = Resampling(
             mixture=about_centre,
             n_resamples=n_resamples,
@@ -73,12 +73,13 @@ def bootstrap_of_lake(
 
 @contextmanager
 def _held(
-    lake: Lake, mixture: Mixture, cluster: Cluster | None
+    lake: Lake, mixture: Mixture, cluster: Cluster | None, n_resamples: int = 0
 ) -> Iterator[tuple[WorkingShards, Parameters]]:
     """Hold a lake's rows in Ray's workers; yield them, and the mixture about their centre."""
     candidates = [Candidate(mixture.n_components, mixture.covariance_type)]
     cluster = cluster or Cluster()
     loader = loader_of(plan_for(lake, mixture), candidates, cluster)
     about_centre = mixture.parameters.shifted(-torch.from_numpy(loader.centre))
-    with resident(loader, candidates, cluster) as (shards, _):
+    lanes = with_resamples(candidates, n_resamples, mixture.n_features)
+    with resident(loader, lanes, cluster) as (shards, _):
         yield shards, about_centre

@@ -13,6 +13,7 @@ from torch import Tensor
 from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig
 from gmm_dist.em.lane import Snapshot
 from gmm_dist.em.memory import lane_bytes, require_memory
+from gmm_dist.em.resampling import at_once
 from gmm_dist.errors import UserError
 from gmm_dist.lake.load import Counted, LakeLoader, loader_for
 from gmm_dist.lake.plan import Plan
@@ -127,6 +128,18 @@ def resident(
         reserve = on_gpu if shards.on_gpu else on_cpu
         make_room(shards, loader, cluster.spill, available=available, reserve=reserve)
         yield shards, load_rows(shards, loader, watch)
+
+
+def with_resamples(
+    candidates: Sequence[Candidate], n_resamples: int, n_features: int
+) -> Sequence[Candidate]:
+    """Return the candidates, or the resamples of the largest one, whichever take more memory."""
+    if not n_resamples:
+        return candidates
+    largest = max(candidates, key=lambda candidate: lane_bytes(_lanes([candidate]), n_features))
+    most = at_once(largest.covariance_type, largest.k, n_features)
+    resamples = [largest] * min(n_resamples, most)
+    return max(candidates, resamples, key=lambda of: lane_bytes(_lanes(of), n_features))
 
 
 def _lanes(candidates: Sequence[Candidate]) -> list[tuple[int, str]]:

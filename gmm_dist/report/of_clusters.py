@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from gmm_dist.formats import ABSENT, count, counted, fixed, share
@@ -26,7 +27,7 @@ def cluster_table(
         sum(float(w) for w, own in zip(weights, of_component, strict=True) if own == c)
         for c in range(found.n_clusters)
     ]
-    every = described(components)
+    every = described(replace(components, groups=of_component))
     rows = [
         {
             "number": found.numbers[c],

@@ -27,7 +27,7 @@ from gmm_dist import (
 from gmm_dist.config import Cluster
 from gmm_dist.em import loop
 from gmm_dist.fitting.lake_scores import scores_of_lake
-from gmm_dist.fitting.lake_sweep import loader_of, resident
+from gmm_dist.fitting.lake_sweep import loader_of, resident, with_resamples
 from gmm_dist.lake.plan import plan_lake
 from gmm_dist.scoring.options import ScoreOptions
 from gmm_dist.scoring.score import score_lake
@@ -204,3 +204,12 @@ def test_nothing_survives_a_fit_that_fails_in_a_process_that_stays_connected(
         assert len(kept) == 6
         del kept, e
         assert held_objects() == []
+
+
+def test_memory_is_that_of_the_candidates_or_of_the_resamples() -> None:
+    few, many = Candidate(2, "full"), Candidate(30, "full")
+    assert with_resamples([few, many], 0, 8) == [few, many]
+    assert with_resamples([few, many], 50, 8) == [many] * 50
+    assert with_resamples([many] * 40, 5, 8) == [many] * 40
+    # They take turns where their statistics are many.
+    assert len(with_resamples([Candidate(100, "full")], 50, 64)) == 39

@@ -148,6 +148,11 @@ def drift(ids: tuple[int, ...], names: tuple[str, ...]) -> dict[str, Any]:
         "components": components,
         "born": [alone | {"id": None}],
         "dead": [alone | {"id": 77}],
+        "clusters": {
+            "components": components[:1],
+            "born": [alone | {"id": None}],
+            "dead": [alone | {"id": 7}],
+        },
         "columns": {
             "drift": 0.05,
             "divergence": 0.2,

@@ -17,10 +17,11 @@ import pytest
 import ray
 from test_on_gpu import agree
 
-from gmm_dist.config import Cluster, EMConfig, FailureConfig
+from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig
 from gmm_dist.em.estep import SumMoments
 from gmm_dist.em.lane import Lane, grouped, task_of
 from gmm_dist.errors import RunFailed, UserError
+from gmm_dist.selection.sweep import Candidate, SweepResult, sweep
 from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.shards.ray_shards import RayShards, session
@@ -138,6 +139,31 @@ def test_a_lost_gpu_workers_shards_go_to_one_with_the_same_card(
         agree(shards.run(a_pass()), before, 0.0)
         assert len({pid for *_, pid in shards.run(place).places}) == 1
     assert "its 3 shards go to 1 other" in caplog.text
+
+
+@pytest.mark.faults
+@pytest.mark.unchecked
+def test_a_search_and_its_fits_on_gpus(two_cards: None) -> None:
+    """Jobs of the search find the samples on their worker's GPU; results are of the host."""
+
+    def swept(shards: LocalShards | RayShards) -> SweepResult:
+        candidates = [Candidate(k, "full") for k in (1, 2)]
+        return sweep(shards, candidates, EMConfig(), StartConfig(n_init=2), n_features=D)
+
+    results = []
+    for n in (1, 2):
+        with shards_on(use_gpu=True, n=n) as shards:
+            shards.load()
+            results.append(swept(shards))
+    one, two, here = (
+        [scored.fit for scored in result.scored]
+        for result in (*results, swept(LocalShards([load(i) for i in range(N_SHARDS)])))
+    )
+    for a, b, c in zip(one, two, here, strict=True):
+        agree(a.parameters, b.parameters, 0.0)
+        assert a.log_likelihood / a.n_samples == pytest.approx(
+            c.log_likelihood / c.n_samples, abs=1e-4
+        )
 
 
 @pytest.mark.faults

@@ -32,9 +32,6 @@ _ONE_THREAD = _Limits(1 << 20, SHORTEST, 2048)  # a few MB, so that they stay in
 _THREADS = _Limits(1 << 22, SHORTEST, 1 << 17)  # what they share must outweigh handing it out
 _CUDA = _Limits(1 << 28, 2048, 1 << 17)  # 2 GiB; smaller cards take less
 
-MOST_ON_GPU = 8 * _CUDA.numbers
-"""The bytes that a chunk takes on a GPU, at the most."""
-
 
 def chunk_rows(width: int, device: torch.device) -> int:
     """Return how many rows are worked on at once, where each needs `width` numbers of memory.
@@ -52,6 +49,11 @@ def chunk_rows(width: int, device: torch.device) -> int:
 def _most_numbers(device: torch.device) -> int:
     """Return how many float64 numbers are a sixteenth of a GPU, or half of that."""
     return 1 << ((total_memory(device) // (16 * 8)).bit_length() - 1)
+
+
+def most_bytes_on_gpu(width: int) -> int:
+    """Return the bytes that a chunk takes on any GPU, at the most, `width` numbers for each row."""
+    return 8 * max(_CUDA.numbers, _CUDA.least * width)
 
 
 def cuts(n_rows: int, most: int) -> Iterator[slice]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +30,25 @@ _FLOAT64_PRICES = {
 _OTHERS = 32.0  # a card that is not listed is most likely made for graphics
 
 _MOSTLY_FREE, _PATIENCE = 0.9, 5  # seconds that a process before us may take to let go of memory
+
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+_CUBLAS = ("nvidia-cublas", "nvidia-cublas-cu13", "nvidia-cublas-cu12")
+
+
+def card_name(device: torch.device) -> str | None:
+    """Return the model of a GPU; None for a CPU."""
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def libraries() -> dict[str, str | None]:
+    """Return what, beside its model, decides a GPU's bits: its driver's version and cuBLAS's."""
+    match = re.search(r"\b\d+\.\d+(\.\d+)?\b", _DRIVER.read_text() if _DRIVER.exists() else "")
+    cublas = None
+    for name in _CUBLAS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            cublas = cublas or importlib.metadata.version(name)
+    return {"driver": match[0] if match else None, "cublas": cublas or torch.version.cuda}
 
 
 def float64_price(device: torch.device) -> float:

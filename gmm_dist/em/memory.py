@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gmm_dist.chunks import MOST_ON_GPU, SHORTEST
+from gmm_dist.chunks import SHORTEST, most_bytes_on_gpu
 from gmm_dist.errors import Option, Text, UserError
 from gmm_dist.formats import gigabytes
 from gmm_dist.model.covariance import COVARIANCE_TYPES, TYPE_OF
@@ -22,9 +22,12 @@ def lane_bytes(lanes: Sequence[tuple[int, str]], n_features: int, *, on_gpu: boo
     """Return the bytes that a worker needs for lanes (k, covariance type), beside its rows."""
     widths = {kind: TYPE_OF[kind].n_rows(n_features) for _, kind in lanes}
     statistics = sum(k * widths[kind] for k, kind in lanes)
+    width = max(widths.values()) + 2 * sum(k for k, _ in lanes)
     if on_gpu:
-        return 8 * _GPU_COPIES * statistics + MOST_ON_GPU + _BESIDE
-    chunk = SHORTEST * (max(widths.values()) + 2 * sum(k for k, _ in lanes))
+        # Of a pass in float64, and of its check in both precisions.
+        chunks = 5 * most_bytes_on_gpu(width) // 2
+        return 8 * _GPU_COPIES * statistics + chunks + _BESIDE
+    chunk = SHORTEST * width
     return 8 * (_COPIES * statistics + chunk)
 
 

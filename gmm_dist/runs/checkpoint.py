@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from gmm_dist import devices
 from gmm_dist.errors import Option, UserError
 from gmm_dist.runs.folder import Folder
 from gmm_dist.runs.json_files import require_readable
@@ -153,11 +154,13 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def environment() -> dict[str, str | None]:
     """Return what, in this process, may change a sum's last bits: libraries and processor."""
+    on_gpu = torch.cuda.is_available()
     return {
         **library_versions(["torch", "numpy"]),
         "processor": _processor(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        **(devices.libraries() if on_gpu else {}),
     }
 
 

@@ -48,6 +48,7 @@ class Crew:
     def __init__(self, workers: Sequence[Worker], faults: FailureConfig) -> None:
         self.workers, self.faults, self.iteration = workers, faults, 0
         self._budget = Budget(faults)
+        self._knows_card = False
         self._run, self._attempts = uuid.uuid4().hex, itertools.count()
         self.joined = time.monotonic()  # when a worker came up last
         self._listened = self.replied = self._reported = self.joined
@@ -119,6 +120,7 @@ class Crew:
         if ref is worker.hello:
             worker.hello, worker.introduction, worker.state = None, value, State.UP
             self.joined = now
+            self._note_card(worker, value.card)
             if worker.failures:
                 logger.info("%s is up", worker.name)
             return Answer(worker, None, value)
@@ -131,6 +133,22 @@ class Crew:
         assert call is not None
         self.replied = now
         return Answer(worker, call, value) if value.ticket == call.ticket else None
+
+    def _note_card(self, worker: Worker, card: str | None) -> None:
+        """Remember a worker's GPU, and say where it changes what the sums' last bits depend on."""
+        before, worker.card = worker.card, card
+        if card is None:
+            return
+        others = {other.card for other in self.workers if other.card is not None}
+        if before is None and len(others) == 1 and not self._knows_card:
+            self._knows_card = True
+            logger.info("workers have a %s each", card)
+        elif before is not None and before != card:
+            text = "%s has a %s where it had a %s: the last bits may differ"
+            logger.warning(text, worker.name, card, before)
+        elif before is None and len(others) > 1:
+            text = "%s has a %s, others have a %s: the last bits depend on who holds which shards"
+            logger.warning(text, worker.name, card, " and a ".join(sorted(others - {card})))
 
     # Failures.
 

@@ -216,7 +216,10 @@ class Dispatcher:
         idle = [
             w
             for w in self._workers
-            if w.state is State.UP and w.call is None and not self._assigned[w.index] & self._todo
+            if w.state is State.UP
+            and w.call is None
+            and not self._assigned[w.index] & self._todo
+            and _is_alike(w, worker)
         ]
         if not self._take_over(shards, idle):
             return
@@ -239,7 +242,7 @@ class Dispatcher:
         if now - max(worker.since, self._crew.joined) <= self._faults.grace:
             return
         shards = set(self._placement.owned(worker.index))
-        survivors = [w for w in self._workers if w.state is State.UP]
+        survivors = [w for w in self._workers if w.state is State.UP and _is_alike(w, worker)]
         if self._take_over(shards, survivors):
             self._assigned[worker.index] = set()
             to = counted(len(shards), "shard"), counted(len(survivors), "other")
@@ -252,11 +255,18 @@ class Dispatcher:
         if self._crew.has_hope(worker, now):
             return
         away = now - max(worker.since, self._crew.joined)
-        n_up = sum(w.state is State.UP for w in self._workers)
+        up = [w for w in self._workers if w.state is State.UP]
         shards = counted(len(self._placement.owned(worker.index)), "shard")
+        if not any(_is_alike(w, worker) for w in up):
+            cards = " and a ".join(sorted({str(w.card) for w in up}))
+            raise RunFailed(
+                f"no worker for {shards} in {away:.0f} s: they were summed on a {worker.card}, and "
+                f"who is up has a {cards}, whose sums have other last bits: add machines of the "
+                "same kind, or run again without the others"
+            )
         raise RunFailed(
             f"no worker for {shards} in {away:.0f} s, and no room where one is up "
-            f"({counted(n_up, 'worker')}): add machines or memory"
+            f"({counted(len(up), 'worker')}): add machines or memory"
         )
 
     def _take_over(self, shards: set[int], takers: Iterable[Worker]) -> bool:
@@ -277,3 +287,8 @@ class Dispatcher:
         used, capacity = self._bytes_of(worker), self._capacity()
         if used > capacity:
             raise no_room(worker, len(self._placement.owned(worker.index)), used, capacity)
+
+
+def _is_alike(taker: Worker, worker: Worker) -> bool:
+    """Say whether a worker's sums have the bits of another's: both on CPUs, or on the same card."""
+    return worker.card is None or taker.card == worker.card

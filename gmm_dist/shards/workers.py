@@ -15,7 +15,7 @@ from typing import Any
 import ray
 import torch
 
-from gmm_dist.devices import free_memory
+from gmm_dist.devices import card_name, free_memory
 from gmm_dist.errors import Option, UserError
 from gmm_dist.formats import counted
 from gmm_dist.shards.protocol import Loader, ShardRows
@@ -104,11 +104,12 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Introduction:
-    """Where an actor runs; `memory` (bytes) was free on its GPU, None without one."""
+    """Where an actor runs; `memory` (bytes) was free on its GPU, `card`: None without one."""
 
     host: str
     pid: int
     memory: int | None
+    card: str | None = None
 
 
 class ShardActor:
@@ -132,7 +133,7 @@ class ShardActor:
         """Return where this actor runs."""
         on_gpu = self._device.type == "cuda"
         memory = free_memory(self._device) if on_gpu else None
-        return Introduction(socket.gethostname(), os.getpid(), memory)
+        return Introduction(socket.gethostname(), os.getpid(), memory, card_name(self._device))
 
     def pulse(self) -> int | None:
         """Return the attempt under way; Ray answers this while a call runs."""
@@ -221,6 +222,7 @@ class Worker:
     state: State = State.DOWN
     actor: Any = None
     introduction: Introduction | None = None
+    card: str | None = None  # the model of its GPU, kept while it is away
     hello: Any = None
     call: Call | None = None
     held: set[int] = field(default_factory=set)

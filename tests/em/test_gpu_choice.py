@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import mixtures
 import pytest
@@ -119,7 +120,10 @@ def test_chunks_are_cut_to_the_card_and_not_to_what_lies_on_it() -> None:
 def test_memory_is_counted_as_a_pass_takes_it_there() -> None:
     lanes = [(1024, "full")]
     statistics = 1024 * (1 + 128 + 128 * 129 // 2) * 8
-    assert lane_bytes(lanes, 128, on_gpu=True) == 20 * statistics + (2 << 30) + (2 << 30)
+    assert lane_bytes(lanes, 128, on_gpu=True) == 20 * statistics + (5 << 30) + (2 << 30)
+    # Rows so wide that the fewest of a chunk take more than that: 2,048 of 501,501 features.
+    wide = 501_501 + 2
+    assert lane_bytes([(1, "full")], 1000, on_gpu=True) > 5 * 8 * 2048 * wide // 2 > 5 << 30
 
 
 @pytest.mark.parametrize("free", [[79, 79], [10, 40, 60, 60], [10, 10]])
@@ -154,3 +158,60 @@ def test_densities_of_some_components_at_once(
     with pretended_cuda():
         there = Densities.of(mixture, CUDA)(to_cuda(X)).cpu()
     torch.testing.assert_close(there, here, rtol=1e-13, atol=1e-12)
+
+
+@pytest.mark.parametrize("on_card", [False, True], ids=["M-step here", "M-step there"])
+def test_a_fit_takes_the_screened_form_where_it_is_predicted_to_be_the_fastest(
+    on_card: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small rows, and products that are dear: what a thousand components make of them."""
+    truth = mixtures.parameters("full", 6, 4, seed=2, spread=8.0)
+    X = mixtures.rows(truth, 400)
+    starts = [truth, mixtures.parameters("full", 6, 4, seed=5, spread=8.0)]
+    config = EMConfig(max_iter=12, tol=1e-9, precision="float64")
+    here = LocalShards.of(X, n_shards=2, n_threads=0)
+    expected = loop.fit(here, starts, config, here.run(SumMoments(4)))
+    monkeypatch.setattr("gmm_dist.em.gpu.prices._PRODUCTS", 1.0)
+    monkeypatch.setattr("gmm_dist.em.gpu.residence._LARGE", 0 if on_card else 1 << 60)
+    forms: set[Precision] = set()
+    with pretended_cuda(H100):
+        rows = [
+            ShardRows(shard=s.shard, blocks=[Block(to_cuda(s.blocks[0].X))]) for s in here._shards
+        ]
+        there = LocalShards(rows, n_threads=0)
+        auto = replace(config, precision="auto")
+        results = loop.fit(
+            there,
+            starts,
+            auto,
+            there.run(SumMoments(4)),
+            watch=lambda lanes: forms.update(lane.precision for lane in lanes),
+        )
+    assert Precision.CENTRED in forms
+    for result, other in zip(results, expected, strict=True):
+        assert result.log_likelihood / 400 == pytest.approx(other.log_likelihood / 400, abs=1e-8)
+        assert result.parameters.means.device.type == "cpu"
+        assert 0 <= result.left_out <= 1.1e-9
+        assert result.left_out == 0 or result.left_out > 1e-12  # by the GPU's cut
+
+
+def test_a_fit_on_a_card_with_slow_float64_ends_where_a_cpus_does() -> None:
+    start = mixtures.parameters("full", 2, 3)
+    X = mixtures.rows(mixtures.parameters("full", 2, 3, seed=4), 300).float()
+    config = EMConfig(max_iter=40, tol=1e-5, precision="auto")
+    here = LocalShards.of(X, n_threads=0)
+    (expected,) = loop.fit(here, [start], config, here.run(SumMoments(3)))
+    forms: list[Precision] = []
+    with pretended_cuda(L4):
+        rows = [ShardRows(shard=0, blocks=[Block(to_cuda(here._shards[0].blocks[0].X))])]
+        there = LocalShards(rows, n_threads=0)
+        (result,) = loop.fit(
+            there,
+            [start],
+            config,
+            there.run(SumMoments(3)),
+            watch=lambda lanes: forms.append(lanes[0].precision),
+        )
+    assert Precision.FLOAT32 in forms
+    assert forms[-1] is not Precision.FLOAT32  # what is said of a fit is exact
+    assert result.log_likelihood / 300 == pytest.approx(expected.log_likelihood / 300, abs=1e-4)

@@ -315,10 +315,25 @@ def pretended_cuda(card: Card | None = None) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for function, answer in said.items():
                 stack.enter_context(mock.patch.object(torch.cuda, function, answer))
+            stack.enter_context(mock.patch.object(torch.Tensor, "to", _to))
             stack.enter_context(_Pretending())
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(lift)
+
+
+_to_of_torch = torch.Tensor.to
+
+
+def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Name the device: of one without a number torch asks the guard, which is the CPU's here."""
+    args = tuple(_named(value) for value in args)
+    return _to_of_torch(tensor, *args, **{key: _named(value) for key, value in kwargs.items()})
+
+
+def _named(value: Any) -> Any:
+    is_cuda = isinstance(value, str | torch.device) and torch.device(value).type == "cuda"
+    return CUDA if is_cuda else value
 
 
 def _synchronize(device: Any = None) -> None:

@@ -12,7 +12,7 @@ No sum depends on the order in which threads come: pairs are sorted, and summed 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -56,6 +56,7 @@ class ScreenedForm:
         cuts = torch.tensor([cut(size, KEPT_ON_GPU) for size in self._sizes], dtype=torch.float64)
         self._cuts = cuts.to(device)
         self._d, self._n_max = d, n_max
+        self._at_once = max(1, _AT_ONCE // (TILE * d))  # tiles
         self._half: HalfScreen | None = None
         self._features: Features | None = None
         zeros = self._cuts.new_zeros
@@ -105,14 +106,16 @@ class ScreenedForm:
             logits = self._screen(chunk.X)
         matter, sure = self._matter(logits)
         pairs = _Pairs.of(matter)
-        exact = self._evaluated(chunk.X, pairs)
+        tiles = self._tiled(chunk.X, pairs)
+        exact = self._evaluated(pairs, tiles())
         bad = self._bad(logits, pairs, exact, sure)
         if bool(bad.any()):
             matter |= bad[:, None]
             pairs = _Pairs.of(matter)
-            exact = self._evaluated(chunk.X, pairs)
+            tiles = self._tiled(chunk.X, pairs)
+            exact = self._evaluated(pairs, tiles())
             self._replace_far(chunk.X, bad, pairs, exact)
-        self._sum(chunk, pairs, exact)
+        self._sum(chunk, pairs, exact, tiles())
 
     def statistics(self, checks: Float64[Tensor, "3 L"]) -> SufficientStatistics:
         """Return the sums since `clear`, on the device; no `checks` are made of what is exact."""
@@ -170,10 +173,17 @@ class ScreenedForm:
 
     # Pairs in tiles.
 
-    def _evaluated(self, X: Tensor, pairs: _Pairs) -> Float64[Tensor, " p"]:
+    def _tiled(self, X: Tensor, pairs: _Pairs) -> Callable[[], Iterable[_Tiles]]:
+        """Return a function that yields the pairs' tiles: the same each time, if memory allows."""
+        if pairs.n_tiles > self._at_once:
+            return lambda: self._tiles(X, pairs)
+        kept = list(self._tiles(X, pairs))
+        return lambda: kept
+
+    def _evaluated(self, pairs: _Pairs, in_tiles: Iterable[_Tiles]) -> Float64[Tensor, " p"]:
         """Return the exact logits of pairs."""
         exact = self._cuts.new_empty(pairs.n_pairs + 1)
-        for tiles in self._tiles(X, pairs):
+        for tiles in in_tiles:
             k, factors = tiles.components, self._densities.factors[tiles.components]
             if self._type.has_products:
                 y = torch.bmm(tiles.z, factors)
@@ -183,7 +193,13 @@ class ScreenedForm:
             exact[tiles.pairs] = self._densities.peaks[k, None] - 0.5 * distances
         return exact[:-1]
 
-    def _sum(self, chunk: Block, pairs: _Pairs, exact: Float64[Tensor, " p"]) -> None:
+    def _sum(
+        self,
+        chunk: Block,
+        pairs: _Pairs,
+        exact: Float64[Tensor, " p"],
+        in_tiles: Iterable[_Tiles],
+    ) -> None:
         weight, n_lanes = chunk.weights, len(self._sizes)
         lane = self._lane_of[pairs.components]
         place = pairs.rows * n_lanes + lane
@@ -206,7 +222,7 @@ class ScreenedForm:
         shares *= of_pairs
         none = shares.new_zeros(1)
         shares, squares = torch.cat([shares, none]), torch.cat([shares * of_pairs, none])
-        for tiles in self._tiles(chunk.X, pairs):
+        for tiles in in_tiles:
             r = shares[tiles.pairs]
             weighted = tiles.z * r[:, :, None]
             if self._type.has_products:
@@ -220,11 +236,10 @@ class ScreenedForm:
 
     def _tiles(self, X: Tensor, pairs: _Pairs) -> Iterator[_Tiles]:
         """Yield the pairs in tiles, as many at once as memory allows."""
-        step = max(1, _AT_ONCE // (TILE * len(X)))
         places = torch.arange(TILE, device=X.device)
         rows = X.T.contiguous()  # gathered by lines; a column of (d, n) lies in d places
-        for first in range(0, pairs.n_tiles, step):
-            part = slice(first, first + step)
+        for first in range(0, pairs.n_tiles, self._at_once):
+            part = slice(first, first + self._at_once)
             at = pairs.first[part, None] + places
             is_filled = at < pairs.stop[part, None]
             at = torch.where(is_filled, at, pairs.n_pairs)

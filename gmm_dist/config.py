@@ -58,7 +58,7 @@ class Cluster:
         _require(gpu is None or isinstance(gpu, bool), "use_gpu", repr(gpu), "True, False or None")
         spill = os.fspath(self.spill) if isinstance(self.spill, os.PathLike) else self.spill
         spill_ok = isinstance(spill, bool) or (isinstance(spill, str) and Path(spill).is_absolute())
-        _require(spill_ok, "spill", repr(spill), "True, False or an absolute path of a folder")
+        _require(spill_ok, "spill", repr(spill), "an absolute path of a folder, True or False")
         object.__setattr__(self, "spill", spill)
 
     def at_most(self, n_shards: int) -> Cluster:

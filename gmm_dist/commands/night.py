@@ -411,14 +411,19 @@ def _spell(lineage: Lineage) -> str:
         clusters = lineage.clusters
         return first if clusters is None else f"{first}; clusters {_listed(clusters.ids)}"
     kept = f"against {lineage.night_before}: {len(lineage.ids) - len(lineage.born)} stay"
-    line = f"{kept}, born {_listed(lineage.born)}, dead {_listed(lineage.dead)}"
+    line = f"{kept}, {_told(lineage.born, 'born')}, {_told(lineage.dead, 'dead')}"
     if (clusters := lineage.clusters) is None:
         return line
     stay = len(clusters.ids) - len(clusters.born)
     return (
-        f"{line}; of the clusters {stay} stay, born {_listed(clusters.born)}, "
-        f"dead {_listed(clusters.dead)}"
+        f"{line}; of the clusters {stay} stay, {_told(clusters.born, 'born')}, "
+        f"{_told(clusters.dead, 'dead')}"
     )
+
+
+def _told(ids: Sequence[int], what: str) -> str:
+    """Say how many are born or dead, and their numbers."""
+    return f"{len(ids)} {what} ({_listed(sorted(ids))})" if ids else f"none {what}"
 
 
 def _listed(ids: Sequence[int]) -> str:

@@ -137,7 +137,7 @@ def add_common(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
     _add_fit(parser.add_argument_group("fit"))
     cluster = parser.add_argument_group("cluster")
     add_cluster(cluster)
-    _add_spill(cluster)
+    add_spill(cluster)
     _add_run(parser.add_argument_group("run"))
 
 
@@ -267,14 +267,15 @@ def add_cluster(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_spill(group: argparse._ArgumentGroup) -> None:
+def add_spill(group: argparse._ArgumentGroup) -> None:
+    """Add the options of rows beyond memory."""
     where = group.add_mutually_exclusive_group()
     where.add_argument(
         "--spill",
         metavar="DIR",
         default=True,
-        help="folder on each worker's disk for rows that its memory does not hold (default: its "
-        "temporary folder)",
+        help="folder on each worker's disk, by an absolute path, for rows that its memory does not "
+        "hold (default: its temporary folder)",
     )
     where.add_argument(
         "--no-spill",

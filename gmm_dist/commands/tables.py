@@ -131,14 +131,20 @@ def _economy(result: SweepResult) -> str:
     return line
 
 
-def clusters_table(mixture: Mixture, n_samples: float, width: int) -> RenderableType:
-    """Return a line for each cluster, the largest first: its share, and what sets it apart."""
+def clusters_table(
+    mixture: Mixture, n_samples: float, width: int, *, weighted: bool = False
+) -> RenderableType:
+    """Return a line for each cluster, the largest first: its share, and what sets it apart.
+
+    `n_samples` are the rows, or if they are `weighted` the sum of their weights.
+    """
     clusters = mixture.clusters
     assert clusters is not None
     every = described(arrays_of(mixture))
     stability = clusters.stability
     table = Table(box=None, pad_edge=False, width=width if width < _NARROW else None)
-    for name in ("cluster", "share", "rows", *(("stable",) if stability else ())):
+    counts = "weight" if weighted else "rows"
+    for name in ("cluster", "share", counts, *(("stable",) if stability else ())):
         table.add_column(name, justify="left" if name == "stable" else "right", no_wrap=True)
     table.add_column("unlike its nearest: mean here (there)", justify="left")
     order = sorted(range(len(every)), key=lambda c: (-every[c].share, c))
@@ -184,4 +190,6 @@ def print_table(
         say(line)
     if mixture is not None and mixture.clusters is not None:
         with bearing():
-            console.print(clusters_table(mixture, result.n_samples, console.width))
+            weighted = result.n_samples != result.total.n_rows
+            table = clusters_table(mixture, result.n_samples, console.width, weighted=weighted)
+            console.print(table)

@@ -82,7 +82,10 @@ def mixture_of(model: Mixture | Estimator, taker: str) -> Mixture:
     if isinstance(model, Mixture):
         return model
     if isinstance(model, type) or not isinstance(model, Estimator):
-        raise TypeError(f"{taker} takes a Mixture or an estimator of gmm_dist, not a {type(model)}")
+        hint = ": give its best" if hasattr(model, "best") else ""
+        raise TypeError(
+            f"{taker} takes a Mixture or an estimator of gmm_dist, not a {type(model)}{hint}"
+        )
     return model.to_mixture()
 
 

@@ -34,12 +34,14 @@ from gmm_dist.model.parameters import Parameters
 from gmm_dist.runs import claim, load
 from gmm_dist.runs.checkpoint import RunIdentity, environment
 from gmm_dist.runs.claim import Run
+from gmm_dist.runs.folder import lies_within
 from gmm_dist.selection.certainty.bootstrap import Resampling, bootstrap
 from gmm_dist.selection.clustering import find_clusters
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import sweep
 from gmm_dist.shards.local import one_thread
 from gmm_dist.shards.protocol import Shards, WorkingShards
+from gmm_dist.urls import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +192,14 @@ class Job:
             progress: Receives the fit's progress; None for silence.
         """
         candidates = _candidates(options, start_model)
-        loader = loader_of(plan or plan_of(options.lake), candidates, options.cluster)
+        plan = plan or plan_of(options.lake)
+        if plan.snapshot is not None and lies_within(options.output, plan.url):
+            raise UserError(
+                f"{redacted(options.output)} lies inside the table, whose VACUUM would remove the "
+                "model",
+                remedy="give a folder outside",
+            )
+        loader = loader_of(plan, candidates, options.cluster)
         starts, guests = (
             None if model is None else [about_centre(model, loader)]
             for model in (start_model, warm)

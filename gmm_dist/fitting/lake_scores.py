@@ -27,6 +27,8 @@ from gmm_dist.model.parameters import Parameters
 from gmm_dist.shards.protocol import Block, Loader, Parted, S, ShardRows, Task
 from gmm_dist.shards.ray_shards import RayShards, session
 
+_MOST_NAMED = 12  # features, in a remedy
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LakeScores:
@@ -100,7 +102,8 @@ def plan_for(lake: Lake, mixture: Mixture) -> Plan:
     d = mixture.n_features
     if (names and plan.feature_names != names) or plan.n_features != d:
         wanted = f"{d} features" + (f" ({first_few(names)})" if names else "")
-        remedy = "leave columns out" if names else f"name {d} columns"
+        few = 0 < len(names) <= _MOST_NAMED
+        remedy = f"give columns={list(names)}" if few else "name its columns"
         raise UserError(
             f"{plan.url} has {plan.n_features} features ({first_few(plan.feature_names)}), the "
             f"mixture {wanted}: {remedy}, or give a mixture that was fitted to these"

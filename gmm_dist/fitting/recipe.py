@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from gmm_dist.fitting.options import FitOptions
@@ -15,6 +15,7 @@ from gmm_dist.runs.json_files import FORMAT_VERSION, parse, whole
 from gmm_dist.storage import absolute
 
 RECIPE = "recipe.json"
+_STARTS = ("start_model", "warm_start")  # of a run's settings
 _SETTINGS = (
     *("k", "covariance_type", "criterion", "columns", "weight_column", "where", "missing"),
     *("holdout", "init", "n_init", "tol", "max_iter", "accelerate", "reg_covar", "random_state"),
@@ -76,18 +77,24 @@ class Recipe:
         snapshot: Mapping[str, Any] | None = self.run.get("snapshot")
         return snapshot
 
-    def differences(self, identity: RunIdentity) -> tuple[list[str], list[str]]:
+    def differences(
+        self, identity: RunIdentity, *, starts: bool = True
+    ) -> tuple[list[str], list[str]]:
         """Return how the input of a run of these options differs, and what is but worth a note.
 
-        Files of which only the time or the ETag is another are such a note.
+        Files of which only the time or the ETag is another are such a note. What the model was
+        resampled for plays no part, nor, without `starts`, what it started from.
         """
-        saved = json.dumps(self.run, sort_keys=True).encode()
+        ignored = {"bootstrap", *(() if starts else _STARTS)}
+        run = {**self.run, "settings": _without(ignored, self.run["settings"])}
+        identity = replace(identity, settings=_without(ignored, identity.settings))
+        saved = json.dumps(run, sort_keys=True).encode()
         key = hashlib.sha256(saved).hexdigest()
         if identity.key == key:
             return [], []
         then = [(path, size) for path, size, _ in self.run["files"]]
         now = [(path, size) for path, size, _ in identity.files]
-        is_same = (self.run["settings"], self.snapshot) == (
+        is_same = (run["settings"], self.snapshot) == (
             json.loads(json.dumps(identity.settings)),
             identity.snapshot,
         )
@@ -98,6 +105,10 @@ class Recipe:
             if other:
                 return [], [f"of the same size, but with another time or ETag: {what}"]
         return [identity.difference(saved, key)], []
+
+
+def _without(names: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gmm_dist.config import Cluster, FailureConfig
-from gmm_dist.errors import UserError
+from gmm_dist.errors import Option, UserError
 from gmm_dist.fitting import results
 from gmm_dist.fitting.fit import Job
 from gmm_dist.fitting.lake_scores import scores_of_lake
@@ -65,6 +65,7 @@ class VerifyOptions:
     at: At | str | None = None
     num_workers: int | None = None
     use_gpu: bool | None = None
+    spill: bool | str = True
     max_failures: int = FailureConfig().max_failures
     grace: float = FailureConfig().grace
     address: str | None = None
@@ -72,7 +73,7 @@ class VerifyOptions:
     @property
     def cluster(self) -> dict[str, Any]:
         """Where it is fitted again, as `FitOptions` takes it."""
-        names = ("num_workers", "use_gpu", "max_failures", "grace", "address")
+        names = ("num_workers", "use_gpu", "spill", "max_failures", "grace", "address")
         return {name: getattr(self, name) for name in names}
 
 
@@ -105,8 +106,8 @@ def verify(options: VerifyOptions, *, progress: FitProgress | None = None) -> Ve
             checkpoint_seconds=_NEVER,
             at=stay_at(options.at, recipe.snapshot),
         )
-        job = _job(fit_options, recipe, progress)
-        inputs, notes = recipe.differences(job.identity)
+        job = _job(fit_options, recipe, progress, fast=options.fast)
+        inputs, notes = recipe.differences(job.identity, starts=not options.fast)
         with_what = changed(recipe.made_by, {**results.versions(), **environment()})
         what = f"the {job.plan.n_rows:,} rows of {job.plan.url}"
         if job.plan.snapshot is not None:
@@ -121,9 +122,18 @@ def verify(options: VerifyOptions, *, progress: FitProgress | None = None) -> Ve
     return Verdict(is_same=is_same, what=what, reasons=tuple(reasons), notes=tuple(notes))
 
 
-def _job(options: FitOptions, recipe: Recipe, progress: FitProgress | None) -> Job:
-    start = None if options.start is None else load.load(options.start)
-    warm = None if recipe.warm is None else load.load(recipe.warm)
+def _job(options: FitOptions, recipe: Recipe, progress: FitProgress | None, *, fast: bool) -> Job:
+    """Plan the fit; its starts are not needed to score the rows, and may be gone."""
+    start = None if options.start is None or fast else load.load(options.start)
+    if fast or recipe.warm is None:
+        return Job.of(options, start_model=start, progress=progress)
+    try:
+        warm = load.load(recipe.warm)
+    except UserError as error:
+        raise UserError(
+            f"started from the model of the night before, which is gone ({error})",
+            remedy="give " + Option("fast") + ", which fits nothing",
+        ) from error
     return Job.of(options, start_model=start, warm=warm, progress=progress)
 
 

@@ -72,8 +72,9 @@ class Mixture:
         """Return the component of largest responsibility for each row, (n,) int64.
 
         With `clusters` the cluster of largest responsibility, the sum of its components': not
-        always the one that the row's component is part of. Raises UserError where the mixture
-        has none.
+        always the one that the row's component is part of. Both are places, from 0 up: of a
+        night's model, `ids` and `clusters.numbers` have the numbers that they keep. Raises
+        UserError where the mixture has no clusters.
         """
         if not clusters:
             return self._of_rows(X, labels)

@@ -96,6 +96,7 @@ def render(
         "drift": drift_table(nightly),
     }
     if content is not None:
+        view["measure"] = "rows" if content["n_samples"] == content["n_rows"] else "weight"
         view |= _told(content, command)
         view |= {"why": _why(content, chosen), "candidates": _candidates(content)}
     if content is not None and clusters is not None and chosen is not None:
@@ -232,7 +233,7 @@ def _why(content: Json, chosen: Json | None) -> list[str]:
         if name != criterion and (choice := _best_by(name, ranked)) is not None and choice != chosen
     ]
     if wins := (content.get("bootstrap") or {}).get("wins"):
-        others.append(_won(wins, content["bootstrap"]["n_resamples"]))
+        others.append(_won(wins, sum(win["n"] for win in wins)))
     n_failed = n - len(ranked)
     failed = [f"Not ranked, for reasons below the table: {n_failed:,}."] if n_failed else []
     return [f"{line}.", *([f"{'; '.join(others)}."] if others else []), *failed]

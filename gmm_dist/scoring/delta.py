@@ -7,10 +7,11 @@ scores are there: https://github.com/delta-io/delta/blob/master/PROTOCOL.md#tran
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 LOG = "_delta_log"
 _APP = "gmm_dist.score"
+_RUN = "gmm_dist.run"  # the run's key, in the commit's information
+_CHANGING = {"DELETE", "UPDATE", "MERGE", "TRUNCATE", "REPLACE TABLE", "CREATE OR REPLACE TABLE"}
 # What a table may ask of its writers that files which are only added, or all removed, meet.
 _MET = {"appendOnly", "invariants", "timestampNtz", "changeDataFeed"}
 _NTZ = "timestampNtz"
@@ -82,6 +85,29 @@ def _is_fixed(type_: pa.DataType) -> bool:
     return bool(pa.types.is_fixed_size_list(type_))
 
 
+def _taken_away(history: Iterable[Mapping[str, Any]], run: str | None) -> str | None:
+    """Say which commit has taken away or changed the rows of a run's, None for none.
+
+    `history` are the commits that the log still has, the newest first. Where it has the run's no
+    longer, that is not known, and None.
+    """
+    newest = math.inf  # the version that the table was restored to, by what was looked at so far
+    changed = restored = None
+    for entry in history:
+        operation, version = entry.get("operation"), entry["version"]
+        parameters = entry.get("operationParameters") or {}
+        if entry.get(_RUN) == run:
+            return changed if version <= newest else restored
+        if version > newest:
+            continue
+        what = f"version {version} ({str(operation).lower()})"
+        if operation == "RESTORE" and parameters.get("version") is not None:
+            newest, restored = int(parameters["version"]), what
+        elif operation in _CHANGING or parameters.get("mode") == "Overwrite":
+            changed = what
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaScores:
     """The Delta table that a run's scores go to, which may not be there yet.
@@ -99,12 +125,18 @@ class DeltaScores:
 
         Raises:
             UserError: deltalake is not installed; the place holds other files; the table has other
-                columns, partitions, or asks of its writers what is not known here.
+                columns, partitions, or asks of its writers what is not known here; it had the
+                scores, and others have taken them away since.
         """
         table = self._table()
         if table is None:
             return False
         if table.transaction_version(self._app_id) is not None:
+            if taken := _taken_away(table.history(), self.target.run):
+                raise self._unfit(
+                    f"had the scores of this run, which has committed before, until {taken}",
+                    "restore the version before, or write them to a new " + Option("output"),
+                )
             return True
         self._refuse_unfit(table)
         return False
@@ -131,7 +163,9 @@ class DeltaScores:
             if n_rows
         ]
         run = Transaction(self._app_id, 1, None)
-        properties = CommitProperties(app_transactions=[run])
+        properties = CommitProperties(
+            app_transactions=[run], custom_metadata={_RUN: str(self.target.run)}
+        )
         table = self._table()
         if table is not None and table.transaction_version(self._app_id) is not None:
             return

@@ -44,6 +44,7 @@ from gmm_dist.shards.protocol import Jobs, WorkingShards
 
 # Rows from which on a search takes seconds, and to load Numba half of one.
 _COMPILE_FROM = 10_000
+_KNOWN_FROM = 0.05  # of the work done, before its pace tells how long the rest takes
 # What a candidate's seeded starts, and the rest of its search, take beside a step of the trail.
 _SEEDED, _REST = 2, 6
 
@@ -258,7 +259,9 @@ class _Progress:
         runs = [len(fit.lower_bounds) for fit in fits if isinstance(fit, loop.FitResult)]
         self._n_passes += max(runs, default=0)
         spent = time.monotonic() - self._began
-        left = spent * (self._whole / self._part - 1) if self._part else None
+        # The first jobs wait for workers: their pace tells nothing of the others'.
+        is_known = self._part > _KNOWN_FROM * self._whole
+        left = spent * (self._whole / self._part - 1) if is_known else None
         self._watch(
             SearchProgress(
                 n_done=self._n_done,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -279,3 +280,49 @@ def test_on_s3_it_is_the_same(tmp_path: Path, model: str, s3_lake: S3Server) -> 
     assert len(commits) == 2
     actions = [json.loads(line) for line in fs.cat_file(commits[1]).decode().splitlines()]
     assert [a["txn"]["version"] for a in actions if "txn" in a] == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda out: deltas.opened(out).delete("id < 5"), "delete"),
+        (lambda out: deltas.opened(out).restore(0), "restore"),
+    ],
+)
+def test_scores_that_others_took_away_are_not_said_to_be_there(
+    tmp_path: Path, model: str, capfd: Errors, change: Callable[[Path], object], what: str
+) -> None:
+    table, out = deltas.write(tmp_path / "table", rows(300)), tmp_path / "scores"
+    first = argv_of(table, model, out)
+    assert score_job.main(first) == 0
+    second = [*first, "--where", "id < 100", "--overwrite"]
+    assert score_job.main(second) == 0
+    assert len(by_id(out)) == 100
+    # The first run's rows have been replaced: to run it again would leave them so.
+    assert score_job.main(first) == 2
+    assert "had the scores of this run, which has committed before" in capfd.readouterr().err
+    assert score_job.main(second) == 0
+    change(out)
+    assert score_job.main(second) == 2
+    assert f"({what})" in capfd.readouterr().err
+
+
+def test_a_restored_version_has_its_runs_and_what_only_moves_rows_takes_none_away() -> None:
+    ours = {"operation": "WRITE", "operationParameters": {"mode": "Append"}, "gmm_dist.run": "a"}
+    gone = {"operation": "DELETE", "operationParameters": {}}
+    moved = {"operation": "OPTIMIZE", "operationParameters": {}}
+    appended = {"operation": "WRITE", "operationParameters": {"mode": "Append"}}
+
+    def back(version: int) -> dict[str, object]:
+        return {"operation": "RESTORE", "operationParameters": {"version": str(version)}}
+
+    def taken(*entries: dict[str, object]) -> str | None:
+        numbered = [entry | {"version": i} for i, entry in enumerate([appended, *entries])]
+        return delta._taken_away(reversed(numbered), "a")
+
+    assert taken(ours, moved, appended) is None
+    assert taken(ours, gone) == "version 2 (delete)"
+    assert taken(ours, gone, back(1)) is None
+    assert taken(ours, back(0)) == "version 2 (restore)"
+    assert taken(ours, gone, back(1), gone) == "version 4 (delete)"
+    assert taken(gone) is None  # the log has the run's commit no longer

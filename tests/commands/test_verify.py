@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,34 @@ def test_what_cannot_be_verified_is_one_line(lake: Path, tmp_path: Path, capfd: 
     assert "model/model.safetensors is missing or damaged (no copy fits manifest.json's sha" in line
     line = refused(capfd, str(out), "--at", "1", job=verify_job.main)
     assert "error: " in line
+
+
+def test_what_a_model_was_resampled_for_plays_no_part(
+    lake: Path, tmp_path: Path, capfd: Errors
+) -> None:
+    out = swept(lake, tmp_path / "out", "--bootstrap", "2", "--clusters", "none")
+    for more in ([], ["--fast"], ["--spill", str(tmp_path)]):
+        status, _, lines = verified(capfd, out, *more)
+        assert status == 0
+        assert not any("differ" in line for line in lines)
+
+
+def test_a_night_whose_night_before_is_gone_is_verified_without_fitting(
+    tmp_path: Path, capfd: Errors
+) -> None:
+    table, reg = table_of(tmp_path / "t", "day"), tmp_path / "reg"
+    for day in (1, 2):
+        assert run_night(table, reg, day, partition=["day"]) == 0
+    shutil.rmtree(reg / "models" / night(1))
+    out = reg / "models" / night(2)
+    assert verified(capfd, out, "--fast")[0] == 0
+    line = refused(capfd, str(out), job=verify_job.main)
+    assert "started from the model of the night before, which is gone" in line
+    assert "give --fast" in line
+
+
+def test_a_model_is_not_written_into_a_table(tmp_path: Path, capfd: Errors) -> None:
+    table = deltas.write(tmp_path / "table", rows(300))
+    line = refused(capfd, str(table), "--output", str(table / "model"), *ARGS)
+    assert "lies inside the table, whose VACUUM would remove the model" in line
+    assert not (table / "model").exists()

@@ -23,6 +23,7 @@ from gmm_dist.selection.clustering import find_clusters
 from gmm_dist.selection.ranking import Candidate, SweepResult
 from gmm_dist.selection.sweep import sweep
 from gmm_dist.shards.local import LocalShards, one_thread
+from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.streams import Stream
 
 pytestmark = pytest.mark.unchecked
@@ -155,6 +156,20 @@ def test_wins_are_those_of_rows_drawn_so_often(criterion):
     assert {win.k: win.n for win in found} == expected
     assert sum(win.n for win in found) == 30
     assert [win.n for win in found] == sorted((win.n for win in found), reverse=True)
+
+
+def test_a_resample_without_held_out_rows_is_won_by_nobody():
+    X = two_blobs(200)
+    with one_thread():
+        shards, result = swept(X, (1, 2))
+        result = replace(result, criterion="holdout")
+        blocks = [Block(X[:1].T.contiguous())]
+        held = LocalShards([ShardRows(shard=0, blocks=[], held_out=blocks)])
+        draws = resampling(shards, result).draws(Stream.RESAMPLES, 50)
+        n_drawn = sum(float(draw.weights(0, 1, X.device)) > 0 for draw in draws)
+        found = wins(held, result, draws, n_samples=200.0)
+    assert 0 < n_drawn < 50
+    assert sum(win.n for win in found) == n_drawn
 
 
 def test_a_number_that_was_asked_for_is_cut_in_each_resample(searches):

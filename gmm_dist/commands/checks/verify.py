@@ -12,7 +12,15 @@ import argparse
 from collections.abc import Sequence
 
 from gmm_dist.commands.ending import KEPT_BACK, note, run
-from gmm_dist.commands.options import Parser, add_at, add_cluster, add_json, options_of, parse_url
+from gmm_dist.commands.options import (
+    Parser,
+    add_at,
+    add_cluster,
+    add_json,
+    add_spill,
+    options_of,
+    parse_url,
+)
 from gmm_dist.commands.progress import Progress
 from gmm_dist.commands.talking import say, screen
 from gmm_dist.fitting.replay import VerifyOptions, verify
@@ -37,7 +45,9 @@ def verify_output(argv: Sequence[str]) -> int:
         help="check the files' hashes and score the rows once, in place of fitting them again",
     )
     add_at(parser.add_argument_group("rows"))
-    add_cluster(parser.add_argument_group("cluster"))
+    cluster = parser.add_argument_group("cluster")
+    add_cluster(cluster)
+    add_spill(cluster)
     add_json(parser)
     options = options_of(VerifyOptions, parser.parse_args(argv))
     verdict = verify(options, progress=Progress(screen(stderr=True)))

@@ -97,6 +97,8 @@ def wins(
     factor = result.n_samples / n_samples  # the criteria's n may be another than the weights' sum
     best: Counter[Candidate] = Counter()
     for b in range(len(draws)):
+        if not float(scores.n_samples[b]) > 0:  # it has drawn no row that could tell
+            continue
         of_resample = [_scored(scored, scores, i, b, factor) for i, scored in enumerate(ranked)]
         chosen = replace(result, scored=tuple(of_resample)).best
         assert chosen is not None

@@ -252,6 +252,13 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_figures, "drawn", here.titled)
 
 
+def path_of_tests() -> str:
+    """Return where Ray's workers find the loaders and tasks of tests, and us."""
+    folder = Path(__file__).parent
+    boxes = [str(path) for path in folder.iterdir() if path.is_dir()]
+    return os.pathsep.join([str(folder.parent), str(folder), *boxes])
+
+
 @contextmanager
 def ray_cluster(server: S3Server) -> Iterator[str]:
     """Run a real Ray cluster of four CPUs on loopback, whose workers know the S3 server."""
@@ -262,10 +269,7 @@ def ray_cluster(server: S3Server) -> Iterator[str]:
     command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder}"]
     # Drivers in this process and the cluster must agree; a token file would be the developer's.
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    folder_of_tests = Path(__file__).parent  # where workers find loaders and tasks of tests, and us
-    boxes = [str(path) for path in folder_of_tests.iterdir() if path.is_dir()]
-    tests = os.pathsep.join([str(folder_of_tests.parent), str(folder_of_tests), *boxes])
-    environment = server.environment | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": tests}
+    environment = server.environment | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": path_of_tests()}
     try:
         with running(command, folder, environment):
             wait_for_port(port, folder / "log")

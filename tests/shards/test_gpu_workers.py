@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import mixtures
 import pytest
 import ray
+from conftest import path_of_tests
 from test_on_gpu import agree
 
 from gmm_dist.config import Cluster, EMConfig, FailureConfig, StartConfig
@@ -26,6 +27,8 @@ from gmm_dist.shards.local import LocalShards
 from gmm_dist.shards.protocol import Block, ShardRows
 from gmm_dist.shards.ray_shards import RayShards, session
 from gmm_dist.shards.workers import State
+
+pytestmark = pytest.mark.faults  # a Ray of their own, in this process
 
 N_SHARDS, D = 7, 3
 
@@ -41,11 +44,15 @@ def two_cards() -> Iterator[None]:
 def ray_with(n_gpus: int) -> Iterator[None]:
     assert not ray.is_initialized()
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    # The hook is looked up before a worker has its driver's path.
     ray.init(
         num_cpus=4,
         num_gpus=n_gpus,
         include_dashboard=False,
-        runtime_env={"worker_process_setup_hook": "pretended_workers.set_up"},
+        runtime_env={
+            "worker_process_setup_hook": "pretended_workers.set_up",
+            "env_vars": {"PYTHONPATH": path_of_tests()},
+        },
         log_to_driver=False,
     )
     try:

@@ -60,6 +60,7 @@ def session(
     faults: FailureConfig | None = None,
     *,
     reserve: int = 0,
+    gpu_reserve: int = 0,
 ) -> Iterator[RayShards]:
     """Do what `ray_shards.session` does, without a cluster."""
     yield HereShards(loader, n_shards)

@@ -218,7 +218,9 @@ def test_lanes_in_different_forms_are_grouped_apart():
 def test_what_a_pass_leaves_out_is_bounded_in_its_result(all_pairs, monkeypatch):
     mixture = mixtures.parameters("full", 6, 8, spread=1.5)
     X = mixtures.rows(mixture, 500)
-    monkeypatch.setattr("gmm_dist.em.lane_batch._KEPT", 3.0)  # so that something is left out
+    # So that something is left out.
+    monkeypatch.setattr("gmm_dist.em.forms.about_means.cut", lambda size: cut(size, 3.0))
+    monkeypatch.setattr("gmm_dist.em.precision.KEPT", 3.0)
     shards = mixtures.shards(X)
     config = EMConfig(compile_from=0, max_iter=1, accelerate=False)
     running = lane.Lane.start(mixture, config, shards.run(SumMoments(8)))

@@ -269,15 +269,15 @@ def test_a_night_tells_what_has_changed():
     assert "There is no model of an earlier night" in html
     nightly["drift"] = pages.drift((4, 9), names)
     html, found = page(content(SWEEP, 4), mixture, sample(3, 4), nightly)
-    assert "Published. " in html
-    assert "2 components stayed, 1 born, 1 died." in html
+    told = "1 cluster stayed, 1 born, 1 died; 2 components stayed, 1 born, 1 died."
+    assert f"Published. {told}" in html
     assert ["new", "born", "3.0\u202f%", "4", "0.01"] in found.rows
     assert ["77", "died", "3.0\u202f%", "4", "0.01"] in found.rows
     assert ["rows fitted", "−10.500000", "−10.250000", "+0.250000"] in found.rows
     assert ["rows held out", "–", "–", "–"] in found.rows
-    # Nine overlaps less than four with what it was.
+    # The cluster; and of the components nine overlaps less than four with what it was.
     changed = [row[0] for row in found.rows if len(row) == 9 and row[5] == "× 1.50"]
-    assert changed == ["9", "4"]
+    assert changed == ["4", "9", "4"]
 
 
 def test_the_drift_that_is_shown_has_the_fields_of_the_one_that_is_computed():

@@ -132,12 +132,13 @@ def test_a_mixture_without_clusters_or_rivals_has_errors_alone():
 
 
 @pytest.mark.parametrize("criterion", ["bic", "aic", "icl"])
-def test_wins_are_those_of_rows_drawn_so_often(criterion):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_wins_are_those_of_rows_drawn_so_often(criterion, compiled):
     X = mixtures.rows(mixtures.parameters("full", 3, 2, spread=1.2), 160)
     with one_thread():
         shards, result = swept(X, (1, 2, 3, 4), criterion=criterion)
         draws = resampling(shards, result).draws(Stream.RESAMPLES, 30)
-        found = wins(shards, result, draws, n_samples=160.0)
+        found = wins(shards, result, draws, n_samples=160.0, compiled=compiled)
     expected: Counter[int] = Counter()
     for draw in draws:
         counts = torch.cat([draw.weights(i, 80, X.device) for i in range(2)]).long()

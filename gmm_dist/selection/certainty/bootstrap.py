@@ -116,7 +116,13 @@ def bootstrap(
     fitted = fits.run(lambda done, n: note(FITTING, done, n))
     bootstrap = _spread(fitted, resampling)
     if resampling.result is not None and len(resampling.result.scored) > 1:
-        won = wins(shards, resampling.result, fits.draws, n_samples=total.n_samples)
+        won = wins(
+            shards,
+            resampling.result,
+            fits.draws,
+            n_samples=total.n_samples,
+            compiled=total.loops_pay(),
+        )
         bootstrap = replace(bootstrap, wins=won)
     clusters = resampling.clusters
     if clusters is not None:

@@ -42,16 +42,19 @@ class ResampledScores:
 class ScoreResamples:
     """The task that scores mixtures on resamples of the rows, all at once.
 
+    `compiled`, log-densities are those of compiled loops where these suit.
+
     Peak memory beside the rows: log-densities (k, b) of a chunk of b rows under one mixture, and
     how often each resample draws each of them.
     """
 
     mixtures: tuple[Parameters, ...]
     draws: tuple[Draws, ...]
+    compiled: bool = False
 
     def __call__(self, rows: ShardRows) -> ResampledScores:
         device = rows.device
-        densities = [Densities.of(mixture, device) for mixture in self.mixtures]
+        densities = [Densities.of(m, device, compiled=self.compiled) for m in self.mixtures]
         shape = (len(densities), len(self.draws))
         sums = torch.zeros((2, *shape), dtype=torch.float64, device=device)
         n_samples = torch.zeros(len(self.draws), dtype=torch.float64, device=device)
@@ -76,7 +79,12 @@ class ScoreResamples:
 
 
 def wins(
-    shards: Shards, result: SweepResult, draws: Sequence[Draws], *, n_samples: float
+    shards: Shards,
+    result: SweepResult,
+    draws: Sequence[Draws],
+    *,
+    n_samples: float,
+    compiled: bool = False,
 ) -> tuple[Win, ...]:
     """Return how often each ranked candidate has the best criterion, the most frequent first.
 
@@ -89,10 +97,11 @@ def wins(
         result: The sweep.
         draws: How often each resample draws the rows.
         n_samples: The sum of the weights of these rows.
+        compiled: Whether compiled loops may evaluate them.
     """
     ranked = [scored for scored in result.scored if scored.fit.is_ranked]
     mixtures = tuple(scored.fit.parameters for scored in ranked)
-    task = ScoreResamples(mixtures, tuple(draws))
+    task = ScoreResamples(mixtures, tuple(draws), compiled)
     scores = shards.run(HeldOut(task) if result.criterion == "holdout" else task)
     factor = result.n_samples / n_samples  # the criteria's n may be another than the weights' sum
     best: Counter[Candidate] = Counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,23 +105,57 @@ def told_in_a_line(
     root: str, doing: str = "read the table's log", remedy: Words = _READ_ON
 ) -> Iterator[None]:
     """Turn what deltalake raises into one line; it has waited for an outage to pass by itself."""
+
+    def told(reason: str) -> UserError | None:
+        feature = _FEATURE.search(reason)
+        return None if feature is None else unknown_feature(root, feature[1] or feature[2])
+
+    with in_a_line(
+        root,
+        during=f"as deltalake was to {doing}",
+        cannot=f"deltalake cannot {doing}",
+        remedy=remedy,
+        is_outage=lambda error: _OUTAGE.search(storage.line_of(error)) is not None,
+        told=told,
+    ):
+        yield
+
+
+@contextmanager
+def in_a_line(
+    root: str,
+    *,
+    during: str,
+    cannot: str,
+    remedy: Words,
+    is_outage: Callable[[Exception], bool],
+    told: Callable[[str], UserError | None] = lambda reason: None,
+) -> Iterator[None]:
+    """Turn what a library that reads tables raises into one line.
+
+    Args:
+        root: The table.
+        during: When the storage has failed, if it has.
+        cannot: What the library cannot do, if it is anything else.
+        remedy: What helps then.
+        is_outage: Whether an error is one of the storage.
+        told: What is known better of some errors, by their lines; None for nothing.
+    """
     try:
         yield
     except (UserError, RunFailed):
         raise
     except Exception as error:
         reason = storage.line_of(error)
-        if _OUTAGE.search(reason):
+        if is_outage(error):
             raise storage.StorageFailed(
-                f"{storage.redacted(root)}: the storage failed as deltalake was to {doing} "
+                f"{storage.redacted(root)}: the storage failed {during} "
                 f"({reason}); check the network and the endpoint, and run again when it works"
             ) from error
-        if feature := _FEATURE.search(reason):
-            raise unknown_feature(root, feature[1] or feature[2]) from error
+        if (known := told(reason)) is not None:
+            raise known from error
         raise UserError(
-            f"deltalake cannot {doing} ({reason})",
-            where=storage.redacted(root),
-            remedy=remedy,
+            f"{cannot} ({reason})", where=storage.redacted(root), remedy=remedy
         ) from error
 
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from gmm_dist import storage
-from gmm_dist.errors import NoRows, RunFailed, UserError
+from gmm_dist.errors import NoRows, UserError
 from gmm_dist.lake.listing import LakeFile, Listing
-from gmm_dist.lake.tables.access import unknown_feature, uri_and_options
+from gmm_dist.lake.tables.access import in_a_line, unknown_feature, uri_and_options
 from gmm_dist.lake.tables.columns import TableColumns, has_names
 from gmm_dist.lake.tables.entry import Entry, hash_of_deleted
 from gmm_dist.lake.tables.iceberg_bounds import bounds_of
@@ -121,23 +121,15 @@ def find(url: Url, at: At | None = None) -> Listing:
 @contextmanager
 def told_in_a_line(url: str) -> Iterator[None]:
     """Turn what pyiceberg raises into one line."""
-    try:
+    with in_a_line(
+        url,
+        during="as the table's metadata was read",
+        cannot="pyiceberg cannot read the table",
+        remedy="check its name, and the catalog in pyiceberg's configuration "
+        "(.pyiceberg.yaml, PYICEBERG_CATALOG__* variables)",
+        is_outage=storage.is_transient,
+    ):
         yield
-    except (UserError, RunFailed):
-        raise
-    except Exception as error:
-        reason = storage.line_of(error)
-        if storage.is_transient(error):
-            raise storage.StorageFailed(
-                f"{storage.redacted(url)}: the storage failed as the table's metadata was read "
-                f"({reason}); check the network and the endpoint, and run again when it works"
-            ) from error
-        raise UserError(
-            f"pyiceberg cannot read the table ({reason})",
-            where=storage.redacted(url),
-            remedy="check its name, and the catalog in pyiceberg's configuration "
-            "(.pyiceberg.yaml, PYICEBERG_CATALOG__* variables)",
-        ) from error
 
 
 def _opened(url: Url) -> Table:

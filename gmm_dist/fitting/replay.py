@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gmm_dist.config import Cluster, FailureConfig
+from gmm_dist.config import FailureConfig
 from gmm_dist.errors import Option, UserError
 from gmm_dist.fitting import results
 from gmm_dist.fitting.fit import Job
@@ -163,8 +163,7 @@ def _scored(saved: Mixture, options: FitOptions, files: Mapping[str, bytes], url
     """Score the rows once; say how they differ from those that were fitted."""
     report = parse_plain(files[load.REPORT], load.REPORT, url)
     lake = replace(options.lake, columns=saved.feature_names)
-    cluster = Cluster(options.address, options.num_workers, options.use_gpu)
-    scores = scores_of_lake(lake, saved, cluster=cluster)
+    scores = scores_of_lake(lake, saved, cluster=options.cluster)
     n_fitted = report["n_rows"]
     if scores.n_rows != n_fitted:
         return [f"{n_fitted:,} rows were fitted, and there are {scores.n_rows:,}"]

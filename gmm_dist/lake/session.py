@@ -50,6 +50,10 @@ class RowsNeed:
         """Return the bytes that are needed for a while to make a shard."""
         return self.decoded + self._shard_rows * self.n_features * _LOADING_BYTES
 
+    def in_worker(self, n_workers: int) -> int:
+        """Return the bytes of the rows of one of so many workers."""
+        return math.ceil(self.n_shards / n_workers) * self.shard
+
     @property
     def _shard_rows(self) -> int:
         return math.ceil(self.n_rows / self.n_shards)
@@ -61,7 +65,7 @@ def require_room(need: RowsNeed, n_workers: int, available: int, *, beside: int)
     `beside` are the bytes that a worker needs next to its rows, once they are loaded, or while
     they are. Where a filter may leave fewer rows, this only warns: loading will tell.
     """
-    resident = math.ceil(need.n_shards / n_workers) * need.shard
+    resident = need.in_worker(n_workers)
     if resident + beside <= available:
         return
     message = (
@@ -95,7 +99,7 @@ def make_room(
     need = _rows_need(loader.plan, loader)
     # Loading is over when the statistics come.
     beside = reserve if shards.on_gpu else max(reserve, need.loading)
-    resident = math.ceil(need.n_shards / shards.n_workers) * need.shard
+    resident = need.in_worker(shards.n_workers)
     in_memory = available - beside - _READ_AHEAD * need.shard
     if spill is False or in_memory < 0 or resident + beside <= available:
         require_room(need, shards.n_workers, available, beside=beside)

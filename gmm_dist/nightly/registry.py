@@ -197,13 +197,9 @@ class Registry:
             return max([0, *pool.map(self._next_cluster_id_of, self.nights())])
 
     def _next_cluster_id_of(self, night: str) -> int:
-        try:
-            clusters = Lineage.read(self.model_url(night)).clusters
-        except UserError:
-            if self.is_published(night):
-                raise
-            return 0  # pruned in this moment: later nights have heard of its clusters
-        return 0 if clusters is None else clusters.next_id
+        lineage = self._lineage(night)
+        # One pruned in this moment: later nights have heard of its clusters.
+        return 0 if lineage is None or lineage.clusters is None else lineage.clusters.next_id
 
     def _largest_id(self) -> int:
         """Return the largest id that is found anywhere but in the counter, -1 for none."""
@@ -214,13 +210,18 @@ class Registry:
         return max([-1, pruned, *(i for ids in (*published, *kept_back) for i in ids)])
 
     def _ids_of(self, night: str) -> tuple[int, ...]:
+        lineage = self._lineage(night)
+        # Of one pruned in this moment they are below what `pruned.json` says.
+        return () if lineage is None else (*lineage.ids, *lineage.dead)
+
+    def _lineage(self, night: str) -> Lineage | None:
+        """Return a published night's lineage; None where it is pruned in this moment."""
         try:
-            lineage = Lineage.read(self.model_url(night))
+            return Lineage.read(self.model_url(night))
         except UserError:
             if self.is_published(night):
                 raise
-            return ()  # pruned in this moment: its ids are below what `pruned.json` says
-        return (*lineage.ids, *lineage.dead)
+            return None
 
     def _ids_kept_back(self, candidate: tuple[str, str]) -> list[int]:
         data = self._folder.read(CANDIDATES, *candidate, DRIFT)

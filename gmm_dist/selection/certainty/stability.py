@@ -80,26 +80,23 @@ class Reference:
         """Stay where it is: all that is done with it is done on a CPU."""
         return self
 
-    def resampled(self, draws: Draws) -> Coreset:
-        """Return the rows of the sample that a resample draws, with their weights."""
+    def resampled(self, draws: Draws) -> tuple[Coreset, Int64[Tensor, " m"]]:
+        """Return the rows of the sample that a resample draws, with their weights; and labels."""
         weight = self.sample.sample_weight
         weight = weight * draws.weights(0, len(weight), weight.device)
         kept = weight > 0
-        return Coreset(self.sample.X[kept], weight[kept])
+        return Coreset(self.sample.X[kept], weight[kept]), self.labels[kept]
 
     def found(self, mixture: Parameters, draws: Draws) -> Found:
         """Merge the components of a mixture by a resample, and compare the clusters."""
-        weight = self.sample.sample_weight
-        weight = weight * draws.weights(0, len(weight), weight.device)
-        kept = weight > 0
-        X, weight, ours = self.sample.X[kept], weight[kept], self.labels[kept]
-        rows = LocalShards.of(X, weight, n_threads=0)
+        drawn, ours = self.resampled(draws)
+        rows = LocalShards.of(drawn.X, drawn.sample_weight, n_threads=0)
         orders = merge_orders(rows, mixture, keeps=True)
         tree = trees_of(rows, mixture, orders)[MISCLASSIFICATION]
         n = number_of_clusters(mixture, tree) if self.n_clusters is None else self.n_clusters
-        theirs = cluster_labels(mixture, X, tree.of_component(n))
+        theirs = cluster_labels(mixture, drawn.X, tree.of_component(n))
         both = torch.zeros(self.n_labels * n, dtype=torch.float64)
-        both = both.index_add(0, ours * n + theirs, weight).reshape(self.n_labels, n)
+        both = both.index_add(0, ours * n + theirs, drawn.sample_weight).reshape(self.n_labels, n)
         return n, tuple(jaccard(both).amax(1).tolist())
 
 
@@ -133,7 +130,7 @@ class Afresh:
     draws: Draws
 
     def __call__(self, reference: Reference) -> Found:
-        drawn = reference.resampled(self.draws)
+        drawn, _ = reference.resampled(self.draws)
         start = replace(self.start, random_state=self.start.random_state + 1 + self.draws.number)
         rows = _Alone.of(drawn.X, drawn.sample_weight, n_threads=0)
         d = drawn.X.shape[1]

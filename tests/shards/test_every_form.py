@@ -6,11 +6,11 @@ import math
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import mixtures
 import pytest
 import torch
+from tasks import pid
 
 from gmm_dist import compiling
 from gmm_dist.config import Cluster, EMConfig
@@ -38,18 +38,6 @@ FORMS = {
 def load(shard: int) -> ShardRows:
     X = mixtures.rows(START[0], 900 + 50 * shard, seed=shard).float()
     return ShardRows(shard=shard, blocks=[Block(X.T.contiguous())])
-
-
-@dataclass(frozen=True)
-class Pids:
-    pids: tuple[int, ...]
-
-    def __add__(self, other: Pids) -> Pids:
-        return Pids(self.pids + other.pids)
-
-
-def pid(rows: ShardRows) -> Pids:
-    return Pids((os.getpid(),))
 
 
 def fitted(shards: Shards, form: str, kill_after: int = 0) -> tuple[list[bytes], set[str]]:

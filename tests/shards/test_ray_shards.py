@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from tasks import odd_sum, pid
 
 from gmm_dist.config import Cluster, EMConfig, StartConfig
 from gmm_dist.errors import UserError
@@ -45,32 +46,6 @@ def fail_to_load(shard: int) -> ShardRows:
     if shard == 5:
         raise UserError("row 17 is NaN")
     return load(shard)
-
-
-@dataclass(frozen=True)
-class Value:
-    """A float sum that shows the order of its additions in its last bits."""
-
-    value: float
-
-    def __add__(self, other: Value) -> Value:
-        return Value(self.value + other.value)
-
-
-def odd_sum(rows: ShardRows) -> Value:
-    return Value(float(rows.blocks[0].X.double().sum()) * 0.1**rows.shard)
-
-
-@dataclass(frozen=True)
-class Pids:
-    pids: tuple[int, ...]
-
-    def __add__(self, other: Pids) -> Pids:
-        return Pids(self.pids + other.pids)
-
-
-def pid(rows: ShardRows) -> Pids:
-    return Pids((os.getpid(),))
 
 
 @contextmanager

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import errno
-import operator
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tasks import odd_sum, pid
 
 from gmm_dist.config import Cluster, EMConfig, StartConfig
 from gmm_dist.errors import UserError
@@ -151,30 +150,6 @@ def load(shard: int) -> ShardRows:
         blocks=[Block(X)],
         held_out=[block(20, torch.float32, weighted=False, seed=shard)],
     )
-
-
-@dataclass(frozen=True)
-class Pids:
-    pids: tuple[int, ...]
-
-    def __add__(self, other: Pids) -> Pids:
-        return Pids(self.pids + other.pids)
-
-
-def pid(rows: ShardRows) -> Pids:
-    return Pids((os.getpid(),))
-
-
-@dataclass(frozen=True)
-class Sum:
-    value: float
-
-    def __add__(self, other: Sum) -> Sum:
-        return Sum(operator.add(self.value, other.value))
-
-
-def odd_sum(rows: ShardRows) -> Sum:
-    return Sum(sum(float(b.X.double().sum()) for b in rows.blocks) * 0.1**rows.shard)
 
 
 def bits(shards: Shards) -> Sequence[object]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +94,33 @@ def corrupt(path: Path, *, start: int, length: int) -> None:
     data = bytearray(path.read_bytes())
     data[start : start + length] = b"\xff" * length
     path.write_bytes(data)
+
+
+def partitioned() -> pa.Table:
+    """Return a row for each kind of partition value, and for null."""
+    when = dt.datetime(2026, 11, 1, 12, 30, 0, 5)
+    return pa.table(
+        {
+            "x": [1.0, 2.0, 3.0],
+            "day": pa.array([dt.date(2026, 11, 1), dt.date(2026, 11, 2), None]),
+            "when": pa.array([when, None, when + dt.timedelta(1)], pa.timestamp("us", "UTC")),
+            "price": pa.array([Decimal("1.50"), Decimal("0.25"), None], pa.decimal128(9, 2)),
+            "kind": ["a b/c%d", "", "é?#=&+"],
+            "n": pa.array([7, None, -8], pa.int32()),
+            "ok": [True, False, None],
+        }
+    )
+
+
+PARTITION_FILTERS = [
+    ("day == '2026-11-01'", [1]),
+    ("day > '2026-11-01' or day is null", [2, 3]),
+    ("when >= '2026-11-01T12:30:00.000005'", [1, 3]),
+    ("price < 1", [2]),
+    ("kind == 'a b/c%d'", [1]),
+    ("kind == 'é?#=&+' and x > 0", [3]),
+    ("n in (7, -8) and x < 3", [1]),
+    ("n is null", [2]),
+    ("ok == False", [2]),
+]
+"""Filters of these rows, and the values of x that they leave."""
